@@ -1,0 +1,6009 @@
+#!/usr/bin/env python3
+"""SessionOptimizer: the waste auditor for AI-agent sessions whose numbers you can check.
+
+It reads what an agent did (logged by you, or the agent's own transcript), finds tokens that bought nothing,
+and says which events they are, what they cost and whether the figure was measured or estimated.
+
+>>> import tempfile
+>>> optimizer = SessionOptimizer(tempfile.mkdtemp())
+>>> session = optimizer.start_session("forge", "Fix the loader", model="opus")
+>>> for _ in range(3):
+...     event = optimizer.log_event(session.id, "FILE_READ", {"file_path": "src/a.py"}, tokens_input=1000)
+>>> event = optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=1000)
+>>> session = optimizer.end_session(session.id)
+>>> report = optimizer.analyze(session.id)
+>>> [(issue.issue_type.name, issue.severity.name, issue.estimated_waste_tokens) for issue in report.issues]
+[('REPEATED_FILE_READ', 'HIGH', 2000)]
+>>> report.efficiency_score     # 100 * (1 - 2,000 wasted / 4,000 used)
+50.0
+
+The same from a shell, one command per event, or over the transcripts an agent keeps by itself:
+
+    ID=$(sessionoptimizer start FORGE "Fix the loader" --model opus --quiet)
+    sessionoptimizer log "$ID" FILE_READ --data '{"file_path": "src/a.py"}' --tokens-in 1000
+    sessionoptimizer analyze "$ID"
+    sessionoptimizer scan
+
+The rooms of this module, in order:
+
+    Vocabulary          statuses, event types, issue types, severities
+    Prices              what models cost, and how a model's name finds its price
+    Errors              what goes wrong, one class per remedy
+    Records             events, sessions, issues, reports
+    Analyzers           what counts as waste, one class per kind
+    Reports             one charge per token, the score, the renderers
+    Store               session files that survive parallel writers and crashes
+    Transcripts         one reader per agent format, and what a shell command reads and changes
+    SessionOptimizer    the facade
+    Quick functions     the same on a default instance
+    Command line        the same from a shell
+"""
+from __future__ import annotations
+
+import errno
+import json
+import itertools
+import os
+import posixpath
+import re
+import stat
+import sys
+import time
+import warnings
+from bisect import bisect_left, bisect_right, insort
+from collections import namedtuple
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from enum import Enum
+from json.decoder import scanstring
+
+try:
+    import fcntl
+except ImportError:  # Windows: locked with msvcrt instead, which is untested
+    fcntl = None  # type: ignore[assignment]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the names of types cost start-up time and are needed by type checkers alone
+    from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+
+__version__ = "2.0.0"
+
+
+# ======================================================================================================
+# Vocabulary
+# ======================================================================================================
+
+class SessionStatus(Enum):
+    """Where a session stands. Everything but ACTIVE has ended."""
+
+    ACTIVE = "ACTIVE"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    ABANDONED = "ABANDONED"
+
+
+class EventType(Enum):
+    """What happened in a session."""
+
+    SESSION_START = "SESSION_START"
+    SESSION_END = "SESSION_END"
+    TOOL_CALL = "TOOL_CALL"          # a tool that neither reads, writes nor searches files
+    TOKEN_USAGE = "TOKEN_USAGE"      # usage that belongs to no single event
+    FILE_READ = "FILE_READ"
+    FILE_WRITE = "FILE_WRITE"
+    SEARCH = "SEARCH"
+    ERROR = "ERROR"                  # a failed tool call
+    USER_MESSAGE = "USER_MESSAGE"
+    AI_RESPONSE = "AI_RESPONSE"      # one model call
+    CONTEXT_LOAD = "CONTEXT_LOAD"    # system prompt, tool definitions, instruction files, cache rebuilds
+    THINKING = "THINKING"
+    CUSTOM = "CUSTOM"
+
+
+class IssueType(Enum):
+    """Kinds of waste. UNUSED_CONTEXT, CIRCULAR_SEARCH, INEFFICIENT_TOOL_USE and CONTEXT_OVERFLOW are reported
+    by no built-in analyzer: they are there for analyzers of your own."""
+
+    REPEATED_FILE_READ = "REPEATED_FILE_READ"
+    REPEATED_SEARCH = "REPEATED_SEARCH"
+    LARGE_FILE_UNCOMPRESSED = "LARGE_FILE_UNCOMPRESSED"
+    EXCESSIVE_THINKING = "EXCESSIVE_THINKING"
+    UNUSED_CONTEXT = "UNUSED_CONTEXT"
+    FAILED_RETRY = "FAILED_RETRY"
+    CIRCULAR_SEARCH = "CIRCULAR_SEARCH"
+    LONG_SESSION = "LONG_SESSION"
+    HIGH_ERROR_RATE = "HIGH_ERROR_RATE"
+    INEFFICIENT_TOOL_USE = "INEFFICIENT_TOOL_USE"
+    TOKEN_SPIKE = "TOKEN_SPIKE"
+    CONTEXT_OVERFLOW = "CONTEXT_OVERFLOW"
+
+
+class Severity(Enum):
+    """How much an issue matters; ordered, LOW < MEDIUM < HIGH < CRITICAL."""
+
+    LOW = "LOW"
+    MEDIUM = "MEDIUM"
+    HIGH = "HIGH"
+    CRITICAL = "CRITICAL"
+
+    @property
+    def rank(self) -> int:
+        """0 for LOW to 3 for CRITICAL."""
+        return list(Severity).index(self)
+
+    def __lt__(self, other: "Severity") -> bool:
+        return self.rank < other.rank if isinstance(other, Severity) else NotImplemented
+
+    def __le__(self, other: "Severity") -> bool:
+        return self.rank <= other.rank if isinstance(other, Severity) else NotImplemented
+
+    def __gt__(self, other: "Severity") -> bool:
+        return self.rank > other.rank if isinstance(other, Severity) else NotImplemented
+
+    def __ge__(self, other: "Severity") -> bool:
+        return self.rank >= other.rank if isinstance(other, Severity) else NotImplemented
+
+
+EVENT_TYPES = {member.value: member for member in EventType}
+
+
+# ======================================================================================================
+# Prices
+# ======================================================================================================
+
+# USD per 1,000 tokens: input, output, cache read, 5-minute cache write, 1-hour cache write.
+# Source of the named models: LiteLLM model_prices_and_context_window as released in litellm 1.109.1, read
+# 2026-11-20. Where it gives no 1-hour price for a Claude model, twice the input price (the provider's rule);
+# where it gives no cache price, those tokens are billed as plain input. Surcharges for contexts above 200,000
+# tokens and per-search fees are left out.
+_PRICE_TABLE = """
+claude-haiku-4-5        0.001    0.005    0.0001    0.00125   0.002
+claude-haiku-5-5        0.0001   0.0005   0.00001   0.000125  0.0002
+claude-sonnet-4         0.003    0.015    0.0003    0.00375   0.006
+claude-sonnet-4-5       0.003    0.015    0.0003    0.00375   0.006
+claude-sonnet-4-6       0.003    0.015    0.0003    0.00375   0.006
+claude-sonnet-5         0.002    0.010    0.0002    0.0025    0.004
+claude-sonnet-5-5       0.002    0.010    0.0001    0.0025    0.004
+claude-opus-4           0.015    0.075    0.0015    0.01875   0.030
+claude-opus-4-1         0.015    0.075    0.0015    0.01875   0.030
+claude-opus-4-5         0.005    0.025    0.0005    0.00625   0.010
+claude-opus-4-6         0.005    0.025    0.0005    0.00625   0.010
+claude-opus-4-7         0.005    0.025    0.0005    0.00625   0.010
+claude-opus-4-8         0.005    0.025    0.0005    0.00625   0.010
+claude-opus-5           0.005    0.025    0.0005    0.00625   0.010
+claude-opus-5-5         0.004    0.020    0.0002    0.005     0.008
+claude-fable-5          0.010    0.050    0.001     0.0125    0.020
+claude-fable-5-1        0.010    0.050    0.00025   0.0125    0.020
+claude-mythos-5         0.010    0.050    0.001     0.0125    0.020
+claude-mythos-5-1       0.010    0.050    0.00025   0.0125    0.020
+claude-3-7-sonnet       0.003    0.015    0.0003    0.00375   0.006
+claude-3-5-sonnet       0.003    0.015    0.0003    0.00375   0.006
+claude-3-5-haiku        0.0008   0.004    0.00008   0.001     0.0016
+claude-3-opus           0.015    0.075    0.0015    0.01875   0.030
+gpt-5                   0.00125  0.010    0.000125  -         -
+gpt-5-codex             0.00125  0.010    0.000125  -         -
+gpt-5-mini              0.00025  0.002    0.000025  -         -
+gpt-5-nano              0.00005  0.0004   0.000005  -         -
+gpt-5-pro               0.015    0.120    -         -         -
+gpt-5.1                 0.00125  0.010    0.000125  -         -
+gpt-5.1-codex           0.00125  0.010    0.000125  -         -
+gpt-5.1-codex-max       0.00125  0.010    0.000125  -         -
+gpt-5.1-codex-mini      0.00025  0.002    0.000025  -         -
+gpt-5.2                 0.00175  0.014    0.000175  -         -
+gpt-5.2-codex           0.00175  0.014    0.000175  -         -
+gpt-5.2-pro             0.021    0.168    -         -         -
+gpt-5.3-codex           0.00175  0.014    0.000175  -         -
+gpt-5.4                 0.0025   0.015    0.00025   -         -
+gpt-5.4-mini            0.00075  0.0045   0.000075  -         -
+gpt-5.4-nano            0.0002   0.00125  0.00002   -         -
+gpt-5.4-pro             0.030    0.180    -         -         -
+gpt-5.5                 0.005    0.030    0.0005    -         -
+gpt-5.5-pro             0.030    0.180    -         -         -
+gpt-5.6                 0.004    0.020    0.0004    0.005     -
+gpt-5.6-terra           0.002    0.012    0.0002    0.0025    -
+gpt-5.6-luna            0.0002   0.0012   0.00002   0.00025   -
+gpt-4                   0.030    0.060    -         -         -
+gpt-4-turbo             0.010    0.030    -         -         -
+gpt-4.1                 0.002    0.008    0.0005    -         -
+gpt-4.1-mini            0.0004   0.0016   0.0001    -         -
+gpt-4o                  0.0025   0.010    0.00125   -         -
+gpt-4o-mini             0.00015  0.0006   0.000075  -         -
+o3                      0.002    0.008    0.0005    -         -
+o3-mini                 0.0011   0.0044   0.00055   -         -
+o4-mini                 0.0011   0.0044   0.000275  -         -
+gemini-2.5-pro          0.00125  0.010    0.000125  -         -
+gemini-2.5-flash        0.0003   0.0025   0.00003   -         -
+gemini-2.5-flash-lite   0.0001   0.0004   0.00001   -         -
+gemini-3-flash-preview  0.0005   0.003    0.00005   -         -
+gemini-3.1-pro-preview  0.002    0.012    0.0002    -         -
+gemini-3.1-flash-lite   0.00025  0.0015   0.000025  -         -
+gemini-3.5-flash        0.0015   0.009    0.00015   -         -
+gemini-3.6-flash        0.00075  0.00375  0.000075  -         -
+gemini-3.7-flash        0.00075  0.00375  0.000075  -         -
+gemini-3.8-flash        0.00075  0.00375  0.000075  -         -
+grok-4.20               0.00125  0.0025   0.0002    -         -
+grok-4.3                0.00125  0.0025   0.0002    -         -
+grok-4.5                0.002    0.006    0.0003    -         -
+grok-4.6                0.002    0.006    0.0005    -         -
+grok-4.7                0.002    0.006    0.0005    -         -
+grok-code-fast          0.001    0.002    0.0002    -         -
+deepseek-chat           0.00028  0.00042  0.000028  -         -
+deepseek-reasoner       0.00028  0.00042  0.000028  -         -
+deepseek-v4-flash       0.0003   0.0012   0.000006  0         -
+deepseek-v4-pro         0.00132  0.00396  0.000044  0         -
+"""
+
+# Short names matched exactly; their prices are the first public release's, the cache prices the usual
+# multiples (0.1x read, 1.25x and 2x write) where the vendor sells caching that way.
+_ALIAS_TABLE = """
+opus                    0.015    0.075    0.0015    0.01875   0.030
+sonnet                  0.003    0.015    0.0003    0.00375   0.006
+gpt4                    0.010    0.030    -         -         -
+gemini                  0.00025  0.0005   -         -         -
+grok                    0        0        0         0         0
+default                 0.010    0.030    -         -         -
+"""
+
+Price = namedtuple("Price", "model input output cache_read cache_write cache_write_1h exact")
+Price.__doc__ = """USD per 1,000 tokens by price class, the table row it comes from, and whether the model's own name
+(or that name with a date) is that row; False when a family or the default had to stand in."""
+
+_VENDOR = re.compile(r"^(?:.*/)?(?:(?:us|eu|apac|jp|au|global)\.)?(?:(?:anthropic|openai|deepseek)\.)?")
+_RELEASE = re.compile(r"(?:[-@]?(?:\d{8}|\d{4}-\d{2}-\d{2}|latest|v\d+(?::\d+)?)|\[1m\])+$|^:\d+$")
+
+
+def _bare_model(model: str) -> str:
+    """The model's name in lower case without a vendor's prefix ('anthropic/', 'us.anthropic.')."""
+    return _VENDOR.sub("", str(model).strip().lower())
+
+
+def _parse_prices(table: str) -> Dict[str, Price]:
+    rows = {}
+    for line in table.split("\n"):
+        if line:
+            name, *figures = line.split()
+            rows[name] = _price(name, [None if f == "-" else float(f) for f in figures])
+    return rows
+
+
+def _price(name: str, figures: List[Optional[float]]) -> Price:
+    """Fill missing cache prices: a read or a write without a price of its own is billed as input."""
+    plain, output, read, write, write_1h = figures
+    plain, output = plain or 0.0, output or 0.0
+    read = plain if read is None else read
+    write = plain if write is None else write
+    return Price(name, plain, output, read, write, write if write_1h is None else write_1h, True)
+
+
+class PriceList:
+    """Model prices: the built-in table, and a user's own in the per-token format LiteLLM publishes.
+
+    ``overrides``: ``{model: {"input_cost_per_token": USD, "output_cost_per_token": USD,
+    "cache_read_input_token_cost": USD, "cache_creation_input_token_cost": USD,
+    "cache_creation_input_token_cost_above_1hr": USD}}``; raises InvalidValue when a price is not a number >= 0.
+    """
+
+    _tables = None  # parsed once per process, when the first price is asked for
+    _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
+               "cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr")
+
+    def __init__(self, overrides: Optional[Dict[str, Any]] = None):
+        self.overrides = overrides or {}
+        self._own = {}
+        for model, entry in self.overrides.items():
+            if isinstance(entry, dict) and model != "sample_spec" and "input_cost_per_token" in entry:
+                figures = [self._figure(model, name, entry.get(name)) for name in self._fields]
+                self._own[_bare_model(model)] = _price(model, figures)
+        self._found = {}
+
+    @staticmethod
+    def _figure(model: str, name: str, value: Any) -> Optional[float]:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+            raise InvalidValue(f"price {name} of {model!r} is {value!r}: give USD per token as a number >= 0")
+        return value * 1000.0
+
+    def lookup(self, model: str) -> Price:
+        """The price of a model: its own row, else the longest row its name begins with (the rest must begin
+        with '-', '@' or ':'), else 'default'. ``Price.exact`` is False in the last two cases, unless what was
+        left over is only a release date."""
+        found = self._found.get(model)
+        if found is None:
+            found = self._found[model] = self._search(_bare_model(model or "default"))
+        return found
+
+    def _search(self, name: str) -> Price:
+        if PriceList._tables is None:
+            PriceList._tables = (_parse_prices(_ALIAS_TABLE), _parse_prices(_PRICE_TABLE))
+        aliases, table = PriceList._tables
+        for rows in (self._own, aliases, table):
+            if name in rows:
+                return rows[name]
+        family = dict(table, **self._own)
+        for end in range(len(name) - 1, 0, -1):
+            if name[end] in "-@:[" and name[:end] in family:
+                return family[name[:end]]._replace(exact=bool(_RELEASE.match(name[end:])))
+        return (self._own.get("default") or aliases["default"])._replace(exact=False)
+
+
+# ======================================================================================================
+# Errors
+# ======================================================================================================
+
+class SessionOptimizerError(Exception):
+    """Base of every error this module raises on purpose; the message names the value and the remedy."""
+
+
+class InvalidValue(SessionOptimizerError, ValueError):
+    """An argument or a stored value that cannot be used."""
+
+
+class InvalidSessionId(InvalidValue):
+    """A session id that could not be a file name on every system."""
+
+
+class SessionExists(SessionOptimizerError):
+    """The id is taken."""
+
+
+class SessionNotFound(SessionOptimizerError, LookupError):
+    """The store holds no session of this id, perhaps not any more."""
+
+
+class StorageError(SessionOptimizerError):
+    """A file cannot be read or written: ``path``, ``reason``, and ``remedy`` (what to do). What was stored stays."""
+
+    def __init__(self, path: str, reason: str, remedy: str):
+        super().__init__(path, reason, remedy)
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __str__(self) -> str:
+        return f"{_printable(self.path)}: {self.reason}; {self.remedy}"
+
+
+class DamagedSession(StorageError):
+    """The file of one session holds no session, or not enough of one to be repaired."""
+
+
+class SessionOptimizerWarning(UserWarning):
+    """Something was lost, repaired or guessed that a caller may want to know of."""
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SessionOptimizerWarning, stacklevel=3)
+
+
+# ======================================================================================================
+# Records
+# ======================================================================================================
+
+IDLE_GAP = 600       # seconds without an event after which the session was idle
+MAX_TOKENS = 10**15  # of one event: more is a mistake, and larger numbers lose digits in JSON readers
+
+
+def now_text() -> str:
+    """The current local time as ISO-8601 with the zone's offset."""
+    return datetime.now().astimezone().isoformat()
+
+
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z|z|[+-]\d\d:?\d\d(?::?\d\d)?)?$")
+
+
+def parse_time(text: Any) -> Optional[datetime]:
+    """ISO-8601 in any of its usual spellings as an aware datetime; without a zone it is local time; a date
+    alone is its midnight. None when empty or not a time."""
+    match = _TIME.match(text) if isinstance(text, str) else None
+    try:
+        if not match:
+            return _local(datetime.strptime(text, "%Y-%m-%d")) if text else None
+        day, clock, fraction, zone = match.groups()
+        moment = datetime.fromisoformat(day + "T" + clock)
+        if fraction:
+            moment = moment.replace(microsecond=int((fraction + "000000")[:6]))
+        return _local(moment) if zone is None else moment.replace(tzinfo=_zone(zone))
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _zone(text: str) -> timezone:
+    if text in "Zz":
+        return timezone.utc
+    digits = text[1:].replace(":", "").ljust(6, "0")
+    offset = timedelta(hours=int(digits[:2]), minutes=int(digits[2:4]), seconds=int(digits[4:6]))
+    return timezone(-offset if text[0] == "-" else offset)
+
+
+def _local(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone()
+    except (OverflowError, OSError, ValueError):  # years 1 and 9999 have no local offset everywhere
+        return moment.replace(tzinfo=timezone.utc)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+_DAYS: Dict[str, float] = {}  # seconds since 1970 of midnight UTC, by date: transcripts hold few dates and many times
+
+
+def seconds_of(text: Any) -> Optional[float]:
+    """Seconds since 1970 of an ISO-8601 text; None when it is empty or not a time."""
+    if text.__class__ is str and len(text) == 24 and text[23] == "Z" and text[19] == ".":
+        try:
+            midnight = _DAYS.get(text[:10])
+            if midnight is None:
+                midnight = _DAYS[text[:10]] = (parse_time(text[:10] + "T00:00:00Z") - _EPOCH).total_seconds()
+            return midnight + int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19]) + int(text[20:23]) / 1000
+        except (ValueError, TypeError):
+            pass
+    moment = parse_time(text)
+    return None if moment is None else (moment - _EPOCH).total_seconds()
+
+
+def _checked_count(name: str, value: Any) -> int:
+    """A count of tokens or milliseconds given by a caller: a whole number from 0 to MAX_TOKENS."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(
+            min(max(value, -1), MAX_TOKENS + 1)) != value or not 0 <= value <= MAX_TOKENS:
+        raise InvalidValue(f"{name} is {value!r}: give a whole number from 0 to {MAX_TOKENS:,}")
+    return int(value)
+
+
+@dataclass
+class SessionEvent:
+    """One thing that happened in a session.
+
+    ``tokens_input``: tokens new to the context with this event. ``tokens_output``: tokens the model wrote.
+    ``tokens_cache_write``: the part of ``tokens_input`` billed as cache write, ``tokens_cache_write_1h`` the part
+    of that at the one-hour price. ``tokens_cache_read``: context sent again from the provider's cache by this
+    model call, in no other figure. ``model`` where it differs from the session's; ``agent_id`` of a sub-agent.
+    """
+
+    id: str
+    timestamp: str
+    event_type: EventType
+    data: Dict[str, Any] = field(default_factory=dict)
+    tokens_input: int = 0
+    tokens_output: int = 0
+    duration_ms: int = 0
+    tokens_cache_write: int = 0
+    tokens_cache_write_1h: int = 0
+    tokens_cache_read: int = 0
+    model: str = ""
+    agent_id: str = ""
+
+    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read", "model", "agent_id")
+    _counts = ("tokens_input", "tokens_output", "duration_ms") + _rare[:3]
+
+    @property
+    def tokens(self) -> int:
+        """Input plus output, the tokens an analyzer can claim."""
+        return self.tokens_input + self.tokens_output
+
+    def to_dict(self) -> Dict[str, Any]:
+        """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
+        result = {"id": self.id, "timestamp": self.timestamp, "event_type": self.event_type.value,
+                  "data": self.data, "tokens_input": self.tokens_input, "tokens_output": self.tokens_output,
+                  "duration_ms": self.duration_ms}
+        for name in self._rare:
+            value = getattr(self, name)
+            if value:
+                result[name] = value
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> "SessionEvent":
+        """The event a dict describes. Unknown keys are ignored; a missing id, an unknown type or a count that
+        is not a whole number >= 0 raises InvalidValue."""
+        try:
+            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            values["event_type"] = EVENT_TYPES[getattr(data["event_type"], "value", data["event_type"])]
+            values.setdefault("timestamp", "")
+            event = cls(**values)
+        except (KeyError, TypeError) as error:
+            raise InvalidValue(f"not an event ({error!r}): it needs an id and an event_type of {', '.join(EVENT_TYPES)}")
+        event._check()
+        return event
+
+    def _check(self) -> None:
+        for name in self._counts:
+            value = getattr(self, name)
+            if value.__class__ is not int or not 0 <= value <= MAX_TOKENS:
+                setattr(self, name, _checked_count(name, value))
+        if self.data is None:
+            self.data = {}
+        if self.data.__class__ is not dict:
+            raise InvalidValue(f"data of event {self.id!r} is a {type(self.data).__name__}: give an object")
+        self.id, self.timestamp = str(self.id), str(self.timestamp or "")
+        self.model, self.agent_id = str(self.model or ""), str(self.agent_id or "")
+
+
+@dataclass
+class Session:
+    """What one agent did on one task: its events in order, and the totals that follow from them.
+
+    The three totals may be set by the caller of a session that has no events. Times are ISO-8601 texts.
+    """
+
+    id: str
+    agent: str
+    task: str
+    status: SessionStatus = SessionStatus.ACTIVE
+    started_at: str = ""
+    ended_at: str = ""
+    events: List[SessionEvent] = field(default_factory=list)
+    total_tokens_input: int = 0
+    total_tokens_output: int = 0
+    total_duration_ms: int = 0
+    model: str = "default"
+    metadata: Dict[str, Any] = field(default_factory=dict)
+
+    prices = PriceList()  # a store's own prices replace it on the sessions read from there
+
+    def __post_init__(self) -> None:
+        if not self.started_at:
+            self.started_at = now_text()
+
+    def add_event(self, event: SessionEvent) -> None:
+        """Append an event and add its tokens and duration to the totals."""
+        self.events.append(event)
+        self.total_tokens_input += event.tokens_input
+        self.total_tokens_output += event.tokens_output
+        self.total_duration_ms += event.duration_ms
+
+    def end(self, status: SessionStatus = SessionStatus.COMPLETED) -> None:
+        """Mark the session as ended now."""
+        self.status = status
+        self.ended_at = now_text()
+
+    @property
+    def imported(self) -> bool:
+        """True for a session read from an agent's transcript (its metadata names the source)."""
+        return "source" in self.metadata
+
+    @property
+    def total_tokens(self) -> int:
+        """Input plus output tokens. Context sent again from the provider's cache is not part of it."""
+        return self.total_tokens_input + self.total_tokens_output
+
+    @property
+    def estimated_cost(self) -> float:
+        """USD at API prices: input, cache writes, cache reads and output, each at its own price."""
+        if not self.events:
+            price = self.prices.lookup(self.model)
+            return (self.total_tokens_input * price.input + self.total_tokens_output * price.output) / 1000
+        return sum(self._model_costs().values())
+
+    def _model_costs(self) -> Dict[str, float]:
+        """USD by model."""
+        sums: Dict[str, List[int]] = {}
+        for event in self.events:
+            row = sums.get(event.model)
+            if row is None:
+                row = sums[event.model] = [0, 0, 0, 0, 0]
+            row[0] += event.tokens_input
+            row[1] += event.tokens_output
+            row[2] += event.tokens_cache_read
+            row[3] += event.tokens_cache_write
+            row[4] += event.tokens_cache_write_1h
+        costs = {}
+        for model, (entered, output, read, write, write_1h) in sums.items():
+            price = self.prices.lookup(model or self.model)
+            costs[model or self.model] = costs.get(model or self.model, 0.0) + (
+                (entered - write) * price.input + (write - write_1h) * price.cache_write
+                + write_1h * price.cache_write_1h + read * price.cache_read + output * price.output) / 1000
+        return costs
+
+    @property
+    def duration_seconds(self) -> float:
+        """Seconds: the durations recorded by the caller; without them, and for imported sessions (where calls
+        run in parallel), the active wall time, which leaves out gaps of more than 10 minutes."""
+        if self.total_duration_ms and not self.imported:
+            return self.total_duration_ms / 1000
+        times = sorted(t for t in (seconds_of(event.timestamp) for event in self.events) if t is not None)
+        if not times:
+            times = [t for t in (seconds_of(self.started_at), seconds_of(self.ended_at)) if t is not None]
+            return max(0.0, times[-1] - times[0]) if len(times) > 1 else 0.0
+        gaps = (later - earlier for earlier, later in zip(times, times[1:]))
+        return sum(gap for gap in gaps if gap <= IDLE_GAP)
+
+    def windows(self) -> Iterator[List[SessionEvent]]:
+        """The context windows: the events of one agent that share one live context, cut at every compaction
+        (a CONTEXT_LOAD event whose ``data["source"]`` is "compaction" begins a new one)."""
+        current: Dict[str, List[SessionEvent]] = {}
+        for event in self.events:
+            if is_compaction(event) and current.get(event.agent_id):
+                yield current.pop(event.agent_id)
+            current.setdefault(event.agent_id, []).append(event)
+        yield from current.values()
+
+    def to_dict(self) -> Dict[str, Any]:
+        """A dict JSON can hold, events included."""
+        return dict(self._head(), status=self.status.value, ended_at=self.ended_at,
+                    events=[event.to_dict() for event in self.events],
+                    total_tokens_input=self.total_tokens_input, total_tokens_output=self.total_tokens_output,
+                    total_duration_ms=self.total_duration_ms)
+
+    def _head(self) -> Dict[str, Any]:
+        """What is fixed at the start."""
+        return {"id": self.id, "agent": self.agent, "task": self.task, "started_at": self.started_at,
+                "model": self.model, "metadata": self.metadata}
+
+    def _foot(self) -> Dict[str, Any]:
+        """What changes with every event."""
+        return {"status": self.status.value, "ended_at": self.ended_at, "event_count": len(self.events),
+                "total_tokens_input": self.total_tokens_input, "total_tokens_output": self.total_tokens_output,
+                "total_duration_ms": self.total_duration_ms}
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> "Session":
+        """The session a dict describes. Totals are recomputed when there are events and kept when there are
+        none; unknown keys are ignored; InvalidValue names what is missing or cannot be used."""
+        if not isinstance(data, dict):
+            raise InvalidValue(f"a session is an object with id, agent and task, not a {type(data).__name__}")
+        missing = [name for name in ("id", "agent", "task") if name not in data]
+        if missing:
+            raise InvalidValue(f"the session has no {', '.join(missing)}: a session needs id, agent and task")
+        session = cls(str(data["id"]), str(data["agent"]), str(data["task"]), _status(data.get("status", "ACTIVE")),
+                      str(data.get("started_at") or ""), str(data.get("ended_at") or ""),
+                      model=str(data.get("model") or "default"))
+        session.metadata = _typed(data, "metadata", dict)
+        for entry in _typed(data, "events", list):
+            if not isinstance(entry, dict):
+                raise InvalidValue(f"an event of session {session.id!r} is a {type(entry).__name__}: give objects")
+            session.add_event(SessionEvent.from_dict(entry))
+        if not session.events:
+            for name in ("total_tokens_input", "total_tokens_output", "total_duration_ms"):
+                setattr(session, name, _checked_count(name, data.get(name) or 0))
+        return session
+
+
+def _typed(data: Dict[str, Any], name: str, kind: type) -> Any:
+    value = data.get(name)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise InvalidValue(f"{name} is a {type(value).__name__}: give a {kind.__name__}")
+    return value
+
+
+def _status(value: Any) -> SessionStatus:
+    """A status or its name; InvalidValue names the choices."""
+    try:
+        return SessionStatus(getattr(value, "value", value))
+    except ValueError:
+        choices = ", ".join(status.value for status in SessionStatus)
+        raise InvalidValue(f"unknown status {value!r}: use one of {choices}") from None
+
+
+def is_compaction(event: SessionEvent) -> bool:
+    """True where a new context window begins."""
+    return event.event_type is EventType.CONTEXT_LOAD and event.data.get("source") == "compaction"
+
+
+@dataclass
+class EfficiencyIssue:
+    """A finding: what was wasted, on which events, and how sure the figure is.
+
+    ``claims`` is ``{event id: (input tokens, output tokens)}``, whose sum is ``estimated_waste_tokens``; without
+    claims the number is shared by ``events_involved``, or by the whole session where none is named.
+    ``measured``: the tokens are recorded ones of events that provably repeat; otherwise a share was assumed.
+    ``charged_tokens``, ``charged_cost``: what the report charges to this issue after overlaps (tokens, USD).
+    """
+
+    id: str
+    issue_type: IssueType
+    severity: Severity
+    description: str
+    suggestion: str
+    estimated_waste_tokens: int = 0
+    estimated_waste_cost: float = 0.0
+    events_involved: List[str] = field(default_factory=list)
+    metadata: Dict[str, Any] = field(default_factory=dict)
+    claims: Dict[str, Any] = field(default_factory=dict)
+    measured: bool = False
+    charged_tokens: int = 0
+    charged_cost: float = 0.0
+
+    def to_dict(self) -> Dict[str, Any]:
+        """A dict JSON can hold."""
+        return dict(self.__dict__, issue_type=self.issue_type.value, severity=self.severity.value)
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> "EfficiencyIssue":
+        """The issue a dict describes; unknown keys are ignored, InvalidValue when it is not one."""
+        try:
+            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            values["issue_type"] = IssueType(data["issue_type"])
+            values["severity"] = Severity(data["severity"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidValue(f"not an issue: {error!r}") from None
+
+
+@dataclass
+class OptimizationReport:
+    """What an analysis found. Tokens and USD; ``total_*`` is the upper bound (with estimates), ``measured_*`` the
+    lower one. ``analyzer_errors`` names analyzers that failed, ``notes`` says what limits the figures."""
+
+    session_id: str
+    generated_at: str
+    issues: List[EfficiencyIssue] = field(default_factory=list)
+    total_waste_tokens: int = 0
+    total_waste_cost: float = 0.0
+    efficiency_score: float = 100.0
+    recommendations: List[str] = field(default_factory=list)
+    token_breakdown: Dict[str, int] = field(default_factory=dict)
+    comparisons: Dict[str, Any] = field(default_factory=dict)
+    measured_waste_tokens: int = 0
+    measured_waste_cost: float = 0.0
+    total_tokens: int = 0
+    estimated_cost: float = 0.0
+    analyzer_errors: List[str] = field(default_factory=list)
+    notes: List[str] = field(default_factory=list)
+    token_use: Dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """A dict JSON can hold."""
+        return dict(self.__dict__, issues=[issue.to_dict() for issue in self.issues])
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> "OptimizationReport":
+        """The report a dict describes; unknown keys are ignored, InvalidValue when it is not one."""
+        try:
+            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            values["issues"] = [EfficiencyIssue.from_dict(issue) for issue in data.get("issues", [])]
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise InvalidValue(f"not a report: {error!r}") from None
+
+
+# ======================================================================================================
+# Analyzers
+# ======================================================================================================
+
+TO_THE_END = 10**9  # last line of a read whose end is not known
+
+# What a tool may change, by its name in lower case: nothing, the files it names, or (not listed) who knows.
+_READ_TOOLS = ("read", "read_file", "read_many_files", "view", "view_image", "cat", "notebookread")
+_SEARCH_TOOLS = ("grep", "glob", "ls", "search", "rg", "find", "websearch", "webfetch", "toolsearch", "web_search",
+                 "list_directory", "search_file_content", "grep_search", "google_web_search", "web_fetch")
+_WRITE_TOOLS = ("edit", "multiedit", "write", "notebookedit", "write_file", "replace", "apply_patch", "create",
+                "str_replace", "edit_file", "delete_file")
+_HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
+    "todowrite", "todoread", "taskcreate", "taskupdate", "tasklist", "taskget", "taskoutput", "taskstop", "skill",
+    "bashoutput", "killshell", "killbash", "askuserquestion", "exitplanmode", "enterplanmode", "sendmessage",
+    "update_plan", "write_todos", "save_memory", "write_stdin", "wait", "monitor", "schedulewakeup", "listmcpresources",
+    "readmcpresource", "request_user_input", "slashcommand")
+
+_DECLINED = re.compile(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
+                       r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
+_TRANSIENT = re.compile(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
+
+
+def failure_kind(data: Dict[str, Any]) -> str:
+    """Why a failure is not the agent's: "declined", "transient", "collateral" or "interrupted"; "" when it is."""
+    if data.get("kind"):
+        return str(data["kind"])
+    message = str(data.get("message") or data.get("error") or "")[:1000]
+    if _DECLINED.search(message):
+        return "declined"
+    code = data.get("status_code", data.get("code"))
+    return "transient" if code in (429, 503, 529) or _TRANSIENT.search(message) else ""
+
+
+def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
+    """Paths the event may have changed; ["*"]: anything; ["?"]: not known; []: nothing."""
+    data = event.data
+    if "changes" in data:
+        return data["changes"] if isinstance(data["changes"], list) else ["?"]
+    kind = event.event_type
+    if kind is EventType.FILE_WRITE:
+        return [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
+    if kind is not EventType.TOOL_CALL and kind is not EventType.ERROR:
+        return []
+    command = _command_of(data)
+    if command:
+        return shell_effects(command, cwd).changes
+    tool = str(data.get("tool") or data.get("name") or "").lower()
+    if not tool or tool in _HARMLESS_TOOLS:
+        return []
+    if tool in _WRITE_TOOLS:
+        return [] if kind is EventType.ERROR else [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
+    return ["?"]
+
+
+def _command_of(data: Dict[str, Any]) -> str:
+    arguments = data.get("args") if isinstance(data.get("args"), dict) else {}
+    command = data.get("command") or arguments.get("command") or ""
+    return command if isinstance(command, str) else ""
+
+
+def _paths_of(data: Dict[str, Any]) -> List[str]:
+    paths = data.get("file_paths") or [data.get("file_path") or data.get("file") or data.get("path") or ""]
+    return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
+
+
+def line_range(data: Dict[str, Any]) -> Tuple[int, int]:
+    """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are (-n, -1)."""
+    given = data.get("lines") or data.get("line_range") or data.get("view_range")
+    if isinstance(given, str) and re.match(r"\d+\s*[-:,]\s*\d+$", given):
+        given = [int(number) for number in re.findall(r"\d+", given)]
+    if isinstance(given, (list, tuple)) and len(given) == 2:
+        first, last = given
+    elif "start_line" in data or "end_line" in data:
+        first, last = data.get("start_line"), data.get("end_line")
+    else:
+        first, limit = data.get("offset") or 1, data.get("limit")
+        last = first + limit - 1 if _is_count(first) and _is_count(limit) and limit else None
+    first = first if _is_count(first) else 1
+    if first < 0:
+        return first, -1
+    last = last if _is_count(last) and last > 0 else data.get("total_lines")
+    return max(first, 1), last if _is_count(last) and last >= first else TO_THE_END
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Repeat = namedtuple("Repeat", "earlier covered total")
+Repeat.__doc__ = """What of a read or search its window holds already: the event that brought it, and how many of
+how many lines (1 of 1 for a search)."""
+
+
+class _Held:
+    """One read that a window still holds."""
+
+    __slots__ = ("first", "last", "digest", "clock", "event")
+
+    def __init__(self, first: int, last: int, digest: str, clock: int, event: SessionEvent):
+        self.first, self.last, self.digest, self.clock, self.event = first, last, digest, clock, event
+
+
+class ContextMemory:
+    """What every context window of a session still holds unchanged, followed event by event.
+
+    Windows belong to one agent and end at a compaction. The files on disk are shared: a write by one agent makes
+    the copies in every window stale. A command that is not recognised ends all searches, and leaves a read
+    repeated only if its content is known to be the same.
+    """
+
+    def __init__(self, cwd: str = ""):
+        self.cwd = cwd
+        self._reads: Dict[str, Dict[str, List[_Held]]] = {}
+        self._searches: Dict[str, Dict[Any, SessionEvent]] = {}
+        self._clock = 0
+        self._doubt = 0  # clock of the last command that was not recognised
+
+    def observe(self, event: SessionEvent) -> Optional[Repeat]:
+        """What of this event its window held already (None: nothing), and take the event in."""
+        self._clock += 1
+        changes = changes_of(event, self.cwd)
+        if changes:
+            self._forget(changes)  # a command line that changes and reads shows what it has changed
+        kind = event.event_type
+        if kind is EventType.FILE_READ or kind is EventType.SEARCH:
+            repeat = self.repeats(event)
+            self._keep(event)
+            return repeat
+        if is_compaction(event):
+            self._reads.pop(event.agent_id, None)
+            self._searches.pop(event.agent_id, None)
+        return None
+
+    def repeats(self, event: SessionEvent) -> Optional[Repeat]:
+        """What of this event its window holds, without taking the event in; None when nothing."""
+        if event.event_type is EventType.SEARCH:
+            return self._repeated_search(event)
+        if event.event_type is not EventType.FILE_READ or event.data.get("unchanged"):
+            return None
+        reads = self._ranges(event)
+        found = [self._covered(event, *read) for read in reads]
+        if not found or None in found or len(found) > 1 and any(r.covered < r.total for r in found if r):
+            return None  # of several files in one result, the share of each is not known
+        return found[0]
+
+    def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
+        several = event.data.get("reads")
+        if isinstance(several, list):
+            return [(canonical_path(str(read[0]), self.cwd), *line_range({"lines": read[1:]})) for read in several]
+        first, last = line_range(event.data)
+        return [(canonical_path(path, self.cwd), first, last) for path in _paths_of(event.data)[:1]]
+
+    def _covered(self, event: SessionEvent, path: str, first: int, last: int) -> Optional[Repeat]:
+        held = self._reads.get(event.agent_id, {}).get(path)
+        content = event.data.get("content")
+        if not held or content == "changed":
+            return None
+        digest = event.data.get("content_hash")
+        for old in held:
+            if digest and old.digest and (old.first, old.last) == (first, last):
+                if old.digest != digest:
+                    return None
+                content = "same"
+        spans = sorted((max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
+                       if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first)
+        covered, end = 0, first - 1
+        for start, stop, _, _ in spans:
+            covered += max(0, stop - max(start, end + 1) + 1)
+            end = max(end, stop)
+        return Repeat(spans[0][3], covered, last - first + 1) if covered else None
+
+    def _repeated_search(self, event: SessionEvent) -> Optional[Repeat]:
+        earlier = self._searches.get(event.agent_id, {}).get(search_key(event.data))
+        if earlier is None:
+            return None
+        old, new = earlier.data.get("content_hash"), event.data.get("content_hash")
+        return None if old and new and old != new else Repeat(earlier, 1, 1)
+
+    def _keep(self, event: SessionEvent) -> None:
+        if event.event_type is EventType.SEARCH:
+            key = search_key(event.data)
+            if key and not event.data.get("truncated"):
+                self._searches.setdefault(event.agent_id, {})[key] = event
+            return
+        if event.data.get("unchanged") or event.data.get("truncated") and not event.data.get("lines"):
+            return
+        window = self._reads.setdefault(event.agent_id, {})
+        digest = event.data.get("content_hash") or ""
+        for path, first, last in self._ranges(event):
+            held = window.setdefault(path, [])
+            if self._stale(held, event, first, last, digest):
+                held[:] = []
+            held.append(_Held(first, last, digest, self._clock, event))
+            if first == 1 and last >= (event.data.get("total_lines") or TO_THE_END):
+                held.append(_Held(-last, -1, "", self._clock, event))
+
+    @staticmethod
+    def _stale(held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
+        """True when what came back shows that the file is another than the window holds."""
+        return event.data.get("content") == "changed" or any(
+            digest and old.digest and old.digest != digest and (old.first, old.last) == (first, last)
+            for old in held)
+
+    def _forget(self, changes: List[str]) -> None:
+        self._searches.clear()
+        if "*" in changes:
+            self._reads.clear()
+        elif "?" in changes:
+            self._doubt = self._clock
+        for window in self._reads.values():
+            for path in [held for held in window if _is_within(held, changes)]:
+                del window[path]
+
+
+def _is_within(path: str, places: List[str]) -> bool:
+    """Whether a path is one of the places or below one that is a directory."""
+    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
+
+
+def search_key(data: Dict[str, Any]) -> Optional[Tuple[str, str, str]]:
+    """Tool, query and scope with case and space folded; None without a query."""
+    query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
+    if not query:
+        return None
+    scope = " ".join(f"{name}={data[name]}" for name in ("scope", "path", "file_path", "glob", "type", "include")
+                     if data.get(name))
+    return str(data.get("tool") or "").lower(), query, " ".join(scope.split())
+
+
+def _cwd_of(session: Session) -> str:
+    source = session.metadata.get("source")
+    cwd = source.get("cwd") if isinstance(source, dict) else session.metadata.get("cwd")
+    return cwd if isinstance(cwd, str) else ""
+
+
+def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
+    """The reads and searches of a session that brought what their window held already, in order; computed once while the
+    session's events stay the same."""
+    known = session.__dict__.get("_repeats")
+    if known is None or known[0] != len(session.events):
+        memory = ContextMemory(_cwd_of(session))
+        pairs = [(event, memory.observe(event)) for event in session.events]
+        known = session.__dict__["_repeats"] = (len(pairs), [(e, r) for e, r in pairs if r is not None])
+    return known[1]
+
+
+class BaseAnalyzer:
+    """One kind of waste. A subclass gives ``issue_type``, thresholds as class attributes, and ``find(session)``
+    yielding issues made by ``self.issue(...)``; or it overrides ``analyze`` and makes its issues itself.
+
+    Thresholds may be given to the constructor; an unknown name raises InvalidValue.
+    """
+
+    issue_type = IssueType.INEFFICIENT_TOOL_USE
+
+    def __init__(self, **thresholds: Any):
+        for name, value in thresholds.items():
+            if name not in self.thresholds():
+                known = ", ".join(sorted(self.thresholds())) or "none"
+                raise InvalidValue(f"{type(self).__name__} has no threshold {name!r}; it has: {known}")
+            setattr(self, name, value)
+
+    def thresholds(self) -> Dict[str, Any]:
+        """The thresholds in force, by name."""
+        names = [name for cls in type(self).__mro__ for name, value in vars(cls).items()
+                 if isinstance(value, (int, float)) and not name.startswith("_")]
+        return {name: getattr(self, name) for name in names}
+
+    def analyze(self, session: Session) -> List[EfficiencyIssue]:
+        """The issues of this kind in a session, most wasteful first, with tokens and USD."""
+        issues = list(self.find(session))
+        for issue in issues:
+            price_issue(session, issue)
+        return sorted(issues, key=lambda issue: -issue.estimated_waste_tokens)
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        """Yield the issues; what a subclass defines."""
+        raise NotImplementedError(f"{type(self).__name__} needs find(session) or analyze(session)")
+
+    def issue(self, severity: Severity, description: str, suggestion: str, *, events: Iterable[SessionEvent] = (),
+              claims: Optional[Dict[str, Any]] = None, tokens: Optional[int] = None, measured: bool = False,
+              **metadata: Any) -> EfficiencyIssue:
+        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens; ``tokens`` alone
+        is shared by ``events`` or, where there are none, by the session."""
+        ids = [event.id for event in events]
+        name = f"{self.issue_type.value.lower()}_{ids[0] if ids else 'session'}"
+        total = sum(sum(claim) for claim in claims.values()) if claims else tokens or 0
+        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids, metadata,
+                               claims or {}, measured)
+
+
+class RepeatedFileReadAnalyzer(BaseAnalyzer):
+    """The agent read lines that its context window already held, unchanged.
+
+    Counts when the lines are still in the window: no write to the file, no command that could have changed it, no
+    compaction in between. Charged: the input tokens of the repeated share of every read after the first.
+    """
+
+    issue_type = IssueType.REPEATED_FILE_READ
+    high_from = 3         # reads of one file
+    minimum_share = 0.1   # of a read's lines; pages that overlap by a few lines are pages
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        cwd, window, runs = _cwd_of(session), {}, {}  # type: Tuple[str, Dict[str, str], Dict[Any, Any]]
+        for event, repeat in repeats_in(session):
+            if event.event_type is EventType.FILE_READ and repeat.covered >= repeat.total * self.minimum_share:
+                path = canonical_path(_paths_of(event.data)[0], cwd)
+                # One finding per file and window: a repeat belongs to the finding that holds the read it repeats.
+                key = window.get(repeat.earlier.id) or event.id
+                window[event.id] = window[repeat.earlier.id] = key
+                runs.setdefault((key, path), []).append((repeat, event))
+        for (_, path), repeats in runs.items():
+            yield self._finding(path, repeats)
+
+    def _finding(self, path: str, repeats: List[Tuple[Repeat, SessionEvent]]) -> EfficiencyIssue:
+        claims = {event.id: (event.tokens_input * repeat.covered // repeat.total, 0) for repeat, event in repeats}
+        events = {repeats[0][0].earlier.id: repeats[0][0].earlier}
+        events.update((event.id, event) for _, event in repeats)
+        count = len(repeats) + 1
+        name = path.rsplit("/", 1)[-1]
+        return self.issue(
+            Severity.HIGH if count >= self.high_from else Severity.MEDIUM,
+            f"File '{name}' was read {count} times while its content was still in the context",
+            "Cache what was read: the lines are still in the context; read again only after a change or a compaction",
+            events=events.values(), claims=claims, measured=True, file_path=path, read_count=count)
+
+
+class RepeatedSearchAnalyzer(BaseAnalyzer):
+    """The same search was run again in one context window with nothing written in between.
+
+    Same tool, query and scope, case and space folded; a search whose answer differs is not repeated. Charged: the
+    input and output tokens of every run after the first.
+    """
+
+    issue_type = IssueType.REPEATED_SEARCH
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        runs: Dict[str, List[SessionEvent]] = {}
+        for event, repeat in repeats_in(session):
+            if event.event_type is EventType.SEARCH:
+                run = runs.pop(repeat.earlier.id, None) or [repeat.earlier]
+                runs[event.id] = run + [event]
+        for first, *again in runs.values():
+            query = " ".join(str(first.data.get("query") or first.data.get("pattern")).split())
+            yield self.issue(
+                Severity.MEDIUM, f"Search run {len(again) + 1} times with nothing changed in between: '{query[:60]}'",
+                "Cache the result or widen the first search: its answer is still in the context",
+                events=[first] + again, claims={e.id: (e.tokens_input, e.tokens_output) for e in again},
+                measured=True, query=query, search_count=len(again) + 1)
+
+
+class LargeFileAnalyzer(BaseAnalyzer):
+    """One read brought a very large file into the context.
+
+    Counts reads at or above the limit that are not marked ``compressed``. Charged, as an estimate: the share that a
+    targeted read (a line range, a search, an outline) usually saves.
+    """
+
+    issue_type = IssueType.LARGE_FILE_UNCOMPRESSED
+    limit = 10_000        # tokens of one read
+    saving_percent = 60   # of the read
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        for event in session.events:
+            if (event.event_type is EventType.FILE_READ and event.tokens_input >= self.limit
+                    and not event.data.get("compressed")):
+                path = (_paths_of(event.data) or [""])[0]
+                yield self.issue(
+                    Severity.HIGH, f"Large file read whole ({event.tokens_input:,} tokens): '{path.rsplit('/', 1)[-1]}'",
+                    "Read the part that is needed (a line range, a search first) or compress the file before loading it",
+                    events=[event], claims={event.id: (event.tokens_input * self.saving_percent // 100, 0)},
+                    file_path=path, tokens=event.tokens_input, saving_percent=self.saving_percent)
+
+
+class ExcessiveThinkingAnalyzer(BaseAnalyzer):
+    """Thinking is most of what the model wrote.
+
+    Counts above the threshold share of all output; where a provider hides the size of thinking there are no THINKING
+    events and this analyzer is silent. Charged, as an estimate: what exceeds the acceptable share.
+    """
+
+    issue_type = IssueType.EXCESSIVE_THINKING
+    threshold_percent = 40   # of output
+    acceptable_percent = 30  # of output
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        events = [e for e in session.events if e.event_type is EventType.THINKING and e.tokens_output]
+        thinking, output = sum(e.tokens_output for e in events), session.total_tokens_output
+        if not output or thinking * 100 <= output * self.threshold_percent:
+            return
+        percent = 100 * thinking / output
+        shares = share_out(thinking - output * self.acceptable_percent // 100, [e.tokens_output for e in events])
+        yield self.issue(
+            Severity.MEDIUM, f"Thinking is {percent:.1f}% of the output (threshold {self.threshold_percent}%)",
+            "State the task more precisely or lower the thinking budget for routine work", events=events,
+            claims={e.id: (0, share) for e, share in zip(events, shares) if share},
+            thinking_percent=percent, thinking_tokens=thinking, total_output=output)
+
+
+class FailedRetryAnalyzer(BaseAnalyzer):
+    """The same operation failed again in the same way although nothing had been changed.
+
+    The key is (tool or command, normalised message). A write, a command that is not recognised, a success of the same
+    operation, ``recovered: true`` or a compaction ends a run; declined, transient and collateral failures and
+    calls of one response do not count. Charged: input and output of every failure after the first.
+    """
+
+    issue_type = IssueType.FAILED_RETRY
+    minimum = 2  # failures
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        cwd, runs, ended = _cwd_of(session), {}, []
+        for event in session.events:
+            failed = event.event_type is EventType.ERROR
+            if not failed and not runs:
+                continue
+            key = self._key(event)
+            if failed and event.data.get("recovered"):
+                ended.append(runs.pop(key, []))
+                continue
+            if runs:
+                changed = bool(changes_of(event, cwd))
+                for old in list(runs):
+                    if self._ends(old, key, event, changed):
+                        ended.append(runs.pop(old))
+            if failed and any(key[1:]) and not failure_kind(event.data):
+                run = runs.setdefault(key, [])
+                if not (run and self._batch(event) and self._batch(event) == self._batch(run[-1])):
+                    run.append(event)
+        for run in ended + list(runs.values()):
+            if len(run) >= self.minimum:
+                yield self._finding(run)
+
+    @staticmethod
+    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool) -> bool:
+        """Whether an event ends a run of failures: by a change, a compaction of its window, or a success."""
+        if event.event_type is EventType.ERROR:
+            return changed and run != key
+        return changed or (is_compaction(event) and run[0] == event.agent_id) or bool(key[1]) and run[:2] == key[:2]
+
+    @staticmethod
+    def _batch(event: SessionEvent) -> Any:
+        return event.data.get("response_id") or event.data.get("batch_id")
+
+    @staticmethod
+    def _key(event: SessionEvent) -> Tuple[str, str, str]:
+        data = event.data
+        operation = data.get("operation") or _command_of(data) or data.get("tool") or data.get("name") or ""
+        message = data.get("error_hash") or normal_message(data.get("message") or data.get("error") or "")
+        return event.agent_id, " ".join(str(operation).split()), message
+
+    def _finding(self, run: List[SessionEvent]) -> EfficiencyIssue:
+        what = _command_of(run[0].data) or run[0].data.get("tool") or run[0].data.get("message") or "operation"
+        return self.issue(
+            Severity.HIGH, f"Failed {len(run)} times with nothing changed in between: '{' '.join(str(what).split())[:60]}'",
+            "Read the first error and change something before trying again", events=run,
+            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=True, retry_count=len(run))
+
+
+def normal_message(message: Any) -> str:
+    """An error text with numbers, addresses and space folded, so that two of a kind are equal."""
+    text = re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+", "#", str(message)[:2000].lower())
+    return " ".join(text.split())[:300]
+
+
+class LongSessionAnalyzer(BaseAnalyzer):
+    """The session ran long; a long context is sent again with every call. Often legitimate, so an estimate.
+
+    Charged: 10% of the session's tokens per 30 minutes over the limit, at most 30%, spread over all events.
+    """
+
+    issue_type = IssueType.LONG_SESSION
+    limit_minutes = 60
+    high_minutes = 120
+    percent_per_step = 10  # of the session's tokens
+    step_minutes = 30
+    most_percent = 30
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        minutes = session.duration_seconds / 60
+        if minutes <= self.limit_minutes:
+            return
+        percent = min(self.most_percent, (minutes - self.limit_minutes) / self.step_minutes * self.percent_per_step)
+        yield self.issue(
+            Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
+            f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
+            "If the work fell into separate tasks, a fresh session for each would have carried less context",
+            tokens=int(session.total_tokens * percent / 100), duration_minutes=minutes,
+            threshold_minutes=self.limit_minutes)
+
+
+class HighErrorRateAnalyzer(BaseAnalyzer):
+    """Much of what the agent tried failed: the task or the environment was not clear to it.
+
+    Counts errors among all events, not declined permissions, overload answers or collateral failures of a parallel
+    call. Charged, as an estimate: the tokens of the error events.
+    """
+
+    issue_type = IssueType.HIGH_ERROR_RATE
+    threshold_percent = 20  # of the events
+    high_percent = 40
+    more_than = 5           # events
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        errors = [e for e in session.events if e.event_type is EventType.ERROR and not failure_kind(e.data)]
+        count = len(session.events)
+        if count <= self.more_than or len(errors) * 100 <= count * self.threshold_percent:
+            return
+        rate = 100 * len(errors) / count
+        yield self.issue(
+            Severity.HIGH if rate > self.high_percent else Severity.MEDIUM,
+            f"{len(errors)} of {count} events are errors ({rate:.1f}%)",
+            "Check the task's wording and the environment (paths, dependencies, permissions) before the next run",
+            events=errors, claims={e.id: (e.tokens_input, e.tokens_output) for e in errors if e.tokens},
+            error_rate=rate, error_count=len(errors), total_events=count)
+
+
+class TokenSpikeAnalyzer(BaseAnalyzer):
+    """Single events far above the usual size. Often legitimate: a place to look.
+
+    Compared with the others of the same type (with all others where there are fewer than 10); CONTEXT_LOAD never counts.
+    Charged, as an estimate: what exceeds 1.5 times that average; nothing for imported sessions.
+    """
+
+    issue_type = IssueType.TOKEN_SPIKE
+    times = 3.0         # the average of the others
+    acceptable = 1.5    # times that average
+    enough = 10         # events of one type that make an average of their own
+    minimum_events = 3  # with tokens
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        spikes = [spike for spike in self.ratios(session) if spike[2].tokens > self.times * spike[1]]
+        if spikes:
+            yield self._finding(session, sorted(spikes, key=lambda spike: -spike[2].tokens))
+
+    def ratios(self, session: Session) -> Iterator[Tuple[float, float, SessionEvent]]:
+        """Of every event with tokens: how many times the average of the others, that average, and the event."""
+        events = [e for e in session.events if e.event_type is not EventType.CONTEXT_LOAD and e.tokens]
+        if len(events) < self.minimum_events:
+            return
+        sums: Dict[Any, List[int]] = {None: [len(events), sum(e.tokens for e in events)]}
+        for event in events:
+            row = sums.setdefault(event.event_type, [0, 0])
+            row[0] += 1
+            row[1] += event.tokens
+        for event in events:
+            count, total = sums[event.event_type if sums[event.event_type][0] >= self.enough else None]
+            average = (total - event.tokens) / (count - 1)
+            yield event.tokens / average if average else float(event.tokens), average, event
+
+    def _finding(self, session: Session, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
+        multiplier, average, worst = spikes[0]
+        claims = {} if session.imported else {
+            event.id: split_like(event, event.tokens - int(self.acceptable * mean)) for _, mean, event in spikes}
+        more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
+        return self.issue(
+            Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is {multiplier:.1f} times the "
+            f"average of {average:,.0f}{more}",
+            "A place to look: a large output may be what was wanted, or a query that returned too much",
+            events=[event for _, _, event in spikes], claims=claims, multiplier=multiplier,
+            event_tokens=worst.tokens, average_tokens=average, spikes=len(spikes))
+
+
+BUILT_IN_ANALYZERS = (
+    RepeatedFileReadAnalyzer, RepeatedSearchAnalyzer, LargeFileAnalyzer, ExcessiveThinkingAnalyzer,
+    FailedRetryAnalyzer, LongSessionAnalyzer, HighErrorRateAnalyzer, TokenSpikeAnalyzer)
+
+
+# ======================================================================================================
+# Reports
+# ======================================================================================================
+
+def share_out(total: int, weights: List[int]) -> List[int]:
+    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder, then order)."""
+    if len(weights) == 1:
+        return [total]
+    whole = sum(weights)
+    if not whole or not total:
+        return [0] * len(weights)
+    shares = [total * weight // whole for weight in weights]
+    missing = total - sum(shares)
+    if missing:
+        by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
+        for index in by_remainder[:missing]:
+            shares[index] += 1
+    return shares
+
+
+def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
+    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it has."""
+    tokens = max(0, min(tokens, event.tokens))
+    entered, written = share_out(tokens, [event.tokens_input, event.tokens_output]) if tokens else (0, 0)
+    return entered, written
+
+
+def _claimable(event: SessionEvent) -> bool:
+    return event.event_type is not EventType.CONTEXT_LOAD or event.data.get("source") != "unattributed"
+
+
+def _events_of(session: Session) -> List[SessionEvent]:
+    """The session's events; totals without events count as one."""
+    if session.events or not session.total_tokens:
+        return session.events
+    return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input, session.total_tokens_output)]
+
+
+class UnitCosts:
+    """USD per input and per output token of every event of a session.
+
+    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with every later call
+    of its window, at the cache-read price, while that call's cache read reaches its position in the context.
+    """
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.count = len(session.events)
+        self._carry: Dict[int, float] = {}
+        if any(event.tokens_cache_read for event in session.events):
+            for window in session.windows():
+                self._carry_window(window)
+
+    def _price(self, event: SessionEvent) -> Price:
+        return self.session.prices.lookup(event.model or self.session.model)
+
+    def of(self, event: SessionEvent) -> Tuple[float, float]:
+        """USD per wasted input token (carry included) and per wasted output token of this event."""
+        price, entered = self._price(event), event.tokens_input
+        if not entered:
+            return 0.0, price.output / 1000
+        write, write_1h = event.tokens_cache_write, event.tokens_cache_write_1h
+        billed = ((entered - write) * price.input + (write - write_1h) * price.cache_write
+                  + write_1h * price.cache_write_1h)
+        return (billed + self._carry.get(id(event), 0.0)) / entered / 1000, price.output / 1000
+
+    def _carry_window(self, window: List[SessionEvent]) -> None:
+        """Positions first: what entered since the call before lies behind this call's cache read. Then from the last
+        call to the first, so that the later calls' reads stand sorted when an event asks how many reach it."""
+        entries, calls, pending, answer = [], [], [], None
+        for event in window:
+            if event.event_type is not EventType.AI_RESPONSE:
+                pending.append(event)
+                continue
+            position = event.tokens_cache_read
+            rebuilt = [e for e in pending if e.data.get("source") == "cache rebuild"]
+            for entered in rebuilt + ([answer] if answer else []) + [e for e in pending if e.data.get("source") != "cache rebuild"]:
+                entries.append((len(calls), position, entered))
+                position += entered.tokens_input
+            calls.append(event)
+            pending, answer = [], event
+        later: Dict[float, List[int]] = {}
+        index = len(calls) - 1
+        for call, start, event in reversed(entries):
+            while index > call:
+                insort(later.setdefault(self._price(calls[index]).cache_read, []), calls[index].tokens_cache_read)
+                index -= 1
+            if event.tokens_input:
+                self._carry[id(event)] = sum(
+                    price * self._reached(reads, start, event.tokens_input) for price, reads in later.items())
+
+    @staticmethod
+    def _reached(reads: List[int], start: int, size: int) -> int:
+        """How many tokens of [start, start + size) the sorted cache reads cover in all."""
+        low, high = bisect_right(reads, start), bisect_left(reads, start + size)
+        return (len(reads) - high) * size + sum(reads[low:high]) - (high - low) * start
+
+
+def _unit_costs(session: Session) -> UnitCosts:
+    """The session's unit costs, computed once while its events stay the same."""
+    costs = session.__dict__.get("_unit_costs")
+    if costs is None or costs.count != len(session.events):
+        costs = session.__dict__["_unit_costs"] = UnitCosts(session)
+    return costs
+
+
+def claims_of(session: Session, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
+    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's own
+    proportion; without claims the waste is shared by the events involved, or by all where none is named."""
+    events = _events_of(session)
+    if issue.claims:
+        by_id = {event.id: event for event in events}
+        pairs = [(by_id[key], claim) for key, claim in issue.claims.items() if key in by_id]
+        return {event.id: _cut(event, claim) for event, claim in pairs if _claimable(event)}
+    if not issue.estimated_waste_tokens:
+        return {}
+    involved = set(issue.events_involved)
+    named = [event for event in events if _claimable(event) and (not involved or event.id in involved)]
+    tokens = min(int(issue.estimated_waste_tokens), sum(event.tokens for event in named))
+    shares = share_out(tokens, [event.tokens for event in named])
+    return {event.id: split_like(event, share) for event, share in zip(named, shares) if share}
+
+
+def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
+    if isinstance(claim, (int, float)):
+        return split_like(event, int(claim))
+    return max(0, min(int(claim[0]), event.tokens_input)), max(0, min(int(claim[1]), event.tokens_output))
+
+
+def price_issue(session: Session, issue: EfficiencyIssue) -> None:
+    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
+    claims = claims_of(session, issue)
+    if issue.claims:
+        issue.estimated_waste_tokens = sum(map(sum, claims.values()))
+    if not issue.estimated_waste_cost and claims:
+        costs, events = _unit_costs(session), {event.id: event for event in _events_of(session)}
+        issue.estimated_waste_cost = sum(
+            entered * unit[0] + written * unit[1]
+            for unit, (entered, written) in ((costs.of(events[key]), claim) for key, claim in claims.items()))
+
+
+class ClaimsLedger:
+    """Charges every token once: an event pays its largest measured claim, then only what its largest estimated claim
+    adds, never more than it has; of equal claims the first in registry order wins. ``tokens`` and ``cost`` are
+    {True: measured, False: estimated}; the issues carry their part, and the parts add up."""
+
+    def __init__(self, session: Session, issues: List[EfficiencyIssue]):
+        self.tokens = {True: 0, False: 0}
+        self.cost = {True: 0.0, False: 0.0}
+        best: Dict[str, Dict[bool, Any]] = {}
+        for issue in issues:
+            issue.charged_tokens, issue.charged_cost = 0, 0.0
+            for key, claim in claims_of(session, issue).items():
+                held = best.setdefault(key, {}).get(issue.measured)
+                if sum(claim) > (sum(held[0]) if held else 0):
+                    best[key][issue.measured] = (claim, issue)
+        if best:
+            costs = _unit_costs(session)
+            for event in _events_of(session):
+                if event.id in best:
+                    self._charge(best.pop(event.id), costs.of(event))
+
+    def _charge(self, claims: Dict[bool, Any], unit: Tuple[float, float]) -> None:
+        paid = (0, 0)
+        for measured in (True, False):
+            if measured in claims:
+                (entered, written), issue = claims[measured]
+                entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
+                cost = entered * unit[0] + written * unit[1]
+                issue.charged_tokens += entered + written
+                issue.charged_cost += cost
+                self.tokens[measured] += entered + written
+                self.cost[measured] += cost
+                paid = (entered, written)
+
+
+def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+    """Run the analyzers and charge what they claim. One that raises is named in the report, the others count."""
+    issues, failures = [], []
+    for analyzer in analyzers:
+        try:
+            issues += list(analyzer.analyze(session) or [])
+        except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
+            failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
+    for issue in issues:
+        if not issue.estimated_waste_cost:
+            price_issue(session, issue)
+    ledger = ClaimsLedger(session, issues)
+    issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
+    waste, total = sum(ledger.tokens.values()), session.total_tokens
+    cost = session.estimated_cost
+    report = OptimizationReport(
+        session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost),
+        100.0 * (1 - waste / total) if total else 100.0, [], token_breakdown(session), {},
+        ledger.tokens[True], min(ledger.cost[True], cost), total, cost, failures, report_notes(session),
+        token_use(session))
+    report.recommendations = recommendations(report)
+    return report
+
+
+def token_breakdown(session: Session) -> Dict[str, int]:
+    """Tokens by event type, and the totals."""
+    breakdown: Dict[str, int] = {}
+    for event in session.events:
+        name = event.event_type.value
+        breakdown[name] = breakdown.get(name, 0) + event.tokens_input + event.tokens_output
+    breakdown.update(TOTAL_INPUT=session.total_tokens_input, TOTAL_OUTPUT=session.total_tokens_output,
+                     TOTAL=session.total_tokens)
+    return breakdown
+
+
+_CONTEXT_NAMES = {"system": "context load", "": "context load", "compaction": "context after compaction"}
+
+
+def token_use(session: Session) -> Dict[str, int]:
+    """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool, written. The
+    parts add up to the session's total tokens."""
+    use: Dict[str, int] = {}
+    for event in session.events:
+        data, kind = event.data, event.event_type
+        if kind is EventType.CONTEXT_LOAD:
+            source = str(data.get("source") or "")
+            entered, written = _CONTEXT_NAMES.get(source, source), "other output"
+        elif kind is EventType.USER_MESSAGE:
+            entered, written = "prompts", "other output"
+        elif kind is EventType.AI_RESPONSE:
+            entered, written = "answers kept in context", "answers written"
+        elif kind is EventType.THINKING:
+            entered, written = "thinking kept in context", "thinking"
+        else:
+            tool = str(data.get("tool") or kind.value.lower())
+            entered, written = f"results of {tool}", "tool calls written"
+        if event.tokens_input:
+            use[entered] = use.get(entered, 0) + event.tokens_input
+        if event.tokens_output:
+            use[written] = use.get(written, 0) + event.tokens_output
+    return dict(sorted(use.items(), key=lambda item: -item[1]))
+
+
+def report_notes(session: Session) -> List[str]:
+    """What limits the figures of this session, in words."""
+    notes = []
+    models = sorted({event.model or session.model for event in session.events} or {session.model})
+    for model in models:
+        price = session.prices.lookup(model)
+        if not price.exact:
+            notes.append(f"no price for model {model!r}: priced as {price.model}")
+    for count, text in ((session.metadata.get("output_lower_bound_calls"),
+                         "responses have only a placeholder for their output: output tokens and cost are a lower bound"),
+                        (session.metadata.get("redacted_thinking_calls"),
+                         "responses hide the size of their thinking: it counts as their visible output"),
+                        (session.metadata.get("damaged_lines"), "damaged transcript lines were skipped"),
+                        (session.metadata.get("calls_elsewhere"),
+                         "responses repeat an earlier session and are counted there")):
+        if count:
+            notes.append(f"{count} {text}")
+    return notes
+
+
+_LABELS = {Severity.CRITICAL: "CRITICAL", Severity.HIGH: "HIGH PRIORITY", Severity.MEDIUM: "RECOMMENDED",
+           Severity.LOW: "OPTIONAL"}
+
+
+def recommendations(report: OptimizationReport) -> List[str]:
+    """What to do, one line per suggestion, the one with most waste charged first."""
+    by_advice: Dict[str, List[EfficiencyIssue]] = {}
+    for issue in report.issues:
+        by_advice.setdefault(issue.suggestion, []).append(issue)
+    ranked = sorted(by_advice.items(), key=lambda item: (-max(i.severity.rank for i in item[1]),
+                                                         -sum(i.charged_tokens for i in item[1])))
+    lines = [f"[{_LABELS[max(i.severity for i in issues)]}] {advice}" for advice, issues in ranked]
+    return [f"[INCOMPLETE] An analyzer failed, so its waste is missing: {failure}"
+            for failure in report.analyzer_errors] + lines
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+
+
+def plain(text: Any, limit: int = 200) -> str:
+    """Text from outside on one line that cannot steer a terminal: control and direction characters become spaces, more
+    than ``limit`` characters are cut."""
+    line = " ".join(_CONTROL.sub(" ", str(text)).split())
+    return line if len(line) <= limit else line[:limit - 1] + "…"
+
+
+def markdown_text(text: Any, limit: int = 200) -> str:
+    """Text from outside that cannot break a markdown table, open a link or become HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~!&$])", r"\\\1", plain(text, limit)).replace("\\&", "&amp;").replace(
+        "\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def short_number(count: float) -> str:
+    """1,234 as it is, larger ones as 12.3k, 4.5M, 6.7G."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(count) >= size:
+            return f"{count / (1e3 if unit == 'k' else size):,.1f}{unit}"
+    return f"{count:,.0f}"
+
+
+def waste_range(measured: float, total: float, show: Callable[[float], str]) -> str:
+    """A lower and an upper bound as a range; one figure where they are equal."""
+    return show(total) if show(measured) == show(total) else f"{show(measured)} to {show(total)}"
+
+
+def share_text(part: float, whole: float) -> str:
+    """A share in percent with one decimal; "0.0%" of nothing."""
+    return f"{100 * part / whole if whole else 0.0:.1f}%"
+
+
+def dollars(amount: float) -> str:
+    """USD with cents, small amounts with four decimals."""
+    return f"${amount:,.2f}" if abs(amount) >= 1 else f"${amount:.4f}"
+
+
+def bar(part: float, whole: float, width: int = 24) -> str:
+    """A bar of plain characters, ``width`` long where ``part`` is the whole."""
+    return "#" * (max(1, round(width * part / whole)) if part > 0 and whole else 0)
+
+
+def _waste_lines(report: OptimizationReport) -> List[Tuple[str, str]]:
+    """The summary both readable reports show: label and value."""
+    tokens = waste_range(report.measured_waste_tokens, report.total_waste_tokens, lambda n: f"{n:,.0f}")
+    cost = waste_range(report.measured_waste_cost, report.total_waste_cost, dollars)
+    return [("Efficiency Score", f"{report.efficiency_score:.1f}/100" + (
+                " (incomplete: an analyzer failed)" if report.analyzer_errors else "")),
+            ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,} "
+                                   f"({share_text(report.total_waste_tokens, report.total_tokens)})"),
+            ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices "
+                                 f"({share_text(report.total_waste_cost, report.estimated_cost)})"),
+            ("Issues Found", str(len(report.issues)))]
+
+
+def _header_lines(session: Session, report: OptimizationReport) -> List[Tuple[str, str]]:
+    return [("Session ID", report.session_id), ("Generated", report.generated_at), ("Agent", session.agent),
+            ("Task", session.task), ("Model", session.model), ("Status", session.status.value),
+            ("Duration", f"{session.duration_seconds / 60:.1f} minutes active")]
+
+
+def _issue_waste(issue: EfficiencyIssue) -> str:
+    kind = "measured" if issue.measured else "estimated"
+    charged = "" if issue.charged_tokens == issue.estimated_waste_tokens else f", {issue.charged_tokens:,} charged"
+    return f"{issue.estimated_waste_tokens:,} tokens ({dollars(issue.estimated_waste_cost)}), {kind}{charged}"
+
+
+def text_report(session: Session, report: OptimizationReport) -> str:
+    """The report as plain text."""
+    lines = ["=" * 72, "SESSION OPTIMIZATION REPORT", "=" * 72, ""]
+    lines += [f"{label + ':':<12}{plain(value)}" for label, value in _header_lines(session, report)]
+    lines += _section("SUMMARY") + [f"{label + ':':<20}{value}" for label, value in _waste_lines(report)]
+    if report.issues:
+        lines += _section("ISSUES (by severity, then waste)")
+        for number, issue in enumerate(report.issues, 1):
+            lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}", f"   {plain(issue.description)}",
+                      f"   Waste:      {_issue_waste(issue)}", f"   Events:     {_event_list(issue)}",
+                      f"   Suggestion: {plain(issue.suggestion)}"]
+    if report.token_use:
+        most = max(report.token_use.values())
+        lines += _section("WHERE ALL TOKENS WENT")
+        lines += [f"{plain(name, 30):<30} {tokens:>12,} {share_text(tokens, report.total_tokens):>6} {bar(tokens, most)}"
+                  for name, tokens in report.token_use.items()]
+    for title, entries in (("RECOMMENDATIONS", report.recommendations), ("NOTES", report.notes)):
+        if entries:
+            lines += _section(title) + [f"  * {plain(entry, 300)}" for entry in entries]
+    return "\n".join(lines)
+
+
+def _section(title: str) -> List[str]:
+    return ["", "-" * 72, title, "-" * 72]
+
+
+def _event_list(issue: EfficiencyIssue, most: int = 8) -> str:
+    if not issue.events_involved:
+        return "the whole session"
+    more = len(issue.events_involved) - most
+    return ", ".join(plain(event, 60) for event in issue.events_involved[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def markdown_report(session: Session, report: OptimizationReport) -> str:
+    """The report as markdown."""
+    lines = ["# Session Optimization Report", ""]
+    lines += [f"- **{label}:** {markdown_text(value)}" for label, value in _header_lines(session, report)]
+    lines += ["", "## Summary", ""] + [f"- **{label}:** {value}" for label, value in _waste_lines(report)]
+    lines += ["", "## Token Breakdown", "", "| Category | Tokens |", "|---|---:|"]
+    lines += [f"| {markdown_text(name)} | {tokens:,} |" for name, tokens in report.token_breakdown.items()]
+    if report.token_use:
+        lines += ["", "## Where All Tokens Went", "", "| Purpose | Tokens | Share |", "|---|---:|---:|"]
+        lines += [f"| {markdown_text(name)} | {tokens:,} | {share_text(tokens, report.total_tokens)} |"
+                  for name, tokens in report.token_use.items()]
+    if report.issues:
+        lines += ["", "## Issues Detected", ""]
+        for issue in report.issues:
+            lines += [f"### {issue.issue_type.value} [{issue.severity.value}]", "",
+                      f"- **Description:** {markdown_text(issue.description)}", f"- **Waste:** {_issue_waste(issue)}",
+                      f"- **Events:** {markdown_text(_event_list(issue))}",
+                      f"- **Suggestion:** {markdown_text(issue.suggestion)}", ""]
+    for title, entries in (("Recommendations", report.recommendations), ("Notes", report.notes)):
+        if entries:
+            lines += ["", f"## {title}", ""] + [f"- {markdown_text(entry, 300)}" for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+def json_report(session: Session, report: OptimizationReport) -> str:
+    """The report's fields as JSON."""
+    return json.dumps(report.to_dict(), indent=2)
+
+
+FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report}
+
+
+def evidence_text(session: Session, report: OptimizationReport) -> str:
+    """Every finding with its events: where each stands in the transcript, its tokens, and a one-line extract of it."""
+    events = {event.id: event for event in session.events}
+    lines = _section("EVIDENCE")
+    for number, issue in enumerate(report.issues, 1):
+        lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description, 120)}"]
+        for event_id in issue.events_involved:
+            event = events.get(event_id)
+            if event is not None:
+                claim = issue.claims.get(event_id)
+                wasted = f", {sum(claim) if isinstance(claim, (list, tuple)) else claim:,} wasted" if claim else ""
+                lines.append(f"   {event_place(session, event)}  {event.event_type.value}  {event.tokens_input:,} in, "
+                             f"{event.tokens_output:,} out{wasted}")
+                lines.append(f"      {event_extract(session, event)}")
+        if not issue.events_involved:
+            lines.append("   the whole session")
+    return "\n".join(lines)
+
+
+def event_place(session: Session, event: SessionEvent) -> str:
+    """path:line of an imported event; the id and time of one logged by hand."""
+    source = session.metadata.get("source")
+    if isinstance(source, dict) and event.data.get("line"):
+        return f"{plain(event.data.get('path') or source.get('path'), 300)}:{event.data['line']}"
+    return f"{plain(event.id, 80)} {plain(event.timestamp, 40)}"
+
+
+def event_extract(session: Session, event: SessionEvent, most: int = 100) -> str:
+    """One line that shows what the event was: command, path, query, message, or the transcript's own line."""
+    data = event.data
+    for key in ("command", "query", "file_path", "file", "message", "tool"):
+        if data.get(key):
+            extra = f" lines {data['lines'][0]}-{data['lines'][-1]}" if key == "file_path" and isinstance(
+                data.get("lines"), list) and data["lines"] else ""
+            return plain(f"{data.get('tool', '')} {data[key]}" if key != "tool" else data[key], most) + extra
+    return plain(data.get("source") or event.event_type.value.lower(), most)
+
+
+def scan_report(result: Dict[str, Any], most: int = 8) -> str:
+    """What a scan found, as plain text: totals, waste by kind, where all tokens went, worst sessions, what to do first."""
+    rows, totals = result["sessions"], result["totals"]
+    if not rows:
+        return "No sessions found." + _skipped_text(result["skipped"])
+    tokens, waste = totals["tokens"], totals["waste"]
+    fresh = tokens["uncached_input"] + tokens["cache_write"]
+    agents = ", ".join(sorted({row["agent"] for row in rows}))
+    lines = ["=" * 78, "SESSIONOPTIMIZER SCAN", "=" * 78, "",
+             f"Sessions   {totals['sessions']:,} ({plain(agents, 60)}), {totals['model_calls']:,} model calls",
+             f"Tokens     {short_number(fresh)} new input ({short_number(tokens['cache_write'])} of it cache writes), "
+             f"{short_number(tokens['output'])} output; {short_number(tokens['cache_read'])} sent again from the cache",
+             f"Cost       {dollars(totals['estimated_cost'])} at API prices",
+             f"Waste      {waste_range(waste['measured_tokens'], waste['tokens'], short_number)} tokens "
+             f"({share_text(waste['tokens'], fresh + tokens['output'])} of new input and output), "
+             f"{waste_range(waste['measured_cost'], waste['cost'], dollars)} "
+             f"({share_text(waste['cost'], totals['estimated_cost'])} of the cost)"]
+    if result.get("changes"):
+        lines.append(f"Changed    {result['changes']}")
+    lines += _waste_by_kind(rows) + _use_lines(rows, most + 6) + _worst_sessions(rows, most) + _first_steps(rows)
+    lines += _most_read(rows, most) + _scan_notes(rows)
+    return "\n".join(lines) + _skipped_text(result["skipped"])
+
+
+def _waste_by_kind(rows: List[Dict[str, Any]]) -> List[str]:
+    kinds: Dict[Tuple[str, bool], List[float]] = {}
+    for row in rows:
+        for issue in row["issues"]:
+            entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0, 0, 0.0])
+            entry[0] += 1
+            entry[1] += issue["charged_tokens"]
+            entry[2] += issue["charged_cost"]
+    if not kinds:
+        return _section("WASTE BY KIND") + ["None found."]
+    lines = _section("WASTE BY KIND (each token charged once)")
+    lines.append(f"{'':<28}{'findings':>9}{'tokens':>12}{'cost':>12}  ")
+    for (kind, measured), (count, tokens, cost) in sorted(kinds.items(), key=lambda item: (-item[1][2], -item[1][1])):
+        lines.append(f"{kind:<28}{count:>9,}{tokens:>12,}{dollars(cost):>12}  {'measured' if measured else 'estimated'}")
+    return lines
+
+
+def _use_lines(rows: List[Dict[str, Any]], most: int) -> List[str]:
+    use: Dict[str, int] = {}
+    for row in rows:
+        for name, tokens in row["token_use"].items():
+            use[name] = use.get(name, 0) + tokens
+    if not use:
+        return []
+    ranked = sorted(use.items(), key=lambda item: -item[1])
+    total, largest = sum(use.values()), ranked[0][1]
+    rest = sum(tokens for name, tokens in ranked[most:] if name != "unattributed")
+    shown = ranked[:most] + ([("everything else", rest)] if rest else [])
+    if "unattributed" not in dict(shown):
+        shown.append(("unattributed", use.get("unattributed", 0)))
+    return _section("WHERE ALL TOKENS WENT (new input and output)") + [
+        f"{plain(name, 30):<30}{tokens:>14,} {share_text(tokens, total):>6}  {bar(tokens, largest)}"
+        for name, tokens in shown]
+
+
+def _worst_sessions(rows: List[Dict[str, Any]], most: int) -> List[str]:
+    worst = sorted((row for row in rows if row["waste"]["tokens"]),
+                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
+    if not worst:
+        return []
+    lines = _section("WORST SESSIONS (sessionoptimizer analyze ID --evidence shows why)")
+    lines.append(f"{'id':<38}{'score':>6}{'waste':>9}{'cost':>10}  task")
+    for row in worst:
+        lines.append(f"{plain(row['id'], 37):<38}{row['efficiency_score']:>6.1f}{short_number(row['waste']['tokens']):>9}"
+                     f"{dollars(row['waste']['cost']):>10}  {plain(row['task'], 60)}")
+    return lines
+
+
+def _first_steps(rows: List[Dict[str, Any]], most: int = 4) -> List[str]:
+    steps: Dict[str, List[float]] = {}
+    for row in rows:
+        for issue in row["issues"]:
+            entry = steps.setdefault(issue["suggestion"], [0, 0.0])
+            entry[0] += issue["charged_tokens"]
+            entry[1] += issue["charged_cost"]
+    ranked = sorted(((c, t, s) for s, (t, c) in steps.items() if t), reverse=True)[:most]
+    return _section("WHAT TO DO FIRST") + [
+        f"{number}. {plain(advice, 140)} ({short_number(tokens)} tokens, {dollars(cost)})"
+        for number, (cost, tokens, advice) in enumerate(ranked, 1)] if ranked else []
+
+
+def _most_read(rows: List[Dict[str, Any]], most: int) -> List[str]:
+    reads: Dict[str, List[int]] = {}
+    for row in rows:
+        for path, count in row["most_read"].items():
+            entry = reads.setdefault(path, [0, 0])
+            entry[0] += count
+            entry[1] += 1
+    ranked = sorted(((count, sessions, path) for path, (count, sessions) in reads.items() if sessions > 1),
+                    reverse=True)[:most]
+    return _section("READ MOST OFTEN ACROSS SESSIONS") + [
+        f"{count:>5} reads in {sessions:>3} sessions  {plain(path, 90)}" for count, sessions, path in ranked] if ranked else []
+
+
+def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
+    notes: Dict[str, int] = {}
+    for row in rows:
+        for note in row["notes"]:
+            match = re.match(r"(\d+) (.*)", note)
+            text, count = (match.group(2), int(match.group(1))) if match else (note, 1)
+            notes[text] = notes.get(text, 0) + count
+    return _section("NOTES") + [f"  * {count:,} {plain(text, 200)}" if not text.startswith(("no price", "analyzer"))
+                                else f"  * {plain(text, 200)} ({count} sessions)" for text, count in notes.items()] if notes else []
+
+
+def _skipped_text(skipped: List[Dict[str, Any]]) -> str:
+    if not skipped:
+        return ""
+    lines = [entry for entry in skipped if entry["line"]]
+    files = [entry for entry in skipped if not entry["line"]]
+    parts = ([f"{len(lines):,} damaged lines in {len({e['path'] for e in lines}):,} files"] if lines else []) + \
+        ([f"{len(files):,} files that hold no session"] if files else [])
+    return "\n\nSkipped: " + " and ".join(parts) + " (--format json names each with the reason)."
+
+
+AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action")
+AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is called, the figure of a
+``summaries()`` row, how urgent, the limit and its unit, and what to do."""
+
+ALERT_RULES = (
+    AlertRule("efficiency", "LOW_EFFICIENCY", "efficiency", Severity.HIGH, 70, "%",
+              "Analyze the session: its findings name the tokens that bought nothing"),
+    AlertRule("waste", "HIGH_WASTE", "waste_tokens", Severity.MEDIUM, 5_000, "tokens",
+              "Follow the report's first recommendation"),
+    AlertRule("minutes", "LONG_SESSION", "minutes", Severity.MEDIUM, 60, "minutes",
+              "Start a new session for the next task: this one's context is sent again with every call"),
+    AlertRule("error_rate", "HIGH_ERROR_RATE", "error_rate", Severity.HIGH, 30, "% of the events",
+              "Read the first errors and check paths, dependencies and permissions before going on"),
+    AlertRule("spike", "TOKEN_SPIKE", "spike", Severity.LOW, 3, "times the average event",
+              "Look at the largest event: a narrower read or query may have been enough"),
+)
+
+
+def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[str, Any]]:
+    """The alerts of one ``summaries()`` row. An efficiency alerts below its limit, everything else above."""
+    for rule in ALERT_RULES:
+        value, limit = row[rule.figure], limits[rule.name]
+        low = rule.name == "efficiency"
+        if value < limit if low else value > limit:
+            unit = rule.unit if rule.unit.startswith("%") else f" {rule.unit}"
+            shown = f"{value:,.0f}" if rule.name == "waste" else f"{value:,.1f}"
+            yield {"id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
+                   "session_id": row["id"], "agent": row["agent"],
+                   "message": f"{rule.kind.lower().replace('_', ' ').capitalize()}: {shown}{unit} "
+                              f"({'below' if low else 'above'} {limit:g})",
+                   "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
+
+
+# ======================================================================================================
+# Store
+# ======================================================================================================
+
+# One JSON document per session, laid out so that an append touches only its end:
+#
+#     {"id":...,"agent":...,"metadata":{...},"events": [           header
+#     {"id":... }                                                  one event per line
+#     ,{"id":... }
+#     ], "status":"ACTIVE",...,"event_count":2,...,"layout":2}     footer
+#
+# An append writes `,event + footer` over the old footer. Only at the end of an event does a space stand
+# before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer closes it.
+
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?\Z", re.IGNORECASE)  # of Windows
+_ID_LENGTH = 200  # characters
+_SLUG_LENGTH = 100  # characters: leaves room for a date and a counter in an id
+
+_HEADER_END = b'"events": ['
+_FOOTER_START = b"\n], "
+_FOOTER_END = b'"layout":2}\n'
+_FOOTER_SIZE = 1024  # bytes read from the end of a file; a footer is shorter
+_PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the header is wanted
+_FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
+
+_TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
+           "total_duration_ms": "duration_ms"}
+_STATE = ("status", "ended_at")
+_FOOTER_KEYS = (*_STATE, "event_count", *_TOTALS, "lost_events", "layout")
+_HEADER_TEXTS = ("id", "agent", "task", *_STATE, "started_at", "model")
+
+_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_READ = os.O_RDONLY | _SAFE  # O_NONBLOCK: opening a named pipe must not wait for its writer
+_CHANGE = os.O_RDWR | _SAFE
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE
+
+_ELSEWHERE = "choose another directory with --store or SESSIONOPTIMIZER_HOME"
+_YOURS = f"make it yours (chown, chmod u+rwX) or {_ELSEWHERE}"
+_FULL = "make room and repeat; what was stored before is intact"
+_LINKED = ("a symbolic link, which the store does not follow", "replace it by what it points to")
+_REASONS = {
+    errno.ENOTDIR: ("part of this path is a file, not a directory", _ELSEWHERE),
+    errno.EEXIST: ("a file, not a directory", _ELSEWHERE),
+    errno.EISDIR: ("a directory where a file should be", "move it out of the store"),
+    errno.ELOOP: _LINKED,
+    errno.EACCES: ("no permission", _YOURS),
+    errno.EPERM: ("not permitted", _YOURS),
+    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
+    errno.EFBIG: ("the size limit of files is reached (ulimit -f)", _FULL),
+    getattr(errno, "EDQUOT", 0): ("the disk quota is used up", _FULL),
+    errno.ENOSPC: ("the disk is full", _FULL),
+}
+
+
+def check_id(session_id: str) -> str:
+    """The id itself; InvalidSessionId when it could not safely name a file on every system."""
+    if isinstance(session_id, str) and _ID.match(session_id) and not _DEVICE.match(session_id):
+        return session_id
+    shown = ascii(session_id)
+    shown = shown if len(shown) <= 60 else shown[:60] + "..."
+    raise InvalidSessionId(
+        f"invalid session id {shown}: use 1 to {_ID_LENGTH} of the characters A-Z a-z 0-9 . _ -, "
+        "no dot in front, and no device name of Windows (CON, NUL, COM1, ...)")
+
+
+def slug(text: str) -> str:
+    """`text` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by '-'."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", str(text))[:_SLUG_LENGTH]
+    # A leading '-' would read as an option on a command line.
+    return "_" + name[1 - _SLUG_LENGTH:] if name[:1] in ("", ".", "-") or _DEVICE.match(name) else name
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _stem(path: str) -> str:
+    return os.path.basename(path)[:-len(".json")]
+
+
+def _damaged(path: str, reason: str) -> DamagedSession:
+    return DamagedSession(path, f"not a readable session ({reason})", "restore it from a backup or delete it")
+
+
+class _naming:
+    """Context in which an OSError becomes a StorageError that names `path`."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError):
+            unknown = (error.strerror or str(error), "check the path and the disk")
+            reason, remedy = _REASONS.get(error.errno, unknown)
+            one = DamagedSession if error.errno in (errno.ELOOP, errno.EISDIR) else StorageError
+            raise one(self.path, reason, remedy) from error
+
+
+# -- from dicts to bytes and back
+
+def _reject(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if value - value == 0 else _reject(digits)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
+_raw_decode = _DECODER.raw_decode
+_quote = json.encoder.encode_basestring_ascii
+
+
+def _encode(value) -> str:
+    """Compact ASCII JSON. TypeError or ValueError: the value has no JSON form."""
+    try:
+        return _ENCODER.encode(value)
+    except RecursionError:
+        raise ValueError("nested too deeply to be stored") from None
+
+
+def _encode_event(event: dict) -> str:
+    return _encode(event)[:-1] + " }"
+
+
+def _encode_footer(footer: dict, room: int = 0) -> bytes:
+    """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one behind."""
+    lost = footer.get("lost_events")
+    text = '], "status":%s,"ended_at":%s,"event_count":%d,"total_tokens_input":%r,' \
+           '"total_tokens_output":%r,"total_duration_ms":%r,%s' % (
+               _quote(footer["status"]), _quote(footer["ended_at"]), footer["event_count"],
+               footer["total_tokens_input"], footer["total_tokens_output"], footer["total_duration_ms"],
+               '"lost_events":%d,' % lost if lost else "")
+    if len(text) + len(_FOOTER_END) >= _FOOTER_SIZE:
+        raise ValueError("status, end and totals of a session must fit in 1 KB")
+    return text.ljust(room - len(_FOOTER_END)).encode() + _FOOTER_END
+
+
+def _parse_footer(tail: bytes):
+    """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole footer."""
+    start = tail.rfind(_FOOTER_START) + 1
+    if start and tail.endswith(_FOOTER_END):
+        try:
+            footer, end = _raw_decode("{" + tail[start + 3:].decode())
+        except ValueError:
+            return None, 0
+        if start + 2 + end == len(tail) - 1 and _has_footer(footer):
+            return footer, start
+    return None, 0
+
+
+def _is_number(value) -> bool:
+    return type(value) is int or type(value) is float
+
+
+def _has_footer(doc: dict) -> bool:
+    get = doc.get
+    return (type(get("status")) is type(get("ended_at")) is str and _is_number(get("total_duration_ms"))
+            and _is_number(get("total_tokens_input")) and _is_number(get("total_tokens_output"))
+            and type(get("event_count")) is type(get("lost_events", 0)) is int)
+
+
+def _count(footer: dict, event: dict) -> None:
+    footer["event_count"] += 1
+    for total, key in _TOTALS.items():
+        value = event.get(key, 0)
+        if _is_number(value):
+            footer[total] += value
+
+
+def _derive_footer(events: list) -> dict:
+    """The footer as the events alone tell it; status and end come from the last SESSION_END."""
+    footer = {"status": "ACTIVE", "ended_at": "", "event_count": 0, **dict.fromkeys(_TOTALS, 0)}
+    for event in events:
+        _count(footer, event)
+        if event.get("event_type") == "SESSION_END":
+            data = event.get("data")
+            status, ended = isinstance(data, dict) and data.get("status"), event.get("timestamp")
+            footer["status"] = status if isinstance(status, str) else "COMPLETED"
+            footer["ended_at"] = ended if isinstance(ended, str) else ""
+    return footer
+
+
+def _lay_out(doc: dict) -> bytes:
+    """The file of a session. What the document lacks of the footer comes from its events."""
+    events = doc["events"]
+    header = {key: value for key, value in doc.items() if key != "events" and key not in _FOOTER_KEYS}
+    footer = _derive_footer(events)
+    # Without events the totals are kept: a session may be known by its totals alone.
+    footer.update((key, doc[key]) for key in (_STATE if events else (*_STATE, *_TOTALS)) if key in doc)
+    footer["lost_events"] = doc.get("lost_events", 0)
+    footer["event_count"] += footer["lost_events"]
+    lines = "\n,".join(map(_encode_event, events)) + "\n" if events else ""
+    return f'{_encode(header)[:-1]},"events": [\n{lines}'.encode() + _encode_footer(footer)
+
+
+def _fault(doc) -> str:
+    """What keeps a parsed document from being a session ("" when it is one)."""
+    if type(doc) is not dict:
+        return f"a JSON {type(doc).__name__} instead of an object"
+    for key in _HEADER_TEXTS:
+        value = doc.get(key, "")
+        if type(value) is not str:
+            if value is not None:
+                return f"{key} is not text"
+            doc[key] = ""
+    if not doc.get("id"):
+        return "no id"
+    if type(doc.get("metadata", {})) is not dict:
+        return "metadata is not an object"
+    if type(doc.get("events")) is not list:
+        return "no list of events"
+    for total in _TOTALS:
+        if not _is_number(doc.get(total, 0)):
+            return f"{total} is not a number"
+    return ""
+
+
+def _parse(data: bytes, path: str) -> dict:
+    """A whole session from the bytes of its file; DamagedSession when they are not one."""
+    try:
+        doc = _DECODER.decode(data.decode("utf-8-sig"))
+        fault = _fault(doc)
+    except ValueError as error:
+        fault = f"{error}" if data.strip() else "empty"
+    except RecursionError:
+        fault = "nested too deeply"
+    if not fault and any(type(event) is not dict for event in doc["events"]):
+        fault = "an event is not an object"
+    if not fault and data.endswith(_FOOTER_END):
+        if not _has_footer(doc) or doc["event_count"] != len(doc["events"]) + doc.get("lost_events", 0):
+            fault = "the footer does not fit the events"
+    if fault:
+        raise _damaged(path, fault)
+    doc.setdefault("event_count", len(doc["events"]))
+    return doc
+
+
+def _parse_ends(first: bytes, last: bytes):
+    """Header and footer in one dict from the ends of a file, or None when they do not look like it."""
+    end, cut = first.find(b"\n"), last.rfind(_FOOTER_START) + 1
+    if cut and last.endswith(_FOOTER_END) and first.endswith(_HEADER_END, 0, end):
+        head, _ = _raw_decode((first[:end] + last[cut:]).decode())
+        return head if _has_footer(head) else None
+    # The older layout, indented by two: only its events are left out.
+    start, end = first.find(b'\n  "events": [\n'), first.rfind(b'\n  ],\n  "total_tokens_input"')
+    if start < 0 or end < 0:
+        return None
+    head = _DECODER.decode((first[:start] + b'"events": [' + first[end:]).decode())
+    head.setdefault("event_count", first.count(b"\n    },\n    {\n", start, end) + 1)
+    return head
+
+
+# -- repair
+
+def _parse_event(line: bytes):
+    """The event at the start of a line, or None when there is no whole one."""
+    text = line[line.find(b"{", 0, 2):].decode("utf-8", "replace")
+    try:
+        event, end = _raw_decode(text)
+    except ValueError:
+        return None
+    whole = type(event) is dict and text.endswith(" }", 0, end) and "\ufffd" not in text[:end]
+    return event if whole else None
+
+
+def _salvage(data: bytes, path: str):
+    """(document, numbers of damaged lines, bytes dropped at the end) from a file that does not parse.
+
+    DamagedSession when it was not written line by line or no line tells whose session it is."""
+    first, *lines = data.split(b"\n")
+    footer = _parse_footer(data[-_FOOTER_SIZE:])[0]
+    while lines and (not lines[-1] or footer and lines[-1].startswith(b"], ")):
+        lines.pop()
+    try:
+        found = [_parse_event(line) for line in lines]
+        header = _DECODER.decode(first.decode("utf-8-sig") + "]}") if first.endswith(_HEADER_END) else None
+    except ValueError:
+        header = None
+    except RecursionError:
+        raise _damaged(path, "nested too deeply") from None
+    damaged = [number for number, event in enumerate(found, 2) if event is None]
+    dropped = len(lines[damaged.pop() - 2]) if found and found[-1] is None and not footer else 0
+    events, lost, state = [event for event in found if event is not None], len(damaged), {}
+    if footer:
+        lost = max(lost, footer["event_count"] - len(events))
+        state = {key: footer[key] for key in _STATE}
+    if header is None or _fault(header):
+        header = _derive_header(events, path)
+        damaged.insert(0, 1)
+    return {**header, **state, "events": events, "lost_events": lost}, damaged, dropped
+
+
+def _derive_header(events: list, path: str) -> dict:
+    start = next((event for event in events if isinstance(event.get("event_type"), str)), None)
+    if start is None:
+        raise _damaged(path, "neither a header nor events")
+    data = start.get("data") if isinstance(start.get("data"), dict) else {}
+    texts = {key: data[key] for key in ("agent", "task", "model") if isinstance(data.get(key), str)}
+    return {"id": _stem(path), "agent": "", "task": "", "started_at": str(start.get("timestamp", "")),
+            "model": "", "metadata": {}, **texts}
+
+
+def _restore(data: bytes, path: str):
+    """(document, what was repaired or "", whether lines were lost); DamagedSession when it is hopeless."""
+    try:
+        return _parse(data, path), "", False
+    except DamagedSession as error:
+        try:
+            doc, damaged, dropped = _salvage(data, path)
+        except DamagedSession:
+            raise error from None  # the first reason says what is wrong with the file
+    name = _printable(path)
+    remark = f"{name}: repaired: kept {len(doc['events'])} events"
+    if dropped:
+        remark += f"; dropped {dropped} bytes of an unfinished write"
+    if damaged:
+        more = ", ..." if len(damaged) > 5 else ""
+        places = ", ".join(f"{name}:{number}" for number in damaged[:5])
+        remark += f"; {len(damaged)} damaged lines ({places}{more})"
+    return doc, remark, bool(damaged)
+
+
+# -- files
+
+def _pread(fd: int, count: int, offset: int) -> bytes:
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+def _pwrite(fd: int, data: bytes, offset: int) -> int:
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.write(fd, data)
+
+
+if hasattr(os, "pread"):
+    _pread, _pwrite = os.pread, os.pwrite
+
+
+def _read(fd: int, start: int, end: int) -> bytes:
+    data = _pread(fd, end - start, start)
+    while start + len(data) < end:  # one call reads 2 GB at most
+        more = _pread(fd, end - start - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _overwrite(fd: int, data: bytes, offset: int, old: bytes) -> None:
+    """Write `data` over `old`, the end of the file; when that fails put `old` back."""
+    done = 0
+    try:
+        while done < len(data):
+            done += _pwrite(fd, data[done:], offset + done)
+    except OSError:
+        _pwrite(fd, old, offset)  # its blocks are still the file's, so it fits on a full disk
+        os.ftruncate(fd, offset + len(old))
+        raise
+
+
+def _lock(fd: int, exclusive: bool) -> None:
+    if fcntl:
+        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+    else:
+        import msvcrt
+        os.lseek(fd, 1 << 30, os.SEEK_SET)  # a byte past the data: what msvcrt locks nobody else can read
+        msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
+
+
+def _release(fd: int) -> None:
+    # Closing alone would leave the lock to a child forked meanwhile, which shares the open file.
+    if fcntl:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _open_locked(path: str, exclusive: bool):
+    """(descriptor, stat) of a session file; the caller releases it."""
+    while True:
+        fd = os.open(path, _CHANGE if exclusive else _READ)
+        try:
+            _lock(fd, exclusive)
+            info, named = os.fstat(fd), os.lstat(path)
+            if not stat.S_ISREG(info.st_mode):
+                raise _damaged(path, "not a regular file")
+            # Another process may have replaced the file while we waited: then we hold the lock of a dead one.
+            if named.st_ino == info.st_ino and named.st_dev == info.st_dev:
+                return fd, info
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _write_temp(directory: str, data: bytes, sync: bool) -> str:
+    path = os.path.join(directory, f".{os.urandom(8).hex()}.tmp")
+    with _naming(directory):
+        try:
+            fd = os.open(path, _CREATE, 0o600)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            fd = os.open(path, _CREATE, 0o600)
+        try:
+            _overwrite(fd, data, 0, b"")
+            if sync:
+                os.fsync(fd)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    return path
+
+
+def _replace(path: str, data: bytes, *, sync: bool) -> None:
+    """Give `path` new content in one step; a session must be locked meanwhile."""
+    temp = _write_temp(os.path.dirname(path), data, sync)
+    with _naming(path):
+        try:
+            os.replace(temp, path)
+        except BaseException:
+            os.unlink(temp)
+            raise
+
+
+def _publish(path: str, data: bytes, *, sync: bool) -> bool:
+    """Create `path` with this content in one step; False when the name is taken."""
+    temp = _write_temp(os.path.dirname(path), data, sync)
+    try:
+        with _naming(path):
+            try:
+                os.link(temp, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links: claim the name, then fill it
+                if os.path.lexists(path):
+                    return False
+                os.close(os.open(path, _CREATE, 0o600))
+                os.replace(temp, path)
+            return True
+    finally:
+        if os.path.lexists(temp):
+            os.unlink(temp)
+
+
+class Store:
+    """Session files under `root`, safe against parallel writers, crashes and damaged files.
+
+    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
+    each). No file stays open between calls, so threads and forked processes may share a Store."""
+
+    def __init__(self, root: str, *, warn=None):
+        self.root = os.path.abspath(os.fspath(root))
+        self.sessions = os.path.join(self.root, "sessions")
+        self.reports = os.path.join(self.root, "reports")
+        self.warnings = []
+        self._warn = warn or (lambda message: None)
+        self._checked = False
+
+    def prepare(self) -> None:
+        """Create the directories of the store; StorageError where that is not possible."""
+        for directory in (self.root, self.sessions, self.reports):
+            with _naming(directory):
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    def files(self):
+        """Yield (id, stat) of every session file, without opening any."""
+        with _naming(self.sessions):
+            try:
+                entries = os.scandir(self.sessions)
+            except FileNotFoundError:
+                return
+            with entries:
+                for entry in entries:
+                    if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
+                        yield entry.name[:-len(".json")], entry.stat(follow_symlinks=False)
+
+    def find(self, session_id: str) -> str:
+        """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule, unless an
+        older store holds exactly this name."""
+        self._refuse_links()
+        try:
+            return f"{self.sessions}{os.sep}{check_id(session_id)}.json"
+        except InvalidSessionId:
+            # A name that comes out of the directory cannot lead out of it.
+            if isinstance(session_id, str) and f"{session_id}.json" in self._names():
+                return os.path.join(self.sessions, f"{session_id}.json")
+            raise
+
+    def _refuse_links(self) -> None:
+        if self._checked:
+            return
+        for directory in (self.sessions, self.reports):
+            if os.path.islink(directory):
+                raise StorageError(directory, *_LINKED)
+        self._checked = True
+
+    def _names(self) -> list:
+        with _naming(self.sessions):
+            try:
+                return os.listdir(self.sessions)
+            except FileNotFoundError:
+                return []
+
+    def _open(self, path: str, *, exclusive: bool):
+        with _naming(path):
+            try:
+                return _open_locked(path, exclusive)
+            except FileNotFoundError:
+                raise SessionNotFound(f"no session {_printable(_stem(path))} in {_printable(self.root)}; "
+                                      "`list` shows what is there") from None
+
+    def _read_whole(self, path: str):
+        fd, info = self._open(path, exclusive=False)
+        try:
+            with _naming(path):
+                return _read(fd, 0, info.st_size), info
+        finally:
+            _release(fd)
+
+    def create(self, header: dict, events: list, footer: dict, *, replace=False, sync=True) -> None:
+        """Store a session. SessionExists when its id is taken, unless `replace`.
+
+        Status and end that `footer` leaves out come from the events, counts and totals always do (without
+        events the totals given stay). `sync=False` leaves it to the system when the file reaches the disk."""
+        path = self.find(check_id(header["id"]))
+        data = _lay_out({**header, **footer, "events": events})
+        while not _publish(path, data, sync=sync):
+            if not replace:
+                raise SessionExists(f"session {header['id']} is already in {_printable(self.root)}; "
+                                    "choose another id or delete it first")
+            try:
+                fd, _ = self._open(path, exclusive=True)
+            except SessionNotFound:
+                continue
+            try:
+                return _replace(path, data, sync=sync)
+            finally:
+                _release(fd)
+
+    def append(self, session_id: str, make_event, *, sync: bool = False):
+        """Add an event in constant time; (event, footer, mark for `tail`).
+
+        `make_event(footer)` is called under the lock and returns (event, changes to the footer); its
+        `event_count` was never given out before, count and totals follow from the event. A None event changes
+        only the footer. TypeError or ValueError when the event has no JSON form: nothing is written then."""
+        path = self.find(session_id)
+        while True:
+            fd, info = self._open(path, exclusive=True)
+            try:
+                start = max(info.st_size - _FOOTER_SIZE, 0)
+                with _naming(path):
+                    tail = _read(fd, start, info.st_size)
+                footer, cut = _parse_footer(tail)
+                if footer:
+                    return self._extend(fd, info, path, tail, cut, footer, make_event, sync)
+                self._rewrite(fd, info, path)
+            finally:
+                _release(fd)
+
+    def _extend(self, fd, info, path, tail, cut, footer, make_event, sync):
+        event, changes = make_event(footer)
+        line = b""
+        if event is not None:
+            _count(footer, event)
+            comma = "" if tail.endswith(b"[\n", 0, cut) else ","
+            line = f"{comma}{_encode_event(event)}\n".encode()
+        footer.update(changes)
+        offset, old = info.st_size - len(tail) + cut, tail[cut:]
+        new = line + _encode_footer(footer, len(old) - len(line))
+        with _naming(path):
+            _overwrite(fd, new, offset, old)
+            if sync:
+                os.fsync(fd)
+        return event, footer, self._mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
+
+    @staticmethod
+    def _mark(info, before: bytes, offset: int, count: int) -> tuple:
+        return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
+
+    def load(self, session_id: str) -> dict:
+        """The session as one dict, events included; a damaged file is repaired first."""
+        return self.load_marked(session_id)[0]
+
+    def load_marked(self, session_id: str):
+        """(the session as one dict, mark for `tail`)."""
+        return self._load(self.find(session_id))
+
+    def _load(self, path: str):
+        data, info = self._read_whole(path)
+        try:
+            doc = _parse(data, path)
+        except DamagedSession:
+            data, info = self._repair(path)
+            doc = _parse(data, path)
+        start = data.rfind(_FOOTER_START) + 1
+        return doc, self._mark(info, data[:start][-_FINGERPRINT:], start, doc["event_count"])
+
+    def tail(self, session_id: str, mark: tuple):
+        """(events since `mark`, footer, new mark), reading only those; None when the file was replaced."""
+        path = self.find(session_id)
+        device, inode, offset, count, before = mark
+        fd, info = self._open(path, exclusive=False)
+        try:
+            if (info.st_dev, info.st_ino) != (device, inode) or info.st_size < offset:
+                return None
+            with _naming(path):
+                data = _read(fd, offset - len(before), info.st_size)
+        finally:
+            _release(fd)
+        footer, cut = _parse_footer(data)
+        if not footer or not data.startswith(before) or cut < len(before):
+            return None
+        try:
+            events = _DECODER.decode(f"[{data[len(before):cut].decode().lstrip(',')}]")
+        except ValueError:
+            return None
+        if footer["event_count"] != count + len(events):
+            return None
+        return events, footer, self._mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
+
+    def heads(self):
+        """Yield (id, header and footer as one dict, stat, None) per session, or (id, None, None, error).
+
+        The id is the one that addresses the session; the dict's own may differ. In no particular order."""
+        self._refuse_links()
+        for name in self._names():
+            if name.endswith(".json"):
+                try:
+                    yield (name[:-len(".json")], *self._peek(self.sessions + os.sep + name), None)
+                except SessionNotFound:
+                    pass  # deleted since the listing
+                except SessionOptimizerError as error:
+                    yield name[:-len(".json")], None, None, error
+
+    def _peek(self, path: str):
+        """(header and footer, stat) from the ends of a file; from all of it when they do not fit."""
+        try:
+            fd = os.open(path, _READ)
+            try:
+                info = os.fstat(fd)
+                first = last = _pread(fd, _PEEK, 0)
+                if info.st_size > _PEEK:
+                    last = _pread(fd, _FOOTER_SIZE, info.st_size - _FOOTER_SIZE)
+                    if first.startswith(b"{\n"):
+                        first += _read(fd, _PEEK, info.st_size)
+                    elif b"\n" not in first:
+                        first += _pread(fd, _LONG_PEEK, _PEEK)
+            finally:
+                os.close(fd)
+            head = _parse_ends(first, last)
+        except (OSError, ValueError, RecursionError):
+            head = None  # damaged, or read without a lock in the middle of an append
+        if not head or _fault(head):
+            head = self._load(path)[0]
+            with _naming(path):
+                info = os.lstat(path)
+        del head["events"]
+        return head, info
+
+    def archive(self, session_id: str) -> str:
+        """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written inside."""
+        path = self.find(check_id(session_id))
+        fd, info = self._open(path, exclusive=True)
+        try:
+            with _naming(path):
+                doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
+                number, stored = 0, False
+                while not stored:
+                    number += 1
+                    doc["id"] = f"{session_id[:_ID_LENGTH - len(str(number)) - 1]}.{number}"
+                    target = self.find(doc["id"])
+                    stored = not os.path.lexists(target) and _publish(target, _lay_out(doc), sync=True)
+                os.unlink(path)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
+        finally:
+            _release(fd)
+        self._report_repair(remark)
+        return doc["id"]
+
+    def delete(self, session_id: str) -> bool:
+        """Remove a session, readable or not, and its report; False when there is none."""
+        path, fd = self.find(session_id), None
+        report = self._report_path(session_id)
+        try:
+            fd, _ = self._open(path, exclusive=True)
+        except SessionNotFound:
+            return False
+        except DamagedSession:
+            pass  # a link or a pipe: there is nothing to lock, and only the name goes
+        try:
+            with _naming(path):
+                os.unlink(path)
+                if os.path.lexists(report):
+                    os.unlink(report)
+        finally:
+            if fd is not None:
+                _release(fd)
+        return True
+
+    def _rewrite(self, fd: int, info, path: str) -> None:
+        """Bring the file of a locked session into the present layout: converted if older, else repaired."""
+        with _naming(path):
+            data = _read(fd, 0, info.st_size)
+        doc, remark, lost = _restore(data, path)
+        try:
+            whole = _lay_out(doc)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
+        if lost:
+            number = 1
+            while not _publish(f"{path}.damaged-{number}", data, sync=True):
+                number += 1
+            remark += f"; the damaged file is kept as {_printable(path)}.damaged-{number}"
+        _replace(path, whole, sync=True)
+        self._report_repair(remark)
+
+    def _repair(self, path: str):
+        """(content, stat) of a session file after repair; in memory only where it cannot be written."""
+        try:
+            fd, info = self._open(path, exclusive=True)
+            try:
+                self._rewrite(fd, info, path)
+            finally:
+                _release(fd)
+            return self._read_whole(path)
+        except DamagedSession:
+            raise
+        except StorageError:
+            data, info = self._read_whole(path)
+            doc, remark, _ = _restore(data, path)
+            self._report_repair(remark and remark + " (in memory: the store cannot be written)")
+            return _lay_out(doc), info
+
+    def _report_repair(self, remark: str) -> None:
+        if remark:
+            self.warnings.append(remark)
+            self._warn(remark)
+
+    def _report_path(self, session_id: str) -> str:
+        return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
+
+    def _state_path(self, name: str) -> str:
+        return os.path.join(self.root, check_id(name) + ".json")
+
+    def write_report(self, session_id: str, report: dict) -> None:
+        """Save a report in one step. It can be computed again, so it is not forced to the disk."""
+        _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
+
+    def read_report(self, session_id: str):
+        """The saved report, or None when it is missing or damaged."""
+        report = _read_json(self._report_path(session_id))
+        return report if isinstance(report, dict) else None
+
+    def write_json(self, name: str, value) -> None:
+        """Save a small state file of the store in one step."""
+        _replace(self._state_path(name), _encode(value).encode(), sync=False)
+
+    def read_json(self, name: str):
+        """What `write_json` saved under this name, or None when it is missing or damaged."""
+        return _read_json(self._state_path(name))
+
+
+def _read_json(path: str):
+    try:
+        fd = os.open(path, _READ)
+        try:
+            return _DECODER.decode(_read(fd, 0, os.fstat(fd).st_size).decode())
+        finally:
+            os.close(fd)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+# ======================================================================================================
+# Transcripts
+# ======================================================================================================
+
+_PARSED_CHARS = 20_000  # characters of one command that are looked at, here-documents apart
+_NESTED_SHELLS = 6  # levels of bash -c, $( ) and the like
+_EXPANSIONS = 40  # words that one word with variables or braces may become
+_GUARD = {ord(char): 0xE000 + at for at, char in enumerate("$`{*?[~")}  # quoted: without their meaning
+_UNGUARD = {code: char for char, code in _GUARD.items()}
+_DRIVE = r"[A-Za-z]:(?=[\\/]|$)"
+_WINDOWS = r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\"
+# The patterns are strings, compiled by `re` (which keeps them) on first use: importing stays light.
+_PIECES = r"""(?xs)
+  (?P<blank>[^\S\n]+|%(escape)s\r?\n)
+| (?P<doc><<-?[ \t]*\\?(?P<q>['"]?)(?P<end>[^\s'"|&;<>()]+)(?P=q))
+| (?P<dup>\d*[<>]&(?:\d+|-))
+| (?P<redirect>(?:&|\d+|\*)?(?:>>|>\||<>|<<<|>&|>)(?!\()|\d*<(?!\())
+| (?P<op>&&|\|\||;;&?|\|&|[;|&()\n%(braces)s])
+| (?P<comment>\#[^\n]*)
+| (?P<single>@'.*?\n'@|'[^']*')
+| (?P<ansi>\$'[^'\\]*(?:\\.[^'\\]*)*')
+| (?P<double>@".*?\n"@|"[^"\\$`]*")
+| (?P<quote>")
+| (?P<nested>[$<>]\(%(tick)s)
+| (?P<escape>%(escape)s.)
+| (?P<var>\$(?:\w+|\{[^}]*\}|[?@*\#!$-]))
+| (?P<plain>[^\s'"`$|&;<>()%(plain)s]+|[\\$`{}])
+"""
+_BASH = _PIECES % {"escape": r"\\", "braces": "", "tick": "|`", "plain": r"\\"}
+_POWERSHELL = _PIECES % {"escape": "`", "braces": "{}", "tick": "", "plain": "{}"}
+_SED_RANGE = r"(\d+|\$)(?:,\s*(\+?\d+|\$))?\s*p"
+_IN_DOUBLE = r"""(?s)(?P<text>[^"\\$`]+)|(?P<escape>\\.)|(?P<nested>\$\(|`)|(?P<var>\$[\w{]?)|(?P<end>")"""
+_IN_NESTED = r"""(?xs)(?<!<)<<-?[ \t]*\\?(?P<q>['"]?)(?P<end>\w+)(?P=q)
+    |'[^']*'|"[^"\\]*(?:\\.[^"\\]*)*"|\\.|[()]"""
+_PATCHED = r"(?m)^(?:\*\*\* (?:(?:Update|Add|Delete) File|Move to): |\+\+\+ (?:b/)?)(\S[^\t\n]*)"
+
+
+class ShellEffects:
+    """What one command line does.
+
+    reads: (path, first, last) of file lines in the output, 1-based and inclusive; last None = to the end,
+    first negative = that many lines from the end. searches: (query, scope). writes: the paths it names
+    (a directory stands for all below it). changes: [] nothing, paths, ["*"] anything, ["?"] not known.
+    pure: True when the output is the lines of `reads` (numbered or under echoed headings) and no more.
+    In one command line changes come before reads.
+    """
+
+    __slots__ = ("reads", "searches", "writes", "changes", "pure")
+
+    def __init__(self) -> None:
+        self.reads: list = []
+        self.searches: list = []
+        self.writes: list = []
+        self.changes: list = []
+        self.pure = True
+
+    @property
+    def kind(self) -> str:
+        """Return "write", "read", "search" or "other": what the command line mainly is."""
+        if self.changes:
+            return "other" if self.changes == ["?"] else "write"
+        return "read" if self.reads else "search" if self.searches else "other"
+
+    def settle(self) -> ShellEffects:
+        for mark in ("*", "?"):
+            if mark in self.changes:
+                self.changes = [mark]
+        self.changes = list(dict.fromkeys(self.changes))
+        self.writes = list(dict.fromkeys(self.writes))
+        self.pure = self.pure and bool(self.reads) and not self.searches and self.changes != ["?"]
+        return self
+
+
+def shell_effects(command, cwd: str = "") -> ShellEffects:
+    """Return the effects of a command, a string or a list of arguments; paths are joined to `cwd`.
+
+    What cannot be read gives changes ["?"]; no string raises.
+    """
+    shell = _Shell(cwd)
+    if isinstance(command, str):
+        shell.run(command)
+    else:
+        words = [str(word).translate(_GUARD) for word in command or ()]
+        shell.show(shell.command(words, []) if words else [])
+    return shell.effects.settle()
+
+
+def canonical_path(path: str, cwd: str = "") -> str:
+    """Return `path` joined to `cwd` and normalised, with forward slashes on Windows."""
+    windows = re.match(_DRIVE, cwd)
+    if windows or re.match(_DRIVE, path) or path.startswith((".\\", "..\\", "\\\\", "~\\")):
+        path, cwd = path.replace("\\", "/"), cwd.replace("\\", "/")
+        if windows and re.match(r"/[A-Za-z](?:/|$)", path):
+            path = path[1].upper() + ":" + path[2:]
+    if cwd and not path.startswith(("/", "~")) and not re.match(_DRIVE, path):
+        path = cwd + "/" + path
+    return posixpath.normpath(path)
+
+
+def _plain(word: str) -> str:
+    return word.translate(_UNGUARD)
+
+
+# A command line becomes (kind, value) tokens: word, redirect, doc (a here-document's body), nested (code),
+# cut (the rest was not read), or an operator.
+
+
+def _nested_code(text: str, at: int, opening: str) -> tuple:
+    """Return (the code of a `$(` or backtick that starts before `at`, where it ends)."""
+    if opening == "`":
+        end = text.index("`", at)
+        return text[at:end], end + 1
+    depth, start, pieces = 1, at, re.compile(_IN_NESTED)
+    match = pieces.search(text, at)
+    while match:
+        at = match.end()
+        depth += {"(": 1, ")": -1}.get(match.group(), 0)
+        if not depth:
+            return text[start:match.start()], at
+        if match.group("end") and text[start] != "(":
+            at = text.index("\n" + match.group("end"), at)
+        match = pieces.search(text, at)
+    raise ValueError("unbalanced parenthesis")
+
+
+def _double_quoted(text: str, at: int, tokens: list) -> tuple:
+    """Return (the value of a double-quoted string that starts before `at`, where it ends)."""
+    value, pieces = "", re.compile(_IN_DOUBLE)
+    while True:
+        match = pieces.match(text, at)
+        if not match:
+            raise ValueError("unbalanced quote")
+        kind, piece, at = match.lastgroup, match.group(), match.end()
+        if kind == "end":
+            return value, at
+        if kind == "nested":
+            code, at = _nested_code(text, at, piece)
+            tokens.append(("nested", code))
+            value += "$()"
+        elif kind == "escape":
+            piece = piece[1:].replace("\n", "") if piece[1] in '$`"\\\n' else piece
+            value += piece.translate(_GUARD)
+        else:
+            value += piece if kind == "var" and piece != "$" else piece.translate(_GUARD)
+
+
+def _here_documents(text: str, at: int, pending: list) -> int:
+    """Fill the here-documents that start on the line before `at`; return where the last one ends."""
+    for tokens, place, end in pending:
+        match = re.compile(r"^[ \t]*%s[ \t\r]*$" % re.escape(end), re.M).search(text, at)
+        start, stop = match.span() if match else (len(text), len(text))
+        tokens[place] = ("doc", text[at:start])
+        at = min(stop + 1, len(text))
+    pending.clear()
+    return at
+
+
+def _lex(text: str, pieces) -> list:
+    """Return the tokens of a command line; ValueError where quotes or parentheses do not balance."""
+    tokens, pending, word, at, limit = [], [], None, 0, _PARSED_CHARS
+    while at < len(text) and at < limit:
+        match = pieces.match(text, at)
+        if not match:
+            raise ValueError("unbalanced quote")
+        kind, piece, at = match.lastgroup, match.group(), match.end()
+        if kind == "comment" and word is not None:
+            kind, piece, at = "plain", "#", match.start() + 1
+        if kind in ("blank", "op", "doc", "dup", "redirect", "comment"):
+            if word is not None:
+                tokens.append(("word", word))
+            word = None
+            if kind == "op" and piece == "\n" and pending:
+                after = _here_documents(text, at, pending)
+                at, limit = after, limit + after - at
+            if kind in ("op", "redirect"):
+                tokens.append((piece, "") if kind == "op" else (kind, piece))
+            elif kind == "doc":
+                pending.append((tokens, len(tokens), match.group("end")))
+                tokens.append(("doc", ""))
+            continue
+        if kind == "nested":
+            code, at = _nested_code(text, at, piece[-1])
+            tokens.append(("nested", "" if code.startswith("(") else code))
+            piece = "$()"
+        elif kind == "quote":
+            piece, at = _double_quoted(text, at, tokens)
+        elif kind not in ("var", "plain") or piece == "$":
+            cut = {"escape": (1, None), "ansi": (2, -1)}.get(kind, (0, None) if kind == "plain" else (1, -1))
+            piece = piece[cut[0]:cut[1]].translate(_GUARD)
+        word = (word or "") + piece
+    if word is not None:
+        tokens.append(("word", word))
+    return tokens + [("cut", "")] if at < len(text) else tokens
+
+
+class _Shell:
+    """Follows one command line and collects its effects.
+
+    What flows through a pipe is a list of reads (file lines), a (query, scope) tuple (the hits of a search),
+    or None (anything else); [] is no output worth a word.
+    """
+
+    def __init__(self, cwd: str = "", variables=None, depth: int = 0) -> None:
+        self.effects = ShellEffects()
+        self.cwd = cwd  # None once it is lost
+        self.variables = variables or {}
+        self.depth = depth
+        self.windows = self.piped = self.optional = self.fresh = False
+        self.folders: list = []
+        self.doc = ""
+
+    def run(self, text: str, *, windows: bool = False) -> list:
+        """Follow a script; its output is shown, so nothing is left to flow on."""
+        self.windows = windows or bool(re.search(_WINDOWS, text[:_PARSED_CHARS]))
+        self.depth += 1
+        if text.lstrip().startswith("*** Begin Patch"):
+            text = "apply_patch <<'~'\n" + text
+        try:
+            tokens = [("cut", "")]
+            if self.depth < _NESTED_SHELLS:
+                tokens = _lex(text, re.compile(_POWERSHELL if self.windows else _BASH))
+        except ValueError:
+            tokens = [("cut", "")]
+        flow, words, targets, redirect, self.doc = [], [], [], "", ""
+        for kind, value in tokens + [(";", "")]:
+            if kind == "word" and redirect:
+                targets.append((redirect, value))
+                redirect = ""
+            elif kind == "word":
+                words.append(value)
+            elif kind == "redirect":
+                redirect = value
+            elif kind == "doc":
+                self.doc = value
+            elif kind == "nested":
+                self.fresh = value.startswith("mktemp")  # a new file: writing to it changes nothing known
+                self.hidden(value)
+            elif kind == "cut":
+                self.unknown()
+            else:
+                flow = self.operator(kind, self.stage(words, targets, flow))
+                words, targets, self.doc = [], [], ""
+        self.depth -= 1
+        return []
+
+    def operator(self, kind: str, flow):
+        self.piped = kind in ("|", "|&")
+        if self.piped:
+            return flow
+        self.show(flow)
+        self.optional = kind == "||"
+        if kind == "(":
+            self.folders.append(self.cwd)
+        elif kind == ")" and self.folders:
+            self.cwd = self.folders.pop()
+        return []
+
+    def show(self, flow) -> None:
+        """Take note of what a pipeline leaves on the screen."""
+        if flow is None:
+            self.effects.pure = False
+        elif isinstance(flow, tuple):
+            self.effects.searches.append(flow)
+        elif flow and self.optional:
+            self.effects.pure = False
+        else:
+            self.effects.reads += flow
+
+    def hidden(self, code: str) -> None:
+        """Follow code whose output is not shown: only its changes count."""
+        inner = _Shell(self.cwd, dict(self.variables), self.depth)
+        inner.run(code, windows=self.windows)
+        self.effects.changes += inner.effects.changes
+        self.effects.writes += inner.effects.writes
+
+    def stage(self, words: list, targets: list, flow):
+        """Run one simple command with its redirections; return what flows out of it."""
+        words = self.prefix(words)
+        words = [each for word in words for each in self.expand(word)]
+        for redirect, value in targets:
+            if redirect.lstrip("0") == "<":
+                flow = self.read([value])
+        flow = self.command(words, flow) if words else []
+        for redirect, value in targets:
+            if ">" in redirect:
+                if not re.match(r"/dev/(?!shm)|\$null$|nul$|\$\(\)", value, re.I):
+                    self.write(self.expand(value))
+                    flow = flow if redirect[0] in "23456789" else []
+        return flow
+
+    def prefix(self, words: list) -> list:
+        """Drop keywords and assignments in front of a command, and remember literal values."""
+        while words and words[0] in _KEYWORDS:
+            self.effects.pure = self.effects.pure and words[0] in _PLAIN_KEYWORDS
+            words = words[1:]
+        if words and words[0] in ("for", "foreach", "select", "case", "function", "[["):
+            if words[0] == "for" and words[2:3] == ["in"]:
+                self.variables[words[1]] = [each for word in words[3:] for each in self.expand(word)]
+            return []
+        while self.windows and words[1:2] == ["="]:
+            self.optional, words = True, words[2:]
+        if self.windows and words and not re.match(r"[A-Za-z_~?%/\\]|\.[./\\]|\. ", words[0]):
+            return []
+        while words and re.match(r"\w+\+?=", words[0]):
+            name, _, value = words[0].partition("=")
+            words = words[1:]
+            if not words:
+                fresh = value == "$()" and self.fresh
+                self.variables[name] = ["/tmp/mktemp"] if fresh else self.expand(value)
+        return words
+
+    def expand(self, word: str) -> list:
+        """Return the words that variables and braces make of one word; what is unknown keeps its `$`."""
+        found = [word]
+        for part in itertools.islice(re.finditer(r"\$(?:(\w+)|\{(\w+)\})|\{([^{}$]*,[^{}]*)\}", word), 8):
+            name = part.group(1) or part.group(2)
+            values = part.group(3).split(",") if not name else self.variables.get(name)
+            values = {"HOME": ["~"], "PWD": [self.cwd or part.group()]}.get(name, values)
+            if values:
+                found = [each.replace(part.group(), value, 1) for each in found for value in values]
+            if len(found) > _EXPANSIONS:
+                return ["$()"]
+        return ["$()"] if re.search(r"\{[^{}]*,", found[0]) else found
+
+    def command(self, words: list, flow):
+        """Run one command and return what flows out of it."""
+        name = re.split(r"[\\/]", _plain(words[0]))[-1].lower()
+        name = re.sub(r"\.(?:exe|cmd|bat|ps1)$", "", name) if not name.startswith(".") else name
+        args = words[1:]
+        if len(args) <= 3 and args and args[-1] in ("--version", "-V", "--help", "-h", "-help", "/?"):
+            return None
+        if "$" in words[0]:
+            return self.unknown()
+        handler = _COMMANDS.get(name)
+        if handler:
+            return handler(self, name, args, flow)
+        verb = re.match(r"([a-z]+)-[a-z]", name)
+        cmdlet = self.windows or words[0][:1].isupper()
+        if cmdlet and verb and verb.group(1) in _HARMLESS_VERBS:
+            return _sh_filter(self, name, args, flow)
+        return _sh_tool(self, name, args, flow)
+
+    def path(self, word: str) -> str:
+        """Return the canonical path of a word, "" when it is not known."""
+        if "$" in word or "`" in word or not word:
+            return ""
+        word = _plain(word)
+        absolute = word.startswith(("/", "~", "\\\\")) or re.match(_DRIVE, word)
+        if self.windows and not absolute:
+            word = word.replace("\\", "/")
+        return canonical_path(word, self.cwd or "") if absolute or self.cwd is not None else ""
+
+    def read(self, words, first=1, last=None) -> list:
+        paths = [self.path(word) for word in words]
+        if not all(paths):
+            self.effects.pure = False
+        return [(path, first, last) for path in paths if path]
+
+    def write(self, words) -> list:
+        """Note that the paths change; one that is not known, a glob or the whole tree may be anything."""
+        for word in words:
+            path = self.path(word)
+            inside = (self.path(".") + "/").startswith(path.rstrip("/") + "/")
+            if not path or inside or re.search(r"[*?]", word):
+                self.effects.changes.append("*")
+            else:
+                self.effects.changes.append(path)
+            if path:
+                self.effects.writes.append(path)
+        return []
+
+    def anything(self) -> None:
+        self.effects.changes.append("*")
+
+    def unknown(self) -> None:
+        self.effects.changes.append("?")
+
+
+def _options(args: list, valued: str = "", *, long: bool = False) -> tuple:
+    """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags unless long."""
+    flags, operands, at, takes = [], [], 0, valued.split()
+    while at < len(args):
+        arg, at = args[at], at + 1
+        if arg == "--":
+            return flags, operands + args[at:]
+        if len(arg) < 2 or arg[0] != "-":
+            operands.append(arg)
+        elif arg[1:].isdigit():
+            flags.append(("-#", arg[1:]))
+        elif arg[1] == "-" or long:
+            name, equals, value = arg.lower().partition("=") if long else arg.partition("=")
+            if not equals and name in takes and at < len(args):
+                value, at = args[at], at + 1
+            flags.append((name, value))
+        else:
+            for place, letter in enumerate(arg[1:], 2):
+                value = ""
+                if "-" + letter in takes:
+                    value = arg[place:] or (args[at] if at < len(args) else "")
+                    at += not arg[place:]
+                flags.append(("-" + letter, value))
+                if value:
+                    break
+    return flags, operands
+
+
+# Handlers: (shell, name, args, flow) -> flow.
+
+
+def _sh_filter(shell, name, args, flow):
+    """A harmless command; over the hits of a search it makes another search."""
+    return (flow[0], _plain(" ".join([flow[1], "|", name] + args))) if isinstance(flow, tuple) else None
+
+
+def _sh_quiet(shell, name, args, flow):
+    return []
+
+
+def _sh_source(shell, name, args, flow):
+    known = args and name in ("source", ".") and re.search(r"activate$|rc$|profile$|\.env$|nvm\.sh$", args[0])
+    return [] if known else shell.unknown()
+
+
+def _sh_cd(shell, name, args, flow):
+    operands = [arg for arg in args if arg == "-" or arg[:1] not in ("-", "/") or len(arg) > 2]
+    if name == "popd":
+        shell.cwd = shell.folders.pop() if shell.folders else None
+    else:
+        if name in ("pushd", "push-location"):
+            shell.folders.append(shell.cwd)
+        shell.cwd = shell.path(operands[0] if operands else "~") or None if operands != ["-"] else None
+    return []
+
+
+def _sh_cat(shell, name, args, flow):
+    valued = "-v -s -w -b -l -i -n" if name == "nl" else "-r --line-range -l --style"
+    flags, files = _options(args, valued)
+    files = [file for file in files if file != "-"]
+    if not files:
+        return flow or None
+    span = re.match(r"(\d+):(\d*)$", dict(flags).get("-r") or dict(flags).get("--line-range", ""))
+    return shell.read(files, *[int(part) if part else None for part in span.groups()] if span else ())
+
+
+def _sh_slice(shell, name, args, flow, first, last):
+    """Cut the lines first..last out of what flows in."""
+    if isinstance(flow, tuple) or not flow or len(flow) > 1 or flow[0][1] < 0:
+        return _sh_filter(shell, name, args, flow)
+    path, start, stop = flow[0]
+    if first < 0:
+        if stop:
+            return [(path, max(start, stop + first + 1), stop)]
+        return [(path, first, None)] if start == 1 else None
+    ends = [end for end in (stop, start + last - 1 if last else None) if end]
+    return [(path, start + first - 1, min(ends) if ends else None)]
+
+
+def _sh_head(shell, name, args, flow):
+    flags, files = _options(args, "-n -c --lines --bytes")
+    flags = dict(flags)
+    count = flags.get("-n") or flags.get("--lines") or flags.get("-#") or "10"
+    if "-c" in flags or "--bytes" in flags or not re.match(r"[+]?\d+$" if name == "tail" else r"\d+$", count):
+        return _sh_filter(shell, name, args, flow)
+    number = int(count)
+    first, last = (1, number) if name == "head" else (number, None) if count[0] == "+" else (-number, None)
+    return shell.read(files, first, last) if files else _sh_slice(shell, name, args, flow, first, last)
+
+
+def _sh_sed(shell, name, args, flow):
+    flags, files = _options([arg for arg in args if arg], "-e -f -l --expression")
+    scripts = [value for flag, value in flags if flag in ("-e", "--expression")]
+    scripts = scripts or [files.pop(0) if files else ""]
+    if any(flag in ("-i", "--in-place") for flag, value in flags):
+        return shell.write(files)
+    script = _plain(";".join(scripts))
+    printing = any(flag in ("-n", "--quiet") for flag, value in flags)
+    spans = re.findall(_SED_RANGE if printing else r"(1)?,?(\d+)q", script)
+    if not re.match(r"(?:%s[\s;]*)+$" % _SED_RANGE if printing else r"\d+q$", script.strip()):
+        searching = printing and (files or isinstance(flow, list) and flow)
+        if searching:
+            return _sh_search(shell, "sed", script, files, [], flow)
+        return _sh_filter(shell, name, args, flow)
+    reads = []
+    for first, last in spans:
+        first = -1 if first == "$" else int(first or 1)
+        if first < 0 or last == "$":
+            last = None
+        else:
+            last = int(last or first) + (first if last[:1] == "+" else 0)
+        cut = shell.read(files, first, last) if files else _sh_slice(shell, name, args, flow, first, last)
+        if not isinstance(cut, list):
+            return cut
+        reads += cut
+    return reads
+
+
+def _sh_awk(shell, name, args, flow):
+    flags, operands = _options(args, "-F -v -f")
+    script = _plain(operands[0]) if operands else ""
+    if re.search(r'>\s*["$]|\bsystem\(|\|\s*"', script):
+        return shell.unknown()
+    span = re.match(r"\s*F?NR\s*(>=|==)\s*(\d+)(?:\s*&&\s*F?NR\s*<=\s*(\d+))?\s*(?:\{\s*print[^}]*\}\s*)?$",
+                    script)
+    if not span or "{" in script and "$0" not in script and "print}" not in script.replace(" ", ""):
+        return _sh_filter(shell, name, args, flow)
+    first = int(span.group(2))
+    last = first if span.group(1) == "==" else int(span.group(3)) if span.group(3) else None
+    files = operands[1:]
+    return shell.read(files, first, last) if files else _sh_slice(shell, name, args, flow, first, last)
+
+
+def _sh_search(shell, name, query, places, flags, flow):
+    """Return a search in normal form: query; program, places and the flags that change the answer."""
+    if isinstance(flow, tuple):
+        return flow[0], "%s | %s" % (flow[1], " ".join([name, query] + flags))
+    if flow and not places:
+        places = ["%s:%s-%s" % read if read[1:] != (1, None) else read[0] for read in flow]
+    else:
+        places = [shell.path(place) or _plain(place) for place in places or ["."]]
+    return query, " ".join([name] + sorted(places) + flags)
+
+
+def _sh_grep(shell, name, args, flow):
+    if name == "findstr":
+        args = [re.sub(r"^/(?:c:)?", "-e" if word[:3].lower() == "/c:" else "-", word) for word in args]
+    flags, operands = _options(args, _GREP_VALUED + (" -E -r -d" if name in ("rg", "fd") else ""))
+    if any(flag in ("--fix", "-x", "--exec", "-X", "--exec-batch") for flag, _ in flags) and name == "fd":
+        return shell.unknown()
+    given = ("-e", "--regexp", "-f") if name not in ("fd", "fdfind") else ()
+    patterns = [value for flag, value in flags if flag in given]
+    if not patterns and ("--files", "") not in flags:
+        patterns = [operands.pop(0)] if operands else [""]
+    if shell.piped and not operands and not flow and name != "fd":
+        return None
+    kept = sorted(_plain(flag + value) for flag, value in flags if flag not in _GREP_NOISE.union(given))
+    return _sh_search(shell, name, _plain("|".join(patterns)) or "*", operands, kept, flow)
+
+
+def _sh_ls(shell, name, args, flow):
+    valued = _CMDLET_VALUED if shell.windows else "-I -L -P" if name == "tree" else "-I"
+    flags, operands = _options(args, valued, long=shell.windows)
+    switches = [each for each in operands if name == "dir" and re.match(r"/[a-z](?::|$)", each)]
+    operands = [each for each in operands if each not in switches]
+    flags += [(each, "") for each in switches]
+    kept = sorted(flag + value for flag, value in flags if flag not in ("-h", "-F", "-1", "-G", "--color"))
+    return _sh_search(shell, "ls" if name in ("dir", "gci", "get-childitem") else name, "*", operands, kept, [])
+
+
+def _sh_find(shell, name, args, flow):
+    first = next((at for at, arg in enumerate(args) if arg[0:1] in ("-", "(", "!")), len(args))
+    terms = args[first:]
+    for at, term in enumerate(terms):
+        if term in ("-delete", "-fprint", "-fls"):
+            shell.anything()
+        elif term in ("-exec", "-execdir", "-ok"):
+            run = list(itertools.takewhile(lambda word: word not in (";", "+"), terms[at + 1:]))
+            shell.command([word.replace("{}", "$_") for word in run] or ["true"], [])
+    return _sh_search(shell, "find", _plain(" ".join(terms)) or "*", args[:first], [], [])
+
+
+def _sh_xargs(shell, name, args, flow):
+    at = 0
+    while at < len(args) and args[at].startswith("-"):
+        at += 2 if args[at] in ("-n", "-I", "-P", "-L", "-d", "-s", "-a", "-E") else 1
+    names = [word.replace("{}", "$_") for word in args[at:]]
+    inner = shell.command(names + ["$_"], []) if names else None
+    return None if inner is None else _sh_filter(shell, name, args, flow)
+
+
+def _sh_write(shell, name, args, flow):
+    """Commands that change the files they name: all, or the last one where the others are only read."""
+    flags, files = _options(args, "-t -m -o -g -s -d" if name not in ("rm", "mkdir") else "-m")
+    target = [value for flag, value in flags if flag in ("-t", "--target-directory")]
+    if name in ("cp", "ln", "copy", "install", "rsync", "scp", "xcopy", "robocopy"):
+        files = target or [file for file in files[1:][-1:] if ":" not in file[2:]]
+    shell.write(files + target)
+    return flow if name == "tee" else []
+
+
+def _sh_dd(shell, name, args, flow):
+    return shell.write([arg[3:] for arg in args if arg.startswith("of=")])
+
+
+def _sh_patch(shell, name, args, flow):
+    text = "\n".join([shell.doc] + [_plain(arg) for arg in args if "\n" in arg])
+    paths = [path.strip() for path in re.findall(_PATCHED, text)]
+    if not paths and not {"--check", "--stat", "--dry-run"} & set(args):
+        shell.anything()
+    return shell.write([path.translate(_GUARD) for path in paths if path != "/dev/null"])
+
+
+def _sh_format(shell, name, args, flow):
+    """Formatters and linters: they write where a flag says so, or unless a flag forbids it."""
+    flags, files = _options(args, "-c -l --config --line-length --target-version --select --ignore --ext")
+    names = {flag for flag, _ in flags}
+    if name in ("ruff", "biome", "dprint") and files:
+        writes = files.pop(0) in ("format", "fmt") and name != "biome"
+    else:
+        writes = name in ("black", "isort", "rustfmt", "stylua")
+    writes = writes or names & {"--fix", "--write", "-w", "-i", "--in-place", "--apply", "-a", "-A"}
+    if not writes or names & {"--check", "--diff", "--check-only", "--fix-dry-run"}:
+        return _sh_filter(shell, name, args, flow)
+    shell.write(files or ["."])
+    return None
+
+
+def _sh_git(shell, name, args, flow):
+    folder, at = shell.cwd, 0
+    while at < len(args) and args[at].startswith("-"):
+        if args[at] == "-C" and args[at + 1:]:
+            shell.cwd = shell.path(args[at + 1]) or None
+        at += 2 if args[at] in ("-C", "-c", "--git-dir", "--work-tree") else 1
+    verb, rest = (args[at] if at < len(args) else "status"), args[at + 1:]
+    flow = _sh_git_verb(shell, verb, rest, flow)
+    shell.cwd = folder
+    return flow
+
+
+def _sh_git_verb(shell, verb, rest, flow):
+    flags, operands = _options(rest)
+    names = {flag for flag, _ in flags}
+    if verb == "grep":
+        return _sh_grep(shell, "git grep", rest, flow)
+    if verb in ("ls-files", "ls-tree"):
+        return _sh_search(shell, "git " + verb, "*", operands, sorted(names), [])
+    if verb in ("checkout", "restore") and ("--" in rest or verb == "restore"):
+        paths = rest[rest.index("--") + 1:] if "--" in rest else _options(rest, "-s --source")[1]
+        return shell.write(paths) if names != {"--staged"} and names != {"-S"} else []
+    if verb in ("rm", "mv"):
+        return shell.write(operands) if "--cached" not in names else []
+    if verb == "apply":
+        return _sh_patch(shell, verb, rest, flow)
+    if verb == "clone":
+        operands = _options(rest, "-b -o --depth --branch --origin")[1]
+        named = [re.sub(r"\.git$", "", posixpath.basename(each)) for each in operands]
+        return shell.write(operands[1:] or named)
+    if verb in ("checkout", "switch") and names & {"-b", "-B", "-c", "-C"} and len(operands) == 1:
+        return []
+    if verb == "reset" and not names & {"--hard", "--merge", "--keep"} or verb == "clean" and "-n" in names:
+        return None
+    looks = verb in ("stash", "bisect", "submodule") and operands[:1] in _GIT_LOOKS
+    if verb in _GIT_CHANGES and not looks:
+        shell.anything()
+    elif not looks and verb not in _GIT_HARMLESS:
+        shell.unknown()
+    return _sh_filter(shell, "git " + verb, rest, flow) if verb not in _GIT_QUIET else []
+
+
+def _sh_tool(shell, name, args, flow):
+    """Programs with sub-commands, and programs not known: told by the verb."""
+    flags, operands = _options(args, "-C -w -p -F --prefix --filter --workspace --project")
+    verb, script = (operands + ["", ""])[:2]
+    names = {flag for flag, _ in flags}
+    scripts = name in _SCRIPT_RUNNERS
+    if verb in ("exec", "dlx", "x") and scripts or verb in ("exec", "run", "x") and name in _PACKAGE_RUNNERS:
+        return _sh_wrapper(shell, "npx", args[args.index(verb) + 1:], flow)
+    if verb == "pip":
+        return _sh_tool(shell, "pip", args[args.index(verb) + 1:], flow)
+    if verb in ("run", "run-script") and scripts:
+        verb = script
+    fixes = names & {"--fix", "--write", "--apply", "-u"} or re.search(r"[:-](?:fix|write)", verb)
+    managed = name in _MANAGERS
+    if managed and (fixes or verb in _CHANGE_VERBS or name == "yarn" and not verb):
+        if not names & {"--check", "--check-formatted", "--dry-run"}:
+            shell.anything()
+    elif name in ("docker", "kubectl", "gh"):
+        if script in ("checkout", "clone", "download") or name != "gh" and verb in _CONTAINER_RUNS:
+            shell.unknown()
+    elif fixes or not (managed and re.match(_TEST_TASK, verb) or re.match(r"[a-z][\w-]*$", name)
+                       and any(re.match(_LOOK_VERBS, each) for each in (verb, script))):
+        shell.unknown()
+    return _sh_filter(shell, name, args, flow)
+
+
+def _sh_wrapper(shell, name, args, flow):
+    """Commands that run another one: sudo, timeout 10, env A=1, npx ..."""
+    valued, skip = _WRAPPERS.get(name, ("", 0))
+    at = 0
+    if name == "command" and args[:1] in (["-v"], ["-V"]):
+        return None
+    while at < len(args) and (args[at].startswith("-") or re.match(r"\w+=", args[at])):
+        at += 2 if args[at] in valued.split() else 1
+    rest = args[at + skip:]
+    if name == "npx" and rest:
+        rest = [re.sub(r"(?<=.)@[^/]*$", "", rest[0])] + rest[1:]
+    return shell.command(rest, flow) if rest else None
+
+
+def _sh_bash(shell, name, args, flow):
+    """Shells: `-c` and relatives are followed, a script is not known."""
+    windows = name in ("powershell", "pwsh", "cmd")
+    for at, arg in enumerate(args):
+        if re.match(r"-\w*c$|-command$|/[ck]$", arg, re.I):
+            code = args[at + 1:] if windows else args[at + 1:at + 2]
+            shell.windows = windows
+            if len(code) > 1:
+                return shell.command(code, flow)
+            return shell.run(_plain("".join(code)), windows=windows)
+    if windows and args and not args[0].startswith("-"):
+        return shell.run(_plain(" ".join(args)), windows=True)
+    if shell.doc and (not args or args == ["-s"]) and not windows:
+        return shell.run(shell.doc)
+    return None if args[:1] == ["-n"] else shell.unknown()
+
+
+def _sh_python(shell, name, args, flow):
+    """Interpreters: tests and modules of known tools are told apart, other code is not known."""
+    if "-m" in args[:3] and args[args.index("-m") + 1:]:
+        module = args[args.index("-m") + 1]
+        rest = args[args.index("-m") + 2:]
+        return shell.command([_MODULES.get(module, module)] + rest, flow)
+    if name == "perl" and args[:1] and re.match(r"-\w*i", args[0]):
+        return shell.write(_options(args, "-e")[1])
+    if name in ("bun", "deno") and args and re.match(r"[a-z]+$", args[0]):
+        return _sh_tool(shell, name, args, flow)
+    if {"--test", "--check", "--noEmit"} & set(args):
+        return None
+    return shell.unknown()
+
+
+def _sh_curl(shell, name, args, flow):
+    valued = "-o -H -X -d -u -A -b -F --output" if name == "curl" else "-O -P --output-document"
+    flags, operands = _options(args, valued)
+    given = [(flag, value) for flag, value in flags if flag in ("-o", "-O", "--output", "--output-document")]
+    named = [value for _, value in given if value]
+    if not named and (name == "wget" or ("-O", "") in flags or ("--remote-name", "") in flags):
+        named = [posixpath.basename(_plain(url)) or "index.html" for url in operands]
+    return shell.write([value for value in named if value not in ("-", "/dev/null")]) if named else None
+
+
+def _sh_archive(shell, name, args, flow):
+    if "-l" in args or name == "tar" and args and re.match(r"-?\w*t", args[0]):
+        return None
+    folder = [args[at + 1] for at, arg in enumerate(args[:-1]) if arg in ("-C", "-d", "-cf", "-czf", "czf")]
+    return shell.write(folder[-1:] or ["."])
+
+
+def _sh_cmdlet(shell, name, args, flow):
+    """PowerShell commands with named parameters."""
+    flags, operands = _options(args, _CMDLET_VALUED, long=True)
+    named = dict(flags)
+    where = [value for flag, value in flags if flag in ("-path", "-literalpath", "-filepath", "-destination")]
+    places = [each for word in where or operands[:1] for each in word.split(",") if each]
+    if name in ("select-string", "sls"):
+        query = named.get("-pattern") or (operands[0] if operands else "")
+        files = places if where else operands[1 - ("-pattern" in named):]
+        if shell.piped and not files and not flow:
+            return None
+        return _sh_search(shell, name, _plain(query), files, [], flow)
+    if name in ("get-content", "gc"):
+        head = named.get("-totalcount") or named.get("-head") or named.get("-first") or ""
+        tail = named.get("-tail") or named.get("-last") or ""
+        first, last = (-int(tail), None) if tail.isdigit() else (1, int(head) if head.isdigit() else None)
+        return shell.read(places, first, last)
+    if name in ("move-item", "rename-item"):
+        return shell.write(where + operands or ["."])
+    if name == "copy-item":
+        return shell.write([named.get("-destination") or (operands[-1] if operands else ".")])
+    return shell.write(places or ["."])
+
+
+def _sh_select(shell, name, args, flow):
+    named = dict(_options(args, "-first -last -skip", long=True)[0])
+    first, last = named.get("-first", ""), named.get("-last", "")
+    if first.isdigit() or last.isdigit():
+        skip = int(named.get("-skip") or 0)
+        span = (skip + 1, skip + int(first)) if first else (-int(last), None)
+        return _sh_slice(shell, name, args, flow, *span)
+    return _sh_filter(shell, name, args, flow)
+
+
+_KEYWORDS = frozenset("if then elif else while until do done fi esac ! { } in try catch & time".split())
+_PLAIN_KEYWORDS = frozenset("do done { } time".split())
+_GREP_VALUED = """
+    -A -B -C -e -f -g -t -T -m -M --glob --iglob --type --type-not --include --exclude --exclude-dir
+    --max-count --regexp --context --after-context --before-context --max-depth --max-columns --sort
+"""
+_GREP_NOISE = frozenset("""
+    -n -H -h -s --line-number --color --colour --heading --no-heading --with-filename -N -p
+    --no-messages --column --no-filename --text -I
+""".split())
+_CMDLET_VALUED = """
+    -path -literalpath -filepath -destination -pattern -totalcount -head -first -tail -last -value -encoding
+    -filter -include -exclude -itemtype -name -erroraction -newname -type -width
+"""
+_HARMLESS_VERBS = frozenset("""
+    get test select where sort format measure out write convertto convertfrom resolve find show compare
+    group join split read wait foreach start stop
+""".split())
+_LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect|describe
+    |config|doctor|outdated|why|query|diff|check|ready|whoami|history|audit|capture|display|has|read|wait
+    |count|where|activate|freeze|tree)(?:-[\w-]+)?$"""
+_CHANGE_VERBS = frozenset("""
+    install i ci add remove rm uninstall update upgrade up get tidy fmt format fix generate sync lock
+    link dedupe create init tap mod reinstall cleanup deps.get deps.update
+""".split())
+_TEST_TASK = r"""(?x)(?:unit|run|cargo)?[-_:]?(?:t|tst|tests?|lint|type-?check|tsc|check|clippy|vet|verify
+    |spec|e2e|coverage|credo|dialyzer|bench|validate)(?:[-_:.]\S*)?$"""
+_PACKAGE_RUNNERS = frozenset("uv poetry pipenv hatch rye pdm bundle mise asdf conda pipx".split())
+_SCRIPT_RUNNERS = frozenset("npm pnpm yarn bun deno".split())
+_MANAGERS = _PACKAGE_RUNNERS | _SCRIPT_RUNNERS | frozenset("""
+    pip pip3 brew apt apt-get dnf yum pacman paru yay choco winget scoop gem cargo go mix dotnet swift
+    make just task rake gradle gradlew mvn mvnw composer terraform npm-check-updates flutter dart nx
+    turbo lerna
+""".split())
+_GIT_HARMLESS = frozenset("""
+    status log diff show branch blame remote rev-parse fetch add commit push tag config describe reflog
+    shortlog merge-base cat-file for-each-ref ls-remote rev-list name-rev symbolic-ref show-ref reset
+    check-ignore check-attr count-objects fsck gc notes worktree init diff-tree diff-index hash-object
+    var version help range-diff cherry whatchanged update-index write-tree archive bundle show-branch
+    update-ref
+""".split())
+_GIT_CHANGES = frozenset("""
+    checkout switch stash merge rebase pull revert cherry-pick clean reset am bisect submodule
+    filter-branch filter-repo sparse-checkout read-tree checkout-index lfs
+""".split())
+_CONTAINER_RUNS = ("run", "exec", "cp", "compose", "build")
+_GIT_LOOKS = (["list"], ["show"], ["status"], ["log"], ["drop"])
+_GIT_QUIET = frozenset("add config init".split())
+_MODULES = {"json.tool": "jq", **dict.fromkeys(
+    "unittest py_compile compileall timeit doctest coverage site http.server".split(), "pytest")}
+_WRAPPERS = {
+    "sudo": ("-u -g -p -C -h", 0), "timeout": ("-s -k --signal --kill-after", 1), "gtimeout": ("-s -k", 1),
+    "nice": ("-n", 0), "env": ("-u -C", 0), "npx": ("-p --package", 0), "stdbuf": ("-i -o -e", 0),
+    "flock": ("-w", 1), "wsl": ("-d -u", 0), "watch": ("-n", 0), "exec": ("-a", 0), "ionice": ("-c -n", 0),
+    **dict.fromkeys("time nohup command builtin caffeinate doas setsid bunx uvx chronic".split(), ("", 0)),
+}
+
+
+_FAMILIES = (
+    (_sh_quiet, """
+        echo printf mktemp : true false export unset set shopt alias ulimit umask trap wait break
+        continue exit return local declare readonly sleep chmod chown chgrp test [ read shift
+        write-host write-output start-sleep write-error write-warning setlocal pwd esac ] ;; param
+        clear cls
+     """),
+    (_sh_filter, """
+        date ps env printenv which whereis where wc du df stat file uniq cut tr jq yq diff cmp comm
+        join md5sum sha1sum sha256sum shasum md5 ping id whoami uname hostname uptime free top htop
+        lsof netstat ss dig nslookup host ip ifconfig ipconfig nc ssh kill pkill killall pgrep man
+        basename dirname realpath readlink seq expr column paste fold fmt rev od xxd hexdump strings
+        base64 cksum look locale tput stty tty history jobs fg bg open xdg-open pbcopy pbpaste
+        ccusage sysctl sw_vers system_profiler nvidia-smi lscpu lsblk lsusb lspci dmesg journalctl
+        tasklist systeminfo ver vol wmic pytest py.test jest vitest tox nox rspec phpunit ctest
+        mocha ava playwright cypress mypy pyright pyre flake8 pylint shellcheck actionlint hadolint
+        yamllint bandit vulture gitleaks golangci-lint staticcheck nproc arch getent groups arp sort
+        traceroute systemctl service openssl ffprobe identify cal bc dc sum nm ldd otool objdump
+        mdfind mdls format-table format-list out-string out-null ft fl measure numfmt
+     """),
+    (_sh_cat, "cat less more bat batcat nl tac zcat type view"),
+    (_sh_head, "head tail"),
+    (_sh_sed, "sed gsed"),
+    (_sh_awk, "awk gawk mawk"),
+    (_sh_grep, "rg grep egrep fgrep ag ack findstr ripgrep fd fdfind zgrep"),
+    (_sh_ls, "ls ll tree dir gci get-childitem exa eza vdir"),
+    (_sh_find, "find gfind"),
+    (_sh_xargs, "xargs parallel"),
+    (_sh_cd, "cd pushd popd chdir set-location push-location sl"),
+    (_sh_git, "git"),
+    (_sh_curl, "curl wget"),
+    (_sh_write, """
+        tee touch mkdir rm rmdir unlink truncate mv cp ln install shred md rd del erase copy move
+        ren rename rsync scp xcopy robocopy
+     """),
+    (_sh_dd, "dd"),
+    (_sh_patch, "patch apply_patch applypatch"),
+    (_sh_archive, "tar unzip gunzip gzip 7z zip"),
+    (_sh_format, """
+        black isort prettier eslint ruff gofmt goimports rustfmt clang-format autopep8 yapf biome
+        stylua shfmt markdownlint stylelint rubocop dprint standard xo oxlint
+     """),
+    (_sh_wrapper, " ".join(_WRAPPERS)),
+    (_sh_bash, "bash sh zsh dash ksh powershell pwsh cmd"),
+    (_sh_python, "python python3 python2 py pypy node ruby perl php bun deno tsx ts-node tsc"),
+    (_sh_cmdlet, """
+        get-content gc select-string sls set-content add-content out-file new-item remove-item
+        move-item copy-item rename-item clear-content ni ri
+     """),
+    (_sh_select, "select-object select"),
+    (_sh_source, "source . eval invoke-expression iex"),
+)
+_COMMANDS = {name: handler for handler, names in _FAMILIES for name in names.split()}
+
+_SECRET_HINTS = ("k-", "k_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "akia", "asia", "xox",
+                 "aiza", "eyj", "glpat-", "npm_", "hf_", "token", "secret", "passw", "passphrase", "pwd",
+                 "key", "bearer", "basic", "authorization", "://", "sshpass", "-u ")
+_SECRETS = r"""(?xis)
+  -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY-----.*?(?:-----END[^\n]{0,50}|\Z)
+| \b(?:[spr]k[-_](?:live_|test_|ant-|proj-)?[\w-]{16,200} | gh[pousr]_\w{20,255} | github_pat_\w{20,255}
+    | (?:AKIA|ASIA)[0-9A-Z]{16} | xox[abprs]-[\w-]{10,200} | AIza[\w-]{30,50}
+    | eyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]{0,2000}
+    | glpat-[\w-]{16,100} | npm_\w{30,60} | hf_\w{30,60})
+| (?P<kept>
+      (?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|passphrase|\bpwd)["']?\s{0,3}[=:]\s{0,3}["']?
+    | --(?:password|passwd|token|api-key|secret)(?:=|\s{1,3})["']?
+    | authorization["']?\s{0,3}[:=]\s{0,3}["']?(?:(?:bearer|basic|token)\s{1,3})?
+    | \b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{16})
+    | ://[^\s/@:'"]{0,200}:(?=[^\s/@]{1,200}@)
+    | \bsshpass\s{1,3}-p\s{0,3}["']?
+    | \s-u\s{1,3}["']?[\w.@-]{1,100}:(?!/)
+  )[^\s"'$&|;,)}@<>\\*]{1,2000}
+"""
+
+
+def mask_secrets(text: str) -> str:
+    """Return the text with what looks like a key, a token or a password replaced by `***`."""
+    lower = text.lower()
+    if not any(hint in lower for hint in _SECRET_HINTS):
+        return text
+    return re.sub(_SECRETS, lambda match: (match.group("kept") or "") + "***", text)
+
+
+class TranscriptReader:
+    """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new format is a subclass with
+    ``detect`` and ``read``, added to READERS."""
+
+    name = agent = ""
+
+    def roots(self) -> List[str]:
+        """Directories where the agent keeps its transcripts; none by default."""
+        return []
+
+    def detect(self, path: str, head: bytes) -> bool:
+        """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this format."""
+        raise NotImplementedError
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """Which files are read together; each alone by default."""
+        return [[path] for path in paths]
+
+    def read(self, paths: List[str], claim: Callable[[str], bool], skip: Callable[[str, int, str], None]) -> List[Session]:
+        """The sessions of one group. ``claim(key)`` is True when the response of that id counts here; ``skip(path, line,
+        reason)`` names what is damaged. OSError when a file cannot be opened; nothing else is raised, whatever it holds."""
+        raise NotImplementedError
+
+
+IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
+SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for a window to end unmarked
+TASK_LENGTH = 160          # characters of the first prompt that are kept
+
+
+class Call:
+    """One model call while its transcript is read. Tokens are disjoint: uncached input, cache write (``write_1h`` is
+    part of it), cache read, output (thinking included). ``context`` is what the model had before it."""
+
+    __slots__ = ("event", "uncached", "write", "write_1h", "read", "output", "parts", "counted", "exact", "context",
+                 "visible")
+
+    def __init__(self, event: SessionEvent, counted: bool = True):
+        self.event, self.counted, self.exact = event, counted, True
+        self.uncached = self.write = self.write_1h = self.read = self.output = 0
+        self.parts: List[Tuple[str, int, Optional[SessionEvent]]] = []  # kind, characters, event
+        self.context: Optional[int] = None  # where it is not the sum of the call's input
+        self.visible = 0  # tokens of the output that the next call's context can hold
+
+    def use(self, uncached: int, write: int, write_1h: int, read: int, output: int) -> None:
+        """Take a usage report in; of several for one response the largest counts."""
+        self.uncached, self.write = max(self.uncached, uncached), max(self.write, write)
+        self.write_1h, self.read = min(self.write, max(self.write_1h, write_1h)), max(self.read, read)
+        self.output = max(self.output, output)
+
+    def share_output(self) -> None:
+        """Give the output to text, thinking and tool calls by size. Of it the next context can hold what is visible: at
+        most half its characters (hidden thinking is in no text); where the output is a placeholder, 3.6 per token."""
+        sizes = [size for _, size, _ in self.parts]
+        characters = sum(sizes)
+        self.visible = min(self.output if self.exact else max(self.output, characters * 10 // 36), characters // 2)
+        if not self.counted:
+            return
+        shares = share_out(self.output, sizes)
+        for (_, _, event), share in zip(self.parts, shares):
+            (event or self.event).tokens_output += share
+        self.event.tokens_output += self.output - sum(shares)
+
+
+class WindowBuilder:
+    """The events of one agent, with tokens laid out by growth: what a call's context gained over the call before is
+    shared among what entered it. The sums over the events equal the calls' usage to the token."""
+
+    def __init__(self, agent_id: str = "", overhead: str = ""):
+        self.agent_id, self.overhead = agent_id, overhead
+        self.calls = 0
+        self._steps: List[List[Any]] = []        # [event or Call, characters that enter]
+        self._open: Dict[int, Tuple[int, int]] = {}  # id of an event without a result: (step, calls so far)
+
+    def call(self, call: Call) -> Call:
+        """A model call begins; what was added before has entered its context."""
+        self.calls += 1
+        self._steps.append([call, 0])
+        return call
+
+    def item(self, event: SessionEvent, characters: int) -> None:
+        """A prompt, an attachment or a compaction that enters with the next call; a compaction told twice (its boundary and
+        its summary) is one."""
+        last = self._steps[-1] if self._steps else [None, 0]
+        if is_compaction(event) and isinstance(last[0], SessionEvent) and is_compaction(last[0]):
+            last[1] += characters
+        else:
+            self._steps.append([event, characters])
+
+    def tool(self, event: SessionEvent) -> None:
+        """A tool call; its result enters when it comes."""
+        self._open[id(event)] = (len(self._steps), self.calls)
+        self._steps.append([event, 0])
+
+    def result(self, event: SessionEvent, characters: int) -> None:
+        """A tool's result; one that comes after a later call has begun enters there."""
+        step, calls = self._open.pop(id(event), (None, 0))
+        if step is None:
+            return
+        if calls != self.calls:
+            self._steps[step] = [None, 0]
+            self._steps.append([event, characters])
+        else:
+            self._steps[step][1] += characters
+
+    def finish(self) -> List[SessionEvent]:
+        """The events in order, tokens laid out."""
+        events: List[SessionEvent] = []
+        pending: List[Tuple[SessionEvent, int]] = []
+        previous, before, start = None, 0, 0  # the call before, its context, where this call's items begin
+        for entry, characters in self._steps:
+            if entry is None:
+                continue
+            if not isinstance(entry, Call):
+                pending = [] if is_compaction(entry) else pending
+                pending.append((entry, characters))
+                events.append(entry)
+                if is_compaction(entry):
+                    previous, before, start = None, 0, len(events)
+                continue
+            context = entry.uncached + entry.write + entry.read if entry.context is None else entry.context
+            if previous is not None and before - context > max(SHARP_DROP, before // 2):
+                cut = SessionEvent("", entry.event.timestamp, EventType.CONTEXT_LOAD,
+                                   {"source": "compaction", "inferred": True, "line": entry.event.data.get("line")})
+                events.insert(start, cut)
+                previous, before, start = None, 0, start + 1
+            if entry.counted:
+                self._lay_out(entry, previous, pending, context - before, events, start)
+            else:
+                del events[start:]  # what led to a response that is counted elsewhere is told there
+            entry.share_output()
+            previous, before, pending = entry, context, []
+            events += self._answer(entry)
+            start = len(events)
+        for event in events:
+            event.agent_id = self.agent_id
+            if self.overhead:
+                event.data["overhead"] = self.overhead
+        return events
+
+    @staticmethod
+    def _answer(call: Call) -> List[SessionEvent]:
+        return [call.event] + [event for kind, _, event in call.parts if kind == "thinking" and event] \
+            if call.counted else []
+
+    def _lay_out(self, call: Call, previous: Optional[Call], pending: List[Tuple[SessionEvent, int]], growth: int,
+                 events: List[SessionEvent], start: int) -> None:
+        fresh = call.uncached + call.write
+        rebuilt = max(0, fresh - max(growth, 0))
+        left = fresh - rebuilt
+        laid: List[Tuple[SessionEvent, int]] = []
+        if rebuilt:
+            rebuild = self._load(call, "cache rebuild")
+            events.append(rebuild)
+            laid.append((rebuild, rebuilt))
+        if previous is not None and previous.counted:
+            answer = min(left, previous.visible)
+            laid.append((previous.event, answer))
+            left -= answer
+        sizes = [size for _, size in pending]
+        entered = min(left, sum(size // 2 for size in sizes))
+        laid += zip((event for event, _ in pending), self._capped(entered, sizes))
+        if left > entered:
+            rest = self._load(call, "system" if previous is None else "unattributed")
+            if previous is None and events[start:]:
+                rest.timestamp = events[start].timestamp
+            events.insert(start if previous is None else len(events), rest)
+            laid.append((rest, left - entered))
+        self._bill(call, laid)
+
+    @staticmethod
+    def _capped(total: int, sizes: List[int]) -> List[int]:
+        """Shares of ``total`` in proportion to the sizes, none above half its size (characters to tokens)."""
+        shares = share_out(total, sizes)
+        spare = 0
+        for index, size in enumerate(sizes):
+            if shares[index] > size // 2:
+                spare += shares[index] - size // 2
+                shares[index] = size // 2
+        for index, size in enumerate(sizes):
+            if spare and shares[index] < size // 2:
+                more = min(spare, size // 2 - shares[index])
+                shares[index] += more
+                spare -= more
+        return shares
+
+    @staticmethod
+    def _load(call: Call, source: str) -> SessionEvent:
+        return SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD,
+                            {"source": source, "line": call.event.data.get("line")}, model=call.event.model)
+
+    @staticmethod
+    def _bill(call: Call, laid: List[Tuple[SessionEvent, int]]) -> None:
+        """Book the tokens, and the call's cache writes on them in proportion."""
+        call.event.tokens_cache_read += call.read
+        tokens = [count for _, count in laid]
+        writes = tokens if not call.uncached else share_out(call.write, tokens)
+        hours = writes if call.write_1h == call.write else share_out(call.write_1h, writes)
+        for (event, count), write, write_1h in zip(laid, writes, hours):
+            event.tokens_input += count
+            event.tokens_cache_write += write
+            event.tokens_cache_write_1h += write_1h
+
+
+def join_windows(builders: Iterable[WindowBuilder]) -> List[SessionEvent]:
+    """The events of several agents in one order: by time, and each agent's own order kept."""
+    keyed = []
+    for builder in builders:
+        latest = ""
+        for event in builder.finish():
+            latest = max(latest, event.timestamp)
+            keyed.append((latest, event))
+    keyed.sort(key=lambda pair: pair[0])
+    events = [event for _, event in keyed]
+    for number, event in enumerate(events, 1):
+        event.id = f"e{number}"
+    return events
+
+
+class LineMemory:
+    """The lines that reads have shown in one context window, to tell whether a later read shows the same."""
+
+    def __init__(self) -> None:
+        self._files: Dict[str, Dict[int, int]] = {}
+
+    def clear(self) -> None:
+        """The window ended."""
+        self._files.clear()
+
+    def verdict(self, path: str, first: int, lines: List[str]) -> str:
+        """ "same" where every line known of the file is as known, "changed" where one differs, "" where none is
+        known; and keep these lines."""
+        known = self._files.setdefault(path, {})
+        hashes = {number: hash(line) for number, line in enumerate(lines, first)}
+        shared = [number for number in hashes if number in known]
+        same = all(known[number] == hashes[number] for number in shared)
+        if not same:
+            known.clear()
+        known.update(hashes)
+        return ("same" if same else "changed") if shared else ""
+
+
+def digest_of(text: Any) -> str:
+    """A short hash of a text, for telling whether two are equal."""
+    from hashlib import blake2b
+    return blake2b(text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass"),
+                   digest_size=8).hexdigest()
+
+
+def _count_of(value: Any) -> int:
+    """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS counts as 0."""
+    return value if value.__class__ is int and 0 <= value <= MAX_TOKENS else 0
+
+
+def task_line(text: str) -> str:
+    """The first line of a prompt that says something, secrets masked, cut to TASK_LENGTH characters."""
+    line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    line = " ".join(mask_secrets(line[:4 * TASK_LENGTH]).split())
+    return line if len(line) <= TASK_LENGTH else line[:TASK_LENGTH - 1] + "…"
+
+
+_NUMBERED = re.compile(r"\s*\d+(?:\t|→|: ?)")
+
+
+class ToolEvents:
+    """Turns an agent's tool calls and results into events; what differs between agents is in the readers.
+
+    One per context window's agent: it knows the directory and the lines its window has seen.
+    """
+
+    def __init__(self, cwd: str = ""):
+        self.cwd = cwd
+        self.memory = LineMemory()
+
+    def call(self, name: str, arguments: Any, timestamp: str, response: str, line: int) -> SessionEvent:
+        """The event of a tool call, before its result is known."""
+        arguments = arguments if isinstance(arguments, dict) else {}
+        data: Dict[str, Any] = {"tool": name, "response_id": response, "line": line}
+        event = SessionEvent("", timestamp, EventType.TOOL_CALL, data)
+        tool = name.lower()
+        command = next((arguments[key] for key in ("command", "cmd", "script") if arguments.get(key)), None)
+        path = next((arguments[key] for key in ("file_path", "notebook_path", "filePath", "absolute_path", "path",
+                                                "dir_path") if isinstance(arguments.get(key), str)), "")
+        if tool in _SHELL_TOOLS and command:
+            self._command(event, command, arguments.get("workdir") or arguments.get("dir_path") or self.cwd)
+        elif tool in _SEARCH_TOOLS:
+            self._search(event, arguments, path)
+        elif tool in _READ_TOOLS and path:
+            event.event_type = EventType.FILE_READ
+            data["file_path"] = canonical_path(path, self.cwd)
+            for key in ("offset", "limit", "pages"):
+                if arguments.get(key):
+                    data[key] = arguments[key]
+        elif tool in _WRITE_TOOLS:
+            event.event_type = EventType.FILE_WRITE
+            paths = [path] if path else patched_paths(str(arguments.get("input") or arguments.get("patch") or ""))
+            data["changes"] = [canonical_path(p, self.cwd) for p in paths] or ["*"]
+            if paths:
+                data["file_path"] = data["changes"][0]
+        else:
+            data["changes"] = [] if tool in _HARMLESS_TOOLS or _QUERY_TOOL.search(tool) else ["?"]
+        return event
+
+    def _command(self, event: SessionEvent, command: Any, cwd: Any) -> None:
+        effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
+        text = command if isinstance(command, str) else " ".join(map(str, command))
+        event.data["command"] = mask_secrets(text[:1000])[:300]
+        event.data["operation"] = digest_of(" ".join(text.split()))
+        event.data["changes"] = effects.changes
+        kind = effects.kind
+        if kind == "read" and effects.reads:
+            event.event_type = EventType.FILE_READ
+            path, first, last = effects.reads[0]
+            event.data["file_path"] = path
+            if len(effects.reads) > 1:
+                event.data["reads"] = [[p, f, t] for p, f, t in effects.reads]
+            elif first is not None:
+                event.data["lines"] = [first, last]
+        elif kind == "search" and effects.searches:
+            event.event_type = EventType.SEARCH
+            query, scope = effects.searches[0]
+            event.data["query"] = mask_secrets(query)[:300]
+            event.data["scope"] = f"{scope} #{event.data['operation']}" if len(effects.searches) > 1 else scope
+        elif kind == "write":
+            event.event_type = EventType.FILE_WRITE
+            if effects.writes:
+                event.data["file_path"] = effects.writes[0]
+
+    def _search(self, event: SessionEvent, arguments: Dict[str, Any], path: str) -> None:
+        event.event_type = EventType.SEARCH
+        query = next((arguments[key] for key in ("pattern", "query", "url", "prompt") if arguments.get(key)), path)
+        event.data["query"] = mask_secrets(str(query)[:600])[:300]
+        scope = {key: value for key, value in sorted(arguments.items())
+                 if value not in (None, query) and key not in ("description",)}
+        if path and path != query:
+            scope["path"] = event.data["file_path"] = canonical_path(path, self.cwd)
+        if scope:
+            event.data["scope"] = json.dumps(scope, sort_keys=True)[:300] if len(str(scope)) < 300 else digest_of(scope)
+
+    def result(self, event: SessionEvent, text: str, first: Optional[int] = None, total: Optional[int] = None) -> None:
+        """What a read or a search returned: its hash, lines, and whether the window has seen them otherwise."""
+        data = event.data
+        if event.event_type is EventType.SEARCH:
+            data["content_hash"] = digest_of(text)
+        elif event.event_type is EventType.FILE_READ:
+            if len(text) < 2000 and _UNCHANGED.search(text):
+                data["unchanged"] = True
+                return
+            data["content_hash"] = digest_of(text)
+            if _is_cut_off(text):
+                data["truncated"] = True
+            elif "reads" not in data and "pages" not in data:
+                self._lines(data, text, first, total)
+
+    def _lines(self, data: Dict[str, Any], text: str, first: Optional[int], total: Optional[int]) -> None:
+        lines = text.split("\n")
+        if lines and not lines[-1]:
+            lines.pop()
+        if lines and _NUMBERED.match(lines[0]):
+            lines = [_NUMBERED.sub("", line, 1) for line in lines]
+        asked = line_range(data)
+        whole = "lines" not in data and "offset" not in data and "limit" not in data
+        start = first if first is not None else asked[0]
+        if start < 0 or not lines:
+            return
+        if total:
+            data["total_lines"] = total
+        elif whole and first is None:
+            data["total_lines"] = len(lines)
+        data["lines"] = [start, start + len(lines) - 1]
+        verdict = self.memory.verdict(data["file_path"], start, lines)
+        if verdict:
+            data["content"] = verdict
+
+    def failure(self, event: SessionEvent, message: str, arguments: Any = None) -> None:
+        """The call failed: what is kept of the message is a hash, the exit code and why it is nobody's fault."""
+        if event.event_type is EventType.FILE_WRITE and not event.data.get("command"):
+            event.data["changes"] = []  # an edit that failed changed nothing
+        event.event_type = EventType.ERROR
+        data = event.data
+        data["error_hash"] = digest_of(normal_message(message))
+        if "operation" not in data:
+            data["operation"] = digest_of(json.dumps(arguments, sort_keys=True, default=str))
+        exit_code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
+        if exit_code:
+            data["exit_code"] = int(exit_code.group(1))
+        kind = _failure_kind_of(message)
+        if kind:
+            data["kind"] = kind
+
+
+_SHELL_TOOLS = ("bash", "powershell", "shell", "shell_command", "exec_command", "local_shell", "run_shell_command",
+                "container.exec", "execute_command")
+_QUERY_TOOL = re.compile(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
+_UNCHANGED = re.compile(r"unchanged since (?:your |the )?last read|file[ _]unchanged|file has not changed since", re.I)
+_CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum allowed")
+
+
+def _is_cut_off(text: str) -> bool:
+    """Whether a result says at its end or its beginning that it is not all there."""
+    ends = text[:200] + text[-300:]
+    return any(words in ends for words in _CUT_OFF)
+
+
+_COLLATERAL = re.compile(r"sibling tool call errored|parallel tool call .* errored", re.I)
+
+
+def _failure_kind_of(message: str) -> str:
+    head = message[:600]
+    if _COLLATERAL.search(head):
+        return "collateral"
+    if "Request interrupted by user" in head or "aborted by user" in head:
+        return "interrupted"
+    if head.startswith(("Exit code", "Process exited")):
+        return ""  # what the command printed is not about the call
+    return failure_kind({"message": head})
+
+
+def patched_paths(patch: str) -> List[str]:
+    """The files an ``apply_patch`` text names."""
+    return re.findall(r"^\*\*\* (?:(?:Update|Add|Delete) File|Move to): (.+?)\s*$", patch, re.M)
+
+
+class ClaudeCodeReader(TranscriptReader):
+    """Claude Code: one JSONL file per session, sub-agents in files of their own or inline.
+
+    A response is spread over several lines that repeat its usage, and whole files repeat others (resume, fork); every
+    response is counted once, with its largest ``output_tokens``, for the unit that may claim it.
+    """
+
+    name = "claude-code"
+    agent = "CLAUDE-CODE"
+
+    def roots(self) -> List[str]:
+        given = os.environ.get("CLAUDE_CONFIG_DIR")
+        homes = given.split(",") if given else ["~/.claude", "~/.config/claude"]
+        return [os.path.join(os.path.expanduser(home.strip()), "projects") for home in homes if home.strip()]
+
+    def detect(self, path: str, head: bytes) -> bool:
+        return b'"sessionId"' in head and (b'"parentUuid"' in head or b'"leafUuid"' in head or b'"isSidechain"' in head) \
+            or head.startswith(b'{"type":"summary"') and b'"leafUuid"' in head
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """Main files with their sub-agents' files: those below <session>/subagents, and those beside the session that
+        name its id. A sub-agent whose session is not there stands alone."""
+        units = {path: [path] for path in paths if not _is_agent_file(path)}
+        mains = {os.path.splitext(path)[0]: path for path in units}
+        by_session: Dict[Tuple[str, str], str] = {}
+        for path in paths:
+            if not _is_agent_file(path):
+                by_session.setdefault((os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]), path)
+        for path in paths:
+            if _is_agent_file(path):
+                folder = os.path.dirname(path)
+                above = folder.split(os.sep + "subagents")[0] if os.sep + "subagents" in folder else ""
+                main = mains.get(above) or by_session.get((folder, _session_id_in(path)))
+                units.setdefault(main or path, [] if main else [path])
+                if main:
+                    units[main].append(path)
+        return list(units.values())
+
+    def read(self, paths: List[str], claim: Callable[[str], bool], skip: Callable[[str, int, str], None]) -> List[Session]:
+        return _ClaudeUnit(self, paths, claim, skip).session()
+
+
+def _is_agent_file(path: str) -> bool:
+    return os.path.basename(path).startswith("agent-") and (os.sep + "subagents" in path or b'"isSidechain":true' in
+                                                            _head_of(path, 4096).replace(b": ", b":"))
+
+
+def _session_id_in(path: str) -> str:
+    match = re.search(rb'"sessionId"\s*:\s*"([^"]{1,200})"', _head_of(path, 1 << 16))
+    return match.group(1).decode("utf-8", "replace") if match else ""
+
+
+def _head_of(path: str, size: int) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(size) or b""
+    except OSError:
+        return b""
+
+
+_BOOKKEEPING = (b'{"type":"file-history-snapshot"', b'{"type":"queue-operation"', b'{"type":"last-prompt"',
+                b'{"type":"mode"', b'{"type":"custom-title"', b'{"type":"ai-title"', b'{"type":"permission-mode"',
+                b'{"type":"summary"')
+_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>", "<local-command-caveat>", "<bash-input>",
+              "<bash-stdout>", "<task-notification>", "<system-reminder>", "<ide_opened_file>", "<ide_selection>",
+              "[Request interrupted by user", "Caveat: The messages below")
+_PLACEHOLDERS_FROM = (2, 1, 8)  # the first version that writes responses whose output is never filled in
+
+
+class _ClaudeUnit:
+    """One session while its files are read."""
+
+    def __init__(self, reader: ClaudeCodeReader, paths: List[str], claim: Callable[[str], bool],
+                 skip: Callable[[str, int, str], None]):
+        self.reader, self.paths, self.claim, self.report_skip = reader, paths, claim, skip
+        self.windows: Dict[str, WindowBuilder] = {}
+        self.tools: Dict[str, ToolEvents] = {}
+        self.calls: Dict[str, Tuple[Call, str]] = {}          # message id: call, agent
+        self.stopped: Dict[str, bool] = {}                     # message id: a line of it has a stop_reason
+        self.open: Dict[str, Tuple[SessionEvent, str, Any]] = {}  # tool use id: event, agent, input
+        self.echoes: List[Tuple[str, int, str, Any]] = []      # path, line, agent and message of progress lines
+        self.roots: Dict[str, str] = {}                        # uuid of an inline sidechain line: its agent
+        self.uuids: set = set()
+        self.models: Dict[str, int] = {}
+        self.facts: Dict[str, Any] = {}                        # session id, cwd, version, task, first and last time
+        self.counters: Dict[str, int] = {}
+        self.path, self.line, self.file_agent = "", 0, ""
+
+    def session(self) -> List[Session]:
+        """The session of this unit; none when no file holds a line of one."""
+        for path in self.paths:
+            self._file(path)
+        self._echoed()
+        if not self.windows and "session_id" not in self.facts:
+            return []
+        for message_id, (call, _) in self.calls.items():
+            call.exact = self.stopped[message_id]
+            if not call.exact and call.counted and self.facts.get("version_number", ()) >= _PLACEHOLDERS_FROM:
+                self._count("output_lower_bound_calls")
+        return [self._build()]
+
+    def _build(self) -> Session:
+        facts = self.facts
+        stem = os.path.splitext(os.path.basename(self.paths[0]))[0]
+        own_id = stem if _UUID.match(stem) or not facts.get("session_id") else facts["session_id"]
+        model = max(self.models, key=self.models.get) if self.models else "default"
+        source = {"reader": self.reader.name, "path": self.paths[0], "session_id": facts.get("session_id", stem),
+                  "cwd": facts.get("cwd", ""), "version": facts.get("version", "")}
+        if len(self.paths) > 1:
+            source["paths"] = self.paths[1:]
+        session = Session(slug(own_id), self.reader.agent, facts.get("task") or facts.get("command") or "",
+                          SessionStatus.COMPLETED, facts.get("first", ""), facts.get("last", ""), model=model,
+                          metadata=dict({"source": source}, **{k: v for k, v in self.counters.items() if v}))
+        for event in join_windows(self.windows.values()):
+            if event.model == model:
+                event.model = ""
+            session.add_event(event)
+        return session
+
+    def _count(self, name: str) -> None:
+        self.counters[name] = self.counters.get(name, 0) + 1
+
+    def _file(self, path: str) -> None:
+        self.path, self.line = path, 0
+        self.file_agent = os.path.basename(path)[6:-6] if path != self.paths[0] or _is_agent_file(path) else ""
+        for number, line in numbered_lines(path):
+            self.line = number
+            if line.startswith(_BOOKKEEPING) or b'"type":"progress"' in line and b'"agent_progress"' not in line:
+                if b'"sessionId"' in line and "session_id" not in self.facts:
+                    self.facts["session_id"] = _session_id_in(path)
+                continue
+            if b'"tool_use_id":"' in line and self._plain_result(line):
+                continue
+            entry = self._parsed(line)
+            if entry is not None:
+                self._entry(entry)
+
+    def _plain_result(self, line: bytes) -> bool:
+        """Take in a line that holds one successful tool result with a text, without parsing it (these lines are most of a
+        transcript's bytes); False leaves the line to the parser.
+
+        In JSON every quote inside a text follows a backslash, so '","' and '},"' are never part of one.
+        """
+        parts = _PLAIN_RESULT.match(line)
+        found = parts and self.open.get(parts.group("id1" if parts.group("id1") else "id2").decode())
+        if not found:
+            return False
+        start = parts.end()
+        end = line.find(b'}]},"', start)
+        close = line.find(b'","', start, end)
+        stamp = _RESULT_TAIL.match(line, end) if end > 0 else None
+        if not stamp or close >= 0 and line[close + 1:end] != b',"is_error":false':
+            return False
+        uuid = stamp.group(1)
+        if uuid not in self.uuids:
+            self.uuids.add(uuid)
+            event, owner, _ = found
+            self._take_result(event, owner, line[start:close if close >= 0 else end - 1], line[stamp.end():],
+                              stamp.group(2).decode())
+        return True
+
+    def _take_result(self, event: SessionEvent, owner: str, raw: bytes, details: bytes, timestamp: str) -> None:
+        facts = self.facts
+        if timestamp > facts.get("last", ""):
+            facts["last"] = timestamp
+        self._window(owner).result(event, _json_length(raw))
+        event.duration_ms = _milliseconds(event.timestamp, timestamp)
+        if event.event_type in (EventType.FILE_READ, EventType.SEARCH):
+            file = _FILE_RESULT.match(details) if event.data["tool"] == "Read" else None
+            if file and len(raw) >= 2000:
+                self.tools[owner].result(event, _json_text(file.group(1)), int(file.group(3)), int(file.group(4)))
+            elif event.data["tool"] == "Read" and b'"file":{' in details[:60]:
+                self._read(event, _json_text(raw), _parsed_file(details), owner)
+            else:
+                self.tools[owner].result(event, _json_text(raw))
+        if event.data["tool"] in ("Task", "Agent"):
+            event.data["changes"] = []
+
+    def _parsed(self, line: bytes) -> Optional[Dict[str, Any]]:
+        try:
+            entry = json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError) as error:
+            if line.endswith(b"\n") and line.strip():
+                self._skip(f"not JSON: {error}")
+                self._damaged_result(line)
+            return None
+        if not isinstance(entry, dict):
+            self._skip(f"not an object but a {type(entry).__name__}")
+            return None
+        return entry
+
+    def _skip(self, reason: str) -> None:
+        self._count("damaged_lines")
+        self.report_skip(self.path, self.line, reason)
+
+    def _damaged_result(self, line: bytes) -> None:
+        """A tool result in a line that is no JSON still entered the context: its size is the line's."""
+        identity = re.search(rb'"tool_use_id"\s*:\s*"([^"]{1,100})"', line)
+        found = self.open.get(identity.group(1).decode("utf-8", "replace")) if identity else None
+        if found:
+            event, owner, _ = found
+            event.data["truncated"] = True  # what it showed is not known
+            self._window(owner).result(event, len(line.split(b'"toolUseResult"')[0]))
+
+    def _entry(self, entry: Dict[str, Any]) -> None:
+        kind = entry.get("type")
+        if kind == "progress":
+            self._progress(entry)
+            return
+        if kind not in ("assistant", "user", "system", "attachment"):
+            return
+        uuid = entry.get("uuid")
+        if isinstance(uuid, str):
+            if uuid.encode("utf-8", "replace") in self.uuids:
+                return
+            self.uuids.add(uuid.encode("utf-8", "replace"))
+        self._facts(entry)
+        handler = {"assistant": self._assistant, "user": self._user, "system": self._system,
+                   "attachment": self._attachment}[kind]
+        handler(entry, self._agent_of(entry))
+
+    def _facts(self, entry: Dict[str, Any]) -> None:
+        facts = self.facts
+        for key, name in (("session_id", "sessionId"), ("cwd", "cwd"), ("version", "version")):
+            if key not in facts and isinstance(entry.get(name), str) and entry[name]:
+                facts[key] = entry[name]
+                if key == "version":
+                    facts["version_number"] = tuple(int(n) for n in re.findall(r"\d+", entry[name])[:3])
+        timestamp = _text(entry.get("timestamp"))
+        if timestamp:
+            facts["first"] = min(facts.get("first", timestamp), timestamp)
+            facts["last"] = max(facts.get("last", timestamp), timestamp)
+
+    def _agent_of(self, entry: Dict[str, Any]) -> str:
+        """The agent a line belongs to: "" for the main one. Inline sidechains without an id are told apart by the line
+        they begin with."""
+        if self.file_agent:
+            return _text(entry.get("agentId")) or self.file_agent
+        if entry.get("isSidechain") is not True:
+            return ""
+        agent = _text(entry.get("agentId"))
+        if not agent:
+            parent = _text(entry.get("parentUuid"))
+            agent = self.roots.get(parent) or "sidechain-" + _text(entry.get("uuid"))[:8]
+            self.roots[_text(entry.get("uuid"))] = agent
+        return agent
+
+    def _window(self, agent: str) -> WindowBuilder:
+        window = self.windows.get(agent)
+        if window is None:
+            overhead = "compaction" if agent.startswith("acompact") else \
+                "suggestion" if agent.startswith("aprompt_suggestion") else ""
+            window = self.windows[agent] = WindowBuilder(agent, overhead)
+            self.tools[agent] = ToolEvents(self.facts.get("cwd", ""))
+        return window
+
+    def _event(self, event_type: EventType, entry: Dict[str, Any], **data: Any) -> SessionEvent:
+        data["line"] = self.line
+        if self.path != self.paths[0]:
+            data["path"] = self.path
+        return SessionEvent("", _text(entry.get("timestamp")), event_type, data)
+
+    # a model's response
+
+    def _assistant(self, entry: Dict[str, Any], agent: str) -> None:
+        message = entry.get("message")
+        if not isinstance(message, dict):
+            return
+        model = _text(message.get("model"))
+        if model == "<synthetic>":
+            if entry.get("isApiErrorMessage") is True:
+                text = _plain_text(message.get("content"))
+                event = self._event(EventType.ERROR, entry, tool="model call", error_hash=digest_of(normal_message(text)),
+                                    kind=failure_kind({"message": text}) or "interrupted", changes=[])
+                self._window(agent).item(event, 0)
+            return
+        key = _text(message.get("id")) or _text(entry.get("requestId")) or _text(entry.get("uuid"))
+        usage = message.get("usage")
+        if not key or not isinstance(usage, dict):
+            return
+        call, owner = self.calls.get(key) or self._new_call(key, entry, agent, model, usage)
+        if owner != agent:
+            return  # an aside that replays its parent's responses
+        call.use(*_claude_usage(usage))
+        self.stopped[key] = self.stopped.get(key, False) or bool(message.get("stop_reason"))
+        for block in message.get("content") if isinstance(message.get("content"), list) else ():
+            if isinstance(block, dict):
+                self._block(block, call, entry, agent)
+
+    def _new_call(self, key: str, entry: Dict[str, Any], agent: str, model: str, usage: Dict[str, Any]) -> Tuple[Call, str]:
+        window, counted = self._window(agent), self.claim(key)
+        if not counted:
+            self._count("calls_elsewhere")
+        elif not agent or model not in self.models:
+            self.models[model] = self.models.get(model, 0) + (1 if not agent else 0)
+        for number, earlier in enumerate(_earlier_iterations(usage)):
+            extra = Call(self._event(EventType.AI_RESPONSE, entry, response_id=key, iteration=number), counted)
+            extra.event.model = _text(earlier.get("model")).lower() or model.lower()
+            extra.use(*_claude_usage(earlier))
+            window.call(extra)
+        event = self._event(EventType.AI_RESPONSE, entry, response_id=key)
+        event.model = model.lower()
+        self.calls[key] = (window.call(Call(event, counted)), agent)
+        return self.calls[key]
+
+    def _block(self, block: Dict[str, Any], call: Call, entry: Dict[str, Any], agent: str) -> None:
+        kind = block.get("type")
+        if kind == "text":
+            call.parts.append(("text", len(_text(block.get("text"))), None))
+        elif kind in ("thinking", "redacted_thinking"):
+            self._thinking(len(_text(block.get("thinking"))), call, entry)
+        elif kind in ("tool_use", "server_tool_use"):
+            name, arguments = _text(block.get("name")), block.get("input")
+            identity = _text(block.get("id"))
+            if identity and identity in self.open:
+                return
+            event = self.tools[agent].call(name, arguments, _text(entry.get("timestamp")),
+                                           _text(call.event.data["response_id"]), self.line)
+            event.model = call.event.model
+            if self.path != self.paths[0]:
+                event.data["path"] = self.path
+            size = len(str(arguments)) + len(name)
+            call.parts.append(("tool", size, event))
+            self.open[identity] = (event, agent, arguments)
+            self._window(agent).tool(event)
+
+    def _thinking(self, size: int, call: Call, entry: Dict[str, Any]) -> None:
+        if not size:
+            if call.counted and not any(kind == "thinking" and not s for kind, s, _ in call.parts):
+                self._count("redacted_thinking_calls")
+            call.parts.append(("thinking", 0, None))
+            return
+        known = next((event for kind, _, event in call.parts if kind == "thinking" and event), None)
+        if known is None:
+            known = self._event(EventType.THINKING, entry, response_id=call.event.data["response_id"])
+            known.model = call.event.model
+        call.parts.append(("thinking", size, known))
+
+    # what enters the context
+
+    def _user(self, entry: Dict[str, Any], agent: str) -> None:
+        message = entry.get("message")
+        content = message.get("content") if isinstance(message, dict) else None
+        if entry.get("isCompactSummary") is True:
+            self._compaction(entry, agent, len(_plain_text(content)))
+            return
+        text, images = "", 0
+        for block in content if isinstance(content, list) else [content]:
+            if isinstance(block, str):
+                text += block
+            elif isinstance(block, dict) and block.get("type") == "tool_result":
+                self._result(block, entry, agent)
+            elif isinstance(block, dict):
+                text += _text(block.get("text"))
+                images += block.get("type") == "image"
+        if text or images:
+            self._prompt(entry, agent, text, images)
+
+    def _prompt(self, entry: Dict[str, Any], agent: str, text: str, images: int) -> None:
+        human = entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN)
+        if human:
+            event = self._event(EventType.USER_MESSAGE, entry)
+            if not agent and "task" not in self.facts and text.strip():
+                self.facts["task"] = task_line(text)
+        else:
+            event = self._event(EventType.CONTEXT_LOAD, entry, source="injected")
+            command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
+            if command and not agent:
+                arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
+                self.facts.setdefault("command", task_line(
+                    f"{command.group(1)} {arguments.group(1) if arguments else ''}"))
+        self._window(agent).item(event, len(text) + images * IMAGE_CHARACTERS)
+
+    def _compaction(self, entry: Dict[str, Any], agent: str, characters: int, **data: Any) -> None:
+        if agent in self.tools:
+            self.tools[agent].memory.clear()
+        self._window(agent).item(self._event(EventType.CONTEXT_LOAD, entry, source="compaction", **data), characters)
+
+    def _result(self, block: Dict[str, Any], entry: Dict[str, Any], agent: str) -> None:
+        identity = _text(block.get("tool_use_id"))
+        if identity not in self.open:
+            self._orphan(identity, entry, agent)
+        event, owner, arguments = self.open[identity]
+        text, characters = _result_size(block.get("content"))
+        details = entry.get("toolUseResult")
+        self._window(owner).result(event, characters)
+        event.duration_ms = _milliseconds(event.timestamp, _text(entry.get("timestamp")))
+        if block.get("is_error") is True:
+            self.tools[owner].failure(event, text, arguments)
+        elif event.data["tool"] == "Read" and isinstance(details, dict) and isinstance(details.get("file"), dict):
+            self._read(event, text, details["file"], owner)
+        else:
+            self.tools[owner].result(event, text)
+        if event.data["tool"] in ("Task", "Agent") and "kind" not in event.data:
+            event.data["changes"] = []  # what the sub-agent changed is in its own events
+
+    def _orphan(self, identity: str, entry: Dict[str, Any], agent: str) -> None:
+        """A result whose call is in no readable line: a tool call of unknown kind."""
+        event = self._event(EventType.TOOL_CALL, entry, tool="unknown", changes=["?"])
+        self.open[identity] = (event, agent, None)
+        self._window(agent).tool(event)
+
+    def _read(self, event: SessionEvent, text: str, file: Dict[str, Any], owner: str) -> None:
+        content = file.get("content")
+        first, total = _count_of(file.get("startLine")), _count_of(file.get("totalLines"))
+        if isinstance(content, str) and first and not _UNCHANGED.search(text[:2000] if len(text) < 2000 else ""):
+            self.tools[owner].result(event, content, first, total)
+        else:
+            self.tools[owner].result(event, text)
+
+    def _system(self, entry: Dict[str, Any], agent: str) -> None:
+        subtype = entry.get("subtype")
+        if subtype == "compact_boundary":
+            self._compaction(entry, agent, 0)
+        elif subtype == "microcompact_boundary":
+            self._compaction(entry, agent, 0, partial=True)
+        elif subtype == "api_error":
+            self._window(agent).item(self._event(EventType.ERROR, entry, tool="model call", kind="transient", changes=[]), 0)
+
+    def _attachment(self, entry: Dict[str, Any], agent: str) -> None:
+        attachment = entry.get("attachment")
+        if not isinstance(attachment, dict):
+            return
+        event = self._event(EventType.CONTEXT_LOAD, entry, source="attachment", kind=_text(attachment.get("type"))[:40])
+        if attachment.get("type") == "edited_text_file" and isinstance(attachment.get("filename"), str):
+            event.data["changes"] = [canonical_path(attachment["filename"], self.facts.get("cwd", ""))]
+        self._window(agent).item(event, len(json.dumps(attachment, ensure_ascii=False)))
+
+    # sub-agents that only the progress lines show
+
+    def _progress(self, entry: Dict[str, Any]) -> None:
+        data = entry.get("data")
+        inner = data.get("message") if isinstance(data, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("message"), dict):
+            return
+        self.echoes.append((self.path, self.line, _text(data.get("agentId")), inner))
+
+    def _echoed(self) -> None:
+        """Read the responses that only progress lines hold, and what their agents were told in between."""
+        known, agents = set(self.calls), set(self.windows)
+        for self.path, self.line, self.file_agent, inner in self.echoes:
+            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
+                self._assistant(inner, self.file_agent)
+            elif inner.get("type") == "user" and self.file_agent not in agents:
+                self._user(inner, self.file_agent)
+
+
+_PLAIN_RESULT = re.compile(
+    rb'\{"parentUuid":(?:null|"[^"\\]*"),[^\[{\\]{0,800}"message":\{"role":"user","content":\[\{'
+    rb'(?:"tool_use_id":"(?P<id1>[^"\\]+)","type":"tool_result","content":"'
+    rb'|"type":"tool_result","tool_use_id":"(?P<id2>[^"\\]+)","content":")')
+_RESULT_TAIL = re.compile(rb'\}\]\},"uuid":"([^"\\]+)","timestamp":"([^"\\]+)"')
+_FILE_RESULT = re.compile(rb',"toolUseResult":\{"type":"text","file":\{"filePath":"[^"\\]*","content":"'
+                          rb'([^"\\]*(?:\\.[^"\\]*)*)","numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
+
+
+def _json_length(raw: bytes) -> int:
+    """Characters of a text in JSON's spelling: an escape is one."""
+    if not raw.isascii() or b"\\u" in raw:
+        return len(_json_text(raw))
+    return len(raw) - raw.count(b"\\") + raw.count(b"\\\\")
+
+
+def _json_text(raw: bytes) -> str:
+    """The text that stands in JSON's spelling between two quotes; with a flaw in it, as it stands."""
+    text = raw.decode("utf-8", "replace")
+    try:
+        return scanstring(text + '"', 0, False)[0]
+    except ValueError:
+        return text
+
+
+def _parsed_file(details: bytes) -> Dict[str, Any]:
+    """The ``file`` of a toolUseResult at the end of a line; empty when it is not one."""
+    try:
+        value = json.JSONDecoder().raw_decode(details.decode("utf-8", "replace"), len(',"toolUseResult":'))[0]
+        return value["file"] if isinstance(value["file"], dict) else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
+
+
+def _text(value: Any) -> str:
+    """The value where it is a text, else ""."""
+    return value if value.__class__ is str else ""
+
+
+def _plain_text(content: Any) -> str:
+    """The text of a message's content, which is a text or a list of blocks."""
+    if isinstance(content, list):
+        return "\n".join(_text(block.get("text")) for block in content if isinstance(block, dict))
+    return _text(content)
+
+
+def _result_size(content: Any) -> Tuple[str, int]:
+    """A tool result's text, and its size in characters with images at their weight."""
+    images = sum(isinstance(block, dict) and block.get("type") == "image" for block in content) \
+        if isinstance(content, list) else 0
+    text = _plain_text(content)
+    return text, len(text) + images * IMAGE_CHARACTERS
+
+
+def _milliseconds(start: str, end: str) -> int:
+    first, last = seconds_of(start), seconds_of(end)
+    return max(0, int((last - first) * 1000)) if first is not None and last is not None else 0
+
+
+def _claude_usage(usage: Dict[str, Any]) -> Tuple[int, int, int, int, int]:
+    split = usage.get("cache_creation")
+    hour = _count_of(split.get("ephemeral_1h_input_tokens")) if isinstance(split, dict) else 0
+    five = _count_of(split.get("ephemeral_5m_input_tokens")) if isinstance(split, dict) else 0
+    return (_count_of(usage.get("input_tokens")), _count_of(usage.get("cache_creation_input_tokens")) or five + hour,
+            hour, _count_of(usage.get("cache_read_input_tokens")), _count_of(usage.get("output_tokens")))
+
+
+def _earlier_iterations(usage: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The iterations the top level of a usage leaves out: all but the last."""
+    iterations = usage.get("iterations")
+    entries = [entry for entry in iterations if isinstance(entry, dict)] if isinstance(iterations, list) else []
+    return entries[:-1]
+
+
+def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
+    """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. OSError as open()."""
+    with open(path, "rb", buffering=1 << 20) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                line = line[3:]
+            yield number, line
+
+
+class CodexReader(TranscriptReader):
+    name="codex"
+    def detect(self,p,h): return False
+class GeminiReader(CodexReader): name="gemini-cli"
+class OtelReader(CodexReader): name="otel"
+
+
+READERS = (ClaudeCodeReader(), CodexReader(), GeminiReader(), OtelReader())
+
+_HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
+_STAMP = re.compile(rb'"(?:timestamp|startTime|startTimeUnixNano)"\s*:\s*"([^"]{4,40})"')
+
+
+def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
+    """Files that could be transcripts, as (path, size, mtime in ns): the files named, and .jsonl and .json files below
+    the directories named (dot-directories too, links are not followed). A path that is not there raises StorageError."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise StorageError(path, "there is no such file or directory", "give a transcript or a folder that holds some")
+        if not os.path.isdir(path):
+            info = os.stat(path)
+            yield os.path.abspath(path), info.st_size, info.st_mtime_ns
+            continue
+        for folder, _, _ in os.walk(path):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.endswith((".jsonl", ".json")) and entry.is_file(follow_symlinks=False):
+                        info = entry.stat(follow_symlinks=False)
+                        yield os.path.abspath(entry.path), info.st_size, info.st_mtime_ns
+
+
+class TranscriptScan:
+    """Finds which transcripts changed since the last scan, reads those, and counts each response for one session.
+
+    ``state`` is what the last scan left: {"files": {path: [size, mtime, reader, unit]}, "units": {unit: {"files", "order",
+    "rows"}}, "deleted": [units]}; ``owners`` maps response ids to units. A unit is one session's files, named by the first.
+    """
+
+    def __init__(self, state: Optional[Dict[str, Any]], owners: Optional[Dict[str, str]]):
+        state = state if isinstance(state, dict) and isinstance(state.get("units"), dict) else {}
+        self.files: Dict[str, List[Any]] = state.get("files", {})
+        self.units: Dict[str, Dict[str, Any]] = state.get("units", {})
+        self.deleted = set(state.get("deleted", []))
+        self._owners_of = owners  # read by the caller only when something changed
+        self.owners: Dict[str, str] = {}
+        self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
+        self.scope: List[str] = []   # the units that the paths of this scan hold
+        self.changed: List[str] = []
+
+    def look(self, found: Iterable[Tuple[str, int, int]], only: str = "") -> None:
+        """Compare what is there with the state; sets ``scope`` and ``changed``."""
+        seen = {path: [size, mtime] for path, size, mtime in found}
+        known = self.files
+        fresh = [path for path, stamp in seen.items() if path not in known or known[path][:2] != stamp]
+        if not fresh and all(path in seen for unit in {known[path][3] for path in seen if known[path][3]}
+                             for path in self.units.get(unit, {}).get("files", ())):
+            units = {known[path][3] for path in seen if known[path][3]}
+        else:
+            units = self._regroup(seen, set(fresh))
+        self.scope = sorted(unit for unit in units if not only or self.units[unit]["reader"] == only)
+        self.changed = [unit for unit in self.changed if unit in set(self.scope)]
+        for path in seen:
+            if not known[path][2]:
+                self.skipped.setdefault(path, [[path, 0, known[path][4] if len(known[path]) > 4 else "no known transcript"]])
+
+    def _regroup(self, seen: Dict[str, List[int]], fresh: set) -> set:
+        by_reader: Dict[str, List[str]] = {}
+        for path, stamp in sorted(seen.items()):
+            if path in fresh:
+                reader, reason = self._detect(path, stamp[0])
+                self.files[path] = stamp + [reader, "", reason]
+            if self.files[path][2]:
+                by_reader.setdefault(self.files[path][2], []).append(path)
+        units = set()
+        for reader in READERS:
+            for group in reader.group(by_reader.get(reader.name, [])):
+                units.add(self._unit(reader, group, fresh))
+        return units
+
+    def _unit(self, reader: TranscriptReader, group: List[str], fresh: set) -> str:
+        name = group[0]
+        for path in group:
+            self.files[path][3] = name
+        old = self.units.get(name)
+        if old is None or old["files"] != group or fresh.intersection(group):
+            self.units[name] = {"files": group, "reader": reader.name, "order": _order_of(group[0]),
+                                "rows": old["rows"] if old else []}
+            self.changed.append(name)
+        return name
+
+    @staticmethod
+    def _detect(path: str, size: int) -> Tuple[str, str]:
+        if not size:
+            return "", "empty file"
+        head = _head_of(path, _HEAD_SIZE)
+        if not head:
+            return "", "cannot be read: check its permissions"
+        for reader in READERS:
+            if reader.detect(path, head):
+                return reader.name, ""
+        return "", "not a transcript of a known agent"
+
+    def read(self, progress: Optional[Callable[[str], None]] = None) -> Iterator[Tuple[str, List[Session]]]:
+        """Read the changed units, earliest first, and those that lose a response to an earlier one; yield each unit's
+        sessions as they are read (a unit may come twice: the last counts)."""
+        if not self.changed:
+            return
+        self.owners = dict(self._owners_of or {})
+        waiting = set(self.changed)
+        self.owners = {key: unit for key, unit in self.owners.items() if unit not in waiting}
+        while waiting:
+            name = min(waiting, key=lambda unit: self.units[unit]["order"])
+            waiting.discard(name)
+            yield name, self._read_unit(name, waiting)
+            if progress:
+                progress(name)
+
+    def _read_unit(self, name: str, waiting: set) -> List[Session]:
+        unit, owners = self.units[name], self.owners
+        skipped: List[List[Any]] = []
+
+        def claim(key: str) -> bool:
+            owner = owners.setdefault(key, name)
+            if owner != name and owner in self.units and unit["order"] < self.units[owner]["order"]:
+                owners[key] = owner = name
+                if all(map(os.path.exists, self.units[owner]["files"])):
+                    waiting.add(owner)
+            return owner == name
+
+        reader = next(reader for reader in READERS if reader.name == unit["reader"])
+        try:
+            sessions = reader.read(unit["files"], claim, lambda path, line, reason: skipped.append([path, line, reason]))
+        except OSError as error:
+            skipped.append([error.filename or name, 0, f"cannot be read: {error.strerror}"])
+            sessions = []
+        if not sessions and not skipped:
+            skipped.append([name, 0, "holds no session"])
+        unit["skipped"] = skipped
+        return sessions
+
+    def to_state(self) -> Dict[str, Any]:
+        """What the next scan starts from."""
+        return {"version": 1, "files": self.files, "units": self.units, "deleted": sorted(self.deleted)}
+
+
+def _order_of(path: str) -> List[str]:
+    """First and last time in a file and its name: of two that hold the same response, the first in this order counts it."""
+    head = _STAMP.findall(_head_of(path, _HEAD_SIZE))
+    tail = head
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD_SIZE))
+            tail = _STAMP.findall(file.read())
+    except OSError:
+        pass
+    return [min(head).decode("ascii", "replace") if head else "~", max(tail).decode("ascii", "replace") if tail else "~", path]
+
+
+def session_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
+    """What a scan prints of one session (the ``sessions`` of ``scan --format json``)."""
+    source = session.metadata["source"]
+    uncached = cache_read = write = calls = unattributed = 0
+    reads: Dict[str, int] = {}
+    for event in session.events:
+        uncached += event.tokens_input
+        write += event.tokens_cache_write
+        cache_read += event.tokens_cache_read
+        if event.event_type is EventType.AI_RESPONSE:
+            calls += 1
+        elif event.event_type is EventType.FILE_READ and event.data.get("file_path"):
+            reads[event.data["file_path"]] = reads.get(event.data["file_path"], 0) + 1
+        elif event.data.get("source") == "unattributed":
+            unattributed += event.tokens_input
+    return {
+        "id": session.id, "source": source["reader"], "path": source["path"], "agent": session.agent,
+        "task": session.task, "model": session.model, "started_at": session.started_at, "ended_at": session.ended_at,
+        "project": source.get("cwd", ""), "model_calls": calls,
+        "tokens": {"uncached_input": uncached - write, "cache_write": write, "cache_read": cache_read,
+                   "output": session.total_tokens_output},
+        "estimated_cost": report.estimated_cost, "efficiency_score": report.efficiency_score,
+        "waste": {"tokens": report.total_waste_tokens, "measured_tokens": report.measured_waste_tokens,
+                  "cost": report.total_waste_cost, "measured_cost": report.measured_waste_cost},
+        "issues": [issue.to_dict() for issue in report.issues], "token_use": report.token_use,
+        "unattributed_tokens": unattributed, "notes": report.notes + [
+            f"analyzer failed: {failure}" for failure in report.analyzer_errors],
+        "most_read": dict(sorted(reads.items(), key=lambda item: -item[1])[:10]),
+    }
+
+
+def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """The sums over scan rows: sessions, model calls, tokens, USD, waste."""
+    totals = {"sessions": len(rows), "model_calls": sum(row["model_calls"] for row in rows)}
+    for part in ("tokens", "waste"):
+        names = rows[0][part] if rows else ("uncached_input", "cache_write", "cache_read", "output") \
+            if part == "tokens" else ("tokens", "measured_tokens", "cost", "measured_cost")
+        totals[part] = {name: sum(row[part][name] for row in rows) for name in names}
+    totals["estimated_cost"] = sum(row["estimated_cost"] for row in rows)
+    totals["unattributed_tokens"] = sum(row["unattributed_tokens"] for row in rows)
+    return totals
+
+
+# ======================================================================================================
+# SessionOptimizer
+# ======================================================================================================
+
+class _ListedSession(Session):
+    """A session of which a listing has read the ends only; its events are read when they are asked for."""
+
+    _load: Optional[Callable[[str], Any]] = None
+
+    @property
+    def events(self) -> List[SessionEvent]:  # type: ignore[override]
+        """The events, read from the store at first use."""
+        if self.__dict__.get("_events") is None:
+            self.__dict__["_events"] = []
+            if self._load:
+                self._load(self.id)
+        return self.__dict__["_events"]
+
+    @events.setter
+    def events(self, events: List[SessionEvent]) -> None:
+        self.__dict__["_events"] = events
+
+
+class SessionOptimizer:
+    """Sessions in a store, and what an analysis says of them.
+
+    ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else ~/.sessionoptimizer). ``analyzers``:
+    instances that replace the built-in ones. Sessions handed out stay live: they show what this and, at the next call that
+    names them, other processes have logged. StorageError when the store cannot be used.
+    """
+
+    def __init__(self, storage_path: Optional[str] = None, analyzers: Optional[Iterable[BaseAnalyzer]] = None):
+        root = storage_path or os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(
+            os.path.expanduser("~"), ".sessionoptimizer")
+        self.store = Store(root, warn=_warn_repaired)
+        if storage_path:
+            self.store.prepare()
+        self.analyzers = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else list(analyzers)
+        self._sessions: Dict[str, Session] = {}
+        self._marks: Dict[str, Any] = {}
+        self._prices: Optional[PriceList] = None
+
+    @property
+    def storage_path(self) -> Any:
+        """The store's directory, a pathlib.Path."""
+        from pathlib import Path
+        return Path(self.store.root)
+
+    @property
+    def sessions_dir(self) -> Any:
+        """The directory of the session files, a pathlib.Path."""
+        from pathlib import Path
+        return Path(self.store.sessions)
+
+    @property
+    def reports_dir(self) -> Any:
+        """The directory of the saved reports, a pathlib.Path."""
+        from pathlib import Path
+        return Path(self.store.reports)
+
+    @property
+    def prices(self) -> PriceList:
+        """The built-in prices with those of the store's prices.json on top (read once). InvalidValue names a file or a
+        price that cannot be used."""
+        if self._prices is None:
+            path = os.path.join(self.store.root, "prices.json")
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    own = json.load(file)
+            except FileNotFoundError:
+                own = {}
+            except (OSError, ValueError, RecursionError) as error:
+                raise InvalidValue(f"{path} cannot be read: {error}; mend or remove it") from None
+            if not isinstance(own, dict):
+                raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
+            self._prices = PriceList(own)
+        return self._prices
+
+    # sessions
+
+    def start_session(self, agent: str, task: str, model: str = "default", session_id: Optional[str] = None,
+                      metadata: Optional[Dict[str, Any]] = None) -> Session:
+        """Begin a session and log SESSION_START. The agent is kept in upper, the model in lower case.
+
+        Without an id it becomes ``agent_YYYYMMDD_HHMMSS``, with a suffix when taken. An id whose session has ended is taken
+        over: the old session is kept as ``<id>.1``, with a warning. SessionExists when it is still active;
+        InvalidSessionId, InvalidValue (metadata that JSON cannot hold) and StorageError otherwise.
+        """
+        now = now_text()
+        base = session_id or f"{slug(str(agent).lower())}_{now[:19].replace('-', '').replace(':', '').replace('T', '_')}"
+        session = Session(check_id(base), str(agent).upper(), str(task), SessionStatus.ACTIVE, now,
+                          model=str(model or "default").lower(), metadata=dict(metadata or {}))
+        session.add_event(SessionEvent(f"{base}_start", now, EventType.SESSION_START,
+                                       {"agent": session.agent, "task": session.task, "model": session.model}))
+        number = 1
+        while True:
+            try:
+                self._create(session)
+                return self._adopt(session)
+            except SessionExists:
+                if session_id:
+                    self._make_room(session_id)
+                    continue
+                number += 1
+                session.id = f"{base}_{number}"
+                session.events[0].id = f"{session.id}_start"
+
+    def _create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
+        try:
+            self.store.create(session._head(), [event.to_dict() for event in session.events], session._foot(),
+                              replace=replace, sync=sync)
+        except (TypeError, ValueError) as error:
+            raise _not_json(error, "metadata or data") from None
+
+    def _make_room(self, session_id: str) -> None:
+        old = self._refreshed(session_id)
+        if old is not None and old.status is SessionStatus.ACTIVE:
+            raise SessionExists(f"session {session_id} is still active: end it first "
+                                f"(sessionoptimizer end {session_id} --status ABANDONED) or use another id")
+        if old is not None:
+            kept = self.store.archive(session_id)
+            self._forget(session_id)
+            _warn(f"session {session_id} had ended and is kept as {kept}")
+
+    def end_session(self, session_id: str, status: Union[SessionStatus, str] = SessionStatus.COMPLETED) -> Optional[Session]:
+        """End a session and log SESSION_END; a second end only changes the status. Returns the session; None, with a
+        warning, when there is none. InvalidValue for an unknown status."""
+        status = _status(status)
+
+        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+            if footer["status"] != SessionStatus.ACTIVE.value:
+                return None, {"status": status.value}
+            now = now_text()
+            event = SessionEvent(f"{session_id}_end", now, EventType.SESSION_END, {"status": status.value})
+            return event.to_dict(), {"status": status.value, "ended_at": now}
+
+        try:
+            self.store.append(session_id, make, sync=True)
+        except SessionNotFound:
+            _warn(f"there is no session {session_id!r} to end: check the id with list_sessions()")
+            return None
+        return self._refreshed(session_id)
+
+    def get_session(self, session_id: str) -> Optional[Session]:
+        """The session with everything logged so far by any process; None when there is none. DamagedSession when its file
+        cannot be read."""
+        return self._refreshed(session_id)
+
+    def _refreshed(self, session_id: str) -> Optional[Session]:
+        session, mark = self._sessions.get(session_id), self._marks.get(session_id)
+        try:
+            news = self.store.tail(session_id, mark) if session is not None and mark else None
+            if session is not None and news:
+                self._take_in(session, *news)
+                return session
+            document, mark = self.store.load_marked(session_id)
+        except (SessionNotFound, InvalidSessionId):
+            if session is not None and mark is None and type(session) is Session:
+                return session  # put into this instance by hand, never stored
+            self._forget(session_id)
+            return None
+        self._marks[session_id] = mark
+        return self._adopt(Session.from_dict(document), session)
+
+    def _take_in(self, session: Session, events: List[Dict[str, Any]], footer: Dict[str, Any], mark: Any) -> None:
+        for event in events:
+            session.add_event(SessionEvent.from_dict(event))
+        if events or session.status.value != footer["status"]:
+            session.status, session.ended_at = _status(footer["status"]), footer["ended_at"]
+        self._marks[session.id] = mark
+
+    def _adopt(self, session: Session, live: Optional[Session] = None) -> Session:
+        """Keep a session live under its id; an object handed out before takes over what is new."""
+        if live is not None:
+            for name in Session.__dataclass_fields__:
+                setattr(live, name, getattr(session, name))
+            session = live
+        session.prices = self.prices
+        self._sessions[session.id] = session
+        return session
+
+    def _forget(self, session_id: str) -> None:
+        self._sessions.pop(session_id, None)
+        self._marks.pop(session_id, None)
+
+    def list_sessions(self, agent: Optional[str] = None, status: Union[SessionStatus, str, None] = None,
+                      since: Optional[datetime] = None, limit: int = 100) -> List[Session]:
+        """Sessions, newest first, at most ``limit``. ``since`` is a datetime (without a zone: local). Reads the ends of the
+        files only; a damaged one is named in a warning and left out."""
+        wanted = None if status is None else _status(status).value
+        after = seconds_of(since.isoformat()) if since else None
+        rows = []
+        for session_id, head, _, problem in self.store.heads():
+            if problem is not None:
+                _warn(f"left out of the list: {problem}")
+                continue
+            started = seconds_of(head.get("started_at")) or 0.0
+            if (not agent or str(head.get("agent")).upper() == agent.upper()) and wanted in (None, head.get("status")) \
+                    and (after is None or started >= after):
+                rows.append((started, session_id, head))
+        rows.sort(key=lambda row: (row[0], row[1]), reverse=True)
+        return [self._listed(session_id, head) for _, session_id, head in rows[:max(0, limit)]]
+
+    def _listed(self, session_id: str, head: Dict[str, Any]) -> Session:
+        live = self._sessions.get(session_id)
+        if live is not None and session_id in self._marks:
+            return self._refreshed(session_id) or live
+        session = _ListedSession(session_id, str(head.get("agent")), str(head.get("task")), _status(head["status"]),
+                                 str(head.get("started_at") or ""), str(head.get("ended_at") or ""),
+                                 model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
+        for name in ("total_tokens_input", "total_tokens_output", "total_duration_ms"):
+            setattr(session, name, head.get(name) or 0)
+        session.__dict__.update(_events=None, _load=self._refreshed)
+        return self._adopt(session)
+
+    def delete_session(self, session_id: str) -> bool:
+        """Remove a session and its report; False when there is none. An imported one stays away from later scans until
+        they are told otherwise (``scan(again=True)``)."""
+        session = self._sessions.get(session_id) or self._head_of(session_id)
+        try:
+            deleted = self.store.delete(session_id)
+        except InvalidSessionId:
+            deleted = False
+        source = session.metadata.get("source") if session is not None else None
+        if deleted and isinstance(source, dict):
+            gone = self.store.read_json("deleted") or []
+            self.store.write_json("deleted", sorted(set(gone) | {source.get("path", "")}))
+        self._forget(session_id)
+        return deleted
+
+    def _head_of(self, session_id: str) -> Optional[Session]:
+        try:
+            return self._refreshed(session_id)
+        except (StorageError, InvalidValue):
+            return None
+
+    # events
+
+    def log_event(self, session_id: str, event_type: Union[EventType, str], data: Optional[Dict[str, Any]] = None,
+                  tokens_input: int = 0, tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
+        """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None, with a warning, when
+        there is no such session; one that has ended takes the event with a warning. InvalidValue for an unknown type, a
+        count that is not a whole number >= 0, or data that JSON cannot hold."""
+        event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {}, tokens_input,
+                             tokens_output, duration_ms)
+        event._check()
+        return self._append(session_id, event)
+
+    def _append(self, session_id: str, event: SessionEvent) -> Optional[SessionEvent]:
+        def make(footer: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+            clock = event.timestamp[11:19].replace(":", "")
+            event.id = f"{session_id}_{footer['event_count']}_{clock}"
+            return event.to_dict(), {}
+
+        try:
+            _, footer, mark = self.store.append(session_id, make)
+        except SessionNotFound:
+            _warn(f"there is no session {session_id!r}: the event was not logged; start it first")
+            return None
+        except StorageError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _not_json(error, "data") from None
+        if footer["status"] != SessionStatus.ACTIVE.value:
+            _warn(f"session {session_id} has ended ({footer['status']}): the event was added all the same")
+        session, old = self._sessions.get(session_id), self._marks.get(session_id)
+        if session is not None:
+            if old and old[:2] == mark[:2] and old[3] + 1 == mark[3]:
+                session.add_event(event)
+                self._marks[session_id] = mark
+            else:
+                self._refreshed(session_id)
+        return event
+
+    def would_repeat(self, session_id: str, event_type: Union[EventType, str], data: Dict[str, Any],
+                     agent_id: str = "") -> Optional[Dict[str, Any]]:
+        """Whether a read or a search would bring what its context window still holds unchanged, by the rule of the
+        analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines"}`` of what is there, or None."""
+        session = self._refreshed(session_id)
+        if session is None:
+            return None
+        memory = ContextMemory(_cwd_of(session))
+        for event in session.events:
+            memory.observe(event)
+        repeat = memory.repeats(SessionEvent("", "", _event_type(event_type), data, agent_id=agent_id))
+        if repeat is None:
+            return None
+        return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
+                "tokens": repeat.earlier.tokens_input * repeat.covered // repeat.total, "lines": repeat.covered,
+                "of_lines": repeat.total}
+
+    # reports
+
+    def analyze(self, session_id: str) -> Optional[OptimizationReport]:
+        """The report of a session, which is also saved in the store; None when there is no such session. A report that
+        cannot be saved is a warning."""
+        session = self._refreshed(session_id)
+        if session is None:
+            return None
+        report = build_report(session, self.analyzers)
+        for failure in report.analyzer_errors:
+            _warn(f"an analyzer failed and its findings are missing: {failure}")
+        try:
+            self.store.write_report(session_id, dict(report.to_dict(), fingerprint=self._fingerprint(session_id)))
+        except (StorageError, InvalidSessionId, TypeError, ValueError) as error:
+            _warn(f"the report could not be saved: {error}")
+        return report
+
+    def _fingerprint(self, session_id: str) -> List[Any]:
+        """Size and mtime of the session's file, and what the figures depend on besides."""
+        info = os.stat(self.store.find(session_id))
+        return [info.st_size, info.st_mtime_ns, self._settings()]
+
+    def _settings(self) -> str:
+        """A hash of the analyzers, their thresholds and the prices in force."""
+        parts = [__version__, self.prices.overrides]
+        for analyzer in self.analyzers:
+            cls = type(analyzer)
+            parts.append([cls.__module__, cls.__qualname__,
+                          analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else sorted(vars(analyzer))])
+        return digest_of(json.dumps(parts, sort_keys=True, default=str))
+
+    def export_report(self, session_id: str, format: str = "json") -> Optional[str]:
+        """The report as text in one of FORMATS; None when there is no such session. InvalidValue for another format."""
+        if format not in FORMATS:
+            raise InvalidValue(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+        report = self.analyze(session_id)
+        return None if report is None else FORMATS[format](self._sessions[session_id], report)
+
+    def compare_sessions(self, session_ids: Iterable[str]) -> Dict[str, Any]:
+        """Sessions side by side, their averages, the best and the worst, and what the best did that the worst did not;
+        ``{"error": ...}`` when fewer than two of them are found."""
+        reports = {session_id: self.analyze(session_id) for session_id in dict.fromkeys(session_ids)}
+        found = {session_id: report for session_id, report in reports.items() if report is not None}
+        if len(found) < 2:
+            missing = ", ".join(plain(i, 60) for i, report in reports.items() if report is None)
+            return {"error": "Need at least 2 sessions to compare" + (f"; not found: {missing}" if missing else "")}
+        rows = [{"id": session_id, "agent": self._sessions[session_id].agent, "task": self._sessions[session_id].task[:80],
+                 "total_tokens": report.total_tokens, "cost": report.estimated_cost,
+                 "efficiency_score": report.efficiency_score, "issue_count": len(report.issues)}
+                for session_id, report in found.items()]
+        ranked = sorted(rows, key=lambda row: -row["efficiency_score"])
+        best, worst = ranked[0]["id"], ranked[-1]["id"]
+        return {"sessions": rows,
+                "averages": {name: sum(row[key] for row in rows) / len(rows) for name, key in (
+                    ("tokens", "total_tokens"), ("cost", "cost"), ("efficiency", "efficiency_score"),
+                    ("issues", "issue_count"))},
+                "best_performer": best, "worst_performer": worst,
+                "recommendations": _lessons(best, found[best], worst, found[worst])}
+
+    def agent_statistics(self, agent: str, days: int = 30) -> Dict[str, Any]:
+        """An agent's sessions of the last ``days``: tokens, USD, average efficiency (0–100), the five most frequent issues,
+        and the trend of the second half against the first; with no sessions ``{"agent", "sessions": 0, "message"}``.
+        Every session of the period counts; unchanged ones are not read again."""
+        rows = [row for row in self.summaries(days=days) if row["agent"].upper() == str(agent).upper()]
+        if not rows:
+            return {"agent": agent, "sessions": 0, "message": f"No sessions found in the last {days} days"}
+        counts: Dict[str, int] = {}
+        for row in rows:
+            for kind, count in row["issues"].items():
+                counts[kind] = counts.get(kind, 0) + count
+        return {"agent": agent, "period_days": days, "sessions_analyzed": len(rows),
+                "total_tokens": sum(row["tokens"] for row in rows), "total_cost": sum(row["cost"] for row in rows),
+                "average_efficiency": sum(row["efficiency"] for row in rows) / len(rows),
+                "total_waste_tokens": sum(row["waste_tokens"] for row in rows),
+                "total_waste_cost": sum(row["waste_cost"] for row in rows),
+                "common_issues": [{"type": kind, "count": count}
+                                  for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]],
+                "trends": _trend([row["efficiency"] for row in rows])}
+
+    def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
+        """One row per session, oldest first: id, agent, task, model, status, started_at, tokens, cost, efficiency, waste_tokens,
+        waste_cost, measured_waste_tokens, minutes, errors, error_rate (percent of the events; a single error is no rate), spike
+        (the largest event as a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions come from the
+        store's summary file; a damaged session is named in a warning and left out."""
+        since = time.time() - days * 86400 if days is not None else None
+        saved = self.store.read_json("summaries")
+        settings = self._settings()
+        known = saved["rows"] if isinstance(saved, dict) and saved.get("settings") == settings else {}
+        rows, news = {}, False
+        for session_id, info in self.store.files():
+            row = known.get(session_id)
+            if row is None or row["stamp"] != [info.st_size, info.st_mtime_ns] or "spike" not in row:
+                row, news = self._summary(session_id, info), True
+            if row is not None:
+                rows[session_id] = row
+        if news or len(rows) != len(known):
+            try:
+                self.store.write_json("summaries", {"settings": settings, "rows": rows})
+            except StorageError as error:
+                _warn(f"the summaries could not be saved: {error}")
+        return sorted((row for row in rows.values() if since is None or row["started"] >= since),
+                      key=lambda row: (row["started"], row["id"]))
+
+    def _summary(self, session_id: str, info: Any) -> Optional[Dict[str, Any]]:
+        try:
+            live = self._sessions.get(session_id)
+            session = live if live is not None and session_id in self._marks else None
+            session = self._refreshed(session_id) if session else Session.from_dict(self.store.load(session_id))
+        except SessionNotFound:
+            return None
+        except (StorageError, InvalidValue) as error:
+            _warn(f"left out: {error}")
+            return None
+        if session is None:
+            return None
+        session.prices = self.prices
+        report = build_report(session, self.analyzers)
+        issues: Dict[str, int] = {}
+        for issue in report.issues:
+            issues[issue.issue_type.value] = issues.get(issue.issue_type.value, 0) + 1
+        errors = [event for event in session.events if event.event_type is EventType.ERROR]
+        failures = sum(not failure_kind(event.data) for event in errors)
+        return {"stamp": [info.st_size, info.st_mtime_ns], "id": session_id, "agent": session.agent, "task": session.task,
+                "model": session.model, "status": session.status.value, "started_at": session.started_at,
+                "started": seconds_of(session.started_at) or 0.0, "tokens": report.total_tokens,
+                "cost": report.estimated_cost, "efficiency": report.efficiency_score,
+                "waste_tokens": report.total_waste_tokens, "waste_cost": report.total_waste_cost,
+                "measured_waste_tokens": report.measured_waste_tokens, "minutes": session.duration_seconds / 60,
+                "events": len(session.events), "issues": issues, "errors": len(errors),
+                "error_rate": 100 * failures / len(session.events) if failures > 1 else 0.0,
+                "spike": max((ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session)), default=0.0),
+                "last_at": session.events[-1].timestamp if session.events else session.ended_at or session.started_at}
+
+    def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
+               thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
+        """What deserves a look, most urgent first, then newest: ``{"id", "level", "kind", "session_id", "agent", "message",
+        "action", "value", "threshold", "time"}``. The id stays the same while the session does not change its kind of
+        trouble; the time is that of its last event. ``since``: active since (without a zone: local). ``thresholds`` replaces
+        limits of ALERT_RULES by name; InvalidValue for an unknown name or a value that is not a number >= 0."""
+        limits = {rule.name: rule.threshold for rule in ALERT_RULES}
+        for name, value in (thresholds or {}).items():
+            if name not in limits or isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of {', '.join(limits)}")
+            limits[name] = value
+        after = seconds_of(since.isoformat()) if since else None
+        rows = [row for row in self.summaries() if (not agent or row["agent"].upper() == agent.upper())
+                and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
+        found = [alert for row in rows for alert in alerts_of(row, limits)]
+        return sorted(found, key=lambda alert: (Severity(alert["level"]).rank, seconds_of(alert["time"]) or 0.0), reverse=True)
+
+    # transcripts
+
+    def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
+        """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that differs is kept as
+        ``<id>.1``. None, with a warning that says why, when the data is not a session."""
+        try:
+            session = Session.from_dict(data)
+            check_id(session.id)
+            json.dumps(session.metadata, allow_nan=False)
+        except (InvalidValue, TypeError, ValueError, RecursionError) as error:
+            _warn(f"not imported: {error}")
+            return None
+        old = self._head_of(session.id)
+        if old is not None and old.to_dict() != session.to_dict():
+            _warn(f"session {session.id} was there already and is kept as {self.store.archive(session.id)}")
+        self._create(session, replace=True)
+        self._forget(session.id)
+        return self._refreshed(session.id)
+
+    def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "", since: Optional[datetime] = None,
+             project: str = "", store: bool = True, again: bool = False,
+             progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, Any]:
+        """Read agent transcripts and say where the tokens went.
+
+        ``paths``: files or directories (default: where each agent keeps its transcripts). Only what changed since the last
+        scan is read, unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a part
+        of the working directory or path) narrow what is reported. With ``store=False`` nothing is kept. ``progress`` is
+        called with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped": [{"path", "line",
+        "reason"}], "changes": text}``; StorageError when a path is not there.
+        """
+        state = None if again or not store else self.store.read_json("scan")
+        if isinstance(state, dict) and state.get("settings") != self._settings():
+            state = None
+        scan = TranscriptScan(state, None)
+        if store and not again:
+            scan.deleted = set(self.store.read_json("deleted") or [])
+        roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)] if paths is None else paths
+        scan.look(find_transcripts(roots))
+        before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
+        if scan.changed:
+            self._read_changed(scan, store, progress)
+            if store:
+                self._keep_scan(scan, again)
+        return _scan_result(scan, before, agent, since, project, first=state is None)
+
+    def _read_changed(self, scan: TranscriptScan, store: bool, progress: Optional[Callable[[int, int], None]]) -> None:
+        if store:
+            scan._owners_of = self.store.read_json("scan-responses") if scan.units else None
+        done, taken = 0, {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
+                          for row in unit["rows"]}
+        for name, sessions in scan.read():
+            unit, done = scan.units[name], done + 1
+            old_ids = [row["id"] for row in unit["rows"]]
+            unit["rows"] = []
+            if name in scan.deleted:
+                continue
+            for session in sessions:
+                session.prices = self.prices
+                session.id = self._free_id(session.id, name, taken, old_ids, store)
+                report = build_report(session, self.analyzers)
+                if store:
+                    self._create(session, replace=True, sync=False)
+                    self._forget(session.id)
+                unit["rows"].append(session_row(session, report))
+            if progress:
+                progress(done, len(scan.changed))
+
+    def _free_id(self, wanted: str, unit: str, taken: Dict[str, str], old_ids: List[str], store: bool) -> str:
+        """The id itself, with a suffix when another transcript or a session of the user's has it."""
+        number, session_id = 1, wanted
+        while taken.get(session_id, unit) != unit or (store and session_id not in old_ids
+                                                      and not self._replaceable(session_id, unit)):
+            number += 1
+            session_id = f"{wanted}-{number}"
+        taken[session_id] = unit
+        return session_id
+
+    def _replaceable(self, session_id: str, unit: str) -> bool:
+        """True where no session has this id, or one of this transcript's (imported before, or logged live by hooks)."""
+        if not os.path.lexists(self.store.find(session_id)):
+            return True
+        session = self._head_of(session_id)
+        source = session.metadata.get("source") if session is not None else None
+        transcript = session.metadata.get("transcript_path") if session is not None else None
+        return isinstance(source, dict) and source.get("path") == unit or transcript is not None and (
+            os.path.realpath(str(transcript)) == os.path.realpath(unit))
+
+    def _keep_scan(self, scan: TranscriptScan, again: bool) -> None:
+        self.store.write_json("scan-responses", scan.owners)
+        self.store.write_json("scan", dict(scan.to_state(), settings=self._settings()))
+        if again:
+            self.store.write_json("deleted", [])
+
+
+def _warn_repaired(message: str) -> None:
+    warnings.warn(message, SessionOptimizerWarning, stacklevel=5)
+
+
+def _not_json(error: Exception, what: str) -> InvalidValue:
+    return InvalidValue(f"{what} has no JSON form ({error}): use texts, finite numbers, lists and objects")
+
+
+def _event_type(value: Union[EventType, str]) -> EventType:
+    if value.__class__ is EventType:
+        return value  # type: ignore[return-value]
+    kind = EVENT_TYPES.get(value.upper() if isinstance(value, str) else getattr(value, "value", ""))
+    if kind is None:
+        raise InvalidValue(f"unknown event type {value!r}: use one of {', '.join(EVENT_TYPES)}")
+    return kind
+
+
+def _trend(scores: List[float]) -> Dict[str, Any]:
+    """The second half in time against the first, in points of efficiency; stable within 5."""
+    if len(scores) < 2:
+        return {"trend": "insufficient_data", "change_percent": 0.0, "first_period_avg": 0.0, "second_period_avg": 0.0}
+    middle = len(scores) // 2
+    first, second = sum(scores[:middle]) / middle, sum(scores[middle:]) / (len(scores) - middle)
+    change = second - first
+    trend = "improving" if change > 5 else "declining" if change < -5 else "stable"
+    return {"trend": trend, "change_percent": round(change, 1), "first_period_avg": round(first, 1),
+            "second_period_avg": round(second, 1)}
+
+
+def _lessons(best: str, good: OptimizationReport, worst: str, bad: OptimizationReport) -> List[str]:
+    """What the better session did without, from the issues of both."""
+    avoided = {issue.issue_type for issue in good.issues}
+    lessons = {}
+    for issue in bad.issues:
+        if issue.issue_type not in avoided:
+            lessons.setdefault(issue.issue_type, []).append(issue)
+    return [f"{best} had no {kind.value}, {worst} had {len(issues)} "
+            f"({sum(issue.charged_tokens for issue in issues):,} tokens): {issues[0].suggestion}"
+            for kind, issues in sorted(lessons.items(), key=lambda item: -sum(i.charged_tokens for i in item[1]))]
+
+
+def _scan_result(scan: TranscriptScan, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str,
+                 first: bool) -> Dict[str, Any]:
+    after = seconds_of(since.isoformat()) if since else None
+    names = {agent.lower(), agent.lower().replace(" ", "-")}
+    rows = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
+    chosen = [row for row in rows
+              if (not agent or row["agent"].lower() in names or row["source"] in names)
+              and (after is None or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
+              and (not project or project in row["project"] or project in row["path"])]
+    chosen.sort(key=lambda row: (row["started_at"], row["id"]))
+    skipped = [entry for unit in scan.scope for entry in scan.units[unit].get("skipped", ())]
+    skipped += [entry for entries in scan.skipped.values() for entry in entries]
+    return {"sessions": chosen, "totals": scan_totals(chosen),
+            "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
+            "changes": "" if first else _changes_text(before, rows)}
+
+
+def _changes_text(before: List[Dict[str, Any]], after: List[Dict[str, Any]]) -> str:
+    """What a later scan found new, in words; "nothing" when all is as it was."""
+    old, new = scan_totals(before), scan_totals(after)
+    tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
+    if old == new:
+        return "nothing since the last scan"
+    return (f"since the last scan: {new['sessions'] - old['sessions']:+,} sessions, "
+            f"{new['model_calls'] - old['model_calls']:+,} model calls, {tokens:+,} tokens, "
+            f"{new['estimated_cost'] - old['estimated_cost']:+.4f} USD")
+
+
+# ======================================================================================================
+# Quick functions
+# ======================================================================================================
+
+_default_optimizer: Optional[SessionOptimizer] = None
+
+
+def get_optimizer(storage_path: Optional[str] = None) -> SessionOptimizer:
+    """The default optimizer, made at first use; a ``storage_path`` other than its own makes a new default."""
+    global _default_optimizer
+    if _default_optimizer is None or (storage_path and os.path.abspath(storage_path) != _default_optimizer.store.root):
+        _default_optimizer = SessionOptimizer(storage_path)
+    return _default_optimizer
+
+
+def start_session(agent: str, task: str, model: str = "default", session_id: Optional[str] = None,
+                  metadata: Optional[Dict[str, Any]] = None) -> Session:
+    """SessionOptimizer.start_session on the default optimizer."""
+    return get_optimizer().start_session(agent, task, model, session_id, metadata)
+
+
+def end_session(session_id: str, status: Union[SessionStatus, str] = SessionStatus.COMPLETED) -> Optional[Session]:
+    """SessionOptimizer.end_session on the default optimizer."""
+    return get_optimizer().end_session(session_id, status)
+
+
+def log_event(session_id: str, event_type: Union[EventType, str], data: Optional[Dict[str, Any]] = None,
+              tokens_input: int = 0, tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
+    """SessionOptimizer.log_event on the default optimizer."""
+    return get_optimizer().log_event(session_id, event_type, data, tokens_input, tokens_output, duration_ms)
+
+
+def analyze_session(session_id: str) -> Optional[OptimizationReport]:
+    """SessionOptimizer.analyze on the default optimizer."""
+    return get_optimizer().analyze(session_id)
+
+
+def get_agent_stats(agent: str, days: int = 30) -> Dict[str, Any]:
+    """SessionOptimizer.agent_statistics on the default optimizer."""
+    return get_optimizer().agent_statistics(agent, days)
+
+
+def run_labelled_cases(folder: Optional[str] = None) -> Dict[str, Any]:
+    """Scan the labelled sample transcripts (a folder with labels.json) and hold what is found against the labels.
+
+    Returns ``{"cases", "wrong", "analyzers": [{"analyzer", "true_positives", "false_positives", "true_negatives",
+    "false_negatives", "precision", "recall", "token_error_percent"}], "mistakes": [text]}``. A case counts for the analyzer
+    it is about; a finding of any other analyzer that no label expects is a false positive of that one. StorageError when
+    the folder holds no labels.
+    """
+    folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "transcripts")
+    try:
+        with open(os.path.join(folder, "labels.json"), encoding="utf-8") as file:
+            cases = json.load(file)["cases"]
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(os.path.join(folder, "labels.json"), f"cannot be read ({error})",
+                           "give the folder of the labelled cases: it is examples/transcripts of the source") from None
+    import tempfile
+    tallies = {cls.issue_type.value: _Tally(cls.__name__) for cls in BUILT_IN_ANALYZERS}
+    mistakes: List[str] = []
+    with tempfile.TemporaryDirectory() as store:
+        for case in cases:
+            result = SessionOptimizer(store).scan([os.path.join(folder, case["path"])], store=False)
+            _hold_against(case, result, tallies, mistakes)
+    return {"cases": len(cases), "wrong": len({line.split(":")[0] for line in mistakes}), "mistakes": mistakes,
+            "analyzers": [tally.to_dict() for tally in tallies.values()]}
+
+
+class _Tally:
+    """How often one analyzer was right on labelled cases."""
+
+    def __init__(self, analyzer: str):
+        self.analyzer = analyzer
+        self.true_positives = self.false_positives = self.true_negatives = self.false_negatives = 0
+        self.expected = self.off = 0  # tokens the labels expect, and by how many the findings miss them
+
+    def to_dict(self) -> Dict[str, Any]:
+        found, there = self.true_positives + self.false_positives, self.true_positives + self.false_negatives
+        return {"analyzer": self.analyzer, "true_positives": self.true_positives, "false_positives": self.false_positives,
+                "true_negatives": self.true_negatives, "false_negatives": self.false_negatives,
+                "precision": self.true_positives / found if found else None,
+                "recall": self.true_positives / there if there else None,
+                "token_error_percent": 100.0 * self.off / self.expected if self.expected else 0.0}
+
+
+def _hold_against(case: Dict[str, Any], result: Dict[str, Any], tallies: Dict[str, _Tally], mistakes: List[str]) -> None:
+    expected: Dict[str, List[int]] = {}
+    for label in case["expected"]:
+        expected.setdefault(label["issue_type"], []).append(label["waste_tokens"])
+    found: Dict[str, List[int]] = {}
+    for row in result["sessions"]:
+        for issue in row["issues"]:
+            found.setdefault(issue["issue_type"], []).append(issue["estimated_waste_tokens"])
+    for kind, tally in tallies.items():
+        want, have = sorted(expected.get(kind, [])), sorted(found.get(kind, []))
+        right = min(len(want), len(have))
+        tally.true_positives += right
+        tally.false_negatives += len(want) - right
+        tally.false_positives += len(have) - right
+        tally.true_negatives += not want and not have
+        tally.expected += sum(want)
+        tally.off += abs(sum(want) - sum(have))
+        if want != have:
+            mistakes.append(f"{case['name']}: {kind} expected {want or 'silence'}, found {have or 'nothing'}")
+    totals = result["totals"]
+    for name, value in case.get("totals", {}).items():
+        have_total = totals["model_calls"] if name == "model_calls" else totals["tokens"][name]
+        if value is not None and have_total != value:
+            mistakes.append(f"{case['name']}: {name} expected {value}, found {have_total}")
+
+
+def selftest_report(result: Dict[str, Any]) -> str:
+    """The table ``selftest`` prints: per analyzer what was right and wrong, precision, recall, error of the tokens."""
+    lines = [f"{result['cases']} labelled cases, {result['cases'] - result['wrong']} right, {result['wrong']} wrong", "",
+             f"{'analyzer':<28}{'TP':>5}{'FP':>5}{'TN':>5}{'FN':>5}{'precision':>11}{'recall':>8}{'tokens off':>12}"]
+    for row in result["analyzers"]:
+        ratios = ["-" if row[name] is None else f"{100 * row[name]:.0f}%" for name in ("precision", "recall")]
+        lines.append(f"{row['analyzer']:<28}{row['true_positives']:>5}{row['false_positives']:>5}"
+                     f"{row['true_negatives']:>5}{row['false_negatives']:>5}{ratios[0]:>11}{ratios[1]:>8}"
+                     f"{row['token_error_percent']:>11.1f}%")
+    return "\n".join(lines + [""] * bool(result["mistakes"]) + [f"WRONG {line}" for line in result["mistakes"]])
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_LIMIT = 0, 1, 2, 3
+
+_EXAMPLES = """examples:
+  sessionoptimizer scan                                  where the tokens of this machine's agents went
+  sessionoptimizer scan ~/.claude/projects --since 7d
+  ID=$(sessionoptimizer start FORGE "Fix the loader" --model opus --quiet)
+  sessionoptimizer log "$ID" FILE_READ --data '{"file_path": "src/a.py"}' --tokens-in 900
+  sessionoptimizer end "$ID" && sessionoptimizer analyze "$ID"
+
+status: 0 done, 1 the request failed, 2 bad command line, 3 a limit was missed"""
+
+
+class CommandError(SessionOptimizerError):
+    """A request that failed; the message goes to standard error and the status is 1."""
+
+
+def _when(text: str) -> datetime:
+    """A point in time: 90m, 12h, 7d ago, or ISO-8601; ValueError otherwise."""
+    match = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", text.strip())
+    if match:
+        seconds = float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
+        return datetime.now().astimezone() - timedelta(seconds=seconds)
+    moment = parse_time(text.strip())
+    if moment is None:
+        raise ValueError(text)
+    return moment
+
+
+def _argument(read: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    """An argparse type whose error says what was expected."""
+    def convert(text: str) -> Any:
+        import argparse
+        try:
+            return read(text)
+        except (ValueError, OverflowError, RecursionError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    return convert
+
+
+def _object(text: str) -> Dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+_TIME_ARGUMENT = _argument(_when, "a time: use 90m, 12h, 7d or ISO-8601")
+_JSON_ARGUMENT = _argument(_object, "a JSON object such as '{\"file_path\": \"a.py\"}'")
+
+
+def _one_of(enum: Any, what: str) -> Callable[[str], Any]:
+    return _argument(lambda text: enum(text.upper()), f"{what}: use one of {', '.join(m.value for m in enum)}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+_COUNT = _argument(_positive, "a whole number >= 0")
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+_AMOUNT = _argument(_amount, "a number >= 0")
+
+
+# The options and commands, each declared once: name or flags, and what argparse wants to know of them.
+def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]]]]:
+    session = ("session_id", {"help": "the session's id, a unique beginning of it, or 'last'"})
+    json_or_text = ("--format", {"choices": ("text", "json"), "default": "text", "help": "text (default) or json"})
+    limit = ("--fail-under", {"type": float, "metavar": "SCORE", "help": "status 3 when the score is below (0-100)"})
+    report = ("--format", {"choices": tuple(FORMATS), "default": "text", "help": f"one of {', '.join(FORMATS)}"})
+    return {
+        "start": (_start, "begin a session", [
+            ("agent", {"help": "the agent's name"}), ("task", {"help": "what it is to do"}),
+            ("--model", {"default": "default", "help": "its model, for prices"}),
+            ("--id", {"dest": "new_id", "help": "the session's id (default: agent and time)"}),
+            ("--metadata", {"type": _JSON_ARGUMENT, "metavar": "JSON", "help": "an object kept with the session"}),
+            ("-q", "--quiet", {"action": "store_true", "help": "print the id alone"}), json_or_text]),
+        "end": (_end, "end a session", [
+            session, ("--status", {"type": _one_of(SessionStatus, "a status"), "default": SessionStatus.COMPLETED,
+                                   "metavar": "STATUS", "help": "COMPLETED (default), FAILED or ABANDONED"})]),
+        "log": (_log, "log an event, or a stream of them from standard input", [
+            session, ("event_type", {"help": "an event type such as FILE_READ; - reads one JSON object per line: "
+                                             '{"event_type", "data", "tokens_input", "tokens_output", "duration_ms"}'}),
+            ("--data", {"type": _JSON_ARGUMENT, "metavar": "JSON", "help": "the event's data, an object"}),
+            ("--tokens-in", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens new to the context"}),
+            ("--tokens-out", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens the model wrote"}),
+            ("--duration-ms", {"type": _COUNT, "default": 0, "metavar": "N", "help": "milliseconds it took"})]),
+        "list": (_list, "list sessions, newest first", [
+            ("--agent", {"help": "of this agent only"}),
+            ("--status", {"type": _one_of(SessionStatus, "a status"), "metavar": "STATUS", "help": "of this status only"}),
+            ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "started since: 90m, 12h, 7d or ISO-8601"}),
+            ("--limit", {"type": _COUNT, "default": 20, "metavar": "N", "help": "at most N (default 20)"}), json_or_text]),
+        "delete": (_delete, "delete a session and its report", [session]),
+        "analyze": (_analyze, "say what a session wasted", [
+            session, report, limit,
+            ("--evidence", {"action": "store_true", "help": "show the events of every finding: file:line, tokens, extract"})]),
+        "stats": (_stats, "an agent's sessions over time", [
+            ("agent", {"help": "the agent's name"}),
+            ("--days", {"type": _COUNT, "default": 30, "metavar": "N", "help": "of the last N days (default 30)"}),
+            json_or_text]),
+        "alerts": (_alerts, "say which sessions deserve a look, and what to do", [
+            ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "active since: 90m, 12h, 7d or ISO-8601"}),
+            ("--agent", {"help": "of this agent only"}), json_or_text,
+            ("--fail-on", {"type": _one_of(Severity, "a level"), "metavar": "LEVEL",
+                           "help": "status 3 when an alert of this level or above is there: LOW, MEDIUM, HIGH"}),
+            *(("--" + rule.name.replace("_", "-"), {"type": _AMOUNT, "metavar": "N", "help":
+               f"{rule.level.value} alert {'below' if rule.name == 'efficiency' else 'above'} N {rule.unit} "
+               f"(default {rule.threshold})".replace("%", "%%")}) for rule in ALERT_RULES)]),
+        "compare": (_compare, "compare sessions", [
+            ("session_ids", {"nargs": "+", "metavar": "session_id", "help": "two or more sessions"}), json_or_text]),
+        "export": (_export, "write a session's report", [
+            session, report, ("--output", {"metavar": "FILE", "help": "write to FILE instead of standard output"})]),
+        "scan": (_scan, "read agents' transcripts and say where the tokens went", [
+            ("paths", {"nargs": "*", "metavar": "PATH", "help": "files or folders (default: where agents keep them)"}),
+            ("--agent", {"default": "", "metavar": "NAME", "help": "this agent's only, e.g. claude-code"}),
+            ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "active since: 90m, 12h, 7d or ISO-8601"}),
+            ("--project", {"default": "", "metavar": "TEXT", "help": "whose working directory or path contains TEXT"}),
+            ("--no-store", {"action": "store_true", "help": "keep nothing"}),
+            ("--again", {"action": "store_true", "help": "read everything again, deleted sessions too"}),
+            json_or_text, limit]),
+        "import": (_import, "store sessions from JSON files or transcripts", [
+            ("files", {"nargs": "+", "metavar": "FILE", "help": "a session's JSON, or a transcript of a known agent"})]),
+        "selftest": (_selftest, "run the labelled sample transcripts and print the error rates", [
+            ("cases", {"nargs": "?", "metavar": "DIR", "help": "folder with labels.json (default: examples/transcripts)"}),
+            json_or_text]),
+        "version": (_version, "print the version", []),
+        "help": (_help, "show this help, or a command's", [("topic", {"nargs": "?", "metavar": "command"})]),
+    }
+
+
+def build_parser(only: Optional[str] = None) -> Any:
+    """The argparse parser. ``only``: build no command but this one (what one event per process has time for)."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="sessionoptimizer", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Find the tokens an AI agent's session wasted, on evidence you can check.", epilog=_EXAMPLES)
+    store = {"metavar": "DIR", "help": "the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)"}
+    parser.add_argument("--store", default=None, **store)
+    parser.add_argument("--version", action="version", version=f"sessionoptimizer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, (function, summary, options) in _commands().items():
+        if only in (None, name):
+            sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                                      allow_abbrev=False)
+            sub.add_argument("--store", default=argparse.SUPPRESS, **store)
+            for *flags, settings in options:
+                sub.add_argument(*flags, **settings)
+            sub.set_defaults(func=function)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command line and return its status; the only place that turns errors into messages."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        argv = ["help"]
+    first = next((word for word in argv if not word.startswith("-")), "")
+    parser = build_parser(first if argv[0] == first and first in ("log", "hook") else None)
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    if not getattr(options, "func", None):
+        parser.print_usage(sys.stderr)
+        return EXIT_USAGE
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SessionOptimizerWarning)
+        warnings.showwarning = _show_warning
+        try:
+            return _run(options)
+        except SessionOptimizerError as error:
+            print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
+            return EXIT_FAILED
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+            return EXIT_DONE
+        except KeyboardInterrupt:
+            return 130
+
+
+def _run(options: Any) -> int:
+    options.optimizer = SessionOptimizer(options.store)
+    status = options.func(options)
+    sys.stdout.flush()
+    return status
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"warning: {plain(message, 1000)}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    """Print, whatever the terminal's encoding can show."""
+    try:
+        print(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "replace").decode(encoding))
+
+
+def _say_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _found_id(options: Any, given: str) -> str:
+    """The session's whole id: the one given, the only one that begins so, or the newest for 'last'."""
+    store = options.optimizer.store
+    if given == "last":
+        newest = options.optimizer.list_sessions(limit=1)
+        if not newest:
+            raise CommandError("there is no session yet: start one or run scan")
+        return newest[0].id
+    try:
+        if os.path.lexists(store.find(given)):
+            return given
+    except InvalidSessionId:
+        raise CommandError(f"{given!r} is not the id of a session: see sessionoptimizer list") from None
+    matches = [session_id for session_id, _ in store.files() if session_id.startswith(given)]
+    if len(matches) == 1:
+        return matches[0]
+    found = f"{len(matches)} sessions begin with {given!r} ({', '.join(sorted(matches)[:3])} …): give more of it" \
+        if matches else f"no session {given!r}: see sessionoptimizer list"
+    raise CommandError(found)
+
+
+def _start(options: Any) -> int:
+    session = options.optimizer.start_session(options.agent, options.task, options.model, options.new_id, options.metadata)
+    if options.format == "json":
+        _say_json({name: value for name, value in session.to_dict().items() if name != "events"})
+    elif options.quiet:
+        print(session.id)
+    else:
+        _say(f"Session started: {session.id}\nAgent: {plain(session.agent)}\nTask: {plain(session.task)}\n"
+             f"Model: {plain(session.model)}")
+    return EXIT_DONE
+
+
+def _end(options: Any) -> int:
+    session = options.optimizer.end_session(_found_id(options, options.session_id), options.status)
+    if session is None:
+        return EXIT_FAILED
+    print(f"Session ended: {session.id}\nStatus: {session.status.value}\nTotal tokens: {session.total_tokens:,}\n"
+          f"Estimated cost: ${session.estimated_cost:.4f}")
+    return EXIT_DONE
+
+
+def _log(options: Any) -> int:
+    session_id = _found_id(options, options.session_id)
+    if options.event_type == "-":
+        return _log_stream(options.optimizer, session_id)
+    event = options.optimizer.log_event(session_id, options.event_type, options.data, options.tokens_in,
+                                        options.tokens_out, options.duration_ms)
+    if event is None:
+        return EXIT_FAILED
+    print(f"Event logged: {event.id}")
+    return EXIT_DONE
+
+
+_STREAM_KEYS = ("data", "tokens_input", "tokens_output", "duration_ms")
+
+
+def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
+    """Log one event per line as it comes; a bad line is named and skipped, and the status is 1 at the end."""
+    logged = bad = 0
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode("utf-8"))
+            if not isinstance(entry, dict) or "event_type" not in entry:
+                raise InvalidValue('an event is an object with "event_type"')
+            event = optimizer.log_event(session_id, entry["event_type"],
+                                        **{key: entry[key] for key in _STREAM_KEYS if key in entry})
+        except (InvalidValue, ValueError, TypeError, RecursionError) as error:
+            bad += 1
+            print(f"sessionoptimizer: line {number} skipped: {plain(error)}", file=sys.stderr)
+            continue
+        if event is None:
+            return EXIT_FAILED
+        logged += 1
+    print(f"Events logged: {logged}" + (f", lines skipped: {bad}" if bad else ""))
+    return EXIT_FAILED if bad else EXIT_DONE
+
+
+def _list(options: Any) -> int:
+    sessions = options.optimizer.list_sessions(options.agent, options.status, options.since, options.limit)
+    if options.format == "json":
+        _say_json([{"id": s.id, "agent": s.agent, "task": s.task, "status": s.status.value, "model": s.model,
+                    "started_at": s.started_at, "ended_at": s.ended_at, "total_tokens": s.total_tokens}
+                   for s in sessions])
+        return EXIT_DONE
+    if not sessions:
+        print("No sessions found.")
+        return EXIT_DONE
+    width = max(len(session.id) for session in sessions)
+    print(f"{'id':<{width}}  {'agent':<12} {'status':<10} {'started':<16} {'tokens':>12}  task")
+    for s in sessions:
+        _say(f"{plain(s.id):<{width}}  {plain(s.agent, 12):<12} {s.status.value:<10} {plain(s.started_at, 99)[:16]:<16} "
+             f"{s.total_tokens:>12,}  {plain(s.task, 50)}")
+    return EXIT_DONE
+
+
+def _delete(options: Any) -> int:
+    session_id = _found_id(options, options.session_id)
+    if not options.optimizer.delete_session(session_id):
+        return EXIT_FAILED
+    print(f"Session deleted: {session_id}")
+    return EXIT_DONE
+
+
+def _analyze(options: Any) -> int:
+    session_id = _found_id(options, options.session_id)
+    report = options.optimizer.analyze(session_id)
+    session = options.optimizer.get_session(session_id)
+    if report is None or session is None:
+        raise CommandError(f"no session {session_id!r}")
+    _say(FORMATS[options.format](session, report))
+    if options.evidence and options.format == "text":
+        _say(evidence_text(session, report))
+    return _below(options, report.efficiency_score)
+
+
+def _below(options: Any, score: float) -> int:
+    if options.fail_under is not None and score < options.fail_under:
+        print(f"sessionoptimizer: the score {score:.1f} is below {options.fail_under:g}", file=sys.stderr)
+        return EXIT_LIMIT
+    return EXIT_DONE
+
+
+def _stats(options: Any) -> int:
+    stats = options.optimizer.agent_statistics(options.agent, options.days)
+    if options.format == "json":
+        _say_json(stats)
+        return EXIT_DONE
+    if "message" in stats:
+        _say(f"{plain(stats['agent'])}: {stats['message']}")
+        return EXIT_DONE
+    trend = stats["trends"]
+    _say(f"Agent: {plain(stats['agent'])} (last {stats['period_days']} days)\n"
+         f"Sessions analyzed: {stats['sessions_analyzed']:,}\nTotal tokens: {stats['total_tokens']:,}\n"
+         f"Total cost: {dollars(stats['total_cost'])}\nAverage efficiency: {stats['average_efficiency']:.1f}%\n"
+         f"Total waste: {stats['total_waste_tokens']:,} tokens ({dollars(stats['total_waste_cost'])})\n"
+         f"Trend: {trend['trend']} ({trend['change_percent']:+.1f} points)")
+    for issue in stats["common_issues"]:
+        print(f"  {issue['type']}: {issue['count']}")
+    return EXIT_DONE
+
+
+def _alerts(options: Any) -> int:
+    given = {rule.name: getattr(options, rule.name) for rule in ALERT_RULES}
+    alerts = options.optimizer.alerts(options.since, options.agent,
+                                      {name: value for name, value in given.items() if value is not None})
+    if options.format == "json":
+        _say_json(alerts)
+    elif not alerts:
+        print("No alerts.")
+    else:
+        for alert in alerts:
+            _say(f"[{alert['level']}] {plain(alert['session_id'])} ({plain(alert['agent'], 40)}, {plain(alert['time'], 40)[:16]}): "
+                 f"{alert['message']}\n    {alert['action']}")
+    fired = options.fail_on is not None and any(Severity(alert["level"]) >= options.fail_on for alert in alerts)
+    return EXIT_LIMIT if fired else EXIT_DONE
+
+
+def _compare(options: Any) -> int:
+    result = options.optimizer.compare_sessions([_found_id(options, given) for given in options.session_ids])
+    if "error" in result:
+        raise CommandError(result["error"])
+    if options.format == "json":
+        _say_json(result)
+        return EXIT_DONE
+    print(f"{'session':<40} {'tokens':>12} {'cost':>10} {'score':>6} {'issues':>6}")
+    for row in result["sessions"]:
+        print(f"{plain(row['id'], 40):<40} {row['total_tokens']:>12,} {dollars(row['cost']):>10} "
+              f"{row['efficiency_score']:>6.1f} {row['issue_count']:>6}")
+    mean = result["averages"]
+    print(f"{'average':<40} {mean['tokens']:>12,.0f} {dollars(mean['cost']):>10} {mean['efficiency']:>6.1f} "
+          f"{mean['issues']:>6.1f}\nBest: {result['best_performer']}\nWorst: {result['worst_performer']}")
+    for lesson in result["recommendations"]:
+        _say(f"  * {plain(lesson, 300)}")
+    return EXIT_DONE
+
+
+def _export(options: Any) -> int:
+    text = options.optimizer.export_report(_found_id(options, options.session_id), options.format)
+    if text is None:
+        return EXIT_FAILED
+    _write_out(text, options.output)
+    return EXIT_DONE
+
+
+def _write_out(text: str, path: Optional[str]) -> None:
+    """To a file, in one step so that a reader never sees half of it, or to standard output."""
+    if not path:
+        _say(text)
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text if text.endswith("\n") else text + "\n")
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
+    print(f"Report written: {path}")
+
+
+def _scan(options: Any) -> int:
+    result = options.optimizer.scan(options.paths or None, agent=options.agent, since=options.since, project=options.project,
+                                    store=not options.no_store, again=options.again, progress=_progress_bar())
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    if options.format == "json":
+        _say_json(result)
+    elif not result["sessions"] and not options.paths:
+        places = ", ".join(root for reader in READERS for root in reader.roots())
+        _say(f"No transcripts found. Looked in: {places}\nGive a path: sessionoptimizer scan PATH")
+    else:
+        _say(scan_report(result))
+    totals = result["totals"]
+    used = sum(totals["tokens"].values()) - totals["tokens"]["cache_read"]
+    return _below(options, 100.0 * (1 - totals["waste"]["tokens"] / used) if used else 100.0)
+
+
+def _progress_bar() -> Optional[Callable[[int, int], None]]:
+    """Shows how far a long scan is; None where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    begun = shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - begun > 0.5 and now - shown > 0.1:
+            shown = now
+            print(f"\r[{bar(done, total, 30):<30}] {done}/{total} transcripts", end="", file=sys.stderr, flush=True)
+    return show
+
+
+def _import(options: Any) -> int:
+    failed = 0
+    for path in options.files:
+        imported = _import_file(options.optimizer, path)
+        for session_id in imported:
+            _say(f"Imported: {session_id}")
+        failed += not imported
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
+    """The ids of the sessions a file brought: a session's own JSON, else a transcript."""
+    head = _head_of(path, _HEAD_SIZE)
+    if not any(reader.detect(path, head) for reader in READERS) and head.lstrip()[:1] == b"{":
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                session = optimizer.import_session(json.load(file))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CommandError(f"{path} cannot be read: {error}") from None
+        return [session.id] if session else []
+    result = optimizer.scan([path], again=True)
+    for entry in result["skipped"]:
+        print(f"sessionoptimizer: {plain(entry['path'])}:{entry['line']}: {plain(entry['reason'])}", file=sys.stderr)
+    return [row["id"] for row in result["sessions"]]
+
+
+def _selftest(options: Any) -> int:
+    result = run_labelled_cases(options.cases)
+    if options.format == "json":
+        _say_json(result)
+    else:
+        _say(selftest_report(result))
+    return EXIT_DONE if result["wrong"] == 0 else EXIT_LIMIT
+
+
+def _version(options: Any) -> int:
+    print(f"sessionoptimizer {__version__}")
+    return EXIT_DONE
+
+
+def _help(options: Any) -> int:
+    parser = build_parser()
+    commands = _commands()
+    if getattr(options, "topic", None):
+        if options.topic not in commands:
+            raise CommandError(f"no command {options.topic!r}: there are {', '.join(commands)}")
+        parser.parse_args([options.topic, "--help"])
+    parser.print_help()
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
