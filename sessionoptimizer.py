@@ -50,7 +50,7 @@ import stat
 import sys
 import time
 import warnings
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -241,7 +241,7 @@ sonnet                  0.003    0.015    0.0003    0.00375   0.006
 gpt4                    0.010    0.030    -         -         -
 gemini                  0.00025  0.0005   -         -         -
 grok                    0        0        0         0         0
-default                 0.010    0.030    -         -         -
+default                 0.010    0.030    0.001     0.0125    0.020
 """
 
 Price = namedtuple("Price", "model input output cache_read cache_write cache_write_1h exact")
@@ -820,7 +820,9 @@ def _command_of(data: Dict[str, Any]) -> str:
 
 
 def _paths_of(data: Dict[str, Any]) -> List[str]:
-    paths = data.get("file_paths") or [data.get("file_path") or data.get("file") or data.get("path") or ""]
+    """The files an event names. In an imported event (it has a ``line``) ``path`` is the transcript's."""
+    path = data.get("file_path") or data.get("file") or ("" if "line" in data else data.get("path")) or ""
+    paths = data.get("file_paths") or [path]
     return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
 
 
@@ -904,6 +906,29 @@ class ContextMemory:
             return None  # of several files in one result, the share of each is not known
         return found[0]
 
+    def foresee(self, event: SessionEvent) -> None:
+        """Give a read that has not run yet the lines it will bring: those the same request brought before, else as many as
+        the file is known to have."""
+        reads = self._ranges(event) if event.event_type is EventType.FILE_READ else []
+        if len(reads) != 1 or "reads" in event.data:
+            return
+        path, first, last = reads[0]
+        for old in reversed(self._reads.get(event.agent_id, {}).get(path, ())):
+            data = old.event.data
+            if data.get("content_hash") and data.get("lines") and all(data.get(key) == event.data.get(key)
+                                                                     for key in _REQUEST):
+                event.data["lines"] = data["lines"]
+                return
+            if first <= (data.get("total_lines") or 0) < last:
+                last = data["total_lines"]
+        event.data["lines"] = [first, last]
+
+    def held_since(self, event: SessionEvent) -> Optional[float]:
+        """When the oldest read of the event's files that its window holds was, in seconds since 1970; None: not known."""
+        window = self._reads.get(event.agent_id, {})
+        times = [seconds_of(old.event.timestamp) for path, _, _ in self._ranges(event) for old in window.get(path, ())]
+        return None if not times or None in times else min(times)
+
     def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
         several = event.data.get("reads")
         if isinstance(several, list):
@@ -918,7 +943,7 @@ class ContextMemory:
             return None
         digest = event.data.get("content_hash")
         for old in held:
-            if digest and old.digest and (old.first, old.last) == (first, last):
+            if digest and old.digest and (old.first, old.last) == (first, last) and content != "same":
                 if old.digest != digest:
                     return None
                 content = "same"
@@ -958,9 +983,9 @@ class ContextMemory:
     @staticmethod
     def _stale(held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
         """True when what came back shows that the file is another than the window holds."""
-        return event.data.get("content") == "changed" or any(
-            digest and old.digest and old.digest != digest and (old.first, old.last) == (first, last)
-            for old in held)
+        content = event.data.get("content")
+        return content == "changed" or content != "same" and digest != "" and any(
+            old.digest and old.digest != digest and (old.first, old.last) == (first, last) for old in held)
 
     def _forget(self, changes: List[str]) -> None:
         self._searches.clear()
@@ -973,6 +998,9 @@ class ContextMemory:
                 del window[path]
 
 
+_REQUEST = ("tool", "operation", "offset", "limit", "pages")  # what makes two reads of a file the same request
+
+
 def _is_within(path: str, places: List[str]) -> bool:
     """Whether a path is one of the places or below one that is a directory."""
     return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
@@ -983,8 +1011,8 @@ def search_key(data: Dict[str, Any]) -> Optional[Tuple[str, str, str]]:
     query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
     if not query:
         return None
-    scope = " ".join(f"{name}={data[name]}" for name in ("scope", "path", "file_path", "glob", "type", "include")
-                     if data.get(name))
+    names = ("scope", "file_path", "glob", "type", "include") + (() if "line" in data else ("path",))
+    scope = " ".join(f"{name}={data[name]}" for name in names if data.get(name))
     return str(data.get("tool") or "").lower(), query, " ".join(scope.split())
 
 
@@ -1394,35 +1422,73 @@ class UnitCosts:
         return (billed + self._carry.get(id(event), 0.0)) / entered / 1000, price.output / 1000
 
     def _carry_window(self, window: List[SessionEvent]) -> None:
-        """Positions first: what entered since the call before lies behind this call's cache read. Then from the last
-        call to the first, so that the later calls' reads stand sorted when an event asks how many reach it."""
-        entries, calls, pending, answer = [], [], [], None
+        """Follow the context call by call: what a call's cache read covers is paid again, what entered lies at the context's
+        end, what the context lost is gone. Tokens written again after the cache expired take no place of their own."""
+        held = _HeldContext(self._carry)
+        pending: List[SessionEvent] = []
+        answer: Optional[SessionEvent] = None
         for event in window:
             if event.event_type is not EventType.AI_RESPONSE:
                 pending.append(event)
                 continue
-            position = event.tokens_cache_read
-            rebuilt = [e for e in pending if e.data.get("source") == "cache rebuild"]
-            for entered in rebuilt + ([answer] if answer else []) + [e for e in pending if e.data.get("source") != "cache rebuild"]:
-                entries.append((len(calls), position, entered))
-                position += entered.tokens_input
-            calls.append(event)
+            entered = ([answer] if answer else []) + [e for e in pending if e.data.get("source") != "cache rebuild"]
+            rebuilt = sum(e.tokens_input for e in pending) + (answer.tokens_input if answer else 0)
+            growth = sum(e.tokens_input for e in entered)
+            held.cut(event.tokens_cache_read + rebuilt - growth)
+            held.read(event.tokens_cache_read, self._price(event).cache_read)
+            held.enter(event.tokens_cache_read + rebuilt - growth, entered)
             pending, answer = [], event
-        later: Dict[float, List[int]] = {}
-        index = len(calls) - 1
-        for call, start, event in reversed(entries):
-            while index > call:
-                insort(later.setdefault(self._price(calls[index]).cache_read, []), calls[index].tokens_cache_read)
-                index -= 1
-            if event.tokens_input:
-                self._carry[id(event)] = sum(
-                    price * self._reached(reads, start, event.tokens_input) for price, reads in later.items())
+        held.cut(-1)
 
-    @staticmethod
-    def _reached(reads: List[int], start: int, size: int) -> int:
-        """How many tokens of [start, start + size) the sorted cache reads cover in all."""
-        low, high = bisect_right(reads, start), bisect_left(reads, start + size)
-        return (len(reads) - high) * size + sum(reads[low:high]) - (high - low) * start
+
+class _HeldContext:
+    """The events that make up a context, by position, and what sending them again has cost (USD per 1,000 tokens times tokens).
+
+    A read covers a prefix, so it is noted at the last event it covers whole; an event that leaves hands what was noted at
+    it to the one before, which was covered too.
+    """
+
+    def __init__(self, costs: Dict[int, float]):
+        self.costs = costs
+        self._events: List[SessionEvent] = []
+        self._starts: List[int] = []
+        self._ends: List[int] = []
+        self._whole: List[float] = []  # price of the reads whose last whole event this is
+
+    def enter(self, position: int, events: List[SessionEvent]) -> None:
+        """Events enter one after the other from ``position`` on (tokens)."""
+        for event in events:
+            if event.tokens_input:
+                self._events.append(event)
+                self._starts.append(position)
+                position += event.tokens_input
+                self._ends.append(position)
+                self._whole.append(0.0)
+
+    def read(self, tokens: int, price: float) -> None:
+        """The first ``tokens`` of the context are sent again."""
+        index = bisect_right(self._ends, tokens)
+        if index:
+            self._whole[index - 1] += price
+        if index < len(self._ends) and tokens > self._starts[index]:
+            self._add(index, price * (tokens - self._starts[index]))
+
+    def cut(self, length: int) -> None:
+        """The context holds no more than ``length`` tokens: what lay beyond is gone."""
+        while self._ends and self._ends[-1] > length:
+            price, start = self._whole[-1], self._starts[-1]
+            self._add(-1, price * (self._ends[-1] - start))
+            if len(self._whole) > 1:
+                self._whole[-2] += price
+            if start < length:
+                self._whole[-1], self._ends[-1] = 0.0, length
+                return
+            for column in (self._events, self._starts, self._ends, self._whole):
+                column.pop()
+
+    def _add(self, index: int, cost: float) -> None:
+        key = id(self._events[index])
+        self.costs[key] = self.costs.get(key, 0.0) + cost
 
 
 def _unit_costs(session: Session) -> UnitCosts:
@@ -1579,6 +1645,8 @@ def report_notes(session: Session) -> List[str]:
                         (session.metadata.get("redacted_thinking_calls"),
                          "responses hide the size of their thinking: it counts as their visible output"),
                         (session.metadata.get("damaged_lines"), "damaged transcript lines were skipped"),
+                        (sum(event.data.get("estimated") is True for event in session.events),
+                         "events were logged live with tokens estimated from their size: scan replaces them by the real counts"),
                         (session.metadata.get("calls_elsewhere"),
                          "responses repeat an earlier session and are counted there")):
         if count:
@@ -3840,26 +3908,46 @@ def join_windows(builders: Iterable[WindowBuilder]) -> List[SessionEvent]:
 
 
 class LineMemory:
-    """The lines that reads have shown in one context window, to tell whether a later read shows the same."""
+    """What reads have shown in one context window, to tell whether a later read shows the same. Texts are split into
+    lines only when a file is read a second time; most never are."""
 
     def __init__(self) -> None:
-        self._files: Dict[str, Dict[int, int]] = {}
+        self._unread: Dict[str, List[Tuple[int, int, str]]] = {}  # path: first line, count, text of reads not looked at yet
+        self._files: Dict[str, Dict[int, int]] = {}               # path: number and hash of every line known
 
     def clear(self) -> None:
         """The window ended."""
+        self._unread.clear()
         self._files.clear()
 
-    def verdict(self, path: str, first: int, lines: List[str]) -> str:
-        """ "same" where every line known of the file is as known, "changed" where one differs, "" where none is
-        known; and keep these lines."""
-        known = self._files.setdefault(path, {})
-        hashes = {number: hash(line) for number, line in enumerate(lines, first)}
-        shared = [number for number in hashes if number in known]
-        same = all(known[number] == hashes[number] for number in shared)
-        if not same:
-            known.clear()
-        known.update(hashes)
-        return ("same" if same else "changed") if shared else ""
+    def verdict(self, path: str, first: int, count: int, text: str) -> str:
+        """ "same" where every line known of the file is as known, "changed" where one differs, "" where none is known; and
+        keep these lines."""
+        waiting = self._unread.setdefault(path, [])
+        waiting.append((first, count, text))
+        if len(waiting) == 1 and path not in self._files:
+            return ""
+        known, verdict = self._files.setdefault(path, {}), ""
+        for start, size, shown in waiting:
+            hashes = dict(enumerate(map(hash, plain_lines(shown)[:size]), start))
+            shared = [number for number in hashes if number in known]
+            same = all(known[number] == hashes[number] for number in shared)
+            if not same:
+                known.clear()
+            known.update(hashes)
+            verdict = ("same" if same else "changed") if shared else ""
+        waiting.clear()
+        return verdict
+
+
+def plain_lines(text: str) -> List[str]:
+    """The lines of what a read returned, without the numbers some tools put before them."""
+    lines = text.split("\n")
+    numbered = _NUMBERED.match(text)
+    if numbered:
+        mark = numbered.group(1)
+        lines = [line.split(mark, 1)[-1] for line in lines]
+    return lines
 
 
 def digest_of(text: Any) -> str:
@@ -3871,7 +3959,7 @@ def digest_of(text: Any) -> str:
 
 def _count_of(value: Any) -> int:
     """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS counts as 0."""
-    return value if value.__class__ is int and 0 <= value <= MAX_TOKENS else 0
+    return value if value.__class__ is int and 0 <= value <= MAX_TOKENS // 1000 else 0
 
 
 def task_line(text: str) -> str:
@@ -3881,7 +3969,7 @@ def task_line(text: str) -> str:
     return line if len(line) <= TASK_LENGTH else line[:TASK_LENGTH - 1] + "…"
 
 
-_NUMBERED = re.compile(r"\s*\d+(?:\t|→|: ?)")
+_NUMBERED = re.compile(r" *\d+(\t|→)")
 
 
 class ToolEvents:
@@ -3896,47 +3984,46 @@ class ToolEvents:
 
     def call(self, name: str, arguments: Any, timestamp: str, response: str, line: int) -> SessionEvent:
         """The event of a tool call, before its result is known."""
-        arguments = arguments if isinstance(arguments, dict) else {}
+        arguments = arguments if arguments.__class__ is dict else {}
         data: Dict[str, Any] = {"tool": name, "response_id": response, "line": line}
         event = SessionEvent("", timestamp, EventType.TOOL_CALL, data)
-        tool = name.lower()
-        command = next((arguments[key] for key in ("command", "cmd", "script") if arguments.get(key)), None)
-        path = next((arguments[key] for key in ("file_path", "notebook_path", "filePath", "absolute_path", "path",
-                                                "dir_path") if isinstance(arguments.get(key), str)), "")
-        if tool in _SHELL_TOOLS and command:
+        kind = _TOOL_KINDS.get(name.lower(), "")
+        command = (arguments.get("command") or arguments.get("cmd") or arguments.get("script")) if kind == "shell" else None
+        path = "" if kind in ("shell", "harmless") else _path_argument(arguments)
+        if command:
             self._command(event, command, arguments.get("workdir") or arguments.get("dir_path") or self.cwd)
-        elif tool in _SEARCH_TOOLS:
+        elif kind == "search":
             self._search(event, arguments, path)
-        elif tool in _READ_TOOLS and path:
+        elif kind == "read" and path:
             event.event_type = EventType.FILE_READ
             data["file_path"] = canonical_path(path, self.cwd)
             for key in ("offset", "limit", "pages"):
                 if arguments.get(key):
                     data[key] = arguments[key]
-        elif tool in _WRITE_TOOLS:
+        elif kind == "write":
             event.event_type = EventType.FILE_WRITE
             paths = [path] if path else patched_paths(str(arguments.get("input") or arguments.get("patch") or ""))
             data["changes"] = [canonical_path(p, self.cwd) for p in paths] or ["*"]
             if paths:
                 data["file_path"] = data["changes"][0]
         else:
-            data["changes"] = [] if tool in _HARMLESS_TOOLS or _QUERY_TOOL.search(tool) else ["?"]
+            data["changes"] = [] if kind or _QUERY_TOOL.search(name.lower()) else ["?"]
         return event
 
     def _command(self, event: SessionEvent, command: Any, cwd: Any) -> None:
         effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
         text = command if isinstance(command, str) else " ".join(map(str, command))
-        event.data["command"] = mask_secrets(text[:1000])[:300]
+        event.data["command"] = mask_secrets(text[:1000].split("<<", 1)[0])[:300]  # a here-document is file content
         event.data["operation"] = digest_of(" ".join(text.split()))
         event.data["changes"] = effects.changes
         kind = effects.kind
-        if kind == "read" and effects.reads:
+        if kind == "read" and effects.pure:  # of other output the file's share is not known
             event.event_type = EventType.FILE_READ
             path, first, last = effects.reads[0]
             event.data["file_path"] = path
             if len(effects.reads) > 1:
                 event.data["reads"] = [[p, f, t] for p, f, t in effects.reads]
-            elif first is not None:
+            elif (first, last) != (1, None):
                 event.data["lines"] = [first, last]
         elif kind == "search" and effects.searches:
             event.event_type = EventType.SEARCH
@@ -3959,8 +4046,9 @@ class ToolEvents:
         if scope:
             event.data["scope"] = json.dumps(scope, sort_keys=True)[:300] if len(str(scope)) < 300 else digest_of(scope)
 
-    def result(self, event: SessionEvent, text: str, first: Optional[int] = None, total: Optional[int] = None) -> None:
-        """What a read or a search returned: its hash, lines, and whether the window has seen them otherwise."""
+    def result(self, event: SessionEvent, text: str, first: int = 0, count: int = 0, total: int = 0) -> None:
+        """What a read or a search returned: its hash, lines, and whether the window has seen them otherwise. The first
+        line's number, how many lines are the file's and how many it has: 0 where the transcript does not say."""
         data = event.data
         if event.event_type is EventType.SEARCH:
             data["content_hash"] = digest_of(text)
@@ -3972,25 +4060,19 @@ class ToolEvents:
             if _is_cut_off(text):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
-                self._lines(data, text, first, total)
+                self._lines(data, text, first, count, total)
 
-    def _lines(self, data: Dict[str, Any], text: str, first: Optional[int], total: Optional[int]) -> None:
-        lines = text.split("\n")
-        if lines and not lines[-1]:
-            lines.pop()
-        if lines and _NUMBERED.match(lines[0]):
-            lines = [_NUMBERED.sub("", line, 1) for line in lines]
-        asked = line_range(data)
-        whole = "lines" not in data and "offset" not in data and "limit" not in data
-        start = first if first is not None else asked[0]
-        if start < 0 or not lines:
+    def _lines(self, data: Dict[str, Any], text: str, first: int, count: int, total: int) -> None:
+        count = count or text.count("\n") + (not text.endswith("\n"))
+        start = first or line_range(data)[0]
+        if start < 0 or not text:
             return
         if total:
             data["total_lines"] = total
-        elif whole and first is None:
-            data["total_lines"] = len(lines)
-        data["lines"] = [start, start + len(lines) - 1]
-        verdict = self.memory.verdict(data["file_path"], start, lines)
+        elif not first and "lines" not in data and "offset" not in data and "limit" not in data:
+            data["total_lines"] = count
+        data["lines"] = [start, start + count - 1]
+        verdict = self.memory.verdict(data["file_path"], start, count, text)
         if verdict:
             data["content"] = verdict
 
@@ -4013,6 +4095,19 @@ class ToolEvents:
 
 _SHELL_TOOLS = ("bash", "powershell", "shell", "shell_command", "exec_command", "local_shell", "run_shell_command",
                 "container.exec", "execute_command")
+_TOOL_KINDS = {tool: kind for kind, tools in (
+    ("harmless", _HARMLESS_TOOLS), ("read", _READ_TOOLS), ("search", _SEARCH_TOOLS), ("write", _WRITE_TOOLS),
+    ("shell", _SHELL_TOOLS)) for tool in tools}
+
+
+def _path_argument(arguments: Dict[str, Any]) -> str:
+    """The file or directory a tool call names, "" where none."""
+    for key in ("file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path"):
+        if arguments.get(key).__class__ is str:
+            return arguments[key]
+    return ""
+
+
 _QUERY_TOOL = re.compile(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
 _UNCHANGED = re.compile(r"unchanged since (?:your |the )?last read|file[ _]unchanged|file has not changed since", re.I)
 _CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum allowed")
@@ -4021,7 +4116,7 @@ _CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum
 def _is_cut_off(text: str) -> bool:
     """Whether a result says at its end or its beginning that it is not all there."""
     ends = text[:200] + text[-300:]
-    return any(words in ends for words in _CUT_OFF)
+    return "truncated…" in text or any(words in ends for words in _CUT_OFF)
 
 
 _COLLATERAL = re.compile(r"sibling tool call errored|parallel tool call .* errored", re.I)
@@ -4208,18 +4303,17 @@ class _ClaudeUnit:
         facts = self.facts
         if timestamp > facts.get("last", ""):
             facts["last"] = timestamp
-        self._window(owner).result(event, _json_length(raw))
         event.duration_ms = _milliseconds(event.timestamp, timestamp)
-        if event.event_type in (EventType.FILE_READ, EventType.SEARCH):
-            file = _FILE_RESULT.match(details) if event.data["tool"] == "Read" else None
-            if file and len(raw) >= 2000:
-                self.tools[owner].result(event, _json_text(file.group(1)), int(file.group(3)), int(file.group(4)))
-            elif event.data["tool"] == "Read" and b'"file":{' in details[:60]:
-                self._read(event, _json_text(raw), _parsed_file(details), owner)
-            else:
-                self.tools[owner].result(event, _json_text(raw))
-        if event.data["tool"] in ("Task", "Agent"):
-            event.data["changes"] = []
+        if event.event_type is EventType.FILE_READ or event.event_type is EventType.SEARCH:
+            text = _json_text(raw)
+            file = _FILE_TAIL.search(details, len(details) - 400) if event.data["tool"] == "Read" and details else None
+            count, first, total = map(int, file.groups()) if file else (0, 0, 0)
+            self._window(owner).result(event, len(text))
+            self.tools[owner].result(event, text, first, count, total)
+        else:
+            self._window(owner).result(event, _json_length(raw))
+            if event.data["tool"] in ("Task", "Agent"):
+                event.data["changes"] = []  # what the sub-agent changed is in its own events
 
     def _parsed(self, line: bytes) -> Optional[Dict[str, Any]]:
         try:
@@ -4432,10 +4526,11 @@ class _ClaudeUnit:
         event.duration_ms = _milliseconds(event.timestamp, _text(entry.get("timestamp")))
         if block.get("is_error") is True:
             self.tools[owner].failure(event, text, arguments)
-        elif event.data["tool"] == "Read" and isinstance(details, dict) and isinstance(details.get("file"), dict):
-            self._read(event, text, details["file"], owner)
         else:
-            self.tools[owner].result(event, text)
+            file = details.get("file") if isinstance(details, dict) and event.data["tool"] == "Read" else None
+            known = [_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")] if isinstance(
+                file, dict) else []
+            self.tools[owner].result(event, text, *known)
         if event.data["tool"] in ("Task", "Agent") and "kind" not in event.data:
             event.data["changes"] = []  # what the sub-agent changed is in its own events
 
@@ -4444,14 +4539,6 @@ class _ClaudeUnit:
         event = self._event(EventType.TOOL_CALL, entry, tool="unknown", changes=["?"])
         self.open[identity] = (event, agent, None)
         self._window(agent).tool(event)
-
-    def _read(self, event: SessionEvent, text: str, file: Dict[str, Any], owner: str) -> None:
-        content = file.get("content")
-        first, total = _count_of(file.get("startLine")), _count_of(file.get("totalLines"))
-        if isinstance(content, str) and first and not _UNCHANGED.search(text[:2000] if len(text) < 2000 else ""):
-            self.tools[owner].result(event, content, first, total)
-        else:
-            self.tools[owner].result(event, text)
 
     def _system(self, entry: Dict[str, Any], agent: str) -> None:
         subtype = entry.get("subtype")
@@ -4495,8 +4582,7 @@ _PLAIN_RESULT = re.compile(
     rb'(?:"tool_use_id":"(?P<id1>[^"\\]+)","type":"tool_result","content":"'
     rb'|"type":"tool_result","tool_use_id":"(?P<id2>[^"\\]+)","content":")')
 _RESULT_TAIL = re.compile(rb'\}\]\},"uuid":"([^"\\]+)","timestamp":"([^"\\]+)"')
-_FILE_RESULT = re.compile(rb',"toolUseResult":\{"type":"text","file":\{"filePath":"[^"\\]*","content":"'
-                          rb'([^"\\]*(?:\\.[^"\\]*)*)","numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
+_FILE_TAIL = re.compile(rb'"numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
 
 
 def _json_length(raw: bytes) -> int:
@@ -4513,15 +4599,6 @@ def _json_text(raw: bytes) -> str:
         return scanstring(text + '"', 0, False)[0]
     except ValueError:
         return text
-
-
-def _parsed_file(details: bytes) -> Dict[str, Any]:
-    """The ``file`` of a toolUseResult at the end of a line; empty when it is not one."""
-    try:
-        value = json.JSONDecoder().raw_decode(details.decode("utf-8", "replace"), len(',"toolUseResult":'))[0]
-        return value["file"] if isinstance(value["file"], dict) else {}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
 
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
@@ -4576,11 +4653,1223 @@ def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
             yield number, line
 
 
+class _Skips:
+    """Passes damaged lines on and counts them."""
+
+    def __init__(self, report: Callable[[str, int, str], None]):
+        self.report, self.count = report, 0
+
+    def __call__(self, path: str, line: int, reason: str) -> None:
+        self.count += 1
+        self.report(path, line, reason)
+
+
+def transcript_entries(path: str,
+                       skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A last line
+    that is not finished is left out, other damage goes to ``skip``. OSError as open()."""
+    for number, line in numbered_lines(path):
+        if number == 1 and line.strip() in (b"{", b"["):
+            with open(path, "rb") as file:
+                yield from _objects(file.read(), path, 0, skip)
+            return
+        if line.strip():
+            yield from _objects(line, path, number, skip)
+
+
+def _objects(text: bytes, path: str, line: int,
+             skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    try:
+        value = json.loads(text.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError) as error:
+        if not line or text.endswith(b"\n"):
+            skip(path, line or 1, f"not JSON: {error}")
+        return
+    for entry in value if isinstance(value, list) and not line else [value]:
+        if isinstance(entry, dict):
+            yield line, entry
+        else:
+            skip(path, line or 1, f"not an object but a {type(entry).__name__}")
+
+
+def lines_of_ids(path: str) -> Dict[str, int]:
+    """Where in a file that is one JSON document each id stands first."""
+    found: Dict[str, int] = {}
+    for number, line in numbered_lines(path):
+        for identity in re.findall(rb'"(?:id|spanId|span_id)"\s*:\s*"([^"]{1,200})"', line):
+            found.setdefault(identity.decode("utf-8", "replace"), number)
+    return found
+
+
+def _as_dict(value: Any) -> Dict[str, Any]:
+    """The value where it is an object, else an empty one."""
+    return value if value.__class__ is dict else {}
+
+
+def _as_list(value: Any) -> List[Any]:
+    return value if value.__class__ is list else []
+
+
+def _time_text(value: Any) -> str:
+    """The value where it is a time, else ""."""
+    return value if value.__class__ is str and _TIME.match(value) else ""
+
+
+def _too_deep(value: Any) -> bool:
+    """True for nesting that later steps (writing JSON, hashing) could not follow."""
+    level = [value]
+    for _ in range(40):  # levels: real arguments have fewer than 10
+        level = [part for whole in level if whole.__class__ in (dict, list)
+                 for part in (whole.values() if whole.__class__ is dict else whole)]
+        if not level:
+            return False
+    return True
+
+
+def _arguments(value: Any) -> Dict[str, Any]:
+    """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of texts."""
+    if value.__class__ is str:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    if value.__class__ is not dict or _too_deep(value):
+        return {}
+    for key in ("command", "cmd", "script"):
+        command = value.get(key)
+        if command.__class__ is list:
+            value = dict(value, **{key: [word for word in command if word.__class__ is str]})
+        elif command.__class__ is not str:
+            value = {name: given for name, given in value.items() if name != key}
+    return value
+
+
+def _json_size(value: Any) -> int:
+    """Characters of a value as JSON; 0 for what cannot be written."""
+    return len(value if value.__class__ is str else _as_json(value))
+
+
+def _as_json(value: Any) -> str:
+    """A value as JSON; "" for what cannot be written."""
+    return "" if _too_deep(value) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _content(content: Any) -> Tuple[str, int]:
+    """The text of a message or a tool's output (a text, or parts with texts and images), and its size in
+    characters."""
+    if isinstance(content, dict):
+        content = [content] if "text" in content else content.get("content", content.get("output"))
+    images = sum("image" in _text(_as_dict(part).get("type")) or "inlineData" in _as_dict(part)
+                 for part in _as_list(content))
+    text = "\n".join(part if part.__class__ is str else _text(_as_dict(part).get("text")) for part in content) \
+        if isinstance(content, list) else _text(content)
+    return text, len(text) + images * IMAGE_CHARACTERS
+
+
+def meter(call: Call, uncached: int, write: int, read: int, output: int) -> Call:
+    """Book a usage whose categories are disjoint, kept below what an event can hold."""
+    uncached, output = min(uncached, MAX_TOKENS), min(output, MAX_TOKENS)
+    call.use(uncached, min(write, MAX_TOKENS - uncached), 0, min(read, MAX_TOKENS), output)
+    return call
+
+
+def weigh_parts(call: Call, thoughts: int, thinking: Optional[SessionEvent]) -> None:
+    """Size the parts of a call so that thinking gets exactly ``thoughts`` tokens of its output and the other
+    parts the rest."""
+    others = call.parts
+    size, rest = sum(part[1] for part in others), call.output - thoughts
+    if not size:
+        others, size = [("text", 1, None)] + others, 1
+    # Four times: enough for the limit of half a token per character never to bind where the tokens are known.
+    call.parts = [(kind, 4 * characters * rest, event) for kind, characters, event in others]
+    if thoughts:
+        call.parts.append(("thinking", 4 * size * thoughts, thinking))
+
+
+class _Facts:
+    """What is known of a session beside its events."""
+
+    def __init__(self, path: str):
+        self.path, self.task, self.session_id, self.cwd, self.version = path, "", "", "", ""
+        self.first = self.last = ""
+        self.models: Dict[str, int] = {}
+        self.counters: Dict[str, int] = {}
+
+    def seen(self, timestamp: str) -> None:
+        if timestamp:
+            self.first = min(self.first or timestamp, timestamp)
+            self.last = max(self.last, timestamp)
+
+    def count(self, name: str, by: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + by
+
+    def call(self, event: SessionEvent, counted: bool) -> bool:
+        """Note a call's model, or that the call is counted elsewhere."""
+        if counted:
+            self.models[event.model or "default"] = self.models.get(event.model or "default", 0) + 1
+        else:
+            self.count("calls_elsewhere")
+        return counted
+
+    def add(self, other: _Facts) -> None:
+        """Take in what is known of a sub-agent."""
+        self.seen(other.first)
+        self.seen(other.last)
+        for name, calls in other.models.items():
+            self.models[name] = self.models.get(name, 0) + calls
+        for name, count in other.counters.items():
+            self.count(name, count)
+
+    def session(self, reader: TranscriptReader, builders: Iterable[WindowBuilder], *, agent: str = "",
+                paths: Iterable[str] = ()) -> Session:
+        """The session: its totals are the sums of its events."""
+        model = max(self.models, key=lambda name: self.models[name]) if self.models else "default"
+        source: Dict[str, Any] = {"reader": reader.name, "path": self.path, "session_id": self.session_id,
+                                  "cwd": self.cwd, "version": self.version}
+        if paths:
+            source["paths"] = list(paths)
+        started = self.first or datetime.fromtimestamp(os.path.getmtime(self.path)).astimezone().isoformat()
+        identity = self.session_id or os.path.splitext(os.path.basename(self.path))[0]
+        session = Session(slug(identity), agent or reader.agent, self.task, SessionStatus.COMPLETED, started,
+                          self.last or started, model=model,
+                          metadata=dict({name: n for name, n in self.counters.items() if n}, source=source))
+        for event in join_windows(builders):
+            if event.model == model:
+                event.model = ""
+            session.add_event(event)
+        return session
+
+
+# Codex CLI
+
+_ROLLOUT = re.compile(rb'^\{(?=[^\n]*"payload"\s*:)[^\n]*?"type"\s*:\s*'
+                      rb'"(?:session_meta|turn_context|response_item|event_msg)"', re.M)
+_OLD_ROLLOUT = re.compile(rb'\s*\{"id"\s*:\s*"[^"]*",\s*"timestamp"\s*:\s*"[^"]*",\s*"instructions"\s*:')
+_OUTPUT_HEAD = re.compile(r"(?:Chunk ID|Exit code|Wall time|Process exited|Process running|Command):? ?")
+_EXIT_CODE = re.compile(r"(?:Exit code: |Process exited with code |\bexit code: )(-?\d{1,9})")
+_RUNNING = re.compile(r"Process running with session ID (\d{1,18})")
+_CODEX_FAILURE = re.compile(
+    r"failed in sandbox|[\w ]{1,40} failed: |error: |failed to parse function arguments|aborted by user|"
+    r"execution error|unsupported (?:custom tool )?call|collab spawn failed|tool call error", re.I)
+_CODEX_CUT = re.compile(r"\A(?:Total output lines: \d+)|(?:…|\.\.\. ?)\d+ (?:tokens|chars|lines) truncated|"
+                        r"\[\.\.\. omitted \d+ of \d+ lines")
+_INJECTED = re.compile(r"\s*(?:<([a-z][\w -]{2,60})>[\s\S]*</\1>\s*$|# AGENTS\.md instructions|"
+                       r"<[A-Z_]{4,40}>)")
+_IDE_CONTEXT = "## My request for Codex:"  # what an editor adds to a prompt ends with this heading
+_LAYOUT_GAP = 2  # seconds within which items that follow their token count are written
+
+Outcome = namedtuple("Outcome", "text size exit_code running failed")
+Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered the context, the exit
+code (None: not told), the id of a process that still runs, and whether the call failed."""
+
+
 class CodexReader(TranscriptReader):
-    name="codex"
-    def detect(self,p,h): return False
-class GeminiReader(CodexReader): name="gemini-cli"
-class OtelReader(CodexReader): name="otel"
+    """Codex CLI: one rollout per thread. Usage is the growth of the running total in ``token_count`` events,
+    many of which only repeat it.
+
+    A sub-agent's rollout is a window of its parent's session where the parent is read with it.
+    """
+
+    name = "codex"
+    agent = "CODEX"
+
+    def roots(self) -> List[str]:
+        home = os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex")
+        return [os.path.join(home, "sessions"), os.path.join(home, "archived_sessions")]
+
+    def detect(self, path: str, head: bytes) -> bool:
+        return b'"parentUuid"' not in head and bool(_ROLLOUT.search(head) or _OLD_ROLLOUT.match(head))
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """A thread with its sub-agents' rollouts and archived copies of itself; its own file first."""
+        threads = {path: _thread_of(path) for path in sorted(paths, key=_archived)}
+        parents = {own: parent for own, parent in threads.values() if own}
+        units: Dict[str, List[str]] = {}
+        for path, (own, _) in threads.items():
+            root, above = own, []
+            while parents.get(root) in parents and root not in above:
+                above.append(root)
+                root = parents[root]
+            units.setdefault(root or path, []).append(path)
+        return [sorted(unit, key=lambda path: (threads[path][0] != root, _archived(path), path))
+                for root, unit in units.items()]
+
+    def read(self, paths: List[str], claim: Callable[[str], bool],
+             skip: Callable[[str, int, str], None]) -> List[Session]:
+        rollouts: List[_Rollout] = []
+        names, counted = set(), set()
+
+        def once(key: str) -> bool:
+            """A unit may claim a key again; a sub-agent's rollout that begins with its parent's must not."""
+            new = key not in counted
+            counted.add(key)
+            return new and claim(key)
+
+        for path in sorted(paths, key=lambda path: (path != paths[0], _archived(path), path)):
+            if (os.path.basename(path), _thread_of(path)) not in names:
+                names.add((os.path.basename(path), _thread_of(path)))
+                rollouts.append(_Rollout(path, paths[0], once, _Skips(skip)))
+        found = [rollout for rollout in rollouts if rollout.read()]
+        mains = {rollout.facts.session_id: rollout for rollout in reversed(found)
+                 if rollout.parent not in {other.facts.session_id for other in found}}
+        return [self._session(main, [rollout for rollout in found if _root(rollout, found) == identity])
+                for identity, main in mains.items()]
+
+    def _session(self, main: _Rollout, rollouts: List[_Rollout]) -> Session:
+        facts = main.facts
+        for rollout in rollouts:
+            if rollout is not main:
+                if rollout.facts.session_id != facts.session_id:
+                    rollout.builder.agent_id = slug(rollout.facts.session_id)
+                facts.add(rollout.facts)
+        return facts.session(self, [rollout.builder for rollout in rollouts],
+                             paths=[rollout.path for rollout in rollouts if rollout is not main])
+
+
+def _archived(path: str) -> bool:
+    return "archived_sessions" in path
+
+
+def _thread_of(path: str) -> Tuple[str, str]:
+    """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is none."""
+    first = _head_of(path, 1 << 16).split(b"\n", 1)[0]
+    found = [re.search(rb'"%s"\s*:\s*"([^"]{1,200})"' % key, first) for key in (b"id", b"parent_thread_id")]
+    own, parent = (match.group(1).decode("utf-8", "replace") if match else "" for match in found)
+    return own, parent
+
+
+def _root(rollout: _Rollout, rollouts: List[_Rollout]) -> str:
+    """The id of the thread above all others that this one was spawned from."""
+    parents = {other.facts.session_id: other.parent for other in rollouts}
+    identity = rollout.facts.session_id
+    for _ in rollouts:
+        if parents.get(identity) not in parents:
+            break
+        identity = parents[identity]
+    return identity
+
+
+class _Rollout:
+    """One rollout while it is read.
+
+    A response's items are written before the token count that meters it (then they wait for it) or, to about
+    0.40, right after it (then the metered call takes them).
+    """
+
+    def __init__(self, path: str, main_path: str, claim: Callable[[str], bool], skips: _Skips):
+        self.path, self.claim, self.skips = path, claim, skips
+        self.place = {} if path == main_path else {"path": path}
+        self.facts, self.builder, self.tools = _Facts(path), WindowBuilder(), ToolEvents()
+        self.parent = self.lineage = self.turn = self.model = self.now = self.response = ""
+        self.line = 0
+        self.known = False                  # a line of a rollout was seen
+        self.total: Optional[Tuple[int, ...]] = None
+        self.taking: Optional[Call] = None  # a metered call that takes the items that follow
+        self.waiting: List[Tuple[str, int, Optional[SessionEvent], str]] = []
+        self.metered: List[Tuple[Call, int, Optional[SessionEvent]]] = []
+        self.open: Dict[str, Tuple[SessionEvent, Dict[str, Any]]] = {}
+        self.running: Dict[str, Tuple[SessionEvent, Dict[str, Any]]] = {}
+        self.compacted = False              # a compaction since the last metered call
+
+    def read(self) -> bool:
+        """Read the file; False when it holds no line of a rollout."""
+        for self.line, entry in transcript_entries(self.path, self.skips):
+            stamp = _time_text(entry.get("timestamp"))
+            self.now = stamp or self.now
+            self.facts.seen(stamp)
+            self._entry(entry)
+        self._give_up()
+        for call, thoughts, event in self.metered:
+            weigh_parts(call, thoughts, event)
+        self.facts.count("damaged_lines", self.skips.count)
+        return self.known
+
+    def _entry(self, entry: Dict[str, Any]) -> None:
+        kind, payload = _text(entry.get("type")), entry.get("payload")
+        if "payload" not in entry:  # before 0.32 items were not wrapped
+            if not kind and "record_type" not in entry and "instructions" in entry:
+                kind, payload = "session_meta", entry
+            elif kind in ("message", "reasoning") or "call_id" in entry and "_call" in kind:
+                kind, payload = "response_item", entry
+        handler = {"session_meta": self._meta, "turn_context": self._turn, "response_item": self._item,
+                   "compacted": self._compaction, "event_msg": self._message}.get(kind)
+        if handler and isinstance(payload, dict):
+            self.known = True
+            handler(payload)
+
+    def _meta(self, meta: Dict[str, Any]) -> None:
+        facts = self.facts
+        if facts.session_id:
+            return  # forks and spawned threads repeat their ancestors' after their own
+        facts.session_id = _text(meta.get("id"))
+        facts.version = _text(meta.get("cli_version"))
+        facts.seen(_time_text(meta.get("timestamp")))
+        facts.cwd = self.tools.cwd = _text(meta.get("cwd"))
+        spawned = _as_dict(_as_dict(_as_dict(meta.get("source")).get("subagent")).get("thread_spawn"))
+        self.parent = _text(spawned.get("parent_thread_id")) or _text(meta.get("parent_thread_id"))
+        self.lineage = _text(meta.get("forked_from_id")) or facts.session_id
+
+    def _turn(self, turn: Dict[str, Any]) -> None:
+        self.model = _text(turn.get("model")).lower() or self.model
+        self.tools.cwd = _text(turn.get("cwd")) or self.tools.cwd
+        self.facts.cwd = self.facts.cwd or self.tools.cwd
+        self.turn = _text(turn.get("turn_id")) or self.turn
+
+    def _event(self, event_type: EventType, **data: Any) -> SessionEvent:
+        data.update(self.place, line=self.line)
+        return SessionEvent("", self.now, event_type, data, model=self.model)
+
+    def _message(self, message: Dict[str, Any]) -> None:
+        kind = message.get("type")
+        if kind == "token_count":
+            self._token_count(_as_dict(message.get("info")))
+        elif kind == "user_message" and not self.facts.task:
+            self.facts.task = task_line(_text(message.get("message")).rpartition(_IDE_CONTEXT)[2])
+        elif kind in ("task_started", "turn_aborted"):
+            self._give_up()
+            self.turn = _text(message.get("turn_id")) or self.turn
+        elif kind == "context_compacted" and not self.compacted or kind == "thread_rolled_back":
+            self._compaction({})
+        elif kind == "mcp_tool_call_end":
+            result = _as_dict(message.get("result"))
+            if "Err" in result or _as_dict(result.get("Ok")).get("isError") is True:
+                event, arguments = self.open.get(_text(message.get("call_id")), (None, {}))
+                if event:
+                    self.tools.failure(event, _as_json(result), arguments)
+
+    # usage
+
+    def _token_count(self, info: Dict[str, Any]) -> None:
+        total, last = _codex_usage(info.get("total_token_usage")), _codex_usage(info.get("last_token_usage"))
+        spent = last if total is None or self.total is None else None
+        if total is not None and self.total is not None:
+            if total == self.total:
+                return  # said again; ``last`` may differ after a compaction
+            grew = all(new >= old for new, old in zip(total, self.total))
+            spent = tuple(new - old for new, old in zip(total, self.total)) if grew else last
+        spent = spent if spent is not None else total
+        self.total = total if total is not None else self.total
+        if spent and any(spent):
+            self._metered(*spent)
+
+    def _metered(self, entered: int, cached: int, write: int, output: int, thoughts: int) -> None:
+        # A fork repeats its parent's token counts: the turn's id (or the thread it was forked from) and the
+        # running total are the same in both, the time is not.
+        name = self.turn if len(self.turn) > 30 else self.lineage + self.turn
+        counted = self.claim(f"codex:{name}:{'/'.join(map(str, self.total or (self.line,)))}")
+        response = self.response if self.waiting else f"r{self.line}"
+        event = self._event(EventType.AI_RESPONSE, response_id=response)
+        cached = min(cached, entered)
+        write = min(write, entered - cached)
+        call = self.builder.call(meter(Call(event, counted), entered - cached - write, write, cached, output))
+        thoughts = min(thoughts, call.output)
+        thinking = self._event(EventType.THINKING, response_id=response) if thoughts and counted else None
+        self.facts.call(event, counted)
+        if self.waiting:
+            event.timestamp = self.waiting[0][3]
+        if thinking:
+            thinking.timestamp = event.timestamp
+        self.metered.append((call, thoughts, thinking))
+        self.taking, self.compacted = (None if self.waiting else call), False
+        waiting, self.waiting = self.waiting, []
+        for kind, size, part, _ in waiting:
+            self._place(kind, size, part, call)
+
+    def _place(self, kind: str, size: int, event: Optional[SessionEvent], call: Optional[Call]) -> None:
+        if kind == "result":
+            self.builder.result(event, size)
+        elif kind == "item":
+            self.builder.item(event, size)
+        else:
+            if call and kind != "reasoning":
+                call.parts.append((kind, size, event))
+            if event:
+                self.builder.tool(event)
+
+    def _give_up(self) -> None:
+        """Responses whose usage never came (aborted, or a version that does not write it) have no tokens of
+        their own; what they wrote enters the next call."""
+        waiting, self.waiting, self.taking = self.waiting, [], None
+        told = True
+        for place, (kind, size, event, stamp) in enumerate(waiting):
+            if kind in ("result", "item"):
+                told = True
+            elif told:
+                told = False
+                texts = [w[1] for w in waiting[place:] if w[0] == "text"][:1]
+                response = self._event(EventType.AI_RESPONSE, unmetered=True,
+                                       response_id=f"{self.response}.{place}")
+                response.timestamp = stamp
+                self.facts.count("unmetered_calls")
+                self.builder.item(response, sum(texts))
+            self._place(kind, size, event, None)
+
+    # items
+
+    def _item(self, item: Dict[str, Any]) -> None:
+        kind = _text(item.get("type"))
+        if kind == "message" and item.get("role") == "assistant":
+            self._wrote("text", _content(item.get("content"))[1])
+        elif kind in ("message", "agent_message"):
+            self._told(item, kind)
+        elif kind == "reasoning":
+            self._wrote("reasoning", 0)
+        elif kind.endswith("_output"):
+            self._returned(item)
+        elif kind.endswith("_call"):
+            self._called(item, kind)
+
+    def _wrote(self, kind: str, size: int, event: Optional[SessionEvent] = None) -> None:
+        if self.taking and not self._follows(self.taking.event.timestamp):
+            self.taking = None
+        if self.taking:
+            self._place(kind, size, event, self.taking)
+            return
+        self.waiting.append((kind, size, event, self.now))
+
+    def _follows(self, timestamp: str) -> bool:
+        then, now = seconds_of(timestamp), seconds_of(self.now)
+        return then is None or now is None or now - then <= _LAYOUT_GAP
+
+    def _response_id(self) -> str:
+        if self.taking and self._follows(self.taking.event.timestamp):
+            return self.taking.event.data["response_id"]
+        if not any(kind not in ("result", "item") for kind, _, _, _ in self.waiting):
+            self.response = f"r{self.line}"
+        return self.response
+
+    def _enter(self, kind: str, size: int, event: SessionEvent) -> None:
+        if self.waiting:
+            self.waiting.append((kind, size, event, self.now))
+        else:
+            self._place(kind, size, event, None)
+
+    def _told(self, item: Dict[str, Any], kind: str) -> None:
+        text, size = _content(item.get("content"))
+        human = item.get("role") == "user" and not _INJECTED.match(text)
+        if human:
+            self.taking = None
+            self.facts.task = self.facts.task or task_line(text.rpartition(_IDE_CONTEXT)[2])
+        event = self._event(EventType.USER_MESSAGE) if human else \
+            self._event(EventType.CONTEXT_LOAD, source="attachment" if kind == "message" else "agent message")
+        self._enter("item", size, event)
+
+    def _called(self, item: Dict[str, Any], kind: str) -> None:
+        name, raw = _text(item.get("name")), item.get("arguments")
+        action = _as_dict(item.get("action"))
+        if kind == "custom_tool_call":
+            raw = {"input": _text(item.get("input"))}
+        elif kind == "local_shell_call":
+            name = "local_shell"
+            raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
+        elif kind == "web_search_call":
+            raw = {key: action[key] for key in ("pattern", "query", "url") if _text(action.get(key))}
+        name = name or {"tool_search_call": "toolsearch"}.get(kind, kind[:-len("_call")])
+        if _text(item.get("namespace")):
+            name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")
+        arguments = _arguments(raw)
+        event = _codex_call(self.tools, name, arguments, self.now, self._response_id(), self.line)
+        event.model = self.model
+        event.data.update(self.place)
+        self._wrote("tool", len(name) + _json_size(raw), event)
+        if _text(item.get("call_id")):
+            self.open[item["call_id"]] = (event, arguments)
+
+    def _returned(self, item: Dict[str, Any]) -> None:
+        event, arguments = self.open.get(_text(item.get("call_id")), (None, {}))
+        if event is None:
+            return
+        outcome = _codex_outcome(item.get("output"))
+        self._enter("result", outcome.size or _json_size(item.get("tools")), event)
+        event.duration_ms = _milliseconds(event.timestamp, self.now)
+        if event.data["tool"] == "write_stdin":
+            self._polled(event, arguments, outcome)
+        elif outcome.running:
+            self.running[outcome.running] = (event, arguments)
+            event.data["truncated"] = True
+        elif event.event_type is not EventType.ERROR:
+            self._judge(event, arguments, outcome)
+
+    def _polled(self, event: SessionEvent, arguments: Dict[str, Any], outcome: Outcome) -> None:
+        """Input for a running command, or a look at it: what fails is the command, not the look."""
+        command = self.running.get(str(arguments.get("session_id")))
+        if not outcome.running and command:
+            del self.running[str(arguments.get("session_id"))]
+            event, arguments = command
+        if outcome.failed and not _found_nothing(event, outcome):
+            self.tools.failure(event, outcome.text, arguments)
+
+    def _judge(self, event: SessionEvent, arguments: Dict[str, Any], outcome: Outcome) -> None:
+        if outcome.failed and not _found_nothing(event, outcome):
+            self.tools.failure(event, outcome.text, arguments)
+        elif _CODEX_CUT.search(outcome.text):
+            event.data["truncated"] = True
+        elif event.data["tool"] != "view_image":
+            self.tools.result(event, outcome.text)
+
+    def _compaction(self, compacted: Dict[str, Any]) -> None:
+        self._give_up()
+        kept = _as_list(compacted.get("replacement_history"))
+        size = sum(_content(_as_dict(item).get("content"))[1] for item in kept)
+        self.builder.item(self._event(EventType.CONTEXT_LOAD, source="compaction"),
+                          size or len(_text(compacted.get("message"))))
+        self.tools.memory.clear()
+        self.compacted = True
+
+
+def _codex_usage(usage: Any) -> Optional[Tuple[int, ...]]:
+    """Input (cached included), cached, cache writes, output (reasoning included), reasoning; or None."""
+    if not isinstance(usage, dict):
+        return None
+    return tuple(_count_of(usage.get(f"{key}_tokens")) for key in (
+        "input", "cached_input", "cache_write_input", "output", "reasoning_output"))
+
+
+def _codex_call(tools: ToolEvents, name: str, arguments: Dict[str, Any], now: str, response: str,
+                line: int) -> SessionEvent:
+    """The event of a tool call. A patch given to the shell is a write of the files it names."""
+    event = tools.call(name, arguments, now, response, line)
+    data, command = event.data, arguments.get("command") or arguments.get("cmd") or ""
+    text = command if isinstance(command, str) else "\n".join(command)
+    if name == "write_stdin":
+        data["changes"] = ["?"] if arguments.get("chars") else []
+    elif "*** Begin Patch" in text and "apply_patch" in text[:text.index("*** Begin Patch")]:
+        cwd = _text(arguments.get("workdir")) or tools.cwd
+        moved = re.match(r"(?:[\s\S]{0,40}?\n)?\s*cd\s+(\S+)\s*&&", text)
+        cwd = canonical_path(moved.group(1).strip("'\""), cwd) if moved else cwd
+        paths = [canonical_path(path, cwd) for path in patched_paths(text)]
+        event.event_type = EventType.FILE_WRITE
+        data.update(changes=paths or ["*"], file_path=paths[0] if paths else "")
+        data.pop("command", None)  # the patch is file content
+    return event
+
+
+def _codex_outcome(output: Any) -> Outcome:
+    """Read the output formats of Codex, none of which has an error flag."""
+    text, size = _content(output)
+    code, failed = None, isinstance(output, dict) and output.get("success") is False
+    if text.startswith('{"output"'):
+        wrapped = _arguments(text)
+        text = _text(wrapped.get("output")) if wrapped else text
+        code = _as_dict(wrapped.get("metadata")).get("exit_code")
+        code = code if code.__class__ is int else None
+    head, body = "", text
+    if _OUTPUT_HEAD.match(text):
+        head, found, body = text.partition("\nOutput:")
+        head, body = (head, body.lstrip("\n")) if found and len(head) < 2000 else (text[:2000], text)
+        told = _EXIT_CODE.search(head)
+        code = int(told.group(1)) if told else code
+    elif _CODEX_FAILURE.match(text):
+        failed, told = True, _EXIT_CODE.search(text[:300])
+        code = int(told.group(1)) if told else code
+    running = _RUNNING.search(head)
+    if code:
+        failed, body = True, f"Exit code {code}\n{body}"
+    return Outcome(body, size, code, running.group(1) if running else "", failed)
+
+
+def _found_nothing(event: SessionEvent, outcome: Outcome) -> bool:
+    """A search or a test that answers "no" with exit code 1 and no text has not failed."""
+    return outcome.exit_code == 1 and outcome.text.strip() == "Exit code 1" and not event.data.get("changes")
+
+
+# Gemini CLI
+
+_GEMINI_EXIT = re.compile(r"(?:^|\n|\\n)Exit Code: (-?\d{1,9})")
+_GEMINI_SHOWN = re.compile(r"Showing lines (\d{1,9})-(\d{1,9}) of (\d{1,9}) total lines")
+_REWIND = "$rewindTo"
+
+
+class GeminiReader(TranscriptReader):
+    """Gemini CLI: one chat per file, an object (.json) or records (.jsonl) of which the last per id counts.
+
+    Every message of the model is one call. What a rewind took back was still spent.
+    """
+
+    name = "gemini-cli"
+    agent = "GEMINI-CLI"
+
+    def roots(self) -> List[str]:
+        home = os.environ.get("GEMINI_CLI_HOME") or os.path.expanduser("~")
+        return [os.path.join(home, ".gemini", "tmp")]
+
+    def detect(self, path: str, head: bytes) -> bool:
+        start = head[:4096]
+        return b'"sessionId"' in start and b'"parentUuid"' not in head and b'"uuid"' not in start and (
+            b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """The files of one session id, and its sub-agents' in the folder named after it."""
+        units: Dict[str, List[str]] = {}
+        for path in sorted(paths):
+            key = _parent_chat(path) or _session_id_in(path) or path
+            units.setdefault(key, []).append(path)
+        return [sorted(unit, key=lambda path: (bool(_parent_chat(path)), path)) for unit in units.values()]
+
+    def read(self, paths: List[str], claim: Callable[[str], bool],
+             skip: Callable[[str, int, str], None]) -> List[Session]:
+        chats: Dict[str, _Chat] = {}
+        skips = _Skips(skip)
+        for path in paths:
+            header, records = _gemini_records(path, skips)
+            if header is None:
+                continue
+            identity = _text(header.get("sessionId")) or os.path.splitext(os.path.basename(path))[0]
+            agent = _parent_chat(path) and os.path.splitext(os.path.basename(path))[0]
+            chat = chats.setdefault(agent or identity, _Chat(path, identity, claim, agent))
+            chat.add(path, header, records)
+        mains = [chat for key, chat in chats.items() if not chat.agent_id] or list(chats.values())[:1]
+        for chat in chats.values():
+            chat.build()
+        for chat in mains:
+            chat.builder.agent_id = ""
+            chat.facts.count("damaged_lines", skips.count if chat is mains[0] else 0)
+        agents = [chat for chat in chats.values() if chat not in mains]
+        return [self._session(chat, agents if chat is mains[0] else []) for chat in mains]
+
+    def _session(self, main: _Chat, agents: List[_Chat]) -> Session:
+        for chat in agents:
+            main.facts.add(chat.facts)
+        paths = [path for chat in [main] + agents for path in chat.paths if path != main.facts.path]
+        return main.facts.session(self, [chat.builder for chat in [main] + agents], paths=paths)
+
+
+def _parent_chat(path: str) -> str:
+    """The session a sub-agent's file belongs to (the name of its folder); "" for a chat of its own."""
+    folder = os.path.basename(os.path.dirname(path))
+    spawned = folder != "chats" and re.search(rb'"kind"\s*:\s*"subagent"', _head_of(path, 4096))
+    return folder if spawned else ""
+
+
+def _gemini_records(path: str, skip: Callable[[str, int, str], None]) -> Tuple[
+        Optional[Dict[str, Any]], List[Tuple[int, Dict[str, Any]]]]:
+    """The header of a chat (None: there is no chat) and its records in order, with lines."""
+    header: Optional[Dict[str, Any]] = None
+    records: List[Tuple[int, Dict[str, Any]]] = []
+    for line, entry in transcript_entries(path, skip):
+        places = {} if line else lines_of_ids(path)
+        changed = _as_dict(entry.get("$set"))
+        if "sessionId" in entry or changed:
+            header = dict(header or {}, **(changed or entry))
+        else:
+            records.append((line, entry))
+        messages = _as_list((changed or entry).get("messages"))
+        if changed and "messages" in changed:
+            records.append((line, {_REWIND: None, "kept": {_text(_as_dict(m).get("id")) for m in messages}}))
+        records += [(line or places.get(_text(message.get("id")), 1), message) for message in messages
+                    if isinstance(message, dict)]
+    return header, records
+
+
+class _GeminiCall(Call):
+    """A call whose thoughts are not sent back (measured: they do not show in the growth of the context)."""
+
+    __slots__ = ("thoughts",)
+
+    def share_output(self) -> None:
+        super().share_output()
+        self.visible = min(self.visible, self.output - self.thoughts)
+
+
+class _Chat:
+    """One chat while its files are read."""
+
+    def __init__(self, path: str, identity: str, claim: Callable[[str], bool], agent_id: str):
+        self.claim, self.agent_id, self.paths = claim, slug(agent_id) if agent_id else "", []
+        self.facts, self.builder, self.tools = _Facts(path), WindowBuilder(self.agent_id), ToolEvents()
+        self.facts.session_id = identity
+        self.order: List[str] = []  # ids in the order they came; "" where messages were taken back
+        self.messages: Dict[str, Tuple[int, str, Dict[str, Any]]] = {}
+        self.line, self.path = 0, path
+
+    def add(self, path: str, header: Dict[str, Any], records: List[Tuple[int, Dict[str, Any]]]) -> None:
+        self.paths.append(path)
+        for key in ("startTime", "lastUpdated"):
+            self.facts.seen(_time_text(header.get(key)))
+        for number, (line, record) in enumerate(records):
+            if _REWIND in record:
+                kept = record.get("kept")
+                if not isinstance(kept, set) or not kept.issuperset(filter(None, self.order)):
+                    self.order.append("")
+                continue
+            identity = _text(record.get("id")) or f"{path}:{number}"
+            if identity not in self.messages:
+                self.order.append(identity)
+            self.messages[identity] = (line, path, record)
+
+    def build(self) -> None:
+        """Turn what is known last of every message into events."""
+        for identity in self.order:
+            if not identity:
+                cut = self._event(EventType.CONTEXT_LOAD, self.facts.last, source="compaction", rewind=True)
+                self.builder.item(cut, 0)
+                self.tools.memory.clear()
+                continue
+            self.line, self.path, record = self.messages[identity]
+            stamp, kind = _time_text(record.get("timestamp")), record.get("type")
+            self.facts.seen(stamp)
+            text, size = _content(record.get("content", record.get("parts")))
+            if kind == "user":
+                self.facts.task = self.facts.task or task_line(text)
+                self.builder.item(self._event(EventType.USER_MESSAGE, stamp), size)
+            elif kind in ("gemini", "model"):
+                self._response(identity, record, size, stamp)
+            elif kind == "error":
+                self.builder.item(self._event(EventType.ERROR, stamp, tool="model call", kind="transient",
+                                              changes=[], error_hash=digest_of(normal_message(text))), 0)
+
+    def _event(self, event_type: EventType, timestamp: str, **data: Any) -> SessionEvent:
+        data["line"] = self.line
+        if self.path != self.facts.path or self.agent_id:
+            data["path"] = self.path
+        return SessionEvent("", timestamp, event_type, data)
+
+    def _response(self, identity: str, record: Dict[str, Any], size: int, stamp: str) -> None:
+        event = self._event(EventType.AI_RESPONSE, stamp, response_id=identity)
+        event.model = _text(record.get("model")).lower()
+        usage = record.get("tokens")
+        if not isinstance(usage, dict):
+            event.data["unmetered"] = True
+            self.facts.count("unmetered_calls")
+            self.builder.item(event, size)
+            self._tool_calls(record, event, [])
+            return
+        counts = {key: _count_of(usage.get(key)) for key in ("input", "output", "cached", "thoughts", "tool")}
+        cached = min(counts["cached"], counts["input"])
+        call = _GeminiCall(event, self.facts.call(event, self.claim(f"{self.facts.session_id}:{identity}")))
+        self.builder.call(meter(call, counts["input"] - cached + counts["tool"], 0, cached,
+                                counts["output"] + counts["thoughts"]))
+        call.parts.append(("text", size, None))
+        self._tool_calls(record, event, call.parts)
+        thinking = None
+        if counts["thoughts"] and call.counted:
+            thinking = self._event(EventType.THINKING, stamp, response_id=identity)
+            thinking.model = event.model
+        call.thoughts = min(counts["thoughts"], call.output)
+        weigh_parts(call, call.thoughts, thinking)
+
+    def _tool_calls(self, record: Dict[str, Any], response: SessionEvent, parts: List[Any]) -> None:
+        for tool in _as_list(record.get("toolCalls")):
+            tool = _as_dict(tool)
+            name, arguments = _text(tool.get("name")), _arguments(tool.get("args"))
+            event = _gemini_call(self.tools, name, arguments, response)
+            event.data.update({key: value for key, value in response.data.items() if key in ("line", "path")})
+            parts.append(("tool", len(name) + _json_size(tool.get("args")), event))
+            self.builder.tool(event)
+            text, size, failed = _gemini_result(tool)
+            self.builder.result(event, size)
+            event.duration_ms = _milliseconds(response.timestamp, _time_text(tool.get("timestamp")))
+            if failed:
+                self.tools.failure(event, text, arguments)
+                if tool.get("status") == "cancelled":
+                    event.data["kind"] = "declined"
+                continue
+            shown = _GEMINI_SHOWN.search(text[:600])
+            self.tools.result(event, text)
+            if shown and event.event_type is EventType.FILE_READ:
+                event.data["lines"] = [int(shown.group(1)), int(shown.group(2))]
+                event.data["total_lines"] = int(shown.group(3))
+
+
+def _gemini_call(tools: ToolEvents, name: str, arguments: Dict[str, Any],
+                 response: SessionEvent) -> SessionEvent:
+    """The event of a tool call; line numbers, which begin at 0 in ``offset``, become the shared ones."""
+    given = dict(arguments)
+    first, last = given.get("start_line"), given.get("end_line")
+    if given.get("offset").__class__ is int:
+        given["offset"] += 1
+    elif first.__class__ is int and last.__class__ is int:
+        given.update(offset=first, limit=max(0, last - first + 1))
+    event = tools.call(name, given, response.timestamp, response.data["response_id"], response.data["line"])
+    event.model = response.model
+    if name == "read_many_files":
+        paths = [path for path in _as_list(given.get("include") or given.get("paths")) if path.__class__ is str]
+        if paths and not any(re.search(r"[*?\[{]", path) for path in paths):
+            event.event_type = EventType.FILE_READ
+            event.data["reads"] = [[canonical_path(path, tools.cwd), 1, None] for path in paths]
+            event.data["file_path"] = event.data["reads"][0][0]
+        elif paths:
+            event.event_type = EventType.SEARCH
+            event.data["query"] = mask_secrets(" ".join(paths)[:600])[:300]
+    return event
+
+
+def _gemini_result(tool: Dict[str, Any]) -> Tuple[str, int, bool]:
+    """What a tool call returned: its text (a command's output alone), its size, whether it failed."""
+    texts, size, error = [], 0, tool.get("status") in ("error", "cancelled")
+    for part in _as_list(tool.get("result")):
+        response = _as_dict(_as_dict(part).get("functionResponse")).get("response")
+        extra = 0 if isinstance(response, dict) else _content([part])[1]
+        response = _as_dict(response)
+        error = error or bool(_text(response.get("error")))
+        told = [_text(response.get(key)) for key in ("error", "output", "content")]
+        text = next(filter(None, told), "")
+        texts.append(text)
+        size += extra + (len(text) or _json_size(response) if response else 0)
+    text = "\n".join(texts)
+    codes = _GEMINI_EXIT.findall(text) if tool.get("name") == "run_shell_command" else []
+    wrapped = codes or tool.get("name") == "run_shell_command" and text.startswith(("Command: ", "Output: "))
+    output, told = _command_output(text) if wrapped else (text, text)
+    if codes and int(codes[-1]) and not error:
+        # Exit code 1 without a word is the "no" of a search or a test.
+        silent = output.strip() in ("", "(empty)") and "\nError: (none)" in told
+        return f"Exit code {codes[-1]}\n{told}", size, not (codes[-1] == "1" and silent)
+    return text if error else output, size, error
+
+
+def _command_output(text: str) -> Tuple[str, str]:
+    """What a command printed, alone and with what follows it (errors, exit code)."""
+    start = 0 if text.startswith("Output: ") else text.find("\nOutput: ") + 1
+    if not start and not text.startswith("Output: "):
+        return text, text
+    labels = ("Error", "Exit Code", "Signal", "Background PIDs", "Process Group PGID")
+    ends = [end for end in (text.find(f"\n{label}: ", start) for label in labels) if end >= 0]
+    return text[start + len("Output: "):min(ends, default=len(text))], text[start:]
+
+
+# OpenTelemetry GenAI
+
+_MODEL_CALLS = ("chat", "generate_content", "text_completion", "embeddings")
+_OWN_SPANS = {"claude_code.llm_request": "chat", "claude_code.tool": "execute_tool",
+              "claude_code.interaction": "invoke_agent"}
+_CONVERSATION = ("gen_ai.conversation.id", "session.id")
+_USAGE_KEYS = (
+    ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "input_tokens"),
+    ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "output_tokens"),
+    ("gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens",
+     "gen_ai.usage.cached_input_tokens", "cache_read_tokens"),
+    ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens",
+     "cache_creation_tokens"),
+    ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_output_tokens"),
+)
+_LATEST = 4 * 10**18  # nanoseconds since 1970: the year 2096; what is later is no time
+# Tools of other agents under the name of the tool they are like.
+_TOOL_ALIASES = {
+    "get_file": "read_file", "code_search": "grep", "file_search": "glob", "create_file": "create",
+    "list_dir": "ls", "run_command_in_terminal": "bash", "run_in_terminal": "bash",
+    "replace_string_in_file": "edit", "semantic_search": "grep"}
+
+
+class OtelReader(TranscriptReader):
+    """OpenTelemetry GenAI spans as OTLP/JSON: one object per line, or one document.
+
+    A session is a conversation id, or a trace where there is none. Only leaf model calls are counted; an
+    agent's span stands for them where it has usage and none of them was written.
+    """
+
+    name = "otel"
+    agent = "OTEL"
+
+    def detect(self, path: str, head: bytes) -> bool:
+        return bool(re.match(rb'\s*\{\s*"resource_?[sS]pans"\s*:', head))
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """The files of one folder: an exporter spreads a conversation over them."""
+        units: Dict[str, List[str]] = {}
+        for path in sorted(paths):
+            units.setdefault(os.path.dirname(path), []).append(path)
+        return list(units.values())
+
+    def read(self, paths: List[str], claim: Callable[[str], bool],
+             skip: Callable[[str, int, str], None]) -> List[Session]:
+        spans: Dict[Tuple[str, str], _Span] = {}
+        skips = _Skips(skip)
+        for path in paths:
+            for span in _spans_of(path, skips):
+                spans.setdefault((span.trace, span.id), span)
+        conversations: Dict[str, List[_Span]] = {}
+        by_trace: Dict[str, str] = {}
+        for span in spans.values():
+            if span.conversation:
+                by_trace.setdefault(span.trace, span.conversation)
+        for span in sorted(spans.values(), key=lambda span: span.start):
+            above = next((s.conversation for s in _ancestry(span, spans) if s.conversation), "")
+            conversations.setdefault(above or by_trace.get(span.trace) or span.trace, []).append(span)
+        sessions = [_Conversation(identity, members, spans, claim).session(self)
+                    for identity, members in conversations.items() if any(span.operation for span in members)]
+        if sessions and skips.count:
+            sessions[0].metadata["damaged_lines"] = skips.count
+        return sessions
+
+
+class _Span:
+    """One span: names, nanoseconds and attributes in their Python types."""
+
+    __slots__ = ("trace", "id", "parent", "name", "start", "end", "attributes", "resource", "failed",
+                 "message", "path", "line", "operation", "conversation")
+
+    def __init__(self, span: Dict[str, Any], resource: Dict[str, Any], path: str, line: int):
+        def either(name: str, other: str) -> Any:
+            return span[name] if name in span else span.get(other)
+
+        self.attributes, self.resource = _attributes(span.get("attributes")), resource
+        self.path, self.line = path, line
+        self.name = _text(span.get("name"))
+        self.trace, self.id = _text(either("traceId", "trace_id")), _text(either("spanId", "span_id"))
+        self.parent = _text(either("parentSpanId", "parent_span_id")) or self.text("virtual_parent.genai")
+        self.start, self.end = (min(max(0, _integer(either(f"{name}TimeUnixNano", f"{name}_time_unix_nano"))),
+                                    _LATEST) for name in ("start", "end"))
+        self.end = max(self.start, self.end) if self.start else 0
+        status = _as_dict(span.get("status"))
+        self.failed = status.get("code") in (2, "2", "STATUS_CODE_ERROR") or bool(self.text("error.type")) \
+            or self.attributes.get("success") in (False, "false")
+        self.message = _text(status.get("message")) or self.text("error.type") or self.text("error")
+        self.operation = _OWN_SPANS.get(self.name) or self.text("gen_ai.operation.name")
+        self.conversation = next((self.text(key) for key in _CONVERSATION if self.text(key)), "")
+
+    def text(self, *names: str) -> str:
+        """The first of these attributes that is a text which says something."""
+        return next((self.attributes[name] for name in names if _text(self.attributes.get(name))), "")
+
+    def usage(self) -> Tuple[int, ...]:
+        """Input, output, cache read, cache write, reasoning, as they are given."""
+        given = self.attributes
+        return tuple(next((_count_of(_integer(given[key])) for key in keys if key in given), 0)
+                     for keys in _USAGE_KEYS)
+
+    @property
+    def milliseconds(self) -> int:
+        """How long it took."""
+        return max(0, self.end - self.start) // 10**6
+
+    @property
+    def has_usage(self) -> bool:
+        return any(key in self.attributes for keys in _USAGE_KEYS for key in keys)
+
+
+def _spans_of(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Span]:
+    for line, entry in transcript_entries(path, skip):
+        places = {} if line else lines_of_ids(path)
+        for group in _as_list(entry.get("resourceSpans", entry.get("resource_spans"))):
+            group = _as_dict(group)
+            resource = _attributes(_as_dict(group.get("resource")).get("attributes"))
+            for scope in _as_list(group.get("scopeSpans", group.get("scope_spans"))):
+                for span in _as_list(_as_dict(scope).get("spans")):
+                    if isinstance(span, dict):
+                        yield _Span(span, resource, path, line or places.get(
+                            _text(span.get("spanId", span.get("span_id"))), 1))
+
+
+def _attributes(pairs: Any, depth: int = 0) -> Dict[str, Any]:
+    return {pair["key"]: _attribute(pair.get("value"), depth) for pair in _as_list(pairs)
+            if isinstance(pair, dict) and pair.get("key").__class__ is str}
+
+
+def _attribute(value: Any, depth: int) -> Any:
+    """An OTLP value ({"intValue": "3"}) as a Python one; None for what is none."""
+    for key, given in _as_dict(value).items():
+        kind = key.lower().replace("_", "")
+        if kind == "intvalue":
+            return _integer(given)
+        if kind in ("stringvalue", "doublevalue", "boolvalue"):
+            return given if given.__class__ in (str, int, float, bool) else None
+        if depth < 20 and kind == "arrayvalue":
+            return [_attribute(part, depth + 1) for part in _as_list(_as_dict(given).get("values"))]
+        if depth < 20 and kind == "kvlistvalue":
+            return _attributes(_as_dict(given).get("values"), depth + 1)
+    return None
+
+
+def _integer(value: Any) -> int:
+    """A whole number given as one or as its digits; 0 for anything else."""
+    if value.__class__ is str:
+        return int(value) if re.match(r"\d{1,20}\Z", value, re.A) else 0
+    if value.__class__ is float:
+        return int(value) if 0 <= value < 1e19 and value == int(value) else 0
+    return value if value.__class__ is int else 0
+
+
+def _ancestry(span: _Span, spans: Dict[Tuple[str, str], _Span]) -> Iterator[_Span]:
+    """The span and those above it, nearest first."""
+    seen = set()
+    current: Optional[_Span] = span
+    while current is not None and current.id not in seen:
+        seen.add(current.id)
+        yield current
+        current = spans.get((span.trace, current.parent))
+
+
+def _iso_time(nanoseconds: int) -> str:
+    if not 0 < nanoseconds < _LATEST:
+        return ""
+    moment = _EPOCH + timedelta(microseconds=nanoseconds // 1000)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z"
+
+
+class _Conversation:
+    """One conversation's spans while they become events."""
+
+    def __init__(self, identity: str, members: List[_Span], spans: Dict[Tuple[str, str], _Span],
+                 claim: Callable[[str], bool]):
+        self.members, self.spans, self.claim = members, spans, claim
+        self.facts = _Facts(next((span.path for span in members)))
+        self.facts.session_id = identity
+        self.builders: Dict[str, WindowBuilder] = {}
+        self.tools: Dict[str, ToolEvents] = {}
+        self.metered: List[Tuple[Call, int, Optional[SessionEvent]]] = []  # weighed when all parts are known
+        self.calls: Dict[str, Call] = {}      # the latest of each agent
+        self.told: Dict[str, int] = {}        # how many input messages each agent's window has seen
+        self.open: Dict[str, SessionEvent] = {}  # tool calls whose result no span gave
+        self.above = {span.id for member in members if member.operation in _MODEL_CALLS
+                      for span in list(_ancestry(member, spans))[1:]}
+        # Cached tokens are part of the input by convention; a call with more of them shows otherwise.
+        self.exclusive = any(span.name in _OWN_SPANS or span.usage()[2] + span.usage()[3] > span.usage()[0]
+                             for span in members if span.operation in _MODEL_CALLS + ("invoke_agent",))
+
+    def session(self, reader: OtelReader) -> Session:
+        for span in self.members:
+            self.facts.seen(_iso_time(span.start))
+            self.facts.seen(_iso_time(span.end))
+            if span.operation in _MODEL_CALLS and span.id not in self.above:
+                self._call(span)
+            elif span.operation == "invoke_agent" and span.id not in self.above:
+                self._agent(span)
+            elif span.operation == "execute_tool":
+                self._tool(span)
+        for call in self.metered:
+            weigh_parts(*call)
+        named = next((span for span in self.members if span.text("gen_ai.agent.name")), self.members[0])
+        agent = named.text("gen_ai.agent.name") or _text(named.resource.get("service.name")) or "OTEL"
+        root = next((span for span in self.members if span.operation == "invoke_agent"), self.members[0])
+        self.facts.task = self.facts.task or task_line(root.name)
+        self.facts.version = _text(named.resource.get("service.version"))
+        paths = sorted({span.path for span in self.members} - {self.facts.path})
+        return self.facts.session(reader, self.builders.values(), agent=slug(agent.upper()), paths=paths)
+
+    def _window(self, span: _Span) -> str:
+        """The agent of a span: the nearest invoke_agent that another one called; "" for the outermost."""
+        agents = [s for s in _ancestry(span, self.spans) if s.operation == "invoke_agent"]
+        name = "embeddings" if span.operation == "embeddings" else span.text("agent_id")
+        if len(agents) > 1:
+            name = f"{agents[0].text('gen_ai.agent.name') or 'agent'}-{agents[0].id[:8]}"
+        name = slug(name) if name else ""
+        if name not in self.builders:
+            self.builders[name], self.tools[name] = WindowBuilder(name), ToolEvents()
+        return name
+
+    def _event(self, event_type: EventType, span: _Span, **data: Any) -> SessionEvent:
+        data["line"] = span.line
+        if span.path != self.facts.path:
+            data["path"] = span.path
+        model = span.text("gen_ai.response.model", "gen_ai.request.model", "model").lower()
+        return SessionEvent("", _iso_time(span.start), event_type, data, 0, 0, span.milliseconds, model=model)
+
+    def _usage(self, span: _Span) -> Tuple[int, int, int, int, int]:
+        """Uncached input, cache write, cache read, output, reasoning: disjoint but for the last."""
+        entered, output, read, write, thoughts = span.usage()
+        if not self.exclusive:
+            entered = max(0, entered - read - write)
+        return entered, write, read, output, min(thoughts, output)
+
+    def _response(self, span: _Span) -> SessionEvent:
+        response = span.text("gen_ai.response.id", "request_id") or span.id
+        return self._event(EventType.AI_RESPONSE, span, response_id=response)
+
+    def _counted(self, span: _Span, event: SessionEvent) -> bool:
+        return self.facts.call(event, self.claim(f"otel:{span.trace}:{span.id}"))
+
+    def _call(self, span: _Span) -> None:
+        agent, event = self._window(span), self._response(span)
+        builder = self.builders[agent]
+        self._entered(span, agent)
+        if not span.has_usage:
+            if span.failed:
+                self.tools[agent].failure(event, span.message)
+            else:
+                event.data["unmetered"] = True
+                self.facts.count("unmetered_calls")
+            builder.item(event, 0)
+            return
+        *usage, thoughts = self._usage(span)
+        call = builder.call(meter(Call(event, self._counted(span, event)), *usage))
+        thinking = self._event(EventType.THINKING, span, response_id=event.data["response_id"]) \
+            if thoughts and call.counted else None
+        for message in _messages(span.attributes.get("gen_ai.output.messages")):
+            call.parts.append(("text", _content(_as_list(message.get("parts")))[1], None))
+        self.calls[agent] = call
+        self.metered.append((call, min(thoughts, call.output), thinking))
+
+    def _agent(self, span: _Span) -> None:
+        """An agent's span without the model calls below it. Its usage is a sum over calls whose contexts are
+        not known, so its input can be laid on no event."""
+        agent, event = self._window(span), self._response(span)
+        builder = self.builders[agent]
+        uncached, write, read, output, _ = self._usage(span)
+        if not any((uncached, write, read, output)):
+            event.data["unmetered"] = True
+            self.facts.count("unmetered_calls")
+        elif self._counted(span, event):
+            rest = self._event(EventType.CONTEXT_LOAD, span, source="unattributed", rolled_up=True)
+            rest.duration_ms, rest.tokens_input = 0, min(uncached + write, MAX_TOKENS)
+            rest.tokens_cache_write = min(write, rest.tokens_input)
+            event.tokens_cache_read, event.tokens_output = read, output
+            builder.item(rest, 0)
+        else:
+            return
+        builder.item(event, 0)
+
+    def _tool(self, span: _Span) -> None:
+        agent = self._window(span)
+        tools, call = self.tools[agent], self.calls.get(agent)
+        name = span.text("gen_ai.tool.name", "tool_name") or span.name.partition(" ")[2] or "tool"
+        given = span.attributes.get("gen_ai.tool.call.arguments")
+        arguments = _arguments(given) or {key: span.text(other) for key, other in (
+            ("command", "full_command"), ("file_path", "file_path")) if span.text(other)}
+        if "glob" in arguments and not arguments.get("query"):
+            arguments.setdefault("pattern", arguments["glob"])
+        response = call.event.data["response_id"] if call else span.parent
+        like = _TOOL_ALIASES.get(name, name)
+        event = tools.call(like, arguments, _iso_time(span.start), response, span.line)
+        event.data.update(self._event(event.event_type, span, tool=name).data)
+        event.duration_ms = span.milliseconds
+        event.model = call.event.model if call else ""
+        if call:
+            call.parts.append(("tool", len(name) + _json_size(arguments if given is None else given), event))
+        self.builders[agent].tool(event)
+        result = span.attributes.get("gen_ai.tool.call.result")
+        text = result if result.__class__ is str else _as_json(result) if result is not None else ""
+        size = len(text) or 4 * min(_integer(span.attributes.get("result_tokens")), MAX_TOKENS)
+        if size:
+            self.builders[agent].result(event, size)
+        else:
+            self.open[span.text("gen_ai.tool.call.id", "tool_use_id")] = event
+        if span.failed:
+            tools.failure(event, span.message or text, arguments)
+        elif text:
+            tools.result(event, text)
+
+    def _entered(self, span: _Span, agent: str) -> None:
+        """The messages new in this call's input give sizes to prompts, and to results that no span has."""
+        messages = _messages(span.attributes.get("gen_ai.input.messages"))
+        seen = self.told.get(agent, 0)
+        self.told[agent] = len(messages)
+        for message in messages[seen if seen <= len(messages) else 0:]:
+            parts = _as_list(message.get("parts"))
+            text, size = _content(parts)
+            for part in parts:
+                event = self.open.pop(_text(_as_dict(part).get("id")), None)
+                if event is not None:
+                    result = part.get("response", part.get("result", ""))
+                    self.builders[agent].result(event, _json_size(result))
+            if message.get("role") == "user" and size:
+                self.facts.task = self.facts.task or task_line(text)
+                self.builders[agent].item(self._event(EventType.USER_MESSAGE, span), size)
+
+
+def _messages(value: Any) -> List[Dict[str, Any]]:
+    """Chat messages given as objects or as JSON text; their parts' ``content`` is their text."""
+    if value.__class__ is str:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    messages = []
+    for message in _as_list(value):
+        if isinstance(message, dict) and not _too_deep(message):
+            parts = [dict(part, text=part["content"]) if _text(_as_dict(part).get("content")) else part
+                     for part in _as_list(message.get("parts", message.get("content")))]
+            messages.append(dict(message, parts=parts or [{"text": _text(message.get("content"))}]))
+    return messages
 
 
 READERS = (ClaudeCodeReader(), CodexReader(), GeminiReader(), OtelReader())
@@ -4744,7 +6033,7 @@ def session_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
         write += event.tokens_cache_write
         cache_read += event.tokens_cache_read
         if event.event_type is EventType.AI_RESPONSE:
-            calls += 1
+            calls += not event.data.get("unmetered")
         elif event.event_type is EventType.FILE_READ and event.data.get("file_path"):
             reads[event.data["file_path"]] = reads.get(event.data["file_path"], 0) + 1
         elif event.data.get("source") == "unattributed":
@@ -4775,6 +6064,119 @@ def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     totals["estimated_cost"] = sum(row["estimated_cost"] for row in rows)
     totals["unattributed_tokens"] = sum(row["unattributed_tokens"] for row in rows)
     return totals
+
+
+# -- what an agent tells while it works: the hooks of Claude Code
+
+CHARACTERS_PER_TOKEN = 3.6  # over transcripts that record their output in full
+
+
+def estimated_tokens(characters: int) -> int:
+    """Tokens of a text that nobody has counted, by its length."""
+    return round(characters / CHARACTERS_PER_TOKEN)
+
+
+def hook_event(payload: Dict[str, Any]) -> Optional[SessionEvent]:
+    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No prompt and no output is
+    kept. Tokens are estimates (``data["estimated"]``): a hook knows texts, not usage."""
+    make = _HOOKS.get(_text(payload.get("hook_event_name")))
+    if make is None:
+        return None
+    event = make(payload)
+    event.timestamp, event.agent_id = now_text(), _text(payload.get("agent_id"))
+    event.duration_ms = _count_of(payload.get("duration_ms"))
+    if event.tokens:
+        event.data["estimated"] = True
+    return event
+
+
+def hook_call(payload: Dict[str, Any]) -> Tuple[ToolEvents, SessionEvent]:
+    """The tool call a hook tells of, as a scan would make it, and who can take in its result."""
+    tools, arguments = ToolEvents(_text(payload.get("cwd"))), payload.get("tool_input")
+    event = tools.call(_text(payload.get("tool_name")), arguments, "", "", 0)
+    del event.data["response_id"], event.data["line"]  # a hook knows neither
+    event.tokens_output = estimated_tokens(len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))))
+    return tools, event
+
+
+def _hook_prompt(payload: Dict[str, Any]) -> SessionEvent:
+    return SessionEvent("", "", EventType.USER_MESSAGE, {}, estimated_tokens(len(_text(payload.get("prompt")))))
+
+
+def _hook_answer(payload: Dict[str, Any]) -> SessionEvent:
+    return SessionEvent("", "", EventType.AI_RESPONSE, {}, 0, estimated_tokens(len(_text(payload.get("last_assistant_message")))))
+
+
+def _hook_subagent(payload: Dict[str, Any]) -> SessionEvent:
+    event = _hook_answer(payload)
+    event.event_type = EventType.CUSTOM
+    event.data.update(source="sub-agent", agent_type=_text(payload.get("agent_type"))[:80])
+    return event
+
+
+def _hook_compaction(payload: Dict[str, Any]) -> SessionEvent:
+    return SessionEvent("", "", EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": _text(payload.get("trigger"))[:20]})
+
+
+def _hook_result(payload: Dict[str, Any]) -> SessionEvent:
+    tools, event = hook_call(payload)
+    response = payload.get("tool_response")
+    text, characters = _response_text(response)
+    event.tokens_input = estimated_tokens(characters)
+    details = response if isinstance(response, dict) else {}
+    file = details.get("file") if isinstance(details.get("file"), dict) else {}
+    if details.get("type") == "file_unchanged":
+        event.data["unchanged"] = True
+    else:
+        tools.result(event, text, *[_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")])
+    if details.get("persistedOutputPath") or details.get("interrupted") is True or details.get("truncated") is True:
+        event.data["truncated"] = True
+    if event.data["tool"] in ("Task", "Agent"):
+        event.data["changes"] = []  # what the sub-agent changed is in its own events
+    return event
+
+
+def _hook_failure(payload: Dict[str, Any]) -> SessionEvent:
+    tools, event = hook_call(payload)
+    message = _text(payload.get("error"))
+    tools.failure(event, message, payload.get("tool_input"))
+    event.tokens_input = estimated_tokens(len(message))
+    if payload.get("is_interrupt") is True:
+        event.data["kind"] = "interrupted"
+    return event
+
+
+_HOOKS: Dict[str, Callable[[Dict[str, Any]], SessionEvent]] = {
+    "UserPromptSubmit": _hook_prompt, "PostToolUse": _hook_result, "PostToolUseFailure": _hook_failure,
+    "SubagentStop": _hook_subagent, "PreCompact": _hook_compaction, "Stop": _hook_answer}
+
+_PERSISTED = 2_000  # characters of a large output that are shown, the rest is in a file
+
+
+def _response_text(response: Any) -> Tuple[str, int]:
+    """The text of a tool's structured response as near as can be to what the model is shown, and its size in characters."""
+    if isinstance(response, dict) and isinstance(response.get("content"), list):
+        response = response["content"]
+    if isinstance(response, (str, list)):
+        return _result_size(response)
+    if not isinstance(response, dict):
+        return "", 0
+    file = response.get("file") if isinstance(response.get("file"), dict) else {}
+    if response.get("isImage") is True or "base64" in file:
+        return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
+    if "structuredPatch" in response:  # a write: the model is shown what changed, not the file
+        hunks = response["structuredPatch"] if isinstance(response["structuredPatch"], list) else []
+        text = "\n".join(_text(line) for hunk in hunks if isinstance(hunk, dict) for line in hunk.get("lines") or ())
+    elif "stdout" in response:
+        text = "\n".join(part for part in (_text(response["stdout"]), _text(response.get("stderr"))) if part)
+    else:
+        found = [file.get("content"), response.get("content"), response.get("result"), response.get("filenames")]
+        text = next((part for part in found if part and isinstance(part, str)), "")
+        if not text and isinstance(response.get("filenames"), list):
+            text = "\n".join(map(str, response["filenames"]))
+        elif not text and not file:
+            text = json.dumps({key: value for key, value in response.items() if not key.startswith("duration")}, default=str)
+    return text, min(len(text), _PERSISTED) if response.get("persistedOutputPath") else len(text)
 
 
 # ======================================================================================================
@@ -5001,9 +6403,11 @@ class SessionOptimizer:
         except InvalidSessionId:
             deleted = False
         source = session.metadata.get("source") if session is not None else None
-        if deleted and isinstance(source, dict):
+        path = source.get("path", "") if isinstance(source, dict) else \
+            session.metadata.get("transcript_path") if session is not None else None
+        if deleted and isinstance(path, str):
             gone = self.store.read_json("deleted") or []
-            self.store.write_json("deleted", sorted(set(gone) | {source.get("path", "")}))
+            self.store.write_json("deleted", sorted(set(gone) | {path and os.path.abspath(path)}))
         self._forget(session_id)
         return deleted
 
@@ -5027,8 +6431,7 @@ class SessionOptimizer:
 
     def _append(self, session_id: str, event: SessionEvent) -> Optional[SessionEvent]:
         def make(footer: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-            clock = event.timestamp[11:19].replace(":", "")
-            event.id = f"{session_id}_{footer['event_count']}_{clock}"
+            event.id = _event_id(session_id, footer, event.timestamp)
             return event.to_dict(), {}
 
         try:
@@ -5054,19 +6457,118 @@ class SessionOptimizer:
     def would_repeat(self, session_id: str, event_type: Union[EventType, str], data: Dict[str, Any],
                      agent_id: str = "") -> Optional[Dict[str, Any]]:
         """Whether a read or a search would bring what its context window still holds unchanged, by the rule of the
-        analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines"}`` of what is there, or None."""
+        analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines", "held_since"}`` of what is there (``held_since``:
+        seconds since 1970 of the oldest read of the file that is still there), or None."""
         session = self._refreshed(session_id)
         if session is None:
             return None
         memory = ContextMemory(_cwd_of(session))
         for event in session.events:
             memory.observe(event)
-        repeat = memory.repeats(SessionEvent("", "", _event_type(event_type), data, agent_id=agent_id))
+        event = SessionEvent("", "", _event_type(event_type), dict(data), agent_id=agent_id)
+        memory.foresee(event)
+        repeat = memory.repeats(event)
         if repeat is None:
             return None
+        first, last = line_range(repeat.earlier.data)
+        lines = max(1, last - first + 1) if event.event_type is EventType.FILE_READ else 1
         return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
-                "tokens": repeat.earlier.tokens_input * repeat.covered // repeat.total, "lines": repeat.covered,
-                "of_lines": repeat.total}
+                "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines, "lines": repeat.covered,
+                "of_lines": repeat.total, "held_since": memory.held_since(event)}
+
+    # hooks
+
+    def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
+        """Log what a hook of Claude Code tells (the object it gets on standard input) to the session of that id, which is
+        created when missing; one that had ended goes on at SessionStart or with a prompt. Returns the event; None where there
+        is nothing to log. A scan of the transcript replaces the session, with the real token counts. InvalidValue when it is
+        no hook's event, StorageError when it cannot be written."""
+        if not isinstance(payload, dict) or not _text(payload.get("session_id")) or not _text(payload.get("hook_event_name")):
+            raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
+        session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
+        event = hook_event(payload)
+        if kind == "SessionEnd":
+            event = SessionEvent("", now_text(), EventType.SESSION_END, {
+                "status": SessionStatus.COMPLETED.value, "reason": _text(payload.get("reason"))[:40]})
+        elif event is None and kind != "SessionStart":
+            return None
+        if not os.path.lexists(self.store.find(session_id)):
+            if kind == "SessionEnd":
+                return None
+            self._begin_live(session_id, payload)
+        footer = self._append_live(session_id, kind, event)
+        if kind == "UserPromptSubmit" and footer["event_count"] == 2:
+            self._name_live(session_id, task_line(_text(payload.get("prompt"))))
+        if session_id in self._sessions:
+            self._refreshed(session_id)
+        return event if event is not None and event.id else None
+
+    def _begin_live(self, session_id: str, payload: Dict[str, Any]) -> None:
+        try:
+            self.start_session(
+                ClaudeCodeReader.agent, task_line(_text(payload.get("prompt"))), _text(payload.get("model")), session_id,
+                {"transcript_path": os.path.expanduser(_text(payload.get("transcript_path"))),
+                 "cwd": _text(payload.get("cwd")), "live": True})
+        except SessionExists:
+            pass  # another hook of the same moment was first
+
+    def _append_live(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> Dict[str, Any]:
+        """Append an event to a live session, or change its state alone; the session's footer."""
+        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+            ended, changes = footer["status"] != SessionStatus.ACTIVE.value, {}
+            if kind == "SessionEnd":
+                if ended:
+                    return None, {}
+                changes = {"status": SessionStatus.COMPLETED.value, "ended_at": event.timestamp}
+            elif ended and kind in ("SessionStart", "UserPromptSubmit"):
+                changes = {"status": SessionStatus.ACTIVE.value, "ended_at": ""}
+            if event is None:
+                return None, changes
+            event.id = _event_id(session_id, footer, event.timestamp)
+            return event.to_dict(), changes
+
+        return self.store.append(session_id, make)[1]
+
+    def _name_live(self, session_id: str, task: str) -> None:
+        """The first prompt tells the task of a session that had to begin without one."""
+        session = self._refreshed(session_id)
+        if session is not None and task and not session.task and session.metadata.get("live"):
+            session.task = session.events[0].data["task"] = task
+            self._create(session, replace=True, sync=False)
+            self._forget(session_id)
+
+    def guard(self, payload: Dict[str, Any], *, deny: bool = False) -> Optional[Dict[str, Any]]:
+        """The answer to a PreToolUse hook whose read or search would bring what its context window holds unchanged: advice,
+        or with ``deny`` a refusal (of the same call once: a second try passes). None: let it go on. A file must not have
+        changed on disk since it was read, and a search must have run since the last prompt."""
+        if payload.get("hook_event_name") != "PreToolUse":
+            return None
+        session_id, call = slug(_text(payload.get("session_id"))), hook_call(payload)[1]
+        read = call.event_type is EventType.FILE_READ
+        data = dict(call.data, content="same") if read else call.data  # the file's own time tells
+        agent = _text(payload.get("agent_id"))
+        repeat = self.would_repeat(session_id, call.event_type, data, agent)
+        if repeat is None or repeat["lines"] < repeat["of_lines"]:
+            return None
+        later = list(itertools.dropwhile(lambda e: e.id != repeat["event_id"], self._sessions[session_id].events))
+        if read:
+            files = [entry[0] for entry in call.data.get("reads", ())] or _paths_of(call.data)
+            if not _unchanged_since(files, repeat["held_since"]):
+                return None
+        elif any(event.event_type is EventType.USER_MESSAGE for event in later):
+            return None
+        advice = _repeat_advice(call, repeat)
+        answer = {"hookEventName": "PreToolUse"}
+        if not deny:
+            answer["additionalContext"] = advice
+        elif any(e.data.get("refused_repeat_of") == repeat["event_id"] and e.agent_id == agent for e in later):
+            return None
+        else:
+            refusal = SessionEvent("", now_text(), EventType.CUSTOM, {"refused_repeat_of": repeat["event_id"]}, agent_id=agent)
+            self._append_live(session_id, "PreToolUse", refusal)
+            answer["permissionDecision"] = "deny"
+            answer["permissionDecisionReason"] = advice + " If it is not in view any more, make the same call again."
+        return {"hookSpecificOutput": answer}
 
     # reports
 
@@ -5312,8 +6814,34 @@ class SessionOptimizer:
             self.store.write_json("deleted", [])
 
 
+def _event_id(session_id: str, footer: Dict[str, Any], timestamp: str) -> str:
+    return f"{session_id}_{footer['event_count']}_{timestamp[11:19].replace(':', '')}"
+
+
+def _unchanged_since(paths: Iterable[str], seconds: Optional[float]) -> bool:
+    """Whether every file is there and neither its content nor its name has changed since."""
+    try:
+        stats = [os.stat(path) for path in paths]
+    except (OSError, ValueError):
+        return False
+    changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime) for info in stats]  # there: time of creation
+    return seconds is not None and all(change <= seconds for change in changes)
+
+
 def _warn_repaired(message: str) -> None:
     warnings.warn(message, SessionOptimizerWarning, stacklevel=5)
+
+
+def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
+    """What to tell an agent that is about to read or search again."""
+    if call.event_type is EventType.FILE_READ:
+        what, again = plain(_paths_of(call.data)[0], 120), "reading it again"
+        how = f"was read at {repeat['timestamp'][11:16]} and has not changed since"
+    else:
+        what, again = f"The answer to the search '{plain(call.data.get('query'), 80)}'", "searching again"
+        how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
+    return (f"{what} {how}: it is still in the context (about {repeat['tokens']:,} tokens). "
+            f"Use that instead of {again}.")
 
 
 def _not_json(error: Exception, what: str) -> InvalidValue:
@@ -5605,6 +7133,9 @@ def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]
             ("--tokens-in", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens new to the context"}),
             ("--tokens-out", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens the model wrote"}),
             ("--duration-ms", {"type": _COUNT, "default": 0, "metavar": "N", "help": "milliseconds it took"})]),
+        "hook": (_hook, "log a hook event of Claude Code from standard input", [
+            ("--guard", {"action": "store_true", "help": "answer PreToolUse when the call would bring what is in the context"}),
+            ("--deny", {"action": "store_true", "help": "with --guard: refuse such a call once instead of giving advice"})]),
         "list": (_list, "list sessions, newest first", [
             ("--agent", {"help": "of this agent only"}),
             ("--status", {"type": _one_of(SessionStatus, "a status"), "metavar": "STATUS", "help": "of this status only"}),
@@ -5674,8 +7205,49 @@ def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         argv = ["help"]
-    first = next((word for word in argv if not word.startswith("-")), "")
-    parser = build_parser(first if argv[0] == first and first in ("log", "hook") else None)
+    words = argv[2:] if argv[0] == "--store" else argv[1:] if argv[0].startswith("--store=") else argv
+    first = words[0] if words else ""
+    if first != "hook":
+        return _main(argv, first)
+    try:
+        with _Deadline(HOOK_SECONDS):
+            _main(argv, first)
+    except Exception as error:  # whatever it is: the agent whose hook this is must go on
+        print(f"sessionoptimizer hook: {plain(repr(error), 300)}", file=sys.stderr)
+    return EXIT_DONE
+
+
+HOOK_SECONDS = 1.2  # an agent gives the hooks at the end of a session 1.5 s, start-up included
+
+
+class _Deadline:
+    """Context in which TimeoutError is raised after some seconds, where the system has timers and this is the main thread."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.before = seconds, None
+
+    def __enter__(self) -> None:
+        import signal
+        if hasattr(signal, "setitimer"):
+            try:
+                self.before = signal.signal(signal.SIGALRM, self._over)
+                signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            except ValueError:
+                pass  # not the main thread
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import signal
+        if self.before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.before)
+
+    @staticmethod
+    def _over(number: int, frame: Any) -> None:
+        raise TimeoutError("the time for a hook is over")
+
+
+def _main(argv: List[str], first: str) -> int:
+    parser = build_parser(first if first in ("log", "hook") else None)
     try:
         options = parser.parse_args(argv)
     except SystemExit as stop:
@@ -5800,6 +7372,17 @@ def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
         logged += 1
     print(f"Events logged: {logged}" + (f", lines skipped: {bad}" if bad else ""))
     return EXIT_FAILED if bad else EXIT_DONE
+
+
+def _hook(options: Any) -> int:
+    payload = json.loads(sys.stdin.buffer.read().decode("utf-8", "replace"))
+    if options.guard and isinstance(payload, dict) and payload.get("hook_event_name") == "PreToolUse":
+        answer = options.optimizer.guard(payload, deny=options.deny)
+        if answer:
+            print(json.dumps(answer))
+    else:
+        options.optimizer.log_hook(payload)
+    return EXIT_DONE
 
 
 def _list(options: Any) -> int:

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Log Claude Code's sessions while they run: put ``sessionoptimizer hook`` into its settings.json, or take it out.
+
+    python3 examples/claude_code_hooks.py                          shows what --install would change
+    python3 examples/claude_code_hooks.py --install                ~/.claude/settings.json, all projects
+    python3 examples/claude_code_hooks.py --install --project      .claude/settings.json of this directory
+    python3 examples/claude_code_hooks.py --install --guard        advice before a read or a search repeats
+    python3 examples/claude_code_hooks.py --uninstall
+
+The change is shown first, as a diff; a copy of the file stays beside it (settings.json.DATE.bak). Installing twice is
+installing once. Uninstalling takes out these entries alone, and gives back the file byte for byte when nothing else
+has changed since. The hooks print nothing and, except at the end of a session, the agent does not wait for them.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import glob
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from typing import Any
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+EVENTS = ("SessionStart", "UserPromptSubmit", "PostToolUse", "PostToolUseFailure", "SubagentStop", "PreCompact", "Stop",
+          "SessionEnd")
+GUARDED = "Read|Grep|Glob|Bash|PowerShell"
+SECONDS = 10        # a hook that takes longer is stopped
+LAST_SECONDS = 5    # at the end of a session, where hooks have 1.5 s unless they ask for more
+OURS = re.compile(r"""(?:^|[/\\"'\s])sessionoptimizer(?:\.py|\.exe)?["']?(?:\s.*)?\shook(?:\s+--(?:guard|deny))*\s*$""")
+
+
+class SettingsError(Exception):
+    """A settings file that cannot be changed safely; the message names it and says why."""
+
+
+def hook_command(store: str | None) -> str:
+    """The command of a hook: the installed program, else this clone's module."""
+    program = shutil.which("sessionoptimizer")
+    words = ["sessionoptimizer"] if program else [sys.executable, os.path.join(ROOT, "sessionoptimizer.py")]
+    words += ["--store", os.path.abspath(store)] if store else []
+    return subprocess.list2cmdline(words + ["hook"]) if os.name == "nt" else " ".join(map(shlex.quote, words + ["hook"]))
+
+
+def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
+    """The group to add for each event. ``guard``: "advise" or "deny" answers repeated reads and searches."""
+    result = {}
+    for event in EVENTS:
+        handler: dict[str, Any] = {"type": "command", "command": command, "timeout": SECONDS, "async": True}
+        if event == "SessionEnd":
+            handler = {"type": "command", "command": command, "timeout": LAST_SECONDS}
+        result[event] = {"hooks": [handler]}
+    if guard:
+        answer = command + " --guard" + (" --deny" if guard == "deny" else "")
+        result["PreToolUse"] = {"matcher": GUARDED, "hooks": [{"type": "command", "command": answer,
+                                                               "timeout": LAST_SECONDS}]}
+    return result
+
+
+def is_ours(handler: Any) -> bool:
+    """Whether a handler runs ``sessionoptimizer hook``."""
+    return isinstance(handler, dict) and bool(OURS.search(str(handler.get("command", ""))))
+
+
+def ours_in(settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The groups that hold a handler of ours, by event."""
+    found = {}
+    for event, groups in settings.get("hooks", {}).items():
+        mine = [group for group in groups if isinstance(group, dict) and any(map(is_ours, group.get("hooks") or []))]
+        if mine:
+            found[event] = mine
+    return found
+
+
+def without(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without our handlers, and without the groups, events and ``hooks`` that this leaves empty."""
+    result = copy.deepcopy(settings)
+    for event, mine in ours_in(settings).items():
+        groups = []
+        for group in result["hooks"][event]:
+            if group in mine:
+                group["hooks"] = [handler for handler in group["hooks"] if not is_ours(handler)]
+                if not group["hooks"]:
+                    continue
+            groups.append(group)
+        result["hooks"][event] = groups
+        if not groups:
+            del result["hooks"][event]
+    if not result.get("hooks", True) and settings["hooks"]:
+        del result["hooks"]
+    return result
+
+
+def merged(settings: dict[str, Any], wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings with our entries; the same settings when they are there already."""
+    if ours_in(settings) == {event: [group] for event, group in wanted.items()}:
+        return settings
+    result = without(settings)
+    for event, group in wanted.items():
+        result.setdefault("hooks", {}).setdefault(event, []).append(copy.deepcopy(group))
+    return result
+
+
+def read_settings(path: str) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the file and what they say; b"" and {} when there is no file. SettingsError when it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        return b"", {}
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+    return data, parse(data, path)
+
+
+def parse(data: bytes, path: str) -> dict[str, Any]:
+    """The settings in a file's bytes; SettingsError unless they can be written again without losing anything."""
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key occurs twice in {{{', '.join(key for key, _ in pairs)}}}")
+        return dict(pairs)
+
+    try:
+        settings = json.loads(data.decode("utf-8"), object_pairs_hook=once) if data.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{path} is damaged: {error}; mend it first, nothing was changed") from None
+    hooks = settings.get("hooks", {}) if isinstance(settings, dict) else None
+    if not isinstance(hooks, dict) or not all(isinstance(groups, list) for groups in hooks.values()):
+        raise SettingsError(f"{path} is not a settings file: it needs an object, in which \"hooks\" is an object of "
+                            "lists; nothing was changed")
+    return settings
+
+
+def write_like(settings: dict[str, Any], old: bytes) -> bytes:
+    """The settings as JSON with the indentation, line ends and last line of the old file."""
+    indent = re.search(rb"^([ \t]+)\S", old, re.MULTILINE)
+    text = json.dumps(settings, indent=indent.group(1).decode() if indent else 2, ensure_ascii=False)
+    text += "\n" if not old or old.endswith(b"\n") else ""
+    return text.replace("\n", "\r\n" if b"\r\n" in old else "\n").encode("utf-8")
+
+
+def uninstalled(path: str, old: bytes, settings: dict[str, Any]) -> bytes | None:
+    """The bytes of the file without our entries: those of a copy that says the same; None to remove the file."""
+    if not ours_in(settings):
+        return old
+    plain = without(settings)
+    for backup in sorted(glob.glob(glob.escape(path) + ".*.bak"), reverse=True):
+        try:
+            with open(backup, "rb") as file:
+                data = file.read()
+            before = parse(data, backup)
+        except (OSError, SettingsError):
+            continue
+        if not ours_in(before) and same(before, plain):
+            return data
+    return write_like(plain, old) if plain else None
+
+
+def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether two settings say the same in the same order, empty hooks apart."""
+    def text(settings: dict[str, Any]) -> str:
+        hooks = {event: groups for event, groups in settings.get("hooks", {}).items() if groups}
+        rest = {key: value for key, value in settings.items() if key != "hooks"}
+        return json.dumps([hooks, rest])
+    return text(before) == text(after)
+
+
+def replace(path: str, old: bytes, new: bytes | None) -> str:
+    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" when there was no file."""
+    backup, target = "", os.path.realpath(path)  # a link, as dotfile managers make, stays one
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.exists(target):
+        backup = f"{path}.{datetime.now():%Y%m%d-%H%M%S-%f}.bak"
+        shutil.copy2(target, backup)
+    if new is None:
+        os.remove(target)
+        return backup
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target))
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(new)
+        if backup:
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        os.remove(temporary)
+        raise
+    return backup
+
+
+def shown(path: str, old: bytes, new: bytes | None) -> str:
+    """The change as a diff."""
+    before, after = (data.decode("utf-8", "replace").splitlines() for data in (old, new or b""))
+    return "\n".join(difflib.unified_diff(before, after, path, path + (" (new)" if new is not None else " (removed)"),
+                                          lineterm=""))
+
+
+def settings_path(project: str | None) -> str:
+    """The user's settings file, or a project's."""
+    if project is not None:
+        return os.path.join(os.path.abspath(project), ".claude", "settings.json")
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
+    return os.path.join(home, "settings.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Install or uninstall; 0, or 1 when the settings cannot be changed."""
+    parser = argparse.ArgumentParser(description="Put sessionoptimizer's hooks into Claude Code's settings.")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--install", action="store_true", help="add the hooks (without it: only show the change)")
+    action.add_argument("--uninstall", action="store_true", help="take them out")
+    parser.add_argument("--project", nargs="?", const=".", metavar="DIR", help="the settings of a project (default: .)")
+    parser.add_argument("--dry-run", action="store_true", help="show the change and write nothing")
+    parser.add_argument("--guard", nargs="?", const="advise", choices=("advise", "deny"), default="",
+                        help="answer reads and searches that would repeat: with advice (default) or a refusal")
+    parser.add_argument("--store", metavar="DIR", help="let the hooks log to this store")
+    options = parser.parse_args(argv)
+    path = settings_path(options.project)
+    try:
+        old, settings = read_settings(path)
+        if options.uninstall:
+            new = uninstalled(path, old, settings)
+        else:
+            wanted = merged(settings, entries(hook_command(options.store), options.guard))
+            new = old if wanted is settings else write_like(wanted, old)
+        if new == old:
+            print(f"{path}: nothing to change")
+            return 0
+        print(shown(path, old, new))
+        if options.dry_run or not (options.install or options.uninstall):
+            print(f"\n{path}: nothing written" + ("" if options.dry_run else "; --install makes this change"))
+            return 0
+        backup = replace(path, old, new)
+    except (SettingsError, OSError) as error:
+        print(f"claude_code_hooks: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{path}: {'removed' if new is None else 'written'}" + (f"; the old one is {backup}" if backup else ""))
+    if settings.get("disableAllHooks"):
+        print("note: disableAllHooks is set there, so no hook runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,987 @@
+"""Tests of git_insights.py, on real git repositories in temporary directories. In the program's order."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from datetime import date, datetime, timedelta, timezone
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, "git_insights.py")
+sys.path.insert(0, HERE)
+import git_history as gh  # noqa: E402  (found through the line above)
+import git_insights as gi  # noqa: E402
+import git_statistics as gs  # noqa: E402
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+UTC = timezone.utc
+DAY0 = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)  # a Monday
+ALL = (datetime(1930, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
+
+
+class Repo:
+    """A repository whose commits have given authors and times."""
+
+    def __init__(self, path):
+        self.path = os.path.realpath(str(path))
+        os.makedirs(self.path, exist_ok=True)
+        self.git("init", "-q", ".")
+        self.git("symbolic-ref", "HEAD", "refs/heads/main")
+
+    def git(self, *arguments, when=DAY0, author="Ann Dev <ann@example.com>", **more):
+        name, mail = re.match(r"(.*) <(.*)>", author).groups()
+        env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        env.update(
+            GIT_CONFIG_NOSYSTEM="1",
+            GIT_CONFIG_GLOBAL=os.devnull,
+            GIT_AUTHOR_NAME=name,
+            GIT_AUTHOR_EMAIL=mail,
+            GIT_COMMITTER_NAME=name,
+            GIT_COMMITTER_EMAIL=mail,
+            GIT_AUTHOR_DATE=when.isoformat(),
+            GIT_COMMITTER_DATE=when.isoformat(),
+        )
+        return (
+            subprocess.run(
+                ["git", "-C", self.path, *arguments],
+                env=env,
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                **more,
+            )
+            .stdout.decode("utf-8", "replace")
+            .strip()
+        )
+
+    def write(self, name, text):
+        path = os.path.join(self.path, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(text)
+
+    def commit(self, message, when=DAY0, author="Ann Dev <ann@example.com>", **files):
+        for name, text in files.pop("files", {}).items():
+            self.write(name, text)
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "--no-verify", "-m", message, when=when, author=author)
+        return self.git("rev-parse", "HEAD")
+
+
+@pytest.fixture
+def repo(tmp_path):
+    return Repo(tmp_path / "work")
+
+
+def history(repo, since=ALL[0], until=ALL[1], **more):
+    reader = gi.GitReader()
+    return reader.history(reader.root(repo.path), since, until, **more)
+
+
+def numbered(count, word="line"):
+    return "".join("%s %d\n" % (word, i) for i in range(count))
+
+
+def session(number=0, start=DAY0, minutes=60, **fields):
+    """A session as a source gives it, before git is read."""
+    record = dict(
+        session_id="s%04d" % number,
+        project_path="",
+        started_at=start,
+        ended_at=start + timedelta(minutes=minutes),
+        duration_minutes=float(minutes),
+        checkpoint_count=0,
+        commit_count=None,
+        quality_start=None,
+        quality_end=None,
+        quality_delta=None,
+        avg_quality=90.0,
+        files_modified=0,
+        tools_used=[],
+        primary_language=None,
+        time_of_day="morning",
+        tokens=1000,
+        waste_tokens=100,
+        cost=1.0,
+        user_turns=1,
+    )
+    record.update(fields)
+    return gi.ExtendedSessionMetrics(**record)
+
+
+class Listed:
+    """A source of given sessions."""
+
+    def __init__(self, *sessions):
+        self.listed = list(sessions)
+
+    def sessions(self, root, since=None, until=None):
+        return [s for s in self.listed if (since or s.started_at) <= s.started_at <= (until or s.started_at)]
+
+
+# ---- Git ----
+
+
+@pytest.mark.parametrize(
+    "message, follows, breaks",
+    [
+        ("feat: add", True, False),
+        ("feat(parser): add", True, False),
+        ("fix(a b/c)!: drop", True, True),
+        ("FEAT!: x", True, True),
+        ("build-deps: x", True, False),
+        ("feat: x\n\nbody", True, False),
+        ("feat: x\r\n\r\nbody", True, False),
+        ("feat: x\n\nbody\n\nBREAKING CHANGE: gone", True, True),
+        ("feat: x\n\nBREAKING-CHANGE: gone", True, True),
+        ("feat: x\n\nbody\n\nReviewed-by: Z\nRefs: #1\nBREAKING CHANGE: gone", True, True),
+        ("feat: x\n\nFixes #12\nBREAKING CHANGE: gone", True, True),
+        ("odd subject\n\nBREAKING CHANGE: gone", False, True),
+        ("feat: x\n\nthe text\nBREAKING CHANGE: in prose", True, False),
+        ("feat: x\n\nbreaking change: small", True, False),
+        ("feat: x\n\nNo BREAKING CHANGE: here", True, False),
+        ("feat:x", False, False),
+        ("feat : x", False, False),
+        ("feat():x", False, False),
+        ("feat(): x", False, False),
+        ("feat:  x", False, False),
+        ("feat: ", False, False),
+        ("feat!(a): x", False, False),
+        ("Merge branch 'x'", False, False),
+        ("", False, False),
+        ("feat: x\nno blank line", False, False),
+        ('Revert "feat: x"', False, False),
+        ("two words: x", False, False),
+        ("(scope): x", False, False),
+    ],
+)
+def test_conventional_commits(message, follows, breaks):
+    assert gh.conventional(message.encode()) == (follows, breaks)
+
+
+def test_velocity_counts_merges_apart(repo):
+    repo.commit("feat: one", files={"a": numbered(3)})
+    repo.git("checkout", "-q", "-b", "side")
+    repo.commit("fix!: two", DAY0 + timedelta(hours=2), files={"b": numbered(2)})
+    repo.git("checkout", "-q", "main")
+    repo.commit("three", DAY0 + timedelta(hours=3), files={"a": numbered(2)})
+    repo.git("merge", "-q", "--no-ff", "-m", "Merge side", "side", when=DAY0 + timedelta(hours=4))
+    found = history(repo, DAY0, DAY0 + timedelta(days=14))
+    pace = found.velocity()
+    assert (pace.total_commits, found.merges) == (3, 1)
+    assert (pace.conventional_compliance_rate, pace.breaking_change_count) == (pytest.approx(2 / 3), 1)
+    assert (found.added, found.deleted) == (5, 1)
+    assert (pace.commit_velocity_per_day, pace.avg_commits_per_week) == (pytest.approx(3 / 14), 1.5)
+    assert pace.commit_velocity_per_hour == pytest.approx(3 / 14 / 24)
+    assert (pace.most_active_day, pace.period_start) == (0, DAY0)
+    with pytest.raises(AttributeError):
+        pace.total_commits = 4
+
+
+def test_rate_is_not_extrapolated_from_less_than_its_unit(repo):
+    repo.commit("one")
+    pace = history(repo, DAY0, DAY0 + timedelta(minutes=5)).velocity()
+    assert (pace.commit_velocity_per_hour, pace.commit_velocity_per_day, pace.avg_commits_per_week) == (1, 1, 1)
+
+
+def test_hours_are_as_committed(repo):
+    for number, zone in enumerate((-8, 9, 9)):
+        there = timezone(timedelta(hours=zone))
+        repo.commit("c%d" % number, datetime(2026, 3, 4, 23, 30, tzinfo=there))
+    pace = history(repo).velocity()
+    assert (pace.most_active_hour, pace.most_active_day) == (23, 2)
+    assert list(history(repo).days) == [date(2026, 3, 4)]
+
+
+def test_period_goes_by_the_authored_time(repo):
+    for day in range(6):
+        repo.commit("day %d" % day, DAY0 + timedelta(days=day))
+    found = history(repo, DAY0 + timedelta(days=2), DAY0 + timedelta(days=4))
+    assert found.velocity().total_commits == 3
+
+
+def test_author_filter_is_literal(repo):
+    repo.commit("one", author="Ann Dev <ann+git@example.com>")
+    repo.commit("two", author="Bob <bob@example.com>")
+    count = {
+        who: history(repo, author=who).velocity().total_commits for who in ("ann+git@", "Bob", "", ".*", "--all")
+    }
+    assert count == {"ann+git@": 1, "Bob": 1, "": 2, ".*": 0, "--all": 0}
+
+
+def test_renames_and_odd_names(repo):
+    names = [
+        'quo"te',
+        "tab\there",
+        "new\nline",
+        " lead",
+        "-dash",
+        "ünï",
+        "{a => b}",
+        "5\t6\tx",
+        "*",
+        ":(top)x",
+        "\x01y",
+    ]
+    repo.commit("feat: all", files={name: numbered(5, name[:2].strip()) for name in names})
+    for name in names:
+        os.rename(os.path.join(repo.path, name), os.path.join(repo.path, name + ".moved"))
+    repo.write("bin", "\0\1\2")
+    moved = repo.commit("refactor: move")
+    found = history(repo, spans=[ALL])
+    changes = next(c.files for c in found.commits if c.sha == moved)
+    assert sorted(changes) == sorted([(0, 0, n + ".moved", n) for n in names] + [(0, 0, "bin", "")])
+    lines, complete = gi.GitReader().surviving_lines(repo.path, found.commits)
+    assert complete and sum(lines.values()) == 5 * len(names) and lines[moved] == 0
+
+
+def test_message_that_looks_like_numstat(repo):
+    repo.commit("feat: x\n\n3\t4\tnot a file\n\x01also not", files={"a": "1\n"})
+    found = history(repo, spans=[ALL])
+    assert [c.files for c in found.commits] == [[(1, 0, "a", "")]]
+
+
+def test_settings_and_environment_change_nothing(repo, tmp_path, monkeypatch):
+    repo.commit("feat: one", files={"a": numbered(4), "b": "x\n"})
+    repo.git("mv", "a", "c")
+    repo.commit("fix: two", DAY0 + timedelta(days=1), author="Bob <b@example.com>")
+    expected = [c._replace(authored=c.authored.isoformat()) for c in history(repo, spans=[ALL]).commits]
+    other = Repo(tmp_path / "other")
+    for name, value in {
+        "log.showSignature": "true",
+        "color.ui": "always",
+        "core.pager": "false",
+        "log.date": "relative",
+        "format.pretty": "raw",
+        "diff.renames": "false",
+        "diff.noprefix": "true",
+        "log.showRoot": "false",
+        "log.decorate": "full",
+        "core.quotePath": "true",
+        "i18n.logOutputEncoding": "UTF-16",
+        "grep.patternType": "perl",
+        "blame.ignoreRevsFile": "missing",
+        "diff.external": "false",
+        "log.diffMerges": "m",
+        "diff.relative": "true",
+        "blame.coloring": "repeatedLines",
+        "core.fsmonitor": "false",
+    }.items():
+        repo.git("config", name, value)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"):
+        monkeypatch.setenv(name, other.path + "/.git")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    found = history(repo, spans=[ALL])
+    assert [c._replace(authored=c.authored.isoformat()) for c in found.commits] == expected
+    assert sum(gi.GitReader().surviving_lines(repo.path, found.commits)[0].values()) == 5
+
+
+def test_out_of_range_zone_does_not_stop_the_reading(repo):
+    stream = b"".join(
+        b"commit refs/heads/main\ncommitter A <a@b> %d %s\ndata 1\nx\n" % (when, zone)
+        for when, zone in ((1772442000, b"+0000"), (1772442001, b"-0700"), (1772442002, b"+1400"))
+    )
+    repo.git("fast-import", "--quiet", input=stream)
+    raw = repo.git("cat-file", "commit", "main").replace("+1400", "+9900").encode()
+    repo.git(
+        "update-ref",
+        "refs/heads/main",
+        repo.git("hash-object", "-t", "commit", "-w", "--literally", "--stdin", input=raw + b"\n"),
+    )
+    assert history(repo).velocity().total_commits == 3
+
+
+def fast_import(repo, count, files=200, lines=40, seed=1):
+    """`count` commits five minutes apart, four lines of one file rewritten in each."""
+    rng, now, texts, stream = random.Random(seed), int(DAY0.timestamp()), {}, []
+    for number in range(count):
+        name = rng.randrange(files)
+        text = texts.setdefault(name, [b"line %d" % i for i in range(lines)])
+        for _ in range(4):
+            text[rng.randrange(lines)] = b"v %d" % number
+        body, message = (
+            b"\n".join(text) + b"\n",
+            b"%s: change %d\n\nA body.\n" % (b"fix" if number % 2 else b"odd one", number),
+        )
+        stream.append(
+            b"commit refs/heads/main\ncommitter D <d@x> %d +0200\ndata %d\n%s"
+            b"M 100644 inline d%d/f%d.py\ndata %d\n%s\n"
+            % (now + 300 * number, len(message), message, name % 9, name, len(body), body)
+        )
+    repo.git("fast-import", "--quiet", input=b"".join(stream))
+
+
+def test_five_thousand_commits(repo):
+    fast_import(repo, 5_000)
+    spans = [(DAY0 + timedelta(days=day), DAY0 + timedelta(days=day, hours=1)) for day in range(5)]
+    found = history(repo, spans=spans)
+    pace = found.velocity()
+    assert (pace.total_commits, pace.conventional_compliance_rate) == (5_000, 0.5)
+    assert len(found.commits) == 5 * 13  # every five minutes, both ends included
+    expected = [line.split("\t") for line in repo.git("log", "--numstat", "--format=").split("\n") if line]
+    assert found.added == sum(int(row[0]) for row in expected)
+    assert found.deleted == sum(int(row[1]) for row in expected)
+    lines, complete = gi.GitReader().surviving_lines(repo.path, found.commits)
+    text = "\n".join(
+        repo.git("show", "HEAD:" + name) for name in repo.git("ls-tree", "-r", "--name-only", "HEAD").split()
+    )
+    numbers = lines_by_version(text)
+    subjects = dict(line.split(" ", 1) for line in repo.git("log", "--format=%H %s").split("\n"))
+    for commit in found.commits:
+        number = int(subjects[commit.sha].split()[-1])
+        if commit.files[0][1]:  # a first commit also brings the lines nobody changed since
+            assert lines[commit.sha] == numbers.get(number, 0)
+    assert complete
+
+
+def lines_by_version(text):
+    numbers = {}
+    for found in re.findall(r"^v (\d+)$", text, re.M):
+        numbers[int(found)] = numbers.get(int(found), 0) + 1
+    return numbers
+
+
+def test_surviving_lines_follow_renames_by_others(repo):
+    first = repo.commit("feat: ten", files={"a.py": numbered(10)})
+    repo.git("mv", "a.py", "b.py")
+    repo.commit("mv", DAY0 + timedelta(days=1), author="Bob <b@x>")
+    repo.git("mv", "b.py", "c.py")
+    repo.commit("mv", DAY0 + timedelta(days=2), author="Bob <b@x>", files={"a.py": "other\n"})
+    repo.commit("cut", DAY0 + timedelta(days=3), files={"c.py": numbered(7)})
+    found = history(repo, author="Ann", spans=[(DAY0, DAY0)])
+    assert gi.GitReader().surviving_lines(repo.path, found.commits) == ({first: 7}, True)
+
+
+def test_files_that_are_gone_and_limits(repo, monkeypatch):
+    repo.commit("feat: x", files={"a": numbered(3), "b": numbered(3)})
+    os.remove(os.path.join(repo.path, "a"))
+    repo.commit("rm", DAY0 + timedelta(days=1))
+    commits = history(repo, spans=[ALL]).commits
+    lines, complete = gi.GitReader().surviving_lines(repo.path, commits)
+    assert sum(lines.values()) == 3 and complete
+    monkeypatch.setattr(gh, "BLAME_FILES", 1)
+    assert gi.GitReader().surviving_lines(repo.path, commits)[1] is False
+    monkeypatch.setattr(gh, "BLAME_SECONDS", 0)
+    assert gi.GitReader().surviving_lines(repo.path, commits)[1] is False
+
+
+def test_no_commits(repo):
+    pace = history(repo).velocity()
+    assert (pace.total_commits, pace.most_active_hour, pace.conventional_compliance_rate) == (0, None, 0.0)
+
+
+def test_shallow_clone_does_not_count_the_cut_commit(repo, tmp_path):
+    for number in range(5):
+        repo.commit("feat: %d" % number, DAY0 + timedelta(days=number), files={"f%d" % number: numbered(10)})
+    repo.git("clone", "-q", "--depth", "2", "file://" + repo.path, str(tmp_path / "shallow"))
+    found = gi.GitReader().history(str(tmp_path / "shallow"), *ALL)
+    assert (found.shallow, found.total, found.added) == (True, 2, 10)
+    assert history(repo).shallow is False
+
+
+def test_errors_are_named(tmp_path, monkeypatch):
+    reader = gi.GitReader()
+    with pytest.raises(gi.InsightsError, match="is no directory"):
+        reader.root(str(tmp_path / "none"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    with pytest.raises(gi.InsightsError, match="not a git repository"):
+        reader.root(str(tmp_path))
+    Repo(tmp_path / "x").git("init", "-q", "--bare", str(tmp_path / "bare"))
+    with pytest.raises(gi.InsightsError, match="work tree"):
+        reader.root(str(tmp_path / "bare"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(gi.InsightsError, match="install it"):
+        reader.root(str(tmp_path))
+
+
+# ---- Statistics ----
+
+
+def test_ranks_share_ties():
+    assert gs.ranks([10, 20, 20, 5]) == [2.0, 3.5, 3.5, 1.0]
+    assert gs.ranks([7, 7, 7]) == [2.0, 2.0, 2.0]
+    assert gs.ranks([]) == []
+
+
+def test_spearman_worked_examples():
+    iq = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110]
+    hours = [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]  # sum of d^2 is 194: rho = 1 - 6 * 194 / (10 * 99) = -29/165
+    assert gs.spearman(iq, hours) == pytest.approx(-29 / 165)
+    # with ties, Pearson's formula on the ranks 1 2.5 2.5 4 and 1 3 2 4: 4.5 / sqrt(4.5 * 5)
+    assert gs.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert gs.spearman([1, 2, 3], [8, 9, 30]) == 1.0
+    assert gs.spearman([1, 2, 3], [3, 2, 1]) == -1.0
+    assert gs.spearman([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+def test_permutation_p_against_all_permutations():
+    xs, ys = list(range(6)), [0, 2, 1, 3, 5, 4]  # rho 0.886; of 720 pairings 24 are as far from 0
+    p = gs.permutation_p(xs, ys, random.Random(1))
+    assert p == pytest.approx(24 / 720, abs=0.012)
+    assert gs.permutation_p([1] * 9, list(range(9)), random.Random(1)) == 1.0
+    assert gs.permutation_p(list(range(20)), list(range(20)), random.Random(1)) == 1 / 2000
+
+
+def test_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(5)
+    for count in (5, 12, 60):
+        for _ in range(10):
+            xs = [rng.randrange(6) for _ in range(count)]
+            ys = [x + rng.gauss(0, 3) for x in xs]
+            expected = stats.spearmanr(xs, ys)
+            assert gs.spearman(xs, ys) == pytest.approx(expected[0])
+            assert list(gs.ranks(xs)) == list(stats.rankdata(xs))
+            if count == 60:  # the t approximation is good enough there
+                assert gs.permutation_p(xs, ys, rng) == pytest.approx(expected[1], abs=0.03)
+
+
+def planted(rng, count, rho):
+    """Pairs of a bivariate normal with that correlation; Spearman's is 6/pi * asin(rho/2), 0.01 less at most."""
+    xs = [rng.gauss(0, 1) for _ in range(count)]
+    return [(x, rho * x + (1 - rho * rho) ** 0.5 * rng.gauss(0, 1)) for x in xs]
+
+
+@pytest.mark.parametrize(
+    "rho, word, direction",
+    [
+        (0.9, "strong", "positive"),
+        (-0.9, "strong", "negative"),
+        (0.6, "moderate", "positive"),
+        (-0.6, "moderate", "negative"),
+    ],
+)
+def test_planted_correlation_is_found(rho, word, direction):
+    found = gi.correlate("planted", planted(random.Random(3), 120, rho), tests=4)
+    assert (found.strength, found.direction, found.sample_size) == (word, direction, 120)
+    assert found.correlation_coefficient == pytest.approx(rho, abs=0.12)
+    assert found.interval[0] < rho < found.interval[1]
+    assert found.confidence == pytest.approx(1 - 1 / 2000)
+
+
+def test_interval_holds_the_truth_in_most_runs(monkeypatch):
+    monkeypatch.setattr(gs, "REPEATS", 299)
+    rng, held = random.Random(8), 0
+    for _ in range(100):
+        low, high = gi.correlate("x", planted(rng, 40, 0.5)).interval
+        held += low <= 0.483 <= high
+    assert held >= 88
+
+
+def independent_report(seed, monkeypatch):
+    rng = random.Random(seed)
+    listed = [
+        session(
+            i,
+            DAY0 + timedelta(days=i),
+            avg_quality=rng.uniform(50, 100),
+            waste_tokens=rng.randrange(10_000),
+            cost=rng.expovariate(1),
+            git_velocity_per_hour=float(rng.randrange(6)),
+            lines_surviving=rng.randrange(300),
+            git_conventional_compliance=rng.random(),
+        )
+        for i in range(rng.randrange(10, 40))
+    ]
+    found = gi.History("", *ALL)
+    found.days.update({(DAY0 + timedelta(days=i)).astimezone().date(): rng.randrange(9) for i in range(40)})
+    return gi.insights_of(gi.Report(found, listed, 0, True), seed)
+
+
+def test_independent_data_is_no_evidence(monkeypatch):
+    """All four relations of a report stay silent in at least 90 of 100 runs, not only each by itself."""
+    monkeypatch.setattr(gs, "REPEATS", 299)
+    reports = [independent_report(seed, monkeypatch) for seed in range(100)]
+    assert all(len(report) == 4 for report in reports)
+    assert sum(all("no evidence" in insight.description for insight in report) for report in reports) >= 90
+
+
+def test_same_seed_same_numbers():
+    points = planted(random.Random(4), 30, 0.5)
+    first, second, other = (gi.correlate("k", points, seed=seed) for seed in (1, 1, 2))
+    assert (first.interval, first.confidence) == (second.interval, second.confidence)
+    assert first.interval != other.interval
+
+
+@pytest.mark.parametrize(
+    "points, words",
+    [
+        ([], "no evidence in 0 sessions"),
+        ([(1, 1)], "no evidence in 1 sessions"),
+        ([(i, i) for i in range(5)], "no evidence in 5 sessions"),
+        ([(i, i) for i in range(7)], "no evidence in 7 sessions"),
+        ([(i, 3) for i in range(9)], "the same in all"),
+        ([(i, i * 5 % 11) for i in range(11)], "crosses zero"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(points, words):
+    found = gi.correlate("k", points)
+    assert words in found.description
+    assert (found.strength, found.direction, found.sample_size) == ("none", "neutral", len(points))
+
+
+def test_eight_points_can_be_evidence():
+    assert gi.correlate("k", [(i, 2 * i) for i in range(8)], tests=4).strength == "strong"
+
+
+def test_many_points_take_bounded_time():
+    start = time.time()
+    gi.correlate("k", planted(random.Random(1), 3_000, 0.1))
+    assert time.time() - start < 15
+
+
+def test_split_finds_a_change_and_says_when_it_cannot():
+    rng = random.Random(2)
+    listed = [
+        session(
+            i,
+            DAY0 + timedelta(days=i),
+            tokens=int(rng.gauss(9_000 if i < 15 else 4_000, 500)),
+            user_turns=2,
+            files_modified=i % 2,
+            waste_tokens=rng.randrange(100, 200),
+        )
+        for i in range(30)
+    ]
+    rows = {row["measure"]: row for row in gi.split_at(listed, DAY0 + timedelta(days=15))}
+    change = rows["tokens per user turn"]
+    assert (change["n_before"], change["n_after"], change["verdict"]) == (15, 15, "lower after")
+    assert change["interval"][0] < -2_500 < change["interval"][1] and change["difference"] == pytest.approx(
+        -2_500, abs=300
+    )
+    assert rows["wasted tokens per user turn"]["verdict"] == "no evidence of a change"
+    assert rows["tokens per edited file"]["verdict"].startswith("not enough sessions")
+    assert rows["tokens per edited file"]["n_before"] == 7
+    assert len(rows) == 6
+
+
+# ---- Joining ----
+
+
+def test_commit_goes_to_the_session_that_wrote_its_files(repo):
+    listed = [
+        session(1, DAY0, files_written=frozenset({"a", "b"})),
+        session(2, DAY0, files_written=frozenset({"c"})),
+        session(3, DAY0 + timedelta(days=1)),
+        session(4, DAY0 + timedelta(days=2), files_written=frozenset({"a"})),
+    ]
+    ours = repo.commit("one", DAY0, files={"a": "1\n", "b": "1\n", "c": "1\n"})
+    theirs = repo.commit("two", DAY0 + timedelta(hours=1), files={"c": "2\n"})
+    repo.commit("after", DAY0 + timedelta(hours=1, seconds=1), files={"c": "3\n"})
+    timed = repo.commit("three", DAY0 + timedelta(days=1), files={"z": "1\n"})
+    repo.commit("not its file", DAY0 + timedelta(days=2), files={"z": "2\n"})
+    found = gi.claim(history(repo, spans=[ALL]).commits, listed)
+    assert {name: [c.sha for c in commits] for name, commits in found.items()} == {
+        "s0001": [ours],
+        "s0002": [theirs],
+        "s0003": [timed],
+    }
+
+
+def test_collect_joins_and_divides(repo):
+    repo.commit("feat: start", DAY0 + timedelta(minutes=5), files={"a.py": numbered(10)})
+    repo.commit("fix!: less", DAY0 + timedelta(minutes=65), files={"a.py": numbered(8) + "x\ny\n"})
+    listed = Listed(
+        session(1, minutes=60, cost=2.0),
+        session(2, DAY0 + timedelta(hours=1), cost=3.0),
+        session(3, DAY0 + timedelta(days=1), cost=5.0),
+    )
+    report = gi.collect(gi.GitReader(), listed, repo.path, *ALL)
+    first, second, third = (s.to_dict() for s in report.sessions)
+    assert (first["commit_count"], first["lines_changed"], first["lines_surviving"]) == (1, 10, 8)
+    assert (first["cost_per_commit"], first["cost_per_surviving_line"], first["tokens_per_commit"]) == (
+        2.0,
+        0.25,
+        1000,
+    )
+    assert (second["lines_changed"], second["lines_surviving"], second["git_breaking_changes"]) == (4, 2, 1)
+    assert (second["files_modified"], second["primary_language"]) == (1, "Python")
+    assert (third["commit_count"], third["cost_per_commit"], third["cost_per_surviving_line"]) == (0, None, None)
+    assert third["git_conventional_compliance"] is None and third["git_velocity_per_hour"] == 0
+    assert report.claimed == 2 and json.dumps(first)
+
+
+def test_planted_relation_of_sessions_and_commits(repo):
+    """More commits in better sessions, fewer surviving lines in dearer ones: found with the right sign."""
+    listed, stream, mark = [], [], int(DAY0.timestamp())
+    for number in range(24):
+        start = DAY0 + timedelta(days=number)
+        listed.append(
+            session(number, start, avg_quality=50.0 + number, cost=100.0 - number, waste_tokens=5_000 - 100 * number)
+        )
+        for commit in range(number // 2 + 1):
+            when = mark + 86_400 * number + 60 * commit
+            stream.append(
+                b"commit refs/heads/main\ncommitter A <a@b> %d +0000\ndata 6\nfeat:x\n"
+                b"M 100644 inline f%d\ndata 4\n1\n2\n\n"
+                % (when, when)
+            )
+    repo.git("fast-import", "--quiet", input=b"".join(stream))
+    found = {i.correlation_type: i for i in gi.collect(gi.GitReader(), Listed(*listed), repo.path, *ALL).insights}
+    assert (found["quality_vs_velocity"].strength, found["quality_vs_velocity"].direction) == ("strong", "positive")
+    assert (found["cost_vs_surviving_lines"].strength, found["cost_vs_surviving_lines"].direction) == (
+        "strong",
+        "negative",
+    )
+    assert (found["waste_vs_commits"].strength, found["waste_vs_commits"].direction) == ("strong", "negative")
+    assert "the same in all" in found["conventional_vs_quality"].description
+
+
+# ---- Sources and storage ----
+
+
+def stored(store, number, cwd, start, *, writes=("a.py",), reads=2, metadata=None):
+    """Import one finished session of an hour, with one wasteful re-read for each of `reads` after the first."""
+    at = [(start + timedelta(minutes=m)).isoformat() for m in range(60)]
+    write = gi.EventType.FILE_WRITE.value
+    events = [dict(timestamp=at[0], event_type=gi.EventType.USER_MESSAGE.value, tokens_input=50)]
+    events += [
+        dict(
+            timestamp=at[1 + i],
+            event_type=gi.EventType.FILE_READ.value,
+            data={"file_path": os.path.join(cwd, "r.py"), "tool": "Read"},
+            tokens_input=1000,
+            tokens_output=20,
+        )
+        for i in range(reads)
+    ]
+    events += [
+        dict(timestamp=at[20], event_type=write, data={"file_path": os.path.join(cwd, n)}, tokens_output=500)
+        for n in writes
+    ]
+    for index, event in enumerate(events):
+        event.setdefault("id", "e%d" % index)
+    place = {"metadata": {"source": {"cwd": cwd, "path": "t.jsonl"}}} if metadata is None else {"metadata": metadata}
+    return gi.SessionOptimizer(str(store)).import_session(
+        dict(
+            id="sess-%d" % number,
+            agent="FORGE",
+            task="work <b>&",
+            model="default",
+            status="COMPLETED",
+            started_at=at[0],
+            ended_at=(start + timedelta(hours=1)).isoformat(),
+            events=events,
+            **place,
+        )
+    )
+
+
+def test_store_source_matches_by_work_tree(repo, tmp_path):
+    store = tmp_path / "store"
+    Repo(os.path.join(repo.path, "nested"))
+    os.symlink(repo.path, str(tmp_path / "link"))
+    places = [repo.path, repo.path + "/gone/now", repo.path + "/nested", str(tmp_path), str(tmp_path / "link")]
+    for number, place in enumerate(places):
+        stored(store, number, place, DAY0 + timedelta(days=number))
+    stored(store, 10, repo.path, DAY0 + timedelta(days=10), metadata={"project_path": repo.path})
+    stored(store, 11, repo.path, DAY0 + timedelta(days=11), metadata={"cwd": repo.path})
+    stored(store, 12, repo.path, DAY0 + timedelta(days=12), metadata={})
+    found = gi.StoreSource(gi.SessionOptimizer(str(store))).sessions(repo.path)
+    assert [s.session_id for s in found] == ["sess-11", "sess-10", "sess-4", "sess-1", "sess-0"]
+    first = found[-1]
+    assert (first.files_written, first.user_turns, first.primary_language) == (frozenset({"a.py"}), 1, "Python")
+    assert (first.started_at, first.ended_at) == (DAY0, DAY0 + timedelta(hours=1))
+    assert 0 < first.avg_quality < 100 and first.cost > 0 and first.tokens == 2590
+    assert first.tools_used == ["Read"] and first.time_of_day in ("morning", "afternoon", "evening", "night")
+    late = gi.StoreSource(gi.SessionOptimizer(str(store))).sessions(
+        repo.path, DAY0 + timedelta(days=5), DAY0 + timedelta(days=10)
+    )
+    assert [s.session_id for s in late] == ["sess-10"]
+
+
+def session_buddy_file(path, rows):
+    duckdb = pytest.importorskip("duckdb")
+    connection = duckdb.connect(str(path))
+    connection.execute("""CREATE TABLE session_metrics (
+        session_id TEXT, project_path TEXT, started_at TIMESTAMP, ended_at TIMESTAMP, duration_minutes FLOAT,
+        checkpoint_count INTEGER, commit_count INTEGER, quality_start FLOAT, quality_end FLOAT, quality_delta FLOAT,
+        avg_quality FLOAT, files_modified INTEGER, tools_used TEXT[], primary_language TEXT, time_of_day TEXT)""")
+    connection.executemany("INSERT INTO session_metrics VALUES (%s)" % ", ".join("?" * 15), rows)
+    connection.close()
+
+
+def test_session_buddy_file(repo, tmp_path):
+    local = datetime(2026, 3, 2, 9, 0)
+    rows = [
+        [
+            "b%d" % i,
+            repo.path,
+            local + timedelta(days=i),
+            local + timedelta(days=i, hours=1),
+            60.0,
+            2,
+            7,
+            70.0,
+            80.0 + i,
+            10.0,
+            75.0 + i,
+            3,
+            ["ruff", "pytest"],
+            "Python",
+            "morning",
+        ]
+        for i in range(9)
+    ]
+    rows.append(
+        [
+            "open",
+            repo.path,
+            local + timedelta(days=20),
+            None,
+            None,
+            0,
+            0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            None,
+            None,
+            None,
+            "night",
+        ]
+    )
+    rows.append(["else", str(tmp_path), local, None, 1.0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0, [], None, "night"])
+    path = tmp_path / "workflow_metrics.db"
+    session_buddy_file(path, rows)
+    before = path.read_bytes()
+    repo.commit("feat: x", (local + timedelta(minutes=30)).astimezone(), files={"q.py": numbered(4)})
+    wired = gi.create_session_buddy_integration(db_path=str(path), storage_path=str(tmp_path / "store"))
+    found = asyncio.run(wired.collect_extended_session_metrics("b0", repo.path))
+    assert (found.commit_count, found.avg_quality, found.tools_used, found.checkpoint_count) == (
+        7,
+        75.0,
+        ["ruff", "pytest"],
+        2,
+    )
+    assert (found.git_velocity_per_hour, found.git_conventional_compliance, found.lines_surviving) == (1.0, 1.0, 4)
+    assert found.to_dict()["cost_per_commit"] is None
+    assert len(wired.source.sessions(repo.path)) == 10 and path.read_bytes() == before
+    with pytest.raises(gi.InsightsError, match="none.db"):
+        gi.SessionBuddySource(str(tmp_path / "none.db")).sessions(repo.path)
+
+
+def test_session_buddy_without_duckdb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(gi.InsightsError, match="pip install duckdb"):
+        gi.SessionBuddySource("x.db").sessions("/")
+
+
+def test_storage_filters_and_is_private(tmp_path):
+    path = tmp_path / "new" / "insights.db"
+    storage = gi.SqliteCorrelationStorage(str(path))
+    for day in range(4):
+        insight = gi.correlate("kind%d" % day, [(i, i) for i in range(9)])
+        insight.timestamp = (DAY0 + timedelta(days=day)).astimezone(timezone(timedelta(hours=5)))
+        storage.store_insight(insight, "/p%d" % (day % 2))
+    kinds = [i.correlation_type for i in storage.get_insights()]
+    assert kinds == ["kind3", "kind2", "kind1", "kind0"]
+    assert [i.correlation_type for i in storage.get_insights("/p1")] == ["kind3", "kind1"]
+    assert [i.correlation_type for i in storage.get_insights(since=DAY0 + timedelta(days=2))] == ["kind3", "kind2"]
+    assert [i.correlation_type for i in storage.get_insights("/p0", until=DAY0)] == ["kind0"]
+    assert storage.get_insights()[0].timestamp == DAY0 + timedelta(days=3)
+    assert stat.S_IMODE(os.stat(str(path)).st_mode) == 0o600
+    with gs.closing(gs.sqlite3.connect(str(path))) as connection:
+        assert len(connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'").fetchall()) == 2
+    os.rename(str(path), str(path) + ".moved")  # nothing holds it open
+
+
+# ---- Integration ----
+
+
+def test_integration_works_off_the_event_loop(repo, tmp_path):
+    now = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=5)
+    repo.commit("feat: x", now + timedelta(minutes=30), files={"a.py": numbered(4)})
+    stored(tmp_path / "store", 1, repo.path, now)
+    wired = gi.create_session_buddy_integration(storage_path=str(tmp_path / "store"))
+
+    async def both():
+        ticks = 0
+        task = asyncio.ensure_future(wired.calculate_correlations(repo.path, days_back=7))
+        while not task.done():
+            await asyncio.sleep(0.001)
+            ticks += 1
+        return (
+            ticks,
+            await task,
+            await wired.collect_extended_session_metrics("sess-1", repo.path),
+            await wired.collect_extended_session_metrics("none", repo.path),
+        )
+
+    ticks, insights, found, missing = asyncio.run(both())
+    assert ticks > 3 and missing is None
+    assert [i.correlation_type for i in insights] == [
+        "quality_vs_velocity",
+        "conventional_vs_quality",
+        "waste_vs_commits",
+        "cost_vs_surviving_lines",
+    ]
+    assert (found.commit_count, found.lines_surviving, found.git_velocity_per_hour) == (1, 4, 1.0)
+    assert len(gi.SqliteCorrelationStorage(str(tmp_path / "store" / "insights.db")).get_insights(repo.path)) == 4
+
+
+def test_integration_without_storage(repo, tmp_path):
+    wired = gi.create_session_buddy_integration(storage_path=str(tmp_path / "store"), store_insights=False)
+    assert len(asyncio.run(wired.calculate_correlations(repo.path))) == 4
+    assert not (tmp_path / "store" / "insights.db").exists()
+
+
+def test_parts_of_ones_own_take_part(repo, tmp_path):
+    """Reader, source and storage are protocols: anything with their methods will do."""
+    kept = []
+
+    class Kept:
+        def store_insight(self, insight, project_path):
+            kept.append((insight.correlation_type, project_path))
+
+        def get_insights(self, project_path=None, since=None):
+            return []
+
+    now = datetime.now(UTC)
+    wired = gi.SessionBuddyIntegration(gi.GitReader(), Listed(session(1, now)), Kept())
+    assert len(asyncio.run(wired.calculate_correlations(repo.path))) == 4
+    assert [place for _, place in kept] == [repo.path] * 4
+
+
+# ---- Command line ----
+
+
+def run(*arguments, cwd=None, **env):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return subprocess.run(
+        [sys.executable, PROGRAM, *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        env={**kept, "PYTHONIOENCODING": "utf-8", **env},
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def busy(repo, tmp_path):
+    """A repository and a store with ten sessions, nine of which committed."""
+    start = datetime.now(UTC).replace(microsecond=0) - timedelta(days=12)
+    for number in range(10):
+        begun = start + timedelta(days=number)
+        stored(tmp_path / "store", number, repo.path, begun, reads=1 + number % 4)
+        if number:
+            repo.commit("feat: <b>%d" % number, begun + timedelta(minutes=30), files={"a.py": numbered(3 * number)})
+    return repo, str(tmp_path / "store")
+
+
+def test_text_json_html(busy):
+    repo, store = busy
+    text = run("--repo", repo.path, "--store", store)
+    assert (text.returncode, text.stderr) == (0, "")
+    assert "10 sessions" in text.stdout and "9 commits and 0 merges" in text.stdout and "  +----" in text.stdout
+    data = json.loads(run("--store", store, "--format", "json", cwd=repo.path).stdout)
+    assert data["committed"]["in_sessions"] == 9 and data["committed"]["surviving"] == 27
+    assert data["per_commit"]["cost"] == pytest.approx(data["spent"]["cost"] / 9)
+    assert data["per_surviving_line"]["cost"] == pytest.approx(data["spent"]["cost"] / 27)
+    assert len(data["sessions"]) == 10 and len(data["insights"]) == 4
+    page = run("--repo", repo.path, "--store", store, "--format", "html", "--split", "2026-01-01").stdout
+    assert (
+        page.startswith("<!doctype html>")
+        and page.count("<svg") == 4
+        and "<script" not in page
+        and "http" not in page
+    )
+    assert "color-scheme:light dark" in page and "not enough sessions" in page and page.count("<circle") >= 30
+
+
+def test_hostile_repository_name(tmp_path):
+    repo = Repo(tmp_path / "<img src=x>\x1b[31m")
+    assert "<img" not in run("--repo", repo.path, "--store", str(tmp_path / "s"), "--format", "html").stdout
+    assert "\x1b" not in run("--repo", repo.path, "--store", str(tmp_path / "s")).stdout
+
+
+def test_nothing_to_divide_by(repo, tmp_path):
+    stored(tmp_path / "store", 1, repo.path, datetime.now(UTC) - timedelta(hours=3))
+    done = run("--repo", repo.path, "--store", str(tmp_path / "store"))
+    assert done.returncode == 0 and "– per commit" in done.stdout and "No commits in this period" in done.stdout
+    done = run("--repo", repo.path, "--store", str(tmp_path / "store"), "--format", "html", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+
+
+def test_statuses(repo, tmp_path):
+    store = ("--store", str(tmp_path / "store"))
+    assert run("--repo", repo.path, *store).returncode == 0
+    failed = run("--repo", str(tmp_path / "none"), *store)
+    assert (failed.returncode, failed.stdout) == (1, "") and "is no directory" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    piped = subprocess.run(
+        "%s %s --repo %s --store %s | true" % tuple(map(shlex.quote, (sys.executable, PROGRAM, repo.path, store[1]))),
+        shell=True,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    assert piped.stderr == ""
+    assert run("--repo", str(tmp_path), *store, GIT_CEILING_DIRECTORIES=str(tmp_path)).returncode == 1
+    assert "install it" in run("--repo", repo.path, *store, PATH=str(tmp_path)).stderr
+    for wrong in (("--days", "0"), ("--days", "x"), ("--split", "soon"), ("--format", "pdf"), ("--rep", ".")):
+        assert run(*wrong, *store).returncode == 2
+
+
+def test_save_keeps_the_insights(busy):
+    repo, store = busy
+    assert run("--repo", repo.path, "--store", store, "--save").returncode == 0
+    assert len(gi.SqliteCorrelationStorage(os.path.join(store, "insights.db")).get_insights(repo.path)) == 4
+
+
+# ---- The page ----
+
+
+def test_examples_of_the_page_run(busy, tmp_path, monkeypatch):
+    repo, store = busy
+    with open(os.path.join(os.path.dirname(HERE), "docs", "git.md"), encoding="utf-8") as page:
+        blocks = re.findall(r"```(\w+)\n(.*?)```", page.read(), re.S)
+    commands = [
+        line[2:] for kind, body in blocks if kind == "console" for line in body.splitlines() if line.startswith("$ ")
+    ]
+    assert commands
+    for command in commands:
+        words = shlex.split(command.partition(" > ")[0])
+        assert words[:2] == ["python3", "examples/git_insights.py"]
+        done = run(*words[2:], "--store", store, cwd=repo.path)
+        assert done.returncode == 0, (command, done.stderr)
+    monkeypatch.chdir(repo.path)
+    monkeypatch.setenv("SESSIONOPTIMIZER_HOME", store)
+    monkeypatch.syspath_prepend(HERE)
+    for body in (body for kind, body in blocks if kind == "python"):
+        exec(compile(body, "docs/git.md", "exec"), {"__name__": "example"})
+
+
+# ---- Measurement ----
+
+
+@pytest.mark.skipif(
+    not os.environ.get("GIT_INSIGHTS_MEASURE"), reason="set GIT_INSIGHTS_MEASURE=1 to measure 50,000 commits"
+)
+def test_speed_and_memory(repo):
+    resource = pytest.importorskip("resource")
+    fast_import(repo, 50_000, files=2_000, lines=60)
+    ratios = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(["git", "-C", repo.path, "log", "--numstat"], stdout=subprocess.DEVNULL, check=True)
+        middle = time.perf_counter()
+        assert history(repo).total == 50_000
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        "time / git log --numstat: %s; peak memory of this process %d KB"
+        % (["%.2f" % r for r in sorted(ratios)], peak)
+    )
+    assert sorted(ratios)[2] <= 1.5
