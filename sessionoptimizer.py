@@ -69,6 +69,34 @@ if TYPE_CHECKING:  # the names of types cost start-up time and are needed by typ
 __version__ = "2.0.0"
 
 
+class _Pattern:
+    """A regular expression that is compiled when one of its methods is first used: importing stays light, and what is
+    used often is found without a look into the cache of ``re``."""
+
+    def __init__(self, text: Any, flags: int = 0):
+        self._text, self._flags = text, flags
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(self._text, self._flags), name)
+        setattr(self, name, method)
+        return method
+
+
+class _CollectorPaused:
+    """Context in which the cycle collector rests. Records are no part of cycles: they are freed by the count of their
+    references, and looking at all of them again and again takes a fifth of a scan."""
+
+    def __enter__(self) -> None:
+        import gc
+        self.running = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import gc
+        if self.running:
+            gc.enable()
+
+
 # ======================================================================================================
 # Vocabulary
 # ======================================================================================================
@@ -248,8 +276,8 @@ Price = namedtuple("Price", "model input output cache_read cache_write cache_wri
 Price.__doc__ = """USD per 1,000 tokens by price class, the table row it comes from, and whether the model's own name
 (or that name with a date) is that row; False when a family or the default had to stand in."""
 
-_VENDOR = re.compile(r"^(?:.*/)?(?:(?:us|eu|apac|jp|au|global)\.)?(?:(?:anthropic|openai|deepseek)\.)?")
-_RELEASE = re.compile(r"(?:[-@]?(?:\d{8}|\d{4}-\d{2}-\d{2}|latest|v\d+(?::\d+)?)|\[1m\])+$|^:\d+$")
+_VENDOR = _Pattern(r"^(?:.*/)?(?:(?:us|eu|apac|jp|au|global)\.)?(?:(?:anthropic|openai|deepseek)\.)?")
+_RELEASE = _Pattern(r"(?:[-@]?(?:\d{8}|\d{4}-\d{2}-\d{2}|latest|v\d+(?::\d+)?)|\[1m\])+$|^:\d+$")
 
 
 def _bare_model(model: str) -> str:
@@ -387,7 +415,7 @@ def now_text() -> str:
     return datetime.now().astimezone().isoformat()
 
 
-_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z|z|[+-]\d\d:?\d\d(?::?\d\d)?)?$")
+_TIME = _Pattern(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z|z|[+-]\d\d:?\d\d(?::?\d\d)?)?$")
 
 
 def parse_time(text: Any) -> Optional[datetime]:
@@ -767,7 +795,7 @@ TO_THE_END = 10**9  # last line of a read whose end is not known
 # What a tool may change, by its name in lower case: nothing, the files it names, or (not listed) who knows.
 _READ_TOOLS = ("read", "read_file", "read_many_files", "view", "view_image", "cat", "notebookread")
 _SEARCH_TOOLS = ("grep", "glob", "ls", "search", "rg", "find", "websearch", "webfetch", "toolsearch", "web_search",
-                 "list_directory", "search_file_content", "grep_search", "google_web_search", "web_fetch")
+                 "list_directory", "search_files", "search_file_content", "grep_search", "google_web_search", "web_fetch")
 _WRITE_TOOLS = ("edit", "multiedit", "write", "notebookedit", "write_file", "replace", "apply_patch", "create",
                 "str_replace", "edit_file", "delete_file")
 _HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
@@ -776,9 +804,9 @@ _HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
     "update_plan", "write_todos", "save_memory", "write_stdin", "wait", "monitor", "schedulewakeup", "listmcpresources",
     "readmcpresource", "request_user_input", "slashcommand")
 
-_DECLINED = re.compile(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
+_DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
                        r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
-_TRANSIENT = re.compile(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
+_TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
 
 
 def failure_kind(data: Dict[str, Any]) -> str:
@@ -1067,13 +1095,13 @@ class BaseAnalyzer:
         raise NotImplementedError(f"{type(self).__name__} needs find(session) or analyze(session)")
 
     def issue(self, severity: Severity, description: str, suggestion: str, *, events: Iterable[SessionEvent] = (),
-              claims: Optional[Dict[str, Any]] = None, tokens: Optional[int] = None, measured: bool = False,
+              claims: Optional[Dict[str, Any]] = None, waste_tokens: int = 0, measured: bool = False,
               **metadata: Any) -> EfficiencyIssue:
-        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens; ``tokens`` alone
+        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens; ``waste_tokens`` alone
         is shared by ``events`` or, where there are none, by the session."""
         ids = [event.id for event in events]
         name = f"{self.issue_type.value.lower()}_{ids[0] if ids else 'session'}"
-        total = sum(sum(claim) for claim in claims.values()) if claims else tokens or 0
+        total = sum(sum(claim) for claim in claims.values()) if claims else waste_tokens
         return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids, metadata,
                                claims or {}, measured)
 
@@ -1274,7 +1302,7 @@ class LongSessionAnalyzer(BaseAnalyzer):
             Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
             f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
             "If the work fell into separate tasks, a fresh session for each would have carried less context",
-            tokens=int(session.total_tokens * percent / 100), duration_minutes=minutes,
+            waste_tokens=int(session.total_tokens * percent / 100), duration_minutes=minutes,
             threshold_minutes=self.limit_minutes)
 
 
@@ -1401,7 +1429,7 @@ class UnitCosts:
     """
 
     def __init__(self, session: Session):
-        self.session = session
+        self.prices, self.model = session.prices, session.model  # not the session, which would never be freed by itself
         self.count = len(session.events)
         self._carry: Dict[int, float] = {}
         if any(event.tokens_cache_read for event in session.events):
@@ -1409,7 +1437,7 @@ class UnitCosts:
                 self._carry_window(window)
 
     def _price(self, event: SessionEvent) -> Price:
-        return self.session.prices.lookup(event.model or self.session.model)
+        return self.prices.lookup(event.model or self.model)
 
     def of(self, event: SessionEvent) -> Tuple[float, float]:
         """USD per wasted input token (carry included) and per wasted output token of this event."""
@@ -1542,6 +1570,7 @@ class ClaimsLedger:
     def __init__(self, session: Session, issues: List[EfficiencyIssue]):
         self.tokens = {True: 0, False: 0}
         self.cost = {True: 0.0, False: 0.0}
+        self.by_event: Dict[str, int] = {}  # tokens charged
         best: Dict[str, Dict[bool, Any]] = {}
         for issue in issues:
             issue.charged_tokens, issue.charged_cost = 0, 0.0
@@ -1553,10 +1582,10 @@ class ClaimsLedger:
             costs = _unit_costs(session)
             for event in _events_of(session):
                 if event.id in best:
-                    self._charge(best.pop(event.id), costs.of(event))
+                    self.by_event[event.id] = self._charge(best.pop(event.id), costs.of(event))
 
-    def _charge(self, claims: Dict[bool, Any], unit: Tuple[float, float]) -> None:
-        paid = (0, 0)
+    def _charge(self, claims: Dict[bool, Any], unit: Tuple[float, float]) -> int:
+        paid, total = (0, 0), 0
         for measured in (True, False):
             if measured in claims:
                 (entered, written), issue = claims[measured]
@@ -1566,7 +1595,8 @@ class ClaimsLedger:
                 issue.charged_cost += cost
                 self.tokens[measured] += entered + written
                 self.cost[measured] += cost
-                paid = (entered, written)
+                paid, total = (entered, written), total + entered + written
+        return total
 
 
 def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
@@ -1670,7 +1700,7 @@ def recommendations(report: OptimizationReport) -> List[str]:
             for failure in report.analyzer_errors] + lines
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+_CONTROL = _Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
 
 
 def plain(text: Any, limit: int = 200) -> str:
@@ -1801,7 +1831,457 @@ def json_report(session: Session, report: OptimizationReport) -> str:
     return json.dumps(report.to_dict(), indent=2)
 
 
-FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report}
+# -- pictures: one file each, drawn without a script
+
+MOST_COLUMNS = 120   # of a picture: more would be thinner than a pixel on a phone
+_MOST_SHOWN = 60     # findings of a page, and events of a finding; what is left out is counted
+GOOD_SCORE, FAIR_SCORE = 85, 70  # from here a score is shown as good, from there as fair
+
+_KINDS = {  # how a timeline groups events: colour class, name, event types
+    "k1": ("Context loaded", (EventType.CONTEXT_LOAD,)), "k2": ("Prompts", (EventType.USER_MESSAGE,)),
+    "k3": ("Files read", (EventType.FILE_READ,)), "k4": ("Searches", (EventType.SEARCH,)),
+    "k5": ("Other tools", (EventType.TOOL_CALL, EventType.FILE_WRITE)), "k6": ("Errors", (EventType.ERROR,)),
+    "k7": ("Answers", (EventType.AI_RESPONSE,)), "k8": ("Thinking", (EventType.THINKING,)),
+    "k9": ("Other", (EventType.CUSTOM, EventType.TOKEN_USAGE, EventType.SESSION_START, EventType.SESSION_END))}
+_KIND_OF = {event_type: kind for kind, (_, event_types) in _KINDS.items() for event_type in event_types}
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#5b6577;--line:#e3e7ed;--track:#edf0f4;
+--bad:#d9363e;--fair:#b26a00;--good:#1f8a4c;--link:#2459c4;--carry:#c3cede;
+--k1:#a3aec0;--k2:#7b61e0;--k3:#3b82e6;--k4:#14a3b5;--k5:#57b58a;--k6:#e3a008;--k7:#44546c;--k8:#c490d8;--k9:#cbb79a}
+@media (prefers-color-scheme:dark){:root{--page:#0e1218;--card:#171d26;--ink:#e8ecf2;--soft:#98a4b6;--line:#28313e;
+--track:#222b37;--bad:#ff6b70;--fair:#f0b04a;--good:#4cc982;--link:#8db4ff;--carry:#3c4a5f;
+--k1:#5f6d82;--k2:#9a86f5;--k3:#5b9bf3;--k4:#2fb9c9;--k5:#63c79a;--k6:#e6b53c;--k7:#c3cedd;--k8:#cf9fe2;--k9:#8f7f66}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
+h1{font-size:26px;line-height:1.25;margin:2px 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
+h2{font-size:16px;margin:0 0 4px}h3{font-size:15px;margin:0 0 2px;overflow-wrap:anywhere}
+p{margin:0 0 8px}a{color:var(--link)}
+.brand{font-size:12px;font-weight:600;letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}
+.soft{color:var(--soft);font-size:13px}.wrap{overflow-wrap:anywhere}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin-top:16px}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:16px;margin-top:18px}
+.facts .card{margin:0;padding:16px 18px}
+.fact{display:block;font-size:24px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
+.score{display:flex;align-items:center;gap:14px}.score svg{width:64px;height:64px;flex:none}
+.good{color:var(--good)}.fair{color:var(--fair)}.bad{color:var(--bad)}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:0 16px}.two>div{min-width:0}
+svg{display:block}.chart{width:100%;shape-rendering:crispEdges}
+.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
+.plot{margin:10px 0 2px}.plot .chart{border-bottom:1px solid var(--line)}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px;font-size:13px;color:var(--soft)}
+.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
+.k1{fill:var(--k1);background:var(--k1)}.k2{fill:var(--k2);background:var(--k2)}.k3{fill:var(--k3);background:var(--k3)}
+.k4{fill:var(--k4);background:var(--k4)}.k5{fill:var(--k5);background:var(--k5)}.k6{fill:var(--k6);background:var(--k6)}
+.k7{fill:var(--k7);background:var(--k7)}.k8{fill:var(--k8);background:var(--k8)}.k9{fill:var(--k9);background:var(--k9)}
+.waste{fill:var(--bad);background:var(--bad)}.carry{fill:var(--carry);background:var(--carry)}
+g:hover{opacity:.7}
+.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:7px 12px;align-items:center;
+font-size:14px;margin-top:10px}
+.bars>div{display:contents}.bars span{min-width:0;overflow-wrap:anywhere}
+.bars>div>span:last-child{text-align:right;font-variant-numeric:tabular-nums}
+.track{height:10px;border-radius:5px;background:var(--track);overflow:hidden}
+.chip{display:inline-block;border-radius:999px;padding:1px 9px;font-size:11px;font-weight:650;letter-spacing:.03em;
+border:1px solid currentColor;white-space:nowrap;vertical-align:1px}
+.critical,.high{color:var(--bad)}.medium{color:var(--fair)}.low{color:var(--soft)}
+details{border-top:1px solid var(--line);padding:10px 0}details:last-child{padding-bottom:0}
+summary{cursor:pointer;list-style-position:outside;margin-left:18px}
+summary b{font-weight:600;overflow-wrap:anywhere}details>:not(summary){margin-left:18px}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}
+th{font-weight:600;color:var(--soft);text-align:left;border-bottom:1px solid var(--line);padding:4px 12px 4px 0}
+td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
+tr:last-child td{border-bottom:0}td.wide{white-space:nowrap}th.n,td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.n:last-child,th.n:last-child{padding-right:0}
+code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+ol,ul{margin:6px 0 0;padding-left:22px}li{margin:4px 0}
+footer{margin-top:22px;color:var(--soft);font-size:12px}
+@media (max-width:720px){main{padding:18px 12px 32px}.two{grid-template-columns:1fr}h1{font-size:21px}
+.card{padding:14px}.facts{grid-template-columns:1fr 1fr;gap:10px}.facts .card{padding:12px}.fact{font-size:19px}
+.facts .card:first-child{grid-column:1/-1}.bars{display:block}
+.bars>div{display:grid;grid-template-columns:1fr max-content;gap:2px 10px;margin-bottom:9px}
+.bars .track{grid-column:1/-1;grid-row:2}.wide{display:none}}
+@media print{body{background:#fff}.card{break-inside:avoid}}
+"""
+
+
+def _escaped(text: Any, limit: int = 200) -> str:
+    """Text from outside that is text in a page, too."""
+    import html
+    return html.escape(plain(text, limit))
+
+
+def _page(title: str, *parts: str) -> str:
+    """A whole HTML document in ASCII, which no encoding on its way can damage."""
+    text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(filter(None, parts))
+            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
+              "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact repeats, "
+              "estimated waste assumes a share.</footer>\n</main></body></html>\n")
+    return text.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _card(title: str, body: str, hint: str = "") -> str:
+    soft = f'<p class="soft">{hint}</p>' if hint else ""
+    return f'<section class="card"><h2>{title}</h2>{soft}{body}</section>' if body else ""
+
+
+def _chart(columns: List[Tuple[str, List[Tuple[str, int]]]], height: int, label: str, *, down: bool = False) -> str:
+    """Stacked columns as an SVG that stretches to its place: (what pointing at it says, [(colour class, amount)])."""
+    most = max((sum(amount for _, amount in parts) for _, parts in columns), default=0)
+    if not most:
+        return ""
+    drawn = []
+    for index, (says, parts) in enumerate(columns):
+        place, rects = 0.0, []
+        for kind, amount in parts:
+            size = amount * 100 / most
+            if amount:
+                top = place if down else 100 - place - size
+                rects.append(f'<rect class="{kind}" x="{index * 10 + 1}" y="{top:.2f}" width="8" height="{size:.2f}"/>')
+            place += size
+        drawn.append(f'<g><title>{says}</title><rect x="{index * 10}" width="10" height="100" fill="transparent"/>'
+                     f'{"".join(rects)}</g>')
+    width = max(10, len(columns) * 10)
+    return (f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width} 100" preserveAspectRatio="none" '
+            f'style="height:{height}px">{"".join(drawn)}</svg>')
+
+
+def _plots(columns: int, *parts: str) -> str:
+    """Charts and what stands above and below them, no wider than their columns deserve."""
+    return f'<div style="max-width:{max(6, columns) * 56}px">{"".join(parts)}</div>'
+
+
+def _axis(*texts: str) -> str:
+    return '<div class="axis">' + "".join(f"<span>{text}</span>" for text in texts) + "</div>"
+
+
+def _bars(rows: List[Tuple[str, float, float, str]], kind: str = "k3") -> str:
+    """Lying bars: (label in HTML, amount, the wasted part of it, what stands at the end in HTML)."""
+    most = max((amount for _, amount, _, _ in rows), default=0)
+    return '<div class="bars">' + "".join(
+        f'<div><span>{label}</span><span class="track"><svg width="100%" height="10" aria-hidden="true">'
+        f'<rect class="{kind}" width="{100 * amount / most if most else 0:.2f}%" height="10"/>'
+        f'<rect class="waste" width="{100 * wasted / most if most else 0:.2f}%" height="10"/></svg></span><span>{end}</span></div>'
+        for label, amount, wasted, end in rows) + "</div>" if rows else ""
+
+
+def _legend(entries: List[Tuple[str, str]]) -> str:
+    return '<div class="legend">' + "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries) + "</div>"
+
+
+def _score_fact(score: float) -> str:
+    """A score as a ring with its number."""
+    kind = "good" if score >= GOOD_SCORE else "fair" if score >= FAIR_SCORE else "bad"
+    return (f'<div class="card score"><svg class="{kind}" viewBox="0 0 36 36" aria-hidden="true">'
+            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="var(--track)" stroke-width="4"/>'
+            f'<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" stroke-linecap="round" '
+            f'stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" transform="rotate(-90 18 18)"/></svg>'
+            f'<div><span class="soft">Efficiency</span><span class="fact {kind}">{score:.1f}</span></div></div>')
+
+
+def _fact(name: str, value: str, more: str, kind: str = "") -> str:
+    return (f'<div class="card"><span class="soft">{name}</span><span class="fact {kind}">{value}</span>'
+            f'<span class="soft">{more}</span></div>')
+
+
+def _facts(score: float, waste: Tuple[float, float], wasted_cost: Tuple[float, float], tokens: int, cost: float,
+           used: str) -> str:
+    """The row of figures a page begins with; waste and its cost as (measured, total)."""
+    return '<div class="facts">' + _score_fact(score) + _fact(
+        "Wasted tokens", short_number(waste[1]), f"{share_text(waste[1], tokens)} of all, {short_number(waste[0])} measured",
+        "bad" if waste[1] else "") + _fact(
+        "Wasted cost", dollars(wasted_cost[1]), f"{share_text(wasted_cost[1], cost)} of the cost, "
+        f"{dollars(wasted_cost[0])} measured", "bad" if waste[1] else "") + _fact("Tokens", short_number(tokens), used) + _fact(
+        "Cost", dollars(cost), "at API prices") + "</div>"
+
+
+def _columns_of(session: Session) -> Tuple[List[List[SessionEvent]], str]:
+    """The events of each column of a timeline, and what a column is: a model call where there are several, else an
+    event with tokens, or some of them where they are many."""
+    groups: List[List[SessionEvent]] = [[]]
+    by_call = sum(event.event_type is EventType.AI_RESPONSE for event in session.events) > 1
+    for event in session.events:
+        groups[-1].append(event)
+        if event.event_type is EventType.AI_RESPONSE if by_call else event.tokens or event.tokens_cache_read:
+            groups.append([])
+    groups = [group for group in groups if group]
+    size = -(-len(groups) // MOST_COLUMNS) or 1
+    name = "model call" if by_call else "event"
+    return [sum(groups[at:at + size], []) for at in range(0, len(groups), size)], f"{size} {name}s" if size > 1 else name
+
+
+def _column(events: List[SessionEvent], charged: Dict[str, int]) -> Tuple[str, List[Tuple[str, int]], int]:
+    """One column: what it says, its tokens by kind with the wasted ones last, and what was sent again."""
+    parts, wasted = {kind: 0 for kind in _KINDS}, sum(charged.get(event.id, 0) for event in events)
+    for event in events:
+        parts[_KIND_OF[event.event_type]] += event.tokens - charged.get(event.id, 0)
+    again = sum(event.tokens_cache_read for event in events)
+    says = [f"{events[0].timestamp[11:16]}: {sum(e.tokens for e in events):,} tokens", f"{wasted:,} wasted"]
+    says += [f"{again:,} sent again"] * bool(again)
+    kinds = ", ".join(f"{_KINDS[kind][0].lower()} {amount:,}" for kind, amount in parts.items() if amount)
+    return _escaped(f"{', '.join(says)}; {kinds}", 300), [*parts.items(), ("waste", wasted)], again
+
+
+def _timeline(session: Session, charged: Dict[str, int]) -> str:
+    """The session from left to right: new tokens by kind upwards, what was sent again downwards."""
+    groups, per = _columns_of(session)
+    columns = [_column(events, charged) for events in groups]
+    chart = _chart([(says, parts) for says, parts, _ in columns], 190,
+                   "New tokens over the session, the wasted part in red")
+    if not chart:
+        return ""
+    carried = _chart([(says, [("carry", again)]) for says, _, again in columns], 70,
+                     "Context sent again over the session", down=True)
+    times = [_escaped(groups[at][0].timestamp[11:16]) for at in sorted({0, len(groups) // 2, len(groups) - 1})]
+    most = max(sum(amount for _, amount in parts) for _, parts, _ in columns)
+    plots = [_axis(f"up to {short_number(most)} new tokens per {per}"), f'<div class="plot">{chart}</div>', _axis(*times)]
+    used = {kind for _, parts, _ in columns for kind, amount in parts if amount}
+    legend = [(kind, name) for kind, (name, _) in _KINDS.items() if kind in used] + [("waste", "Wasted")]
+    if carried:
+        most = max(again for _, _, again in columns)
+        plots += [f'<div class="plot">{carried}</div>',
+                  _axis(f"up to {short_number(most)} tokens of context sent again per {per}")]
+        legend.append(("carry", "Context sent again (cache reads)"))
+    return _plots(len(columns), *plots) + _legend(legend)
+
+
+def _two(left: str, right: str) -> str:
+    return f'<div class="two"><div>{left}</div><div>{right}</div></div>'
+
+
+def _kinds_card(issues: Iterable[Dict[str, Any]]) -> str:
+    """Waste by kind, of issues as dicts."""
+    kinds: Dict[str, List[float]] = {}
+    for issue in issues:
+        entry = kinds.setdefault(issue["issue_type"], [0, 0, 0.0])
+        entry[0] += issue["charged_tokens"]
+        entry[1] += 1
+        entry[2] += issue["charged_cost"]
+    rows = _bars([(f"{_kind_name(kind)} <span class=\"soft\">&times;{count:,}</span>", tokens, tokens,
+                   f"{short_number(tokens)} <span class=\"soft\">{dollars(cost)}</span>")
+                  for kind, (tokens, count, cost) in sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))])
+    return _card("Waste by kind", rows or "<p>None found.</p>")
+
+
+def _kind_name(kind: str) -> str:
+    return _escaped(str(kind).replace("_", " ").capitalize())
+
+
+def _use_bars(use: Dict[str, int], most: int = 8) -> str:
+    total, ranked = sum(use.values()), sorted(use.items(), key=lambda item: -item[1])
+    rest = sum(tokens for _, tokens in ranked[most:])
+    return _bars([(_escaped(name, 40), tokens, 0, f"{short_number(tokens)} <span class=\"soft\">"
+                   f"{share_text(tokens, total)}</span>")
+                  for name, tokens in ranked[:most] + [("everything else", rest)] * bool(rest)])
+
+
+def _finding(issue: EfficiencyIssue, session: Session, events: Dict[str, SessionEvent], is_open: bool) -> str:
+    """One finding with the events it rests on."""
+    rows = []
+    for event in [events[key] for key in issue.events_involved if key in events][:_MOST_SHOWN]:
+        claim = issue.claims.get(event.id)
+        wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim or 0
+        place = event_place(session, event)
+        near = f"line {event.data['line']}" if event.data.get("line") and not event.data.get("path") else _last_part(place)
+        rows.append(f'<tr><td><code title="{_escaped(place, 400)}">{_escaped(near, 80)}</code></td>'
+                    f"<td>{_escaped(event_extract(session, event))}</td>"
+                    f'<td class="n wide">{event.tokens_input:,}</td><td class="n wide">{event.tokens_output:,}</td>'
+                    f'<td class="n">{wasted:,}</td></tr>')
+    left = len(issue.events_involved) - _MOST_SHOWN
+    table = '<div class="scroll"><table><tr><th>Where</th><th>What</th><th class="n wide">In</th><th class="n wide">Out</th>' \
+        f'<th class="n">Wasted</th></tr>{"".join(rows)}</table></div>' if rows else '<p class="soft">The whole session.</p>'
+    return (f'<details{" open" * is_open}><summary>{_chip(issue.severity.value)} <b>{_escaped(issue.description)}</b> '
+            f'<span class="soft">{_escaped(_issue_waste(issue))}</span></summary><p>{_escaped(issue.suggestion)}.</p>{table}'
+            + (f'<p class="soft">and {left:,} more events</p>' if left > 0 else "") + "</details>")
+
+
+def _chip(severity: str) -> str:
+    return f'<span class="chip {_escaped(severity.lower())}">{_escaped(severity)}</span>'
+
+
+def _advice(entry: str) -> str:
+    """A line of text whose [LABEL] in front becomes a chip."""
+    label, text = re.match(r"(?:\[([A-Z ]+)\] )?(.*)", entry, re.S).groups()  # type: ignore[union-attr]
+    kinds = {name: severity.value.lower() for severity, name in _LABELS.items()}
+    return (f'<span class="chip {kinds.get(label, "high")}">{label}</span> ' if label else "") + _escaped(text, 400)
+
+
+def _list_of(entries: Iterable[str], tag: str = "ul") -> str:
+    items = "".join(f"<li>{_advice(entry)}</li>" for entry in entries)
+    return f"<{tag}>{items}</{tag}>" if items else ""
+
+
+def html_report(session: Session, report: OptimizationReport) -> str:
+    """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what to do."""
+    charged, events = ClaimsLedger(session, report.issues).by_event, {event.id: event for event in session.events}
+    source = session.metadata.get("source")
+    about = [session.agent, session.model, session.status.value.lower(), session.started_at[:16].replace("T", " "),
+             f"{session.duration_seconds / 60:.1f} minutes active"]
+    cached = sum(event.tokens_cache_read for event in session.events)
+    used = f"{short_number(session.total_tokens_input)} in, {short_number(session.total_tokens_output)} out" + (
+        f"; {short_number(cached)} sent again" if cached else "")
+    shown = "".join(_finding(issue, session, events, number < 2) for number, issue in enumerate(report.issues[:_MOST_SHOWN]))
+    left = len(report.issues) - _MOST_SHOWN
+    return _page(
+        f"{session.task or session.id} - session report",
+        f'<header><div class="brand">Session report</div><h1>{_escaped(session.task or session.id)}</h1>'
+        f'<p class="soft wrap">{_escaped(" · ".join(filter(None, about)), 400)}<br>{_escaped(session.id)}'
+        + (f"<br>{_escaped(source.get('path'), 400)}" if isinstance(source, dict) else "") + "</p></header>",
+        _facts(report.efficiency_score, (report.measured_waste_tokens, report.total_waste_tokens),
+               (report.measured_waste_cost, report.total_waste_cost), report.total_tokens, report.estimated_cost, used),
+        _card("Where the tokens went, from start to end", _timeline(session, charged)),
+        _card("What to do", _list_of(report.recommendations, "ol")),
+        _two(_kinds_card(issue.to_dict() for issue in report.issues), _card("All tokens by purpose", _use_bars(report.token_use))),
+        _card(f"Findings ({len(report.issues):,})", shown, "Each with the events it rests on. Of tokens that several findings "
+              "name only the largest claim is charged." + (f" {left:,} smaller ones are left out." if left > 0 else "")
+              if shown else ""),
+        _card("Notes", _list_of(report.notes)))
+
+
+def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
+    """What a scan found as one HTML file: by day, agent, project and kind, and the worst sessions with a section each."""
+    rows, totals = result["sessions"], result["totals"]
+    tokens, waste = totals["tokens"], totals["waste"]
+    new = sum(tokens.values()) - tokens["cache_read"]
+    worst = sorted((row for row in rows if row["waste"]["tokens"]),
+                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
+    use: Dict[str, int] = {}
+    for row in rows:
+        for name, count in row["token_use"].items():
+            use[name] = use.get(name, 0) + count
+    steps = [line.split(". ", 1)[1] for line in _first_steps(rows)[4:]]
+    days = sorted(row["started_at"][:10] for row in rows if row["started_at"])
+    span = f"{days[0]} to {days[-1]}" if days else ""
+    header = (f'<header><div class="brand">Scan of agent transcripts</div><h1>{totals["sessions"]:,} sessions, '
+              f'{totals["model_calls"]:,} model calls</h1><p class="soft">{_escaped(span)}</p></header>')
+    if not rows:
+        return _page("Scan report", header, _card("No sessions found", f"<p>{_escaped(_skipped_text(result['skipped']))}</p>"))
+    return _page(
+        "Scan report", header,
+        _facts(100.0 * (1 - waste["tokens"] / new) if new else 100.0, (waste["measured_tokens"], waste["tokens"]),
+               (waste["measured_cost"], waste["cost"]), new, totals["estimated_cost"],
+               f"{short_number(new - tokens['output'])} in, {short_number(tokens['output'])} out; "
+               f"{short_number(tokens['cache_read'])} sent again"),
+        _card("By day", _days(rows)), _card("What to do first", _list_of(steps, "ol")),
+        _two(_card("By agent", _group_bars(rows, "agent")) + _kinds_card(issue for row in rows for issue in row["issues"]),
+             _card("By project", _group_bars(rows, "project", 6)) + _card("All tokens by purpose", _use_bars(use))),
+        _card("Worst sessions", _worst_table(worst)),
+        *(_session_section(number, row) for number, row in enumerate(worst, 1)),
+        _card("Notes", _list_of([line.strip(" *") for line in _scan_notes(rows)[4:]]
+                                + [_skipped_text(result["skipped"]).strip()] * bool(result["skipped"]))))
+
+
+def _new_tokens(row: Dict[str, Any]) -> int:
+    return sum(row["tokens"].values()) - row["tokens"]["cache_read"]
+
+
+def _days(rows: List[Dict[str, Any]]) -> str:
+    """New tokens by the day a session began, the wasted part in red; several days share a column where they are many."""
+    began = [(parse_time(row["started_at"][:10]), row) for row in rows]
+    dated = [(moment.toordinal(), row) for moment, row in began if moment is not None]
+    if not dated:
+        return ""
+    first, last = min(day for day, _ in dated), max(day for day, _ in dated)
+    size = -(-(last - first + 1) // MOST_COLUMNS)
+    sums = [[0, 0, 0] for _ in range((last - first) // size + 1)]
+    for day, row in dated:
+        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], 1)):
+            sums[(day - first) // size][index] += amount
+    names = [datetime.fromordinal(first + size * at).date().isoformat() for at in range(len(sums))]
+    chart = _chart([(f"{name}: {sessions:,} sessions, {new:,} new tokens, {wasted:,} wasted",
+                     [("k3", new - wasted), ("waste", wasted)]) for name, (new, wasted, sessions) in zip(names, sums)],
+                   160, "New tokens by day, the wasted part in red")
+    if not chart:
+        return ""
+    per = f"{size} days" if size > 1 else "day"
+    ends = [names[0], datetime.fromordinal(last).date().isoformat()]
+    return _plots(len(sums), _axis(f"up to {short_number(max(new for new, _, _ in sums))} new tokens per {per}"),
+                  f'<div class="plot">{chart}</div>', _axis(*ends[:1 + (last > first)])) + _legend(
+                      [("k3", "New input and output"), ("waste", "Wasted")])
+
+
+def _group_bars(rows: List[Dict[str, Any]], key: str, most: int = 10) -> str:
+    """New tokens, waste and cost by an agent's or a project's name."""
+    groups: Dict[str, List[float]] = {}
+    for row in rows:
+        entry = groups.setdefault(str(row[key] or "unknown"), [0, 0, 0.0])
+        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], row["estimated_cost"])):
+            entry[index] += amount
+    ranked = sorted(groups.items(), key=lambda item: -item[1][0])
+    shown = [(f'<span title="{_escaped(name, 300)}">{_escaped(_last_part(name), 40)}</span>', amounts)
+             for name, amounts in ranked[:most]]
+    if ranked[most:]:
+        shown.append((f"{len(ranked) - most:,} others", [sum(column) for column in zip(*(a for _, a in ranked[most:]))]))
+    return _bars([(label, new, wasted, f"{short_number(new)} <span class=\"soft\">{share_text(wasted, new)} wasted, "
+                   f"{dollars(cost)}</span>") for label, (new, wasted, cost) in shown])
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
+
+
+def _worst_table(worst: List[Dict[str, Any]]) -> str:
+    rows = "".join(
+        f'<tr><td><a href="#s{number}">{_escaped(row["task"] or row["id"], 90)}</a></td>'
+        f'<td class="wide">{_escaped(row["agent"], 20)}</td><td class="wide n">{_escaped(row["started_at"][:10])}</td>'
+        f'<td class="n">{row["efficiency_score"]:.1f}</td><td class="n">{short_number(row["waste"]["tokens"])}</td>'
+        f'<td class="n">{dollars(row["waste"]["cost"])}</td></tr>' for number, row in enumerate(worst, 1))
+    return ('<div class="scroll"><table><tr><th>Session</th><th class="wide">Agent</th><th class="wide n">Began</th>'
+            f'<th class="n">Score</th><th class="n">Wasted</th><th class="n">Cost</th></tr>{rows}</table></div>') if rows else ""
+
+
+def _session_section(number: int, row: Dict[str, Any], most: int = 5) -> str:
+    """One session of a scan in short."""
+    issues = sorted(row["issues"], key=lambda issue: -issue["charged_tokens"])
+    findings = "".join(
+        f"<li>{_chip(issue['severity'])} {_escaped(issue['description'])} <span class=\"soft\">"
+        f"{issue['charged_tokens']:,} tokens, {dollars(issue['charged_cost'])}, "
+        f"{'measured' if issue['measured'] else 'estimated'}</span></li>" for issue in issues[:most])
+    more = f"<li class=\"soft\">and {len(issues) - most} more</li>" if len(issues) > most else ""
+    command = f"sessionoptimizer export {row['id']} --format html --output report.html"
+    return (f'<section class="card" id="s{number}"><h3>{_escaped(row["task"] or row["id"])}</h3>'
+            f'<p class="soft wrap">{_escaped(row["agent"])} &middot; {_escaped(row["model"])} &middot; '
+            f'{_escaped(row["started_at"][:16].replace("T", " "))} &middot; score {row["efficiency_score"]:.1f} &middot; '
+            f'{short_number(_new_tokens(row))} new tokens, {short_number(row["waste"]["tokens"])} wasted &middot; '
+            f'{dollars(row["estimated_cost"])}, {dollars(row["waste"]["cost"])} wasted<br>{_escaped(row["path"], 400)}</p>'
+            f'<ul>{findings}{more}</ul><p class="soft wrap" style="margin-top:8px">The whole report: <code>{_escaped(command, 300)}'
+            "</code></p></section>")
+
+
+_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output", "tokens_cache_write",
+                "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query", "command", "tool", "line")
+
+
+def csv_report(session: Session, report: OptimizationReport) -> str:
+    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report calls wasted of each. No
+    text in it can be taken for a formula."""
+    import csv
+    import io
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    charged = ClaimsLedger(session, report.issues).by_event
+    for event in session.events:
+        data = dict(event.data, file_path=(_paths_of(event.data) or [""])[0], command=_command_of(event.data),
+                    query=event.data.get("query") or event.data.get("pattern") or "")
+        known = dict(vars(event), event_type=event.event_type.value, charged_tokens=charged.get(event.id, 0),
+                     model=event.model or session.model)
+        writer.writerow([_cell(known[name] if name in known else data.get(name, "")) for name in _CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value for a spreadsheet: numbers as they are, texts without control characters, none of them a formula."""
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return ("'" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + plain(text, 32_000)
+
+
+FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report, "html": html_report, "csv": csv_report}
 
 
 def evidence_text(session: Session, report: OptimizationReport) -> str:
@@ -1931,6 +2411,8 @@ def _most_read(rows: List[Dict[str, Any]], most: int) -> List[str]:
     reads: Dict[str, List[int]] = {}
     for row in rows:
         for path, count in row["most_read"].items():
+            if not path.startswith(("/", "~")) and path[1:2] != ":":
+                continue  # of a project that is not known
             entry = reads.setdefault(path, [0, 0])
             entry[0] += count
             entry[1] += 1
@@ -1957,7 +2439,7 @@ def _skipped_text(skipped: List[Dict[str, Any]]) -> str:
     lines = [entry for entry in skipped if entry["line"]]
     files = [entry for entry in skipped if not entry["line"]]
     parts = ([f"{len(lines):,} damaged lines in {len({e['path'] for e in lines}):,} files"] if lines else []) + \
-        ([f"{len(files):,} files that hold no session"] if files else [])
+        ([f"{len(files):,} file{'s that hold' if len(files) > 1 else ' that holds'} no session"] if files else [])
     return "\n\nSkipped: " + " and ".join(parts) + " (--format json names each with the reason)."
 
 
@@ -2008,8 +2490,8 @@ def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[st
 # An append writes `,event + footer` over the old footer. Only at the end of an event does a space stand
 # before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer closes it.
 
-_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?\Z", re.IGNORECASE)  # of Windows
+_ID = _Pattern(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
+_DEVICE = _Pattern(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?\Z", re.IGNORECASE)  # of Windows
 _ID_LENGTH = 200  # characters
 _SLUG_LENGTH = 100  # characters: leaves room for a date and a counter in an id
 
@@ -2786,9 +3268,10 @@ _NESTED_SHELLS = 6  # levels of bash -c, $( ) and the like
 _EXPANSIONS = 40  # words that one word with variables or braces may become
 _GUARD = {ord(char): 0xE000 + at for at, char in enumerate("$`{*?[~")}  # quoted: without their meaning
 _UNGUARD = {code: char for char, code in _GUARD.items()}
-_DRIVE = r"[A-Za-z]:(?=[\\/]|$)"
-_WINDOWS = r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\"
-# The patterns are strings, compiled by `re` (which keeps them) on first use: importing stays light.
+_DRIVE = _Pattern(r"[A-Za-z]:(?=[\\/]|$)")
+_CANONICAL = _Pattern(r"(?:/\.?\w[\w.@+-]*)+\Z")  # most paths: there is nothing to normalise
+_WINDOWS = _Pattern(r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\")
+_MAYBE_WINDOWS = _Pattern(r"-(?<=[a-z]-)[A-Z]|:\\")  # in every text that _WINDOWS finds something in, and quick
 _PIECES = r"""(?xs)
   (?P<blank>[^\S\n]+|%(escape)s\r?\n)
 | (?P<doc><<-?[ \t]*\\?(?P<q>['"]?)(?P<end>[^\s'"|&;<>()]+)(?P=q))
@@ -2805,12 +3288,19 @@ _PIECES = r"""(?xs)
 | (?P<var>\$(?:\w+|\{[^}]*\}|[?@*\#!$-]))
 | (?P<plain>[^\s'"`$|&;<>()%(plain)s]+|[\\$`{}])
 """
-_BASH = _PIECES % {"escape": r"\\", "braces": "", "tick": "|`", "plain": r"\\"}
-_POWERSHELL = _PIECES % {"escape": "`", "braces": "{}", "tick": "", "plain": "{}"}
+_BASH = _Pattern(_PIECES % {"escape": r"\\", "braces": "", "tick": "|`", "plain": r"\\"})
+_POWERSHELL = _Pattern(_PIECES % {"escape": "`", "braces": "{}", "tick": "", "plain": "{}"})
+# What _BASH makes of a text that has none of the characters in _NOT_SIMPLE: most commands.
+_NOT_SIMPLE = _Pattern(r"[\n'\"`$\\#()<]")
+_SIMPLE = _Pattern(r"\d*>&(?:\d+|-)|((?:&|\d+|\*)?(?:>>|>\||>&|>))|(&&|\|\||;;&?|\|&|[;|&])|([^\s|&;>]+)")
 _SED_RANGE = r"(\d+|\$)(?:,\s*(\+?\d+|\$))?\s*p"
-_IN_DOUBLE = r"""(?s)(?P<text>[^"\\$`]+)|(?P<escape>\\.)|(?P<nested>\$\(|`)|(?P<var>\$[\w{]?)|(?P<end>")"""
-_IN_NESTED = r"""(?xs)(?<!<)<<-?[ \t]*\\?(?P<q>['"]?)(?P<end>\w+)(?P=q)
-    |'[^']*'|"[^"\\]*(?:\\.[^"\\]*)*"|\\.|[()]"""
+_IN_DOUBLE = _Pattern(r"""(?s)(?P<text>[^"\\$`]+)|(?P<escape>\\.)|(?P<nested>\$\(|`)|(?P<var>\$[\w{]?)|(?P<end>")""")
+_IN_NESTED = _Pattern(r"""(?xs)(?<!<)<<-?[ \t]*\\?(?P<q>['"]?)(?P<end>\w+)(?P=q)
+    |'[^']*'|"[^"\\]*(?:\\.[^"\\]*)*"|\\.|[()]""")
+_ASSIGNMENT = _Pattern(r"\w+\+?=")
+_EXPANDED = _Pattern(r"\$(?:(\w+)|\{(\w+)\})|\{([^{}$]*,[^{}]*)\}")
+_NO_FILE = _Pattern(r"/dev/(?!shm)|\$null$|nul$|\$\(\)", re.I)
+_PROGRAM = _Pattern(r"\.(?:exe|cmd|bat|ps1)$")
 _PATCHED = r"(?m)^(?:\*\*\* (?:(?:Update|Add|Delete) File|Move to): |\+\+\+ (?:b/)?)(\S[^\t\n]*)"
 
 
@@ -2866,12 +3356,14 @@ def shell_effects(command, cwd: str = "") -> ShellEffects:
 
 def canonical_path(path: str, cwd: str = "") -> str:
     """Return `path` joined to `cwd` and normalised, with forward slashes on Windows."""
-    windows = re.match(_DRIVE, cwd)
-    if windows or re.match(_DRIVE, path) or path.startswith((".\\", "..\\", "\\\\", "~\\")):
+    windows = cwd[1:2] == ":" and _DRIVE.match(cwd)
+    if not windows and _CANONICAL.match(path):
+        return path
+    if windows or _DRIVE.match(path) or path.startswith((".\\", "..\\", "\\\\", "~\\")):
         path, cwd = path.replace("\\", "/"), cwd.replace("\\", "/")
         if windows and re.match(r"/[A-Za-z](?:/|$)", path):
             path = path[1].upper() + ":" + path[2:]
-    if cwd and not path.startswith(("/", "~")) and not re.match(_DRIVE, path):
+    if cwd and not path.startswith(("/", "~")) and not _DRIVE.match(path):
         path = cwd + "/" + path
     return posixpath.normpath(path)
 
@@ -2889,8 +3381,8 @@ def _nested_code(text: str, at: int, opening: str) -> tuple:
     if opening == "`":
         end = text.index("`", at)
         return text[at:end], end + 1
-    depth, start, pieces = 1, at, re.compile(_IN_NESTED)
-    match = pieces.search(text, at)
+    depth, start = 1, at
+    match = _IN_NESTED.search(text, at)
     while match:
         at = match.end()
         depth += {"(": 1, ")": -1}.get(match.group(), 0)
@@ -2898,15 +3390,15 @@ def _nested_code(text: str, at: int, opening: str) -> tuple:
             return text[start:match.start()], at
         if match.group("end") and text[start] != "(":
             at = text.index("\n" + match.group("end"), at)
-        match = pieces.search(text, at)
+        match = _IN_NESTED.search(text, at)
     raise ValueError("unbalanced parenthesis")
 
 
 def _double_quoted(text: str, at: int, tokens: list) -> tuple:
     """Return (the value of a double-quoted string that starts before `at`, where it ends)."""
-    value, pieces = "", re.compile(_IN_DOUBLE)
+    value = ""
     while True:
-        match = pieces.match(text, at)
+        match = _IN_DOUBLE.match(text, at)
         if not match:
             raise ValueError("unbalanced quote")
         kind, piece, at = match.lastgroup, match.group(), match.end()
@@ -2934,8 +3426,16 @@ def _here_documents(text: str, at: int, pending: list) -> int:
     return at
 
 
-def _lex(text: str, pieces) -> list:
+def _tokens(text: str, *, windows: bool) -> list:
     """Return the tokens of a command line; ValueError where quotes or parentheses do not balance."""
+    if windows or len(text) > _PARSED_CHARS or _NOT_SIMPLE.search(text):
+        return _lex(text, _POWERSHELL if windows else _BASH)
+    return [("word", word) if word else (op, "") if op else ("redirect", redirect)
+            for redirect, op, word in _SIMPLE.findall(text) if word or op or redirect]
+
+
+def _lex(text: str, pieces) -> list:
+    """The tokens of any command line."""
     tokens, pending, word, at, limit = [], [], None, 0, _PARSED_CHARS
     while at < len(text) and at < limit:
         match = pieces.match(text, at)
@@ -2990,14 +3490,14 @@ class _Shell:
 
     def run(self, text: str, *, windows: bool = False) -> list:
         """Follow a script; its output is shown, so nothing is left to flow on."""
-        self.windows = windows or bool(re.search(_WINDOWS, text[:_PARSED_CHARS]))
+        self.windows = windows or _MAYBE_WINDOWS.search(text) is not None and bool(_WINDOWS.search(text[:_PARSED_CHARS]))
         self.depth += 1
         if text.lstrip().startswith("*** Begin Patch"):
             text = "apply_patch <<'~'\n" + text
         try:
             tokens = [("cut", "")]
             if self.depth < _NESTED_SHELLS:
-                tokens = _lex(text, re.compile(_POWERSHELL if self.windows else _BASH))
+                tokens = _tokens(text, windows=self.windows)
         except ValueError:
             tokens = [("cut", "")]
         flow, words, targets, redirect, self.doc = [], [], [], "", ""
@@ -3062,7 +3562,7 @@ class _Shell:
         flow = self.command(words, flow) if words else []
         for redirect, value in targets:
             if ">" in redirect:
-                if not re.match(r"/dev/(?!shm)|\$null$|nul$|\$\(\)", value, re.I):
+                if not _NO_FILE.match(value):
                     self.write(self.expand(value))
                     flow = flow if redirect[0] in "23456789" else []
         return flow
@@ -3080,7 +3580,7 @@ class _Shell:
             self.optional, words = True, words[2:]
         if self.windows and words and not re.match(r"[A-Za-z_~?%/\\]|\.[./\\]|\. ", words[0]):
             return []
-        while words and re.match(r"\w+\+?=", words[0]):
+        while words and "=" in words[0] and _ASSIGNMENT.match(words[0]):
             name, _, value = words[0].partition("=")
             words = words[1:]
             if not words:
@@ -3090,8 +3590,10 @@ class _Shell:
 
     def expand(self, word: str) -> list:
         """Return the words that variables and braces make of one word; what is unknown keeps its `$`."""
+        if "$" not in word and "{" not in word:
+            return [word]
         found = [word]
-        for part in itertools.islice(re.finditer(r"\$(?:(\w+)|\{(\w+)\})|\{([^{}$]*,[^{}]*)\}", word), 8):
+        for part in itertools.islice(_EXPANDED.finditer(word), 8):
             name = part.group(1) or part.group(2)
             values = part.group(3).split(",") if not name else self.variables.get(name)
             values = {"HOME": ["~"], "PWD": [self.cwd or part.group()]}.get(name, values)
@@ -3103,9 +3605,10 @@ class _Shell:
 
     def command(self, words: list, flow):
         """Run one command and return what flows out of it."""
-        name = re.split(r"[\\/]", _plain(words[0]))[-1].lower()
-        name = re.sub(r"\.(?:exe|cmd|bat|ps1)$", "", name) if not name.startswith(".") else name
-        args = words[1:]
+        name, args = words[0], words[1:]
+        if name not in _COMMANDS:
+            name = _plain(name).replace("\\", "/").rsplit("/", 1)[-1].lower()
+            name = _PROGRAM.sub("", name) if not name.startswith(".") else name
         if len(args) <= 3 and args and args[-1] in ("--version", "-V", "--help", "-h", "-help", "/?"):
             return None
         if "$" in words[0]:
@@ -3124,7 +3627,7 @@ class _Shell:
         if "$" in word or "`" in word or not word:
             return ""
         word = _plain(word)
-        absolute = word.startswith(("/", "~", "\\\\")) or re.match(_DRIVE, word)
+        absolute = word.startswith(("/", "~", "\\\\")) or _DRIVE.match(word)
         if self.windows and not absolute:
             word = word.replace("\\", "/")
         return canonical_path(word, self.cwd or "") if absolute or self.cwd is not None else ""
@@ -3663,7 +4166,7 @@ _COMMANDS = {name: handler for handler, names in _FAMILIES for name in names.spl
 _SECRET_HINTS = ("k-", "k_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "akia", "asia", "xox",
                  "aiza", "eyj", "glpat-", "npm_", "hf_", "token", "secret", "passw", "passphrase", "pwd",
                  "key", "bearer", "basic", "authorization", "://", "sshpass", "-u ")
-_SECRETS = r"""(?xis)
+_SECRETS = _Pattern(r"""(?xis)
   -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY-----.*?(?:-----END[^\n]{0,50}|\Z)
 | \b(?:[spr]k[-_](?:live_|test_|ant-|proj-)?[\w-]{16,200} | gh[pousr]_\w{20,255} | github_pat_\w{20,255}
     | (?:AKIA|ASIA)[0-9A-Z]{16} | xox[abprs]-[\w-]{10,200} | AIza[\w-]{30,50}
@@ -3678,15 +4181,15 @@ _SECRETS = r"""(?xis)
     | \bsshpass\s{1,3}-p\s{0,3}["']?
     | \s-u\s{1,3}["']?[\w.@-]{1,100}:(?!/)
   )[^\s"'$&|;,)}@<>\\*]{1,2000}
-"""
+""")
 
 
 def mask_secrets(text: str) -> str:
     """Return the text with what looks like a key, a token or a password replaced by `***`."""
     lower = text.lower()
-    if not any(hint in lower for hint in _SECRET_HINTS):
+    if not any(map(lower.__contains__, _SECRET_HINTS)):
         return text
-    return re.sub(_SECRETS, lambda match: (match.group("kept") or "") + "***", text)
+    return _SECRETS.sub(lambda match: (match.group("kept") or "") + "***", text)
 
 
 class TranscriptReader:
@@ -3702,6 +4205,10 @@ class TranscriptReader:
     def detect(self, path: str, head: bytes) -> bool:
         """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this format."""
         raise NotImplementedError
+
+    def companions(self, path: str) -> List[str]:
+        """Further files that belong to the session of a file somebody named; none by default."""
+        return []
 
     def group(self, paths: List[str]) -> List[List[str]]:
         """Which files are read together; each alone by default."""
@@ -3969,7 +4476,7 @@ def task_line(text: str) -> str:
     return line if len(line) <= TASK_LENGTH else line[:TASK_LENGTH - 1] + "…"
 
 
-_NUMBERED = re.compile(r" *\d+(\t|→)")
+_NUMBERED = _Pattern(r" *\d+(\t|→)")
 
 
 class ToolEvents:
@@ -3987,7 +4494,8 @@ class ToolEvents:
         arguments = arguments if arguments.__class__ is dict else {}
         data: Dict[str, Any] = {"tool": name, "response_id": response, "line": line}
         event = SessionEvent("", timestamp, EventType.TOOL_CALL, data)
-        kind = _TOOL_KINDS.get(name.lower(), "")
+        tool = name.lower()
+        kind = _TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool.startswith("mcp__") else tool, "")
         command = (arguments.get("command") or arguments.get("cmd") or arguments.get("script")) if kind == "shell" else None
         path = "" if kind in ("shell", "harmless") else _path_argument(arguments)
         if command:
@@ -4007,8 +4515,18 @@ class ToolEvents:
             if paths:
                 data["file_path"] = data["changes"][0]
         else:
-            data["changes"] = [] if kind or _QUERY_TOOL.search(name.lower()) else ["?"]
+            data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
+            if tool.startswith("mcp_"):
+                self._named(data, arguments)
         return event
+
+    def _named(self, data: Dict[str, Any], arguments: Dict[str, Any]) -> None:
+        """The path and the query that a tool of an MCP server was given."""
+        path, query = _path_argument(arguments), arguments.get("query") or arguments.get("pattern") or arguments.get("url")
+        if path:
+            data["file_path"] = canonical_path(path, self.cwd)
+        if query.__class__ is str:
+            data["query"] = mask_secrets(query[:600])[:300]
 
     def _command(self, event: SessionEvent, command: Any, cwd: Any) -> None:
         effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
@@ -4029,7 +4547,8 @@ class ToolEvents:
             event.event_type = EventType.SEARCH
             query, scope = effects.searches[0]
             event.data["query"] = mask_secrets(query)[:300]
-            event.data["scope"] = f"{scope} #{event.data['operation']}" if len(effects.searches) > 1 else scope
+            scope = f"{scope} #{event.data['operation']}" if len(effects.searches) > 1 else scope
+            event.data["scope"] = mask_secrets(scope)
         elif kind == "write":
             event.event_type = EventType.FILE_WRITE
             if effects.writes:
@@ -4039,12 +4558,13 @@ class ToolEvents:
         event.event_type = EventType.SEARCH
         query = next((arguments[key] for key in ("pattern", "query", "url", "prompt") if arguments.get(key)), path)
         event.data["query"] = mask_secrets(str(query)[:600])[:300]
-        scope = {key: value for key, value in sorted(arguments.items())
-                 if value not in (None, query) and key not in ("description",)}
+        scope = {key: value if key in _SCOPE_KEYS and len(str(value)) <= 80 else digest_of(value)
+                 for key, value in sorted(arguments.items()) if value not in (None, query) and key != "description"}
         if path and path != query:
-            scope["path"] = event.data["file_path"] = canonical_path(path, self.cwd)
+            event.data["file_path"] = canonical_path(path, self.cwd)
+            scope.update((key, event.data["file_path"]) for key in scope if arguments[key] == path)
         if scope:
-            event.data["scope"] = json.dumps(scope, sort_keys=True)[:300] if len(str(scope)) < 300 else digest_of(scope)
+            event.data["scope"] = mask_secrets(json.dumps(scope))[:600]
 
     def result(self, event: SessionEvent, text: str, first: int = 0, count: int = 0, total: int = 0) -> None:
         """What a read or a search returned: its hash, lines, and whether the window has seen them otherwise. The first
@@ -4100,6 +4620,11 @@ _TOOL_KINDS = {tool: kind for kind, tools in (
     ("shell", _SHELL_TOOLS)) for tool in tools}
 
 
+# Where a search looks and how it shows what it finds: kept as given. What else it is told may be a prompt: kept as a hash.
+_SCOPE_KEYS = ("path", "dir_path", "glob", "type", "include", "output_mode", "head_limit", "offset", "limit", "max_results",
+               "multiline", "context", "-i", "-n", "-A", "-B", "-C", "case_sensitive", "respect_git_ignore")
+
+
 def _path_argument(arguments: Dict[str, Any]) -> str:
     """The file or directory a tool call names, "" where none."""
     for key in ("file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path"):
@@ -4108,8 +4633,8 @@ def _path_argument(arguments: Dict[str, Any]) -> str:
     return ""
 
 
-_QUERY_TOOL = re.compile(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
-_UNCHANGED = re.compile(r"unchanged since (?:your |the )?last read|file[ _]unchanged|file has not changed since", re.I)
+_QUERY_TOOL = _Pattern(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
+_UNCHANGED = _Pattern(r"unchanged since (?:your |the )?last read|file[ _]unchanged|file has not changed since", re.I)
 _CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum allowed")
 
 
@@ -4119,7 +4644,7 @@ def _is_cut_off(text: str) -> bool:
     return "truncated…" in text or any(words in ends for words in _CUT_OFF)
 
 
-_COLLATERAL = re.compile(r"sibling tool call errored|parallel tool call .* errored", re.I)
+_COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
 
 
 def _failure_kind_of(message: str) -> str:
@@ -4156,6 +4681,16 @@ class ClaudeCodeReader(TranscriptReader):
     def detect(self, path: str, head: bytes) -> bool:
         return b'"sessionId"' in head and (b'"parentUuid"' in head or b'"leafUuid"' in head or b'"isSidechain"' in head) \
             or head.startswith(b'{"type":"summary"') and b'"leafUuid"' in head
+
+    def companions(self, path: str) -> List[str]:
+        """The files of the session's sub-agents: below <session>/subagents, or beside the session."""
+        folder, name = os.path.split(os.path.abspath(path))
+        session = os.path.splitext(name)[0]
+        found = [os.path.join(place, file) for place, _, files in os.walk(os.path.join(folder, session, "subagents"))
+                 for file in files if file.endswith(".jsonl")]
+        beside = [os.path.join(folder, file) for file in os.listdir(folder)
+                  if file.startswith("agent-") and file.endswith(".jsonl") and file != name]
+        return found + [file for file in beside if _session_id_in(file) == session]
 
     def group(self, paths: List[str]) -> List[List[str]]:
         """Main files with their sub-agents' files: those below <session>/subagents, and those beside the session that
@@ -4577,12 +5112,12 @@ class _ClaudeUnit:
                 self._user(inner, self.file_agent)
 
 
-_PLAIN_RESULT = re.compile(
+_PLAIN_RESULT = _Pattern(
     rb'\{"parentUuid":(?:null|"[^"\\]*"),[^\[{\\]{0,800}"message":\{"role":"user","content":\[\{'
     rb'(?:"tool_use_id":"(?P<id1>[^"\\]+)","type":"tool_result","content":"'
     rb'|"type":"tool_result","tool_use_id":"(?P<id2>[^"\\]+)","content":")')
-_RESULT_TAIL = re.compile(rb'\}\]\},"uuid":"([^"\\]+)","timestamp":"([^"\\]+)"')
-_FILE_TAIL = re.compile(rb'"numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
+_RESULT_TAIL = _Pattern(rb'\}\]\},"uuid":"([^"\\]+)","timestamp":"([^"\\]+)"')
+_FILE_TAIL = _Pattern(rb'"numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
 
 
 def _json_length(raw: bytes) -> int:
@@ -4601,7 +5136,7 @@ def _json_text(raw: bytes) -> str:
         return text
 
 
-_UUID = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
+_UUID = _Pattern(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
 
 
 def _text(value: Any) -> str:
@@ -4842,18 +5377,18 @@ class _Facts:
 
 # Codex CLI
 
-_ROLLOUT = re.compile(rb'^\{(?=[^\n]*"payload"\s*:)[^\n]*?"type"\s*:\s*'
+_ROLLOUT = _Pattern(rb'^\{(?=[^\n]*"payload"\s*:)[^\n]*?"type"\s*:\s*'
                       rb'"(?:session_meta|turn_context|response_item|event_msg)"', re.M)
-_OLD_ROLLOUT = re.compile(rb'\s*\{"id"\s*:\s*"[^"]*",\s*"timestamp"\s*:\s*"[^"]*",\s*"instructions"\s*:')
-_OUTPUT_HEAD = re.compile(r"(?:Chunk ID|Exit code|Wall time|Process exited|Process running|Command):? ?")
-_EXIT_CODE = re.compile(r"(?:Exit code: |Process exited with code |\bexit code: )(-?\d{1,9})")
-_RUNNING = re.compile(r"Process running with session ID (\d{1,18})")
-_CODEX_FAILURE = re.compile(
+_OLD_ROLLOUT = _Pattern(rb'\s*\{"id"\s*:\s*"[^"]*",\s*"timestamp"\s*:\s*"[^"]*",\s*"instructions"\s*:')
+_OUTPUT_HEAD = _Pattern(r"(?:Chunk ID|Exit code|Wall time|Process exited|Process running|Command):? ?")
+_EXIT_CODE = _Pattern(r"(?:Exit code: |Process exited with code |\bexit code: )(-?\d{1,9})")
+_RUNNING = _Pattern(r"Process running with session ID (\d{1,18})")
+_CODEX_FAILURE = _Pattern(
     r"failed in sandbox|[\w ]{1,40} failed: |error: |failed to parse function arguments|aborted by user|"
     r"execution error|unsupported (?:custom tool )?call|collab spawn failed|tool call error", re.I)
-_CODEX_CUT = re.compile(r"\A(?:Total output lines: \d+)|(?:…|\.\.\. ?)\d+ (?:tokens|chars|lines) truncated|"
+_CODEX_CUT = _Pattern(r"\A(?:Total output lines: \d+)|(?:…|\.\.\. ?)\d+ (?:tokens|chars|lines) truncated|"
                         r"\[\.\.\. omitted \d+ of \d+ lines")
-_INJECTED = re.compile(r"\s*(?:<([a-z][\w -]{2,60})>[\s\S]*</\1>\s*$|# AGENTS\.md instructions|"
+_INJECTED = _Pattern(r"\s*(?:<([a-z][\w -]{2,60})>[\s\S]*</\1>\s*$|# AGENTS\.md instructions|"
                        r"<[A-Z_]{4,40}>)")
 _IDE_CONTEXT = "## My request for Codex:"  # what an editor adds to a prompt ends with this heading
 _LAYOUT_GAP = 2  # seconds within which items that follow their token count are written
@@ -5275,8 +5810,8 @@ def _found_nothing(event: SessionEvent, outcome: Outcome) -> bool:
 
 # Gemini CLI
 
-_GEMINI_EXIT = re.compile(r"(?:^|\n|\\n)Exit Code: (-?\d{1,9})")
-_GEMINI_SHOWN = re.compile(r"Showing lines (\d{1,9})-(\d{1,9}) of (\d{1,9}) total lines")
+_GEMINI_EXIT = _Pattern(r"(?:^|\n|\\n)Exit Code: (-?\d{1,9})")
+_GEMINI_SHOWN = _Pattern(r"Showing lines (\d{1,9})-(\d{1,9}) of (\d{1,9}) total lines")
 _REWIND = "$rewindTo"
 
 
@@ -5874,8 +6409,9 @@ def _messages(value: Any) -> List[Dict[str, Any]]:
 
 READERS = (ClaudeCodeReader(), CodexReader(), GeminiReader(), OtelReader())
 
+_UNKNOWN = "not a transcript of a known agent"
 _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
-_STAMP = re.compile(rb'"(?:timestamp|startTime|startTimeUnixNano)"\s*:\s*"([^"]{4,40})"')
+_STAMP = _Pattern(rb'"(?:timestamp|startTime|startTimeUnixNano)"\s*:\s*"([^"]{4,40})"')
 
 
 def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
@@ -5885,8 +6421,9 @@ def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
         if not os.path.exists(path):
             raise StorageError(path, "there is no such file or directory", "give a transcript or a folder that holds some")
         if not os.path.isdir(path):
-            info = os.stat(path)
-            yield os.path.abspath(path), info.st_size, info.st_mtime_ns
+            for file in [path] + [more for reader in READERS for more in reader.companions(path)]:
+                info = os.stat(file)
+                yield os.path.abspath(file), info.st_size, info.st_mtime_ns
             continue
         for folder, _, _ in os.walk(path):
             with os.scandir(folder) as entries:
@@ -5899,22 +6436,23 @@ def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
 class TranscriptScan:
     """Finds which transcripts changed since the last scan, reads those, and counts each response for one session.
 
-    ``state`` is what the last scan left: {"files": {path: [size, mtime, reader, unit]}, "units": {unit: {"files", "order",
-    "rows"}}, "deleted": [units]}; ``owners`` maps response ids to units. A unit is one session's files, named by the first.
+    ``state`` is what the last scan left: {"files": {path: [size, mtime, reader, unit, reason]}, "units": {unit: {"files",
+    "reader", "order", "settings", "rows", "skipped"}}}. A unit is one session's files, named by the first. ``settings``: a
+    hash of what the rows depend on besides the files; units read under others count as changed, and all with ``again``.
     """
 
-    def __init__(self, state: Optional[Dict[str, Any]], owners: Optional[Dict[str, str]]):
+    def __init__(self, state: Optional[Dict[str, Any]], settings: str = "", again: bool = False):
         state = state if isinstance(state, dict) and isinstance(state.get("units"), dict) else {}
         self.files: Dict[str, List[Any]] = state.get("files", {})
         self.units: Dict[str, Dict[str, Any]] = state.get("units", {})
-        self.deleted = set(state.get("deleted", []))
-        self._owners_of = owners  # read by the caller only when something changed
-        self.owners: Dict[str, str] = {}
+        self.settings, self.again = settings, again
+        self.owners: Dict[str, str] = {}  # response id: the unit that counts it
         self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
-        self.scope: List[str] = []   # the units that the paths of this scan hold
+        self.scope: List[str] = []    # the units that the paths of this scan hold
         self.changed: List[str] = []
+        self.dropped: List[Dict[str, Any]] = []  # units whose files now belong to others
 
-    def look(self, found: Iterable[Tuple[str, int, int]], only: str = "") -> None:
+    def look(self, found: Iterable[Tuple[str, int, int]]) -> None:
         """Compare what is there with the state; sets ``scope`` and ``changed``."""
         seen = {path: [size, mtime] for path, size, mtime in found}
         known = self.files
@@ -5924,10 +6462,10 @@ class TranscriptScan:
             units = {known[path][3] for path in seen if known[path][3]}
         else:
             units = self._regroup(seen, set(fresh))
-        self.scope = sorted(unit for unit in units if not only or self.units[unit]["reader"] == only)
-        self.changed = [unit for unit in self.changed if unit in set(self.scope)]
+        self.scope = sorted(units)
+        self.changed = [unit for unit in self.scope if self.again or self.units[unit]["settings"] != self.settings]
         for path in seen:
-            if not known[path][2]:
+            if not known[path][2] and not (path.endswith(".json") and known[path][4] == _UNKNOWN):  # JSON of another kind
                 self.skipped.setdefault(path, [[path, 0, known[path][4] if len(known[path]) > 4 else "no known transcript"]])
 
     def _regroup(self, seen: Dict[str, List[int]], fresh: set) -> set:
@@ -5947,12 +6485,14 @@ class TranscriptScan:
     def _unit(self, reader: TranscriptReader, group: List[str], fresh: set) -> str:
         name = group[0]
         for path in group:
+            before = self.files[path][3]
+            if before != name and before == path and before in self.units:
+                self.dropped.append(self.units.pop(before))  # a sub-agent whose session has come
             self.files[path][3] = name
         old = self.units.get(name)
         if old is None or old["files"] != group or fresh.intersection(group):
-            self.units[name] = {"files": group, "reader": reader.name, "order": _order_of(group[0]),
-                                "rows": old["rows"] if old else []}
-            self.changed.append(name)
+            self.units[name] = {"files": group, "reader": reader.name, "order": _order_of(group[0]), "settings": "",
+                                "rows": old["rows"] if old else [], "skipped": []}
         return name
 
     @staticmethod
@@ -5965,34 +6505,39 @@ class TranscriptScan:
         for reader in READERS:
             if reader.detect(path, head):
                 return reader.name, ""
-        return "", "not a transcript of a known agent"
+        return "", _UNKNOWN
 
-    def read(self, progress: Optional[Callable[[str], None]] = None) -> Iterator[Tuple[str, List[Session]]]:
-        """Read the changed units, earliest first, and those that lose a response to an earlier one; yield each unit's
-        sessions as they are read (a unit may come twice: the last counts)."""
-        if not self.changed:
-            return
-        self.owners = dict(self._owners_of or {})
-        waiting = set(self.changed)
-        self.owners = {key: unit for key, unit in self.owners.items() if unit not in waiting}
+    def read(self, owners: Optional[Dict[str, str]]) -> Iterator[Tuple[str, List[Session]]]:
+        """Read the changed units, earliest first, and those that lose a response to an earlier one; yield each unit's sessions
+        as they are read (a unit may come twice: the last counts). ``owners``: the response ids of the scans before."""
+        from heapq import heapify, heappop, heappush
+        waiting = [(self.units[name]["order"], name) for name in self.changed]
+        heapify(waiting)
+        gone = set(self.changed) | {unit["files"][0] for unit in self.dropped}
+        self.owners = {key: name for key, name in (owners or {}).items() if name not in gone}
         while waiting:
-            name = min(waiting, key=lambda unit: self.units[unit]["order"])
-            waiting.discard(name)
-            yield name, self._read_unit(name, waiting)
-            if progress:
-                progress(name)
+            _, name = heappop(waiting)
+            losers: set = set()
+            yield name, self._read_unit(name, losers)
+            self.units[name]["settings"] = self.settings
+            queued = {unit for _, unit in waiting}
+            for loser in losers - queued:
+                heappush(waiting, (self.units[loser]["order"], loser))
 
-    def _read_unit(self, name: str, waiting: set) -> List[Session]:
+    def _read_unit(self, name: str, losers: set) -> List[Session]:
         unit, owners = self.units[name], self.owners
         skipped: List[List[Any]] = []
 
         def claim(key: str) -> bool:
             owner = owners.setdefault(key, name)
-            if owner != name and owner in self.units and unit["order"] < self.units[owner]["order"]:
-                owners[key] = owner = name
-                if all(map(os.path.exists, self.units[owner]["files"])):
-                    waiting.add(owner)
-            return owner == name
+            if owner == name:
+                return True
+            later = self.units.get(owner)
+            if later is None or unit["order"] >= later["order"] or not all(map(os.path.exists, later["files"])):
+                return False  # a session whose transcript is gone keeps what it has counted
+            owners[key] = name
+            losers.add(owner)
+            return True
 
         reader = next(reader for reader in READERS if reader.name == unit["reader"])
         try:
@@ -6007,7 +6552,7 @@ class TranscriptScan:
 
     def to_state(self) -> Dict[str, Any]:
         """What the next scan starts from."""
-        return {"version": 1, "files": self.files, "units": self.units, "deleted": sorted(self.deleted)}
+        return {"version": 1, "files": self.files, "units": self.units}
 
 
 def _order_of(path: str) -> List[str]:
@@ -6307,6 +6852,8 @@ class SessionOptimizer:
         """End a session and log SESSION_END; a second end only changes the status. Returns the session; None, with a
         warning, when there is none. InvalidValue for an unknown status."""
         status = _status(status)
+        if status is SessionStatus.ACTIVE:
+            raise InvalidValue("a session does not end as ACTIVE: use COMPLETED, FAILED or ABANDONED")
 
         def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
             if footer["status"] != SessionStatus.ACTIVE.value:
@@ -6615,7 +7162,7 @@ class SessionOptimizer:
         found = {session_id: report for session_id, report in reports.items() if report is not None}
         if len(found) < 2:
             missing = ", ".join(plain(i, 60) for i, report in reports.items() if report is None)
-            return {"error": "Need at least 2 sessions to compare" + (f"; not found: {missing}" if missing else "")}
+            return {"error": "Need at least 2 different sessions to compare" + (f"; not found: {missing}" if missing else "")}
         rows = [{"id": session_id, "agent": self._sessions[session_id].agent, "task": self._sessions[session_id].task[:80],
                  "total_tokens": report.total_tokens, "cost": report.estimated_cost,
                  "efficiency_score": report.efficiency_score, "issue_count": len(report.issues)}
@@ -6750,33 +7297,38 @@ class SessionOptimizer:
         called with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped": [{"path", "line",
         "reason"}], "changes": text}``; StorageError when a path is not there.
         """
-        state = None if again or not store else self.store.read_json("scan")
-        if isinstance(state, dict) and state.get("settings") != self._settings():
-            state = None
-        scan = TranscriptScan(state, None)
-        if store and not again:
-            scan.deleted = set(self.store.read_json("deleted") or [])
-        roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)] if paths is None else paths
+        state = self.store.read_json("scan") if store else None
+        scan = TranscriptScan(state, self._settings(), again)
+        roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)] if paths is None else list(paths)
         scan.look(find_transcripts(roots))
+        for path in map(os.path.abspath, roots):
+            if scan.files.get(path) and not scan.files[path][2]:
+                scan.skipped[path] = [[path, 0, scan.files[path][4]]]  # somebody named it, so it is not left out in silence
         before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
-        if scan.changed:
-            self._read_changed(scan, store, progress)
-            if store:
-                self._keep_scan(scan, again)
-        return _scan_result(scan, before, agent, since, project, first=state is None)
+        deleted = set(self.store.read_json("deleted") or []) if store else set()
+        if again:
+            deleted -= set(scan.scope)
+        if scan.changed or scan.dropped:
+            with _CollectorPaused():
+                self._read_changed(scan, store, deleted, progress)
+        if store and (scan.changed or scan.dropped):
+            self.store.write_json("scan-responses", scan.owners)
+            self.store.write_json("scan", scan.to_state())
+            self.store.write_json("deleted", sorted(deleted))
+        return _scan_result(scan, before, agent, since, project, first=not before)
 
-    def _read_changed(self, scan: TranscriptScan, store: bool, progress: Optional[Callable[[int, int], None]]) -> None:
-        if store:
-            scan._owners_of = self.store.read_json("scan-responses") if scan.units else None
-        done, taken = 0, {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
-                          for row in unit["rows"]}
-        for name, sessions in scan.read():
-            unit, done = scan.units[name], done + 1
+    def _read_changed(self, scan: TranscriptScan, store: bool, deleted: set,
+                      progress: Optional[Callable[[int, int], None]]) -> None:
+        taken = {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
+                 for row in unit["rows"]}
+        for row in [row for unit in scan.dropped for row in unit["rows"]] if store else []:
+            self.store.delete(row["id"])
+            self._forget(row["id"])
+        for done, (name, sessions) in enumerate(scan.read(self.store.read_json("scan-responses") if store else None), 1):
+            unit = scan.units[name]
             old_ids = [row["id"] for row in unit["rows"]]
             unit["rows"] = []
-            if name in scan.deleted:
-                continue
-            for session in sessions:
+            for session in sessions if name not in deleted else []:
                 session.prices = self.prices
                 session.id = self._free_id(session.id, name, taken, old_ids, store)
                 report = build_report(session, self.analyzers)
@@ -6785,7 +7337,7 @@ class SessionOptimizer:
                     self._forget(session.id)
                 unit["rows"].append(session_row(session, report))
             if progress:
-                progress(done, len(scan.changed))
+                progress(done, max(done, len(scan.changed)))
 
     def _free_id(self, wanted: str, unit: str, taken: Dict[str, str], old_ids: List[str], store: bool) -> str:
         """The id itself, with a suffix when another transcript or a session of the user's has it."""
@@ -6806,12 +7358,6 @@ class SessionOptimizer:
         transcript = session.metadata.get("transcript_path") if session is not None else None
         return isinstance(source, dict) and source.get("path") == unit or transcript is not None and (
             os.path.realpath(str(transcript)) == os.path.realpath(unit))
-
-    def _keep_scan(self, scan: TranscriptScan, again: bool) -> None:
-        self.store.write_json("scan-responses", scan.owners)
-        self.store.write_json("scan", dict(scan.to_state(), settings=self._settings()))
-        if again:
-            self.store.write_json("deleted", [])
 
 
 def _event_id(session_id: str, footer: Dict[str, Any], timestamp: str) -> str:
@@ -7120,7 +7666,7 @@ def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]
         "start": (_start, "begin a session", [
             ("agent", {"help": "the agent's name"}), ("task", {"help": "what it is to do"}),
             ("--model", {"default": "default", "help": "its model, for prices"}),
-            ("--id", {"dest": "new_id", "help": "the session's id (default: agent and time)"}),
+            ("--id", {"dest": "new_id", "metavar": "ID", "help": "the session's id (default: agent and time)"}),
             ("--metadata", {"type": _JSON_ARGUMENT, "metavar": "JSON", "help": "an object kept with the session"}),
             ("-q", "--quiet", {"action": "store_true", "help": "print the id alone"}), json_or_text]),
         "end": (_end, "end a session", [
@@ -7168,7 +7714,8 @@ def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]
             ("--project", {"default": "", "metavar": "TEXT", "help": "whose working directory or path contains TEXT"}),
             ("--no-store", {"action": "store_true", "help": "keep nothing"}),
             ("--again", {"action": "store_true", "help": "read everything again, deleted sessions too"}),
-            json_or_text, limit]),
+            ("--format", {"choices": ("text", "json", "html"), "default": "text", "help": "text (default), json or html"}),
+            ("--output", {"metavar": "FILE", "help": "write to FILE instead of standard output"}), limit]),
         "import": (_import, "store sessions from JSON files or transcripts", [
             ("files", {"nargs": "+", "metavar": "FILE", "help": "a session's JSON, or a transcript of a known agent"})]),
         "selftest": (_selftest, "run the labelled sample transcripts and print the error rates", [
@@ -7290,12 +7837,29 @@ def _say(text: str) -> None:
         print(text.encode(encoding, "replace").decode(encoding))
 
 
+_COLOURS = {"CRITICAL": "1;31", "HIGH": "31", "MEDIUM": "33", "LOW": "36", "bar": "34"}
+
+
+def colour(text: str, name: str) -> str:
+    """The text in a colour, where standard output is a terminal that shows one and NO_COLOR is not set."""
+    shows = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and (
+        os.name != "nt" or "WT_SESSION" in os.environ)
+    return f"\033[{_COLOURS[name]}m{text}\033[0m" if shows else text
+
+
+def _painted(report: str) -> str:
+    """A text report with its severities and bars in colour, for the terminal alone."""
+    report = re.sub(r"\[(CRITICAL|HIGH|MEDIUM|LOW)\]", lambda match: colour(match.group(), match.group(1)), report)
+    return re.sub(r"(?m)(?<= )#+$", lambda match: colour(match.group(), "bar"), report)
+
+
 def _say_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _found_id(options: Any, given: str) -> str:
-    """The session's whole id: the one given, the only one that begins so, or the newest for 'last'."""
+def _found_id(options: Any, given: str, whole: bool = False) -> str:
+    """The session's whole id: the one given, the only one that begins so (unless it must be ``whole``), or the newest for
+    'last'."""
     store = options.optimizer.store
     if given == "last":
         newest = options.optimizer.list_sessions(limit=1)
@@ -7308,9 +7872,10 @@ def _found_id(options: Any, given: str) -> str:
     except InvalidSessionId:
         raise CommandError(f"{given!r} is not the id of a session: see sessionoptimizer list") from None
     matches = [session_id for session_id, _ in store.files() if session_id.startswith(given)]
-    if len(matches) == 1:
+    if len(matches) == 1 and not whole:
         return matches[0]
-    found = f"{len(matches)} sessions begin with {given!r} ({', '.join(sorted(matches)[:3])} …): give more of it" \
+    found = f"no session has the id {given!r}; give the whole id: {', '.join(sorted(matches)[:3])}" if whole and matches else \
+        f"{len(matches)} sessions begin with {given!r} ({', '.join(sorted(matches)[:3])} …): give more of it" \
         if matches else f"no session {given!r}: see sessionoptimizer list"
     raise CommandError(found)
 
@@ -7404,7 +7969,7 @@ def _list(options: Any) -> int:
 
 
 def _delete(options: Any) -> int:
-    session_id = _found_id(options, options.session_id)
+    session_id = _found_id(options, options.session_id, whole=True)
     if not options.optimizer.delete_session(session_id):
         return EXIT_FAILED
     print(f"Session deleted: {session_id}")
@@ -7417,7 +7982,8 @@ def _analyze(options: Any) -> int:
     session = options.optimizer.get_session(session_id)
     if report is None or session is None:
         raise CommandError(f"no session {session_id!r}")
-    _say(FORMATS[options.format](session, report))
+    text = FORMATS[options.format](session, report)
+    _say(_painted(text) if options.format == "text" else text)
     if options.evidence and options.format == "text":
         _say(evidence_text(session, report))
     return _below(options, report.efficiency_score)
@@ -7459,7 +8025,7 @@ def _alerts(options: Any) -> int:
         print("No alerts.")
     else:
         for alert in alerts:
-            _say(f"[{alert['level']}] {plain(alert['session_id'])} ({plain(alert['agent'], 40)}, {plain(alert['time'], 40)[:16]}): "
+            _say(_painted(f"[{alert['level']}]") + f" {plain(alert['session_id'])} ({plain(alert['agent'], 40)}, {plain(alert['time'], 40)[:16]}): "
                  f"{alert['message']}\n    {alert['action']}")
     fired = options.fail_on is not None and any(Severity(alert["level"]) >= options.fail_on for alert in alerts)
     return EXIT_LIMIT if fired else EXIT_DONE
@@ -7511,12 +8077,16 @@ def _scan(options: Any) -> int:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     if options.format == "json":
-        _say_json(result)
+        _write_out(json.dumps(result, indent=2), options.output)
+    elif options.format == "html":
+        _write_out(html_scan_report(result), options.output)
     elif not result["sessions"] and not options.paths:
         places = ", ".join(root for reader in READERS for root in reader.roots())
         _say(f"No transcripts found. Looked in: {places}\nGive a path: sessionoptimizer scan PATH")
+    elif options.output:
+        _write_out(scan_report(result), options.output)
     else:
-        _say(scan_report(result))
+        _say(_painted(scan_report(result)))
     totals = result["totals"]
     used = sum(totals["tokens"].values()) - totals["tokens"]["cache_read"]
     return _below(options, 100.0 * (1 - totals["waste"]["tokens"] / used) if used else 100.0)

@@ -44,15 +44,16 @@ def session_metrics(optimizer: SessionOptimizer, session_id: str) -> dict[str, A
     if report is None or session is None:
         return None
     errors = sum(event.event_type is EventType.ERROR for event in session.events)
-    return {"session_id": session_id, "status": session.status.value, "efficiency_score": report.efficiency_score,
-            "total_tokens": report.total_tokens, "waste_tokens": report.total_waste_tokens,
-            "issue_count": len(report.issues),
+    return {"session_id": session_id, "status": session.status.value,
+            "efficiency_score": report.efficiency_score, "total_tokens": report.total_tokens,
+            "waste_tokens": report.total_waste_tokens, "issue_count": len(report.issues),
             "error_rate": 100 * errors / len(session.events) if session.events else 0.0,
             "duration_seconds": session.duration_seconds, "estimated_cost": report.estimated_cost,
             "timestamp": now_text()}
 
 
-def report_session(optimizer: SessionOptimizer, monitor: HealthMonitor, session_id: str) -> dict[str, Any] | None:
+def report_session(optimizer: SessionOptimizer, monitor: HealthMonitor,
+                   session_id: str) -> dict[str, Any] | None:
     """Hand a session's metrics to the monitor and return them; None when there is no such session."""
     metrics, session = session_metrics(optimizer, session_id), optimizer.get_session(session_id)
     if metrics is not None and session is not None:
@@ -73,7 +74,8 @@ def health_summary(optimizer: SessionOptimizer, agent: str, days: int = 7) -> di
     count = stats.get("sessions_analyzed", 0)
     return {"agent": agent, "period_days": days, "sessions": count,
             "status": health_status(stats["average_efficiency"]) if count else "UNKNOWN",
-            "average_efficiency": stats.get("average_efficiency"), "waste_tokens": stats.get("total_waste_tokens", 0),
+            "average_efficiency": stats.get("average_efficiency"),
+            "waste_tokens": stats.get("total_waste_tokens", 0),
             "trend": stats["trends"]["trend"] if count else "insufficient_data",
             "common_issues": stats.get("common_issues", [])}
 
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             demo(optimizer, "ATLAS")
         summary = health_summary(optimizer, options.agent or "ATLAS", options.days)
     average = summary["average_efficiency"]
-    print(f"{summary['agent']}: {summary['status']}, {summary['sessions']} sessions in {summary['period_days']} days"
+    print(f"{summary['agent']}: {summary['status']}, {summary['sessions']} sessions in {options.days} days"
           + (f", average efficiency {average:.1f}%, trend {summary['trend']}" if average is not None else ""))
     for issue in summary["common_issues"]:
         print(f"  {issue['type']}: {issue['count']}")

@@ -4,8 +4,9 @@
     sessionoptimizer scan PATH --format json --no-store | python3 examples/ci_report.py > report.xml
     python3 examples/ci_report.py scan.json --level MEDIUM --output report.xml --strict
 
-One testcase per session. Its findings at or above ``--level`` (default HIGH) make it fail; the others, and what limits
-the figures, are its output. Damaged files are the suite's error output. docs/ci.md shows the whole job.
+One testcase per session. Its findings at or above ``--level`` (default HIGH) make it fail; the others, and
+what limits the figures, are its output. Damaged files are the suite's error output.
+docs/ci.md shows a whole job.
 """
 from __future__ import annotations
 
@@ -44,14 +45,16 @@ def testcase(row: dict[str, Any], level: Severity) -> ElementTree.Element:
     rest = [issue for issue in row["issues"] if Severity(issue["severity"]) < level]
     start, end = seconds_of(row.get("started_at")), seconds_of(row.get("ended_at"))
     case = ElementTree.Element("testcase", {
-        "classname": clean(f"sessionoptimizer.{row['agent']}"), "name": clean(f"{row['task'] or 'session'} ({row['id']})"),
+        "classname": clean(f"sessionoptimizer.{row['agent']}"),
+        "name": clean(f"{row['task'] or 'session'} ({row['id']})"),
         "time": f"{max(0.0, end - start):.3f}" if start is not None and end is not None else "0"})
     if bad:
         kinds = sorted({issue["issue_type"] for issue in bad})
+        message = f"{len(bad)} findings ({', '.join(kinds)}), efficiency {row['efficiency_score']:.1f}%"
         failure = ElementTree.SubElement(case, "failure", {
-            "type": clean(kinds[0] if len(kinds) == 1 else "WASTE"),
-            "message": clean(f"{len(bad)} findings ({', '.join(kinds)}), efficiency {row['efficiency_score']:.1f}%")})
-        failure.text = "\n".join([finding_line(issue) for issue in bad] + [clean(f"transcript: {row['path']}")])
+            "type": clean(kinds[0] if len(kinds) == 1 else "WASTE"), "message": clean(message)})
+        failure.text = "\n".join([finding_line(issue) for issue in bad]
+                                 + [clean(f"transcript: {row['path']}")])
     output = [finding_line(issue) for issue in rest] + [clean(note) for note in row.get("notes", [])]
     summary = (f"efficiency {row['efficiency_score']:.1f}%, {row['waste']['tokens']:,} tokens wasted "
                f"(${row['waste']['cost']:.4f} of ${row['estimated_cost']:.4f})")
@@ -75,7 +78,8 @@ def junit(result: dict[str, Any], level: Severity = Severity.HIGH) -> tuple[str,
         element.text = "\n"
     for element in suites.iter():
         element.tail = "\n"
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suites, encoding="unicode"), failed
+    text = ElementTree.tostring(suites, encoding="unicode")
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + text, failed
 
 
 def read_result(path: str | None) -> dict[str, Any]:
@@ -95,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report; 0, 1 when the input is no scan, 3 with --strict when a testcase failed."""
     parser = argparse.ArgumentParser(description="Turn scan --format json into JUnit XML.")
     parser.add_argument("file", nargs="?", help="the scan's JSON (default: standard input)")
-    parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.HIGH, metavar="LEVEL",
-                        help="LOW, MEDIUM, HIGH (default) or CRITICAL: findings that fail a testcase")
+    parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.HIGH,
+                        metavar="LEVEL", help="findings from LOW, MEDIUM or HIGH (default) on fail")
     parser.add_argument("--output", metavar="FILE", help="write to FILE instead of standard output")
     parser.add_argument("--strict", action="store_true", help="status 3 when a testcase failed")
     options = parser.parse_args(argv)
@@ -108,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             sys.stdout.buffer.write(text.encode("utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"ci_report: {options.file or 'standard input'} is not the output of scan --format json, or cannot be "
-              f"read or written: {error!r}", file=sys.stderr)
+        print(f"ci_report: {options.file or 'standard input'} is not what scan --format json prints, or a "
+              f"file cannot be read or written: {error!r}", file=sys.stderr)
         return 1
     return STATUS_FINDINGS if options.strict and failed else 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Log Claude Code's sessions while they run: put ``sessionoptimizer hook`` into its settings.json, or take it out.
+"""Log Claude Code's sessions while they run: put ``sessionoptimizer hook`` into settings.json, or out.
 
     python3 examples/claude_code_hooks.py                          shows what --install would change
     python3 examples/claude_code_hooks.py --install                ~/.claude/settings.json, all projects
@@ -7,9 +7,10 @@
     python3 examples/claude_code_hooks.py --install --guard        advice before a read or a search repeats
     python3 examples/claude_code_hooks.py --uninstall
 
-The change is shown first, as a diff; a copy of the file stays beside it (settings.json.DATE.bak). Installing twice is
-installing once. Uninstalling takes out these entries alone, and gives back the file byte for byte when nothing else
-has changed since. The hooks print nothing and, except at the end of a session, the agent does not wait for them.
+The change is shown first, as a diff; a copy of the file stays beside it (settings.json.DATE.bak). Installing
+twice is installing once. Uninstalling takes out these entries alone, and gives back the file byte for byte
+when nothing else has changed since. The hooks print nothing, and the agent waits for none but the last of a
+session and the guard.
 """
 from __future__ import annotations
 
@@ -29,12 +30,13 @@ from datetime import datetime
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-EVENTS = ("SessionStart", "UserPromptSubmit", "PostToolUse", "PostToolUseFailure", "SubagentStop", "PreCompact", "Stop",
-          "SessionEnd")
+EVENTS = ("SessionStart", "UserPromptSubmit", "PostToolUse", "PostToolUseFailure", "SubagentStop",
+          "PreCompact", "Stop", "SessionEnd")
 GUARDED = "Read|Grep|Glob|Bash|PowerShell"
 SECONDS = 10        # a hook that takes longer is stopped
 LAST_SECONDS = 5    # at the end of a session, where hooks have 1.5 s unless they ask for more
-OURS = re.compile(r"""(?:^|[/\\"'\s])sessionoptimizer(?:\.py|\.exe)?["']?(?:\s.*)?\shook(?:\s+--(?:guard|deny))*\s*$""")
+OURS = re.compile(r"""(?:^|[/\\"'\s])sessionoptimizer(?:\.py|\.exe)?["']?(?:\s.*)?\shook"""
+                  r"""(?:\s+--(?:guard|deny))*\s*$""")
 
 
 class SettingsError(Exception):
@@ -46,7 +48,8 @@ def hook_command(store: str | None) -> str:
     program = shutil.which("sessionoptimizer")
     words = ["sessionoptimizer"] if program else [sys.executable, os.path.join(ROOT, "sessionoptimizer.py")]
     words += ["--store", os.path.abspath(store)] if store else []
-    return subprocess.list2cmdline(words + ["hook"]) if os.name == "nt" else " ".join(map(shlex.quote, words + ["hook"]))
+    words.append("hook")
+    return subprocess.list2cmdline(words) if os.name == "nt" else " ".join(map(shlex.quote, words))
 
 
 def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
@@ -73,14 +76,15 @@ def ours_in(settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The groups that hold a handler of ours, by event."""
     found = {}
     for event, groups in settings.get("hooks", {}).items():
-        mine = [group for group in groups if isinstance(group, dict) and any(map(is_ours, group.get("hooks") or []))]
+        mine = [group for group in groups if isinstance(group, dict) and isinstance(group.get("hooks"), list)
+                and any(map(is_ours, group["hooks"]))]
         if mine:
             found[event] = mine
     return found
 
 
 def without(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without our handlers, and without the groups, events and ``hooks`` that this leaves empty."""
+    """The settings without our handlers, and without the groups, events and hooks that this leaves empty."""
     result = copy.deepcopy(settings)
     for event, mine in ours_in(settings).items():
         groups = []
@@ -109,7 +113,7 @@ def merged(settings: dict[str, Any], wanted: dict[str, dict[str, Any]]) -> dict[
 
 
 def read_settings(path: str) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of the file and what they say; b"" and {} when there is no file. SettingsError when it is damaged."""
+    """The bytes of the file and what they say; b"" and {} when there is none. SettingsError when damaged."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -121,7 +125,7 @@ def read_settings(path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def parse(data: bytes, path: str) -> dict[str, Any]:
-    """The settings in a file's bytes; SettingsError unless they can be written again without losing anything."""
+    """The settings in a file's bytes; SettingsError unless they can be written again without a loss."""
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key occurs twice in {{{', '.join(key for key, _ in pairs)}}}")
@@ -129,12 +133,13 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
 
     try:
         settings = json.loads(data.decode("utf-8"), object_pairs_hook=once) if data.strip() else {}
+        write_like(settings, data)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is damaged: {error}; mend it first, nothing was changed") from None
     hooks = settings.get("hooks", {}) if isinstance(settings, dict) else None
     if not isinstance(hooks, dict) or not all(isinstance(groups, list) for groups in hooks.values()):
-        raise SettingsError(f"{path} is not a settings file: it needs an object, in which \"hooks\" is an object of "
-                            "lists; nothing was changed")
+        raise SettingsError(f"{path} is damaged: it needs an object, in which hooks is an object of lists; "
+                            "mend it first, nothing was changed")
     return settings
 
 
@@ -147,7 +152,7 @@ def write_like(settings: dict[str, Any], old: bytes) -> bytes:
 
 
 def uninstalled(path: str, old: bytes, settings: dict[str, Any]) -> bytes | None:
-    """The bytes of the file without our entries: those of a copy that says the same; None to remove the file."""
+    """The file's bytes without our entries: those of a copy that says the same; None to remove the file."""
     if not ours_in(settings):
         return old
     plain = without(settings)
@@ -173,7 +178,7 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def replace(path: str, old: bytes, new: bytes | None) -> str:
-    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" when there was no file."""
+    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" without a file."""
     backup, target = "", os.path.realpath(path)  # a link, as dotfile managers make, stays one
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.exists(target):
@@ -198,8 +203,8 @@ def replace(path: str, old: bytes, new: bytes | None) -> str:
 def shown(path: str, old: bytes, new: bytes | None) -> str:
     """The change as a diff."""
     before, after = (data.decode("utf-8", "replace").splitlines() for data in (old, new or b""))
-    return "\n".join(difflib.unified_diff(before, after, path, path + (" (new)" if new is not None else " (removed)"),
-                                          lineterm=""))
+    label = path + (" (new)" if new is not None else " (removed)")
+    return "\n".join(difflib.unified_diff(before, after, path, label, lineterm=""))
 
 
 def settings_path(project: str | None) -> str:
@@ -214,12 +219,12 @@ def main(argv: list[str] | None = None) -> int:
     """Install or uninstall; 0, or 1 when the settings cannot be changed."""
     parser = argparse.ArgumentParser(description="Put sessionoptimizer's hooks into Claude Code's settings.")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--install", action="store_true", help="add the hooks (without it: only show the change)")
+    action.add_argument("--install", action="store_true", help="add the hooks (else: only show the change)")
     action.add_argument("--uninstall", action="store_true", help="take them out")
-    parser.add_argument("--project", nargs="?", const=".", metavar="DIR", help="the settings of a project (default: .)")
+    parser.add_argument("--project", nargs="?", const=".", metavar="DIR", help="a project's (default: .)")
     parser.add_argument("--dry-run", action="store_true", help="show the change and write nothing")
     parser.add_argument("--guard", nargs="?", const="advise", choices=("advise", "deny"), default="",
-                        help="answer reads and searches that would repeat: with advice (default) or a refusal")
+                        help="answer reads and searches that would repeat, by advice (default) or a refusal")
     parser.add_argument("--store", metavar="DIR", help="let the hooks log to this store")
     options = parser.parse_args(argv)
     path = settings_path(options.project)
@@ -241,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     except (SettingsError, OSError) as error:
         print(f"claude_code_hooks: {error}", file=sys.stderr)
         return 1
-    print(f"\n{path}: {'removed' if new is None else 'written'}" + (f"; the old one is {backup}" if backup else ""))
+    done = "removed" if new is None else "written"
+    print(f"\n{path}: {done}" + (f"; the old one is {backup}" if backup else ""))
     if settings.get("disableAllHooks"):
         print("note: disableAllHooks is set there, so no hook runs")
     return 0

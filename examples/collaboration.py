@@ -3,8 +3,8 @@
 
     python3 examples/collaboration.py [--store DIR]
 
-The sessions share a ``collab_id`` in their metadata, so agents in different processes can work on one collaboration
-as long as they use one store; ``sessions_of`` finds them all. A handoff costs its receiver the tokens of the text.
+The sessions share a ``collab_id`` in their metadata, so agents in different processes can take part as long
+as they use one store; ``sessions_of`` finds them all. A handoff costs its receiver the tokens of the text.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sessionoptimizer import EventType, Session, SessionOptimizer, SessionStatus
 
 
 class Channel(Protocol):
-    """How a handoff reaches its receiver. To use your own: ``from collabsession import CollabSession`` and adapt."""
+    """How a handoff arrives. To use your own, import it: ``from collabsession import CollabSession``."""
 
     def deliver(self, sender: str, receiver: str, text: str) -> None:
         """Bring the text to the receiver."""
@@ -43,7 +43,8 @@ class Mailboxes:
 class Collaboration:
     """Agents that work on one task. ``collab_id``: give the same one in every process that takes part."""
 
-    def __init__(self, optimizer: SessionOptimizer, task: str, *, collab_id: str = "", channel: Channel | None = None):
+    def __init__(self, optimizer: SessionOptimizer, task: str, *, collab_id: str = "",
+                 channel: Channel | None = None):
         self.optimizer, self.task = optimizer, task
         self.collab_id = collab_id or f"collab-{uuid.uuid4().hex[:12]}"
         self.channel = channel or Mailboxes()
@@ -56,14 +57,16 @@ class Collaboration:
         self.sessions[agent] = session
         return session
 
-    def log(self, agent: str, event_type: EventType | str, data: dict[str, Any] | None = None, **counts: int) -> None:
+    def log(self, agent: str, event_type: EventType | str, data: dict[str, Any] | None = None,
+            **counts: int) -> None:
         """Log an event of an agent; KeyError when it has not joined."""
         self.optimizer.log_event(self.sessions[agent].id, event_type, data, **counts)
 
     def handoff(self, sender: str, receiver: str, text: str) -> None:
         """Pass work on: logged on both sides, delivered, and charged to the receiver, who has to read it."""
         tokens = (len(text) + 3) // 4  # estimated: about four characters per token
-        self.log(sender, EventType.CUSTOM, {"type": "handoff_out", "to_agent": receiver, "characters": len(text)})
+        self.log(sender, EventType.CUSTOM,
+                 {"type": "handoff_out", "to_agent": receiver, "characters": len(text)})
         self.log(receiver, EventType.CONTEXT_LOAD,
                  {"source": "handoff", "type": "handoff_in", "from_agent": sender, "characters": len(text)},
                  tokens_input=tokens)
@@ -83,8 +86,8 @@ def sessions_of(optimizer: SessionOptimizer, collab_id: str) -> list[Session]:
 
 
 def combined_report(optimizer: SessionOptimizer, collab_id: str) -> dict[str, Any]:
-    """Tokens, waste, USD and efficiency of the collaboration and of each agent, and the files that more than one
-    agent read: no waste by itself, since contexts are apart, but what a better handoff could save."""
+    """Tokens, waste, USD and efficiency of the collaboration and of each agent, and the files that more than
+    one agent read: no waste by itself, since contexts are apart, but what a better handoff could save."""
     agents, readers = {}, defaultdict(set)
     for session in sessions_of(optimizer, collab_id):
         report = optimizer.analyze(session.id)
@@ -94,8 +97,10 @@ def combined_report(optimizer: SessionOptimizer, collab_id: str) -> dict[str, An
         for event in session.events:
             if event.event_type is EventType.FILE_READ and event.data.get("file_path"):
                 readers[event.data["file_path"]].add(session.id)
-    tokens, waste, cost = (sum(row[key] for row in agents.values()) for key in ("tokens", "waste_tokens", "cost"))
-    return {"collab_id": collab_id, "agents": agents, "total_tokens": tokens, "waste_tokens": waste, "cost": cost,
+    rows = list(agents.values())
+    tokens, waste = sum(row["tokens"] for row in rows), sum(row["waste_tokens"] for row in rows)
+    return {"collab_id": collab_id, "agents": agents, "total_tokens": tokens, "waste_tokens": waste,
+            "cost": sum(row["cost"] for row in rows),
             "combined_efficiency": 100 * (1 - waste / tokens) if tokens else 100.0,
             "shared_files": sorted(path for path, ids in readers.items() if len(ids) > 1)}
 
@@ -103,8 +108,9 @@ def combined_report(optimizer: SessionOptimizer, collab_id: str) -> dict[str, An
 def demo(optimizer: SessionOptimizer) -> None:
     """A planner, a builder and a tester on one feature."""
     collab = Collaboration(optimizer, "Build the login")
-    for agent, role, model in (("FORGE", "planner", "opus"), ("ATLAS", "builder", "sonnet"), ("BOLT", "tester", "grok")):
-        collab.join(agent, role, model)
+    collab.join("FORGE", "planner", "opus")
+    collab.join("ATLAS", "builder", "sonnet")
+    collab.join("BOLT", "tester", "grok")
     collab.log("FORGE", EventType.FILE_READ, {"file_path": "src/auth.py"}, tokens_input=1_200)
     collab.log("FORGE", EventType.AI_RESPONSE, tokens_output=1_500)
     collab.handoff("FORGE", "ATLAS", "Specification: sign in by e-mail, lock after five failures. " * 10)
@@ -112,7 +118,7 @@ def demo(optimizer: SessionOptimizer) -> None:
         collab.log("ATLAS", EventType.FILE_READ, {"file_path": "src/auth.py"}, tokens_input=1_200)
     collab.log("ATLAS", EventType.FILE_WRITE, {"file_path": "src/login.py"}, tokens_output=2_000)
     collab.handoff("ATLAS", "BOLT", "Built src/login.py; run tests/test_login.py.")
-    collab.log("BOLT", EventType.TOOL_CALL, {"tool": "bash", "command": "pytest tests/test_login.py"}, tokens_input=300)
+    collab.log("BOLT", EventType.TOOL_CALL, {"tool": "bash", "command": "pytest tests"}, tokens_input=300)
     result = collab.finish()
     for row in result["agents"].values():
         print(f"{row['agent']:<8}{row['role']:<9}{row['tokens']:>7,} tokens {row['efficiency']:>6.1f}%")

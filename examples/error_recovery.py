@@ -4,7 +4,7 @@
     python3 examples/error_recovery.py [--store DIR]
 
 An operation that fails leaves one ERROR event, however many attempts it took, with ``recovery_strategy``
-(none, fallback or retry) and ``recovered``; every attempt that is repeated is a CUSTOM ``retry_attempt`` event.
+(none, fallback or retry) and ``recovered``; every attempt that is repeated leaves a CUSTOM ``retry_attempt``.
 """
 from __future__ import annotations
 

@@ -5,13 +5,13 @@
     python3 examples/export_otlp.py last --output session.jsonl
     python3 examples/export_otlp.py last --endpoint http://127.0.0.1:4318 --header "Authorization=Bearer KEY"
 
-An agent is an invoke_agent span (sub-agents below it), a model call a chat span with its usage, a tool call an
-execute_tool span; prompts and context loads are events of the agent's span. As the conventions ask, input tokens
-include cache reads and writes. Ids come from the session's, so the same export twice is the same spans.
+An agent is an invoke_agent span (sub-agents below it), a model call a chat span with its usage, a tool call
+an execute_tool span; prompts and context loads are events of the agent's span. As the conventions ask, input
+tokens include cache reads and writes. Ids come from the session's: the same export twice is the same spans.
 
-``sessionoptimizer scan session.jsonl`` reads it back: same tokens, model calls, cache reads and writes. What spans
-cannot say is lost: the one-hour part of cache writes, compactions, and which tokens belong to which read. Tokens of an
-agent without any model call are put on its invoke_agent span, which a reader counts as one call.
+``sessionoptimizer scan session.jsonl`` reads it back: same tokens, model calls, cache reads and writes. What
+spans cannot say is lost: the one-hour part of cache writes, compactions, which tokens belong to which read.
+Tokens of an agent without any model call are put on its invoke_agent span, which readers count as one call.
 """
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer
 
 TOOLS = {EventType.FILE_READ: "read", EventType.FILE_WRITE: "write", EventType.SEARCH: "search",
          EventType.TOOL_CALL: "tool", EventType.ERROR: "tool"}
-PROVIDERS = (("claude", "anthropic"), ("opus", "anthropic"), ("sonnet", "anthropic"), ("gpt", "openai"), ("o3", "openai"),
-             ("o4", "openai"), ("gemini", "gcp.gemini"), ("grok", "x_ai"), ("deepseek", "deepseek"))
+PROVIDERS = (("claude", "anthropic"), ("opus", "anthropic"), ("sonnet", "anthropic"), ("gpt", "openai"),
+             ("o3", "openai"), ("o4", "openai"), ("gemini", "gcp.gemini"), ("grok", "x_ai"),
+             ("deepseek", "deepseek"))
 ARGUMENTS = ("file_path", "file_paths", "lines", "offset", "limit", "query", "scope", "command")
 BATCH = 1_000          # spans of one request
 TIMEOUT = 10.0         # seconds
@@ -53,7 +54,8 @@ def value_of(value: Any) -> dict[str, Any]:
 
 def attributes(values: dict[str, Any]) -> list[dict[str, Any]]:
     """OTLP attributes of a dict, without what is empty."""
-    return [{"key": key, "value": value_of(value)} for key, value in values.items() if value not in ("", None)]
+    return [{"key": key, "value": value_of(value)} for key, value in values.items()
+            if value is not None and value != ""]
 
 
 def hex_id(*parts: str, size: int = 8) -> str:
@@ -80,18 +82,18 @@ class Usage:
 
     def attributes(self) -> dict[str, Any]:
         """The attributes of the conventions: input with the cached part, output with the reasoning."""
-        cached = {"gen_ai.usage.cache_read.input_tokens": self.read,
-                  "gen_ai.usage.cache_creation.input_tokens": self.write,
-                  "gen_ai.usage.reasoning.output_tokens": self.reasoning}
-        return dict({"gen_ai.usage.input_tokens": self.input + self.read, "gen_ai.usage.output_tokens": self.output},
-                    **{key: count for key, count in cached.items() if count})
+        return {"gen_ai.usage.input_tokens": self.input + self.read,
+                "gen_ai.usage.output_tokens": self.output,
+                "gen_ai.usage.cache_read.input_tokens": self.read or None,
+                "gen_ai.usage.cache_creation.input_tokens": self.write or None,
+                "gen_ai.usage.reasoning.output_tokens": self.reasoning or None}
 
 
 def usages(events: list[SessionEvent], imported: bool) -> dict[str, Usage]:
     """The usage of every model call of one agent, by event id; under "" that of an agent without any.
 
-    What entered before a call belongs to it, and what entered after the last to the last. In an imported session a
-    call's own ``tokens_input`` entered with the call after it, and what follows a call is part of its output.
+    What entered before a call belongs to it, what entered after the last to the last. In an imported session
+    a call's own ``tokens_input`` entered with the call after it, and what follows it is part of its output.
     """
     calls = [event.id for event in events if event.event_type is EventType.AI_RESPONSE] or [""]
     result = {name: Usage() for name in calls}
@@ -119,7 +121,7 @@ class Exporter:
         self.usage: dict[str, dict[str, Usage]] = {}
 
     def time(self, text: str) -> int:
-        """Nanoseconds of a time, always later than the last one given: some logs have no times or equal ones."""
+        """Nanoseconds of a time, later than the last one given: some logs have no times, or equal ones."""
         self.clock = max(self.clock + STEP, int((seconds_of(text) or 0) * 1e6) * 1_000)
         return self.clock
 
@@ -139,7 +141,8 @@ class Exporter:
             by_agent.setdefault(event.agent_id, []).append(event)
         for agent, events in by_agent.items():
             self.usage[agent] = usages(events, self.session.imported)
-            self.agents[agent] = self.agent_span(agent, events[0].timestamp if events else self.session.started_at)
+            started = events[0].timestamp if events else self.session.started_at
+            self.agents[agent] = self.agent_span(agent, started)
         spans = [span for event in self.session.events for span in [self.event_span(event)] if span]
         end = max([int(span["endTimeUnixNano"]) for span in spans] + [self.clock])
         for agent in self.agents.values():
@@ -160,10 +163,11 @@ class Exporter:
                            "sessionoptimizer.status": self.session.status.value})
         if alone is not None and tokens:
             values.update(alone.attributes())
-        return self.span(f"{operation} {name}", f"agent {agent}", parent, self.time(started), 0, INTERNAL, values)
+        start = self.time(started)
+        return self.span(f"{operation} {name}", f"agent {agent}", parent, start, 0, INTERNAL, values)
 
     def event_span(self, event: SessionEvent) -> dict[str, Any] | None:
-        """The span of a model call or a tool; None for anything else, which becomes an event of the agent's span."""
+        """The span of a model call or a tool; None for others, which become events of the agent's span."""
         parent, start = self.agents[event.agent_id], self.time(event.timestamp)
         if event.event_type is EventType.AI_RESPONSE:
             model = event.model or self.session.model
@@ -171,7 +175,8 @@ class Exporter:
                       "gen_ai.request.model": model, "gen_ai.response.model": model,
                       "gen_ai.response.id": event.data.get("response_id") or event.id}
             values.update(self.usage[event.agent_id][event.id].attributes())
-            return self.span(f"chat {model}", event.id, parent["spanId"], start, event.duration_ms, CLIENT, values)
+            return self.span(f"chat {model}", event.id, parent["spanId"], start, event.duration_ms, CLIENT,
+                             values)
         if event.event_type in TOOLS:
             return self.tool_span(event, parent["spanId"], start)
         if event.event_type is not EventType.THINKING:
@@ -186,7 +191,8 @@ class Exporter:
         arguments = {key: event.data[key] for key in ARGUMENTS if event.data.get(key)}
         failed = event.event_type is EventType.ERROR
         span = self.span(f"execute_tool {name}", event.id, parent, start, event.duration_ms, INTERNAL, {
-            "gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name, "gen_ai.tool.call.id": event.id,
+            "gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name,
+            "gen_ai.tool.call.id": event.id,
             "gen_ai.tool.call.arguments": json.dumps(arguments) if arguments else "",
             "error.type": str(event.data.get("error_type") or "tool_error") if failed else "",
             "result_tokens": event.tokens_input})
@@ -214,7 +220,8 @@ def documents(session: Session, batch: int = BATCH) -> Iterator[dict[str, Any]]:
 def post(endpoint: str, document: dict[str, Any], headers: dict[str, str]) -> None:
     """Send a document to an OTLP/HTTP endpoint; OSError when it is refused or some of its spans are."""
     url = endpoint if endpoint.rstrip("/").endswith("/v1/traces") else endpoint.rstrip("/") + "/v1/traces"
-    request = urllib.request.Request(url, json.dumps(document).encode(), dict({"Content-Type": "application/json"}, **headers))
+    headers = dict({"Content-Type": "application/json"}, **headers)
+    request = urllib.request.Request(url, json.dumps(document).encode(), headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         answer = response.read()
     try:
@@ -229,9 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     """Export a session; 0, or 1 when it is not there or could not be written."""
     parser = argparse.ArgumentParser(description="Export a stored session as OTLP/JSON GenAI spans.")
     parser.add_argument("session_id", help="the session's id, or 'last'")
-    parser.add_argument("--output", metavar="FILE", help="write to FILE instead of standard output (.jsonl for a scan)")
+    parser.add_argument("--output", metavar="FILE", help="write to FILE (.jsonl) instead of standard output")
     parser.add_argument("--endpoint", metavar="URL", help="POST to this OTLP/HTTP endpoint instead")
-    parser.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="for the endpoint; repeatable")
+    parser.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="to send along")
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
     headers = dict(header.split("=", 1) for header in options.header if "=" in header)

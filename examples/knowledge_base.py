@@ -3,8 +3,8 @@
 
     python3 examples/knowledge_base.py [--base FILE] [--store DIR]
 
-A load is a CONTEXT_LOAD, a query a SEARCH (so asking the same twice is found), a save a CUSTOM event that tells the
-analyzers the base has changed (so asking again after it is not). Without FTS5 in SQLite the search compares words.
+A load is a CONTEXT_LOAD, a query a SEARCH (so asking the same twice is found), a save a CUSTOM event that
+says the base has changed (so asking again after it is not). Without FTS5 in SQLite the search compares words.
 """
 from __future__ import annotations
 
@@ -24,18 +24,12 @@ from sessionoptimizer import EventType, SessionOptimizer  # noqa: E402
 
 
 class Knowledge(Protocol):
-    """What is needed of a base. To use your own, import it instead: ``from knowledgesync import KnowledgeSync``."""
+    """What is needed of a base. To use your own, import it: ``from knowledgesync import KnowledgeSync``."""
 
     name: str
-
-    def load(self, entry_id: int) -> tuple[str, str] | None:
-        """Topic and text of an entry; None when there is none."""
-
-    def query(self, words: str, limit: int = 5) -> list[tuple[int, str, str]]:
-        """Id, topic and text of the entries that match best."""
-
-    def save(self, topic: str, text: str) -> int:
-        """Add an entry and return its id."""
+    def load(self, entry_id: int) -> tuple[str, str] | None: ...
+    def query(self, words: str, limit: int = 5) -> list[tuple[int, str, str]]: ...
+    def save(self, topic: str, text: str) -> int: ...
 
 
 class SqliteKnowledge:
@@ -45,9 +39,9 @@ class SqliteKnowledge:
         self.name = os.path.abspath(path)
         self._db = sqlite3.connect(path)
         self.full_text = full_text and self._has_fts5()
-        kind = "VIRTUAL TABLE IF NOT EXISTS entries USING fts5" if self.full_text else "TABLE IF NOT EXISTS plain_entries"
         self._table = "entries" if self.full_text else "plain_entries"
-        self._db.execute(f"CREATE {kind} (topic, text)")
+        kind, using = ("VIRTUAL TABLE", "USING fts5") if self.full_text else ("TABLE", "")
+        self._db.execute(f"CREATE {kind} IF NOT EXISTS {self._table} {using} (topic, text)")
 
     def _has_fts5(self) -> bool:
         try:
@@ -63,7 +57,8 @@ class SqliteKnowledge:
 
     def load(self, entry_id: int) -> tuple[str, str] | None:
         """Topic and text of an entry; None when there is none."""
-        return self._db.execute(f"SELECT topic, text FROM {self._table} WHERE rowid = ?", (entry_id,)).fetchone()
+        question = f"SELECT topic, text FROM {self._table} WHERE rowid = ?"
+        return self._db.execute(question, (entry_id,)).fetchone()
 
     def query(self, words: str, limit: int = 5) -> list[tuple[int, str, str]]:
         """The entries that hold any of the words, best match first; [] where there is no word to look for."""
@@ -72,22 +67,22 @@ class SqliteKnowledge:
             return []
         if self.full_text:  # every term quoted: FTS5 operators in a question are words
             match = " OR ".join(f'"{term}"' for term in terms)
-            return self._db.execute("SELECT rowid, topic, text FROM entries WHERE entries MATCH ? ORDER BY rank LIMIT ?",
-                                    (match, limit)).fetchall()
+            return self._db.execute("SELECT rowid, topic, text FROM entries WHERE entries MATCH ? "
+                                    "ORDER BY rank LIMIT ?", (match, limit)).fetchall()
         score = " + ".join(["(instr(lower(topic || ' ' || text), ?) > 0)"] * len(terms))
-        return self._db.execute(f"SELECT rowid, topic, text FROM (SELECT rowid, topic, text, {score} AS score FROM "
-                                "plain_entries) WHERE score > 0 ORDER BY score DESC, rowid LIMIT ?",
-                                (*terms, limit)).fetchall()
+        scored = f"SELECT rowid AS id, topic, text, {score} AS score FROM plain_entries"
+        return self._db.execute(f"SELECT id, topic, text FROM ({scored}) WHERE score > 0 "
+                                "ORDER BY score DESC, id LIMIT ?", (*terms, limit)).fetchall()
 
     def save(self, topic: str, text: str) -> int:
         """Add an entry and return its id."""
         with self._db:  # commits
-            return self._db.execute(f"INSERT INTO {self._table} (topic, text) VALUES (?, ?)", (topic, text)).lastrowid
+            return self._db.execute(f"INSERT INTO {self._table} VALUES (?, ?)", (topic, text)).lastrowid
 
 
 def estimate_tokens(text: str) -> int:
     """About four characters per token."""
-    return (len(text) + 3) // 4
+    return -(-len(text) // 4)
 
 
 def load_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge, entry_id: int) -> str:
@@ -105,17 +100,20 @@ def query_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledg
     """The entries that match, logged as a search; the tokens are those of the answer and of the question."""
     found = base.query(words, limit)
     optimizer.log_event(session_id, EventType.SEARCH,
-                        {"tool": "knowledge", "query": words, "scope": f"{base.name} {limit}", "results_count": len(found)},
+                        {"tool": "knowledge", "query": words, "scope": f"{base.name} {limit}",
+                         "results_count": len(found)},
                         tokens_input=sum(estimate_tokens(topic + text) for _, topic, text in found),
                         tokens_output=estimate_tokens(words))
     return found
 
 
-def save_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge, topic: str, text: str) -> int:
+def save_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge, topic: str,
+                   text: str) -> int:
     """Save what the model wrote, logged with its tokens; returns the entry's id."""
     entry_id = base.save(topic, text)
     optimizer.log_event(session_id, EventType.CUSTOM,
-                        {"type": "knowledge_save", "knowledge_id": entry_id, "topic": topic, "changes": [base.name]},
+                        {"type": "knowledge_save", "knowledge_id": entry_id, "topic": topic,
+                         "changes": [base.name]},
                         tokens_output=estimate_tokens(text))
     return entry_id
 
@@ -123,17 +121,16 @@ def save_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge
 def demo(optimizer: SessionOptimizer, base: SqliteKnowledge) -> None:
     """Save two entries, ask the same question twice, load what was found."""
     session = optimizer.start_session("FORGE", "Collect what we know of tokens", model="opus")
-    save_knowledge(optimizer, session.id, base, "JWT", "Short-lived signed tokens; rotate the signing keys weekly.")
-    save_knowledge(optimizer, session.id, base, "Sessions", "A server-side session ends when its cookie expires.")
+    save_knowledge(optimizer, session.id, base, "JWT", "Signed tokens; rotate the signing keys weekly.")
+    save_knowledge(optimizer, session.id, base, "Sessions", "They end when the cookie expires.")
     for _ in range(2):
         found = query_knowledge(optimizer, session.id, base, "which keys sign our tokens?")
     print(f"search: {'FTS5' if base.full_text else 'word by word'}, best match: {found[0][1]}")
     print(f"loaded: {load_knowledge(optimizer, session.id, base, found[0][0])}")
     optimizer.end_session(session.id)
     report = optimizer.analyze(session.id)
-    print(f"efficiency: {report.efficiency_score:.1f}%")
-    for issue in report.issues:
-        print(f"  {issue.issue_type.value}: {issue.estimated_waste_tokens} tokens")
+    kinds = ", ".join(issue.issue_type.value for issue in report.issues)
+    print(f"efficiency: {report.efficiency_score:.1f}%, found: {kinds}")
 
 
 def main(argv: list[str] | None = None) -> int:

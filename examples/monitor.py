@@ -18,8 +18,9 @@ As a systemd user service, in ~/.config/systemd/user/sessionoptimizer-monitor.se
     [Install]
     WantedBy=default.target
 
-What was sent is kept in the store (monitor.json), so a restart repeats nothing; an alert that could not be sent is
-tried again next time, and one whose trouble went away and came back counts as new. Copy message_bus_alerts.py along.
+What was sent is kept in the store (monitor.json), so a restart repeats nothing; an alert that could not be
+sent is tried again next time, and one whose trouble went away and came back counts as new. To copy this
+program, copy message_bus_alerts.py along.
 """
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ from sessionoptimizer import Severity, SessionOptimizer, SessionOptimizerError, 
 
 
 def read_sent(path: str) -> set[str]:
-    """The ids of the alerts that were sent and still held at the last check; none when the file cannot be read."""
+    """The ids of the alerts that were sent and still held at the last check; none without such a file."""
     try:
         with open(path, encoding="utf-8") as file:
             sent = json.load(file)
@@ -59,12 +60,13 @@ def write_sent(path: str, sent: set[str]) -> None:
 def message_of(alert: dict[str, Any]) -> dict[str, Any]:
     """An alert as a message for a bus."""
     message = make_message(f"{alert['kind']}: {plain(alert['agent'])}",
-                           [f"Session: {plain(alert['session_id'])}", plain(alert["message"]), alert["action"]],
-                           alert["level"], alert["session_id"])
+                           [f"Session: {plain(alert['session_id'])}", plain(alert["message"]),
+                            alert["action"]], alert["level"], alert["session_id"])
     return dict(message, id=alert["id"])
 
 
-def check(optimizer: SessionOptimizer, bus: Bus, *, level: Severity = Severity.LOW, hours: float = 24.0) -> list[str]:
+def check(optimizer: SessionOptimizer, bus: Bus, *, level: Severity = Severity.LOW,
+          hours: float = 24.0) -> list[str]:
     """Send the alerts at or above the level that are new among those of the last hours; the ids sent now.
 
     OSError when the bus refuses one: it and those after it count as not sent.
@@ -105,10 +107,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the monitor; 0, 1 when something could not be sent, 2 for a bad command line."""
     parser = argparse.ArgumentParser(description="Send new alerts of the store.")
     parser.add_argument("--to", default="-", metavar="TARGET", help="- (default), a file, or an http(s) URL")
-    parser.add_argument("--interval", type=float, default=0, metavar="SECONDS", help="repeat (default: check once)")
-    parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.LOW, metavar="LEVEL",
-                        help="LOW (default), MEDIUM or HIGH")
-    parser.add_argument("--hours", type=float, default=24.0, metavar="N", help="sessions of the last N hours (24)")
+    parser.add_argument("--interval", type=float, default=0, metavar="SECONDS", help="repeat (default: once)")
+    parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.LOW,
+                        metavar="LEVEL", help="LOW (default), MEDIUM or HIGH")
+    parser.add_argument("--hours", type=float, default=24.0, metavar="N", help="active in these hours (24)")
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
     try:

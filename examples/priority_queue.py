@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Work through a queue of tasks, the most urgent first, with a session for each, and see what each priority costs.
+"""Work through a queue of tasks, the most urgent first, a session for each, and see what each priority costs.
 
     python3 examples/priority_queue.py [--store DIR]
 
@@ -38,7 +38,6 @@ class Task:
 @dataclass
 class TaskResult:
     """How a task went."""
-
     task: Task
     session_id: str
     success: bool
@@ -49,7 +48,7 @@ class TaskResult:
 
 
 class Queue(Protocol):
-    """Where tasks come from. To use your own, import it instead: ``from priorityqueue import PriorityQueue``."""
+    """Where tasks come from. To use your own, import it: ``from priorityqueue import PriorityQueue``."""
 
     def pop(self) -> tuple[Task, float] | None:
         """The most urgent task and the seconds it waited; None when nothing is left."""
@@ -74,7 +73,7 @@ class TaskQueue:
         return task, time.monotonic() - since
 
 
-Work = Callable[[SessionOptimizer, str, Task], Any]  # does a task and logs to the session whose id it is given
+Work = Callable[[SessionOptimizer, str, Task], Any]  # does a task, logging to the session of this id
 
 
 def run_task(optimizer: SessionOptimizer, task: Task, work: Work, waited: float = 0.0) -> TaskResult:
@@ -97,14 +96,11 @@ def run_task(optimizer: SessionOptimizer, task: Task, work: Work, waited: float 
 
 def run_queue(optimizer: SessionOptimizer, queue: Queue, work: Work) -> list[TaskResult]:
     """Do all tasks, those that are added meanwhile too, in order of priority."""
-    results = []
-    for task, waited in iter(queue.pop, None):
-        results.append(run_task(optimizer, task, work, waited))
-    return results
+    return [run_task(optimizer, task, work, waited) for task, waited in iter(queue.pop, None)]
 
 
 def statistics(results: list[TaskResult]) -> dict[int, dict[str, float]]:
-    """By priority, most urgent first: tasks, how many succeeded, tokens, average efficiency, longest wait (seconds)."""
+    """By priority, most urgent first: tasks, successes, tokens, mean efficiency, longest wait (seconds)."""
     groups = defaultdict(list)
     for result in results:
         groups[result.task.priority].append(result)
@@ -118,9 +114,10 @@ def statistics(results: list[TaskResult]) -> dict[int, dict[str, float]]:
 def demo(optimizer: SessionOptimizer) -> None:
     """Four tasks, one of which fails."""
     queue = TaskQueue()
-    for task in (Task("t1", "Write the API page", "ATLAS", 50, "sonnet"), Task("t2", "Fix the login", "BOLT", 90, "grok"),
-                 Task("t3", "Review the patch", "FORGE", 70, "opus"), Task("t4", "Update the index", "ATLAS", 50)):
-        queue.push(task)
+    queue.push(Task("t1", "Write the API page", "ATLAS", 50, "sonnet"))
+    queue.push(Task("t2", "Fix the login", "BOLT", 90, "grok"))
+    queue.push(Task("t3", "Review the patch", "FORGE", 70, "opus"))
+    queue.push(Task("t4", "Update the index", "ATLAS", 50))
 
     def work(optimizer: SessionOptimizer, session_id: str, task: Task) -> None:
         for _ in range(2 if task.id == "t1" else 1):
@@ -131,8 +128,8 @@ def demo(optimizer: SessionOptimizer) -> None:
 
     results = run_queue(optimizer, queue, work)
     for result in results:
-        print(f"{result.task.priority:>3} {result.task.title:<20}{result.tokens:>6,} tokens {result.efficiency:>6.1f}% "
-              f"{'done' if result.success else 'failed'}")
+        print(f"{result.task.priority:>3} {result.task.title:<20}{result.tokens:>6,} tokens "
+              f"{result.efficiency:>6.1f}% {'done' if result.success else 'failed'}")
     for priority, row in statistics(results).items():
         print(f"priority {priority}: {row['succeeded']} of {row['tasks']} done, {row['tokens']:,} tokens, "
               f"{row['average_efficiency']:.1f}% efficient")
