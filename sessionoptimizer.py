@@ -452,17 +452,17 @@ def _local(moment: datetime) -> datetime:
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
-_DAYS: Dict[str, float] = {}  # seconds since 1970 of midnight UTC, by date: transcripts hold few dates and many times
+_HOURS: Dict[str, float] = {}  # seconds since 1970 at which an hour (UTC) begins: transcripts hold few hours and many times
 
 
 def seconds_of(text: Any) -> Optional[float]:
     """Seconds since 1970 of an ISO-8601 text; None when it is empty or not a time."""
     if text.__class__ is str and len(text) == 24 and text[23] == "Z" and text[19] == ".":
         try:
-            midnight = _DAYS.get(text[:10])
-            if midnight is None:
-                midnight = _DAYS[text[:10]] = (parse_time(text[:10] + "T00:00:00Z") - _EPOCH).total_seconds()
-            return midnight + int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19]) + int(text[20:23]) / 1000
+            hour = _HOURS.get(text[:13])
+            if hour is None:
+                hour = _HOURS[text[:13]] = (parse_time(text[:13] + ":00:00Z") - _EPOCH).total_seconds()
+            return hour + int(text[14:16]) * 60 + int(text[17:19]) + int(text[20:23]) / 1000
         except (ValueError, TypeError):
             pass
     moment = parse_time(text)
@@ -628,7 +628,7 @@ class Session:
         run in parallel), the active wall time, which leaves out gaps of more than 10 minutes."""
         if self.total_duration_ms and not self.imported:
             return self.total_duration_ms / 1000
-        times = sorted(t for t in (seconds_of(event.timestamp) for event in self.events) if t is not None)
+        times = sorted(t for t in map(seconds_of, {event.timestamp for event in self.events}) if t is not None)
         if not times:
             times = [t for t in (seconds_of(self.started_at), seconds_of(self.ended_at)) if t is not None]
             return max(0.0, times[-1] - times[0]) if len(times) > 1 else 0.0
@@ -909,10 +909,12 @@ class ContextMemory:
     def observe(self, event: SessionEvent) -> Optional[Repeat]:
         """What of this event its window held already (None: nothing), and take the event in."""
         self._clock += 1
+        kind = event.event_type
+        if kind is EventType.AI_RESPONSE and "changes" not in event.data:
+            return None
         changes = changes_of(event, self.cwd)
         if changes:
             self._forget(changes)  # a command line that changes and reads shows what it has changed
-        kind = event.event_type
         if kind is EventType.FILE_READ or kind is EventType.SEARCH:
             repeat = self.repeats(event)
             self._keep(event)
@@ -1352,18 +1354,20 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
 
     def ratios(self, session: Session) -> Iterator[Tuple[float, float, SessionEvent]]:
         """Of every event with tokens: how many times the average of the others, that average, and the event."""
-        events = [e for e in session.events if e.event_type is not EventType.CONTEXT_LOAD and e.tokens]
+        events = [(e, e.tokens) for e in session.events if e.event_type is not EventType.CONTEXT_LOAD and e.tokens]
         if len(events) < self.minimum_events:
             return
-        sums: Dict[Any, List[int]] = {None: [len(events), sum(e.tokens for e in events)]}
-        for event in events:
+        sums: Dict[Any, List[int]] = {None: [len(events), sum(tokens for _, tokens in events)]}
+        for event, tokens in events:
             row = sums.setdefault(event.event_type, [0, 0])
             row[0] += 1
-            row[1] += event.tokens
-        for event in events:
-            count, total = sums[event.event_type if sums[event.event_type][0] >= self.enough else None]
-            average = (total - event.tokens) / (count - 1)
-            yield event.tokens / average if average else float(event.tokens), average, event
+            row[1] += tokens
+        for kind, row in sums.items():
+            sums[kind] = row if row[0] >= self.enough else sums[None]
+        for event, tokens in events:
+            count, total = sums[event.event_type]
+            average = (total - tokens) / (count - 1)
+            yield tokens / average if average else float(tokens), average, event
 
     def _finding(self, session: Session, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
         multiplier, average, worst = spikes[0]
@@ -1397,7 +1401,9 @@ def share_out(total: int, weights: List[int]) -> List[int]:
     shares = [total * weight // whole for weight in weights]
     missing = total - sum(shares)
     if missing:
-        by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
+        remainders = [total * weight % whole for weight in weights]
+        by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True) \
+            if missing > 1 else [remainders.index(max(remainders))]
         for index in by_remainder[:missing]:
             shares[index] += 1
     return shares
@@ -1419,6 +1425,14 @@ def _events_of(session: Session) -> List[SessionEvent]:
     if session.events or not session.total_tokens:
         return session.events
     return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input, session.total_tokens_output)]
+
+
+def _events_by_id(session: Session) -> Dict[str, SessionEvent]:
+    """What `_events_of` returns by id, made once while the session's events stay the same."""
+    known = session.__dict__.get("_by_id")
+    if known is None or known[0] != len(session.events) or not session.events:
+        known = session.__dict__["_by_id"] = (len(session.events), {event.id: event for event in _events_of(session)})
+    return known[1]
 
 
 class UnitCosts:
@@ -1530,14 +1544,13 @@ def _unit_costs(session: Session) -> UnitCosts:
 def claims_of(session: Session, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
     """The issue's claims by event id, cut to what each event has. A bare number is split in the event's own
     proportion; without claims the waste is shared by the events involved, or by all where none is named."""
-    events = _events_of(session)
     if issue.claims:
-        by_id = {event.id: event for event in events}
+        by_id = _events_by_id(session)
         pairs = [(by_id[key], claim) for key, claim in issue.claims.items() if key in by_id]
         return {event.id: _cut(event, claim) for event, claim in pairs if _claimable(event)}
     if not issue.estimated_waste_tokens:
         return {}
-    involved = set(issue.events_involved)
+    events, involved = _events_of(session), set(issue.events_involved)
     named = [event for event in events if _claimable(event) and (not involved or event.id in involved)]
     tokens = min(int(issue.estimated_waste_tokens), sum(event.tokens for event in named))
     shares = share_out(tokens, [event.tokens for event in named])
@@ -1556,7 +1569,7 @@ def price_issue(session: Session, issue: EfficiencyIssue) -> None:
     if issue.claims:
         issue.estimated_waste_tokens = sum(map(sum, claims.values()))
     if not issue.estimated_waste_cost and claims:
-        costs, events = _unit_costs(session), {event.id: event for event in _events_of(session)}
+        costs, events = _unit_costs(session), _events_by_id(session)
         issue.estimated_waste_cost = sum(
             entered * unit[0] + written * unit[1]
             for unit, (entered, written) in ((costs.of(events[key]), claim) for key, claim in claims.items()))
@@ -1604,12 +1617,13 @@ def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> Optimiz
     issues, failures = [], []
     for analyzer in analyzers:
         try:
-            issues += list(analyzer.analyze(session) or [])
+            found = list(analyzer.analyze(session) or [])
+            if type(analyzer).analyze is not BaseAnalyzer.analyze:  # it made its issues itself
+                for issue in found:
+                    price_issue(session, issue)
+            issues += found
         except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
-    for issue in issues:
-        if not issue.estimated_waste_cost:
-            price_issue(session, issue)
     ledger = ClaimsLedger(session, issues)
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
     waste, total = sum(ledger.tokens.values()), session.total_tokens
@@ -1670,6 +1684,8 @@ def report_notes(session: Session) -> List[str]:
         price = session.prices.lookup(model)
         if not price.exact:
             notes.append(f"no price for model {model!r}: priced as {price.model}")
+        elif model == "default" and session.imported and session.total_tokens:
+            notes.append("no price for a model that the transcript does not name: priced as default")
     for count, text in ((session.metadata.get("output_lower_bound_calls"),
                          "responses have only a placeholder for their output: output tokens and cost are a lower bound"),
                         (session.metadata.get("redacted_thinking_calls"),
@@ -1853,7 +1869,8 @@ _STYLE = """
 --track:#222b37;--bad:#ff6b70;--fair:#f0b04a;--good:#4cc982;--link:#8db4ff;--carry:#3c4a5f;
 --k1:#5f6d82;--k2:#9a86f5;--k3:#5b9bf3;--k4:#2fb9c9;--k5:#63c79a;--k6:#e6b53c;--k7:#c3cedd;--k8:#cf9fe2;--k9:#8f7f66}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
 h1{font-size:26px;line-height:1.25;margin:2px 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:16px;margin:0 0 4px}h3{font-size:15px;margin:0 0 2px;overflow-wrap:anywhere}
@@ -1892,7 +1909,8 @@ summary b{font-weight:600;overflow-wrap:anywhere}details>:not(summary){margin-le
 table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}
 th{font-weight:600;color:var(--soft);text-align:left;border-bottom:1px solid var(--line);padding:4px 12px 4px 0}
 td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-tr:last-child td{border-bottom:0}td.wide{white-space:nowrap}th.n,td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+tr:last-child td{border-bottom:0}td.wide,th.n,td.n{white-space:nowrap}
+th.n,td.n{text-align:right;font-variant-numeric:tabular-nums}
 td.n:last-child,th.n:last-child{padding-right:0}
 code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 ol,ul{margin:6px 0 0;padding-left:22px}li{margin:4px 0}
@@ -1916,10 +1934,10 @@ def _page(title: str, *parts: str) -> str:
     """A whole HTML document in ASCII, which no encoding on its way can damage."""
     text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n" + "\n".join(filter(None, parts))
-            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
-              "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact repeats, "
-              "estimated waste assumes a share.</footer>\n</main></body></html>\n")
+            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+            + "\n".join(filter(None, parts)) + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
+              "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact "
+              "repeats, estimated waste assumes a share.</footer>\n</main></body></html>\n")
     return text.encode("ascii", "xmlcharrefreplace").decode()
 
 
@@ -1940,13 +1958,14 @@ def _chart(columns: List[Tuple[str, List[Tuple[str, int]]]], height: int, label:
             size = amount * 100 / most
             if amount:
                 top = place if down else 100 - place - size
-                rects.append(f'<rect class="{kind}" x="{index * 10 + 1}" y="{top:.2f}" width="8" height="{size:.2f}"/>')
+                rects.append(
+                    f'<rect class="{kind}" x="{index * 10 + 1}" y="{top:.2f}" width="8" height="{size:.2f}"/>')
             place += size
         drawn.append(f'<g><title>{says}</title><rect x="{index * 10}" width="10" height="100" fill="transparent"/>'
                      f'{"".join(rects)}</g>')
     width = max(10, len(columns) * 10)
-    return (f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width} 100" preserveAspectRatio="none" '
-            f'style="height:{height}px">{"".join(drawn)}</svg>')
+    return (f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width} 100" '
+            f'preserveAspectRatio="none" style="height:{height}px">{"".join(drawn)}</svg>')
 
 
 def _plots(columns: int, *parts: str) -> str:
@@ -1964,12 +1983,14 @@ def _bars(rows: List[Tuple[str, float, float, str]], kind: str = "k3") -> str:
     return '<div class="bars">' + "".join(
         f'<div><span>{label}</span><span class="track"><svg width="100%" height="10" aria-hidden="true">'
         f'<rect class="{kind}" width="{100 * amount / most if most else 0:.2f}%" height="10"/>'
-        f'<rect class="waste" width="{100 * wasted / most if most else 0:.2f}%" height="10"/></svg></span><span>{end}</span></div>'
+        f'<rect class="waste" width="{100 * wasted / most if most else 0:.2f}%" height="10"/></svg></span>'
+        f'<span>{end}</span></div>'
         for label, amount, wasted, end in rows) + "</div>" if rows else ""
 
 
 def _legend(entries: List[Tuple[str, str]]) -> str:
-    return '<div class="legend">' + "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries) + "</div>"
+    named = "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries)
+    return f'<div class="legend">{named}</div>'
 
 
 def _score_fact(score: float) -> str:
@@ -1977,8 +1998,8 @@ def _score_fact(score: float) -> str:
     kind = "good" if score >= GOOD_SCORE else "fair" if score >= FAIR_SCORE else "bad"
     return (f'<div class="card score"><svg class="{kind}" viewBox="0 0 36 36" aria-hidden="true">'
             '<circle cx="18" cy="18" r="15.9" fill="none" stroke="var(--track)" stroke-width="4"/>'
-            f'<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" stroke-linecap="round" '
-            f'stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" transform="rotate(-90 18 18)"/></svg>'
+            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" '
+            f'stroke-linecap="round" stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" transform="rotate(-90 18 18)"/></svg>'
             f'<div><span class="soft">Efficiency</span><span class="fact {kind}">{score:.1f}</span></div></div>')
 
 
@@ -1991,11 +2012,11 @@ def _facts(score: float, waste: Tuple[float, float], wasted_cost: Tuple[float, f
            used: str) -> str:
     """The row of figures a page begins with; waste and its cost as (measured, total)."""
     return '<div class="facts">' + _score_fact(score) + _fact(
-        "Wasted tokens", short_number(waste[1]), f"{share_text(waste[1], tokens)} of all, {short_number(waste[0])} measured",
-        "bad" if waste[1] else "") + _fact(
+        "Wasted tokens", short_number(waste[1]),
+        f"{share_text(waste[1], tokens)} of all, {short_number(waste[0])} measured", "bad" if waste[1] else "") + _fact(
         "Wasted cost", dollars(wasted_cost[1]), f"{share_text(wasted_cost[1], cost)} of the cost, "
-        f"{dollars(wasted_cost[0])} measured", "bad" if waste[1] else "") + _fact("Tokens", short_number(tokens), used) + _fact(
-        "Cost", dollars(cost), "at API prices") + "</div>"
+        f"{dollars(wasted_cost[0])} measured", "bad" if waste[1] else "") + _fact(
+        "Tokens", short_number(tokens), used) + _fact("Cost", dollars(cost), "at API prices") + "</div>"
 
 
 def _columns_of(session: Session) -> Tuple[List[List[SessionEvent]], str]:
@@ -2010,7 +2031,8 @@ def _columns_of(session: Session) -> Tuple[List[List[SessionEvent]], str]:
     groups = [group for group in groups if group]
     size = -(-len(groups) // MOST_COLUMNS) or 1
     name = "model call" if by_call else "event"
-    return [sum(groups[at:at + size], []) for at in range(0, len(groups), size)], f"{size} {name}s" if size > 1 else name
+    columns = [sum(groups[at:at + size], []) for at in range(0, len(groups), size)]
+    return columns, f"{size} {name}s" if size > 1 else name
 
 
 def _column(events: List[SessionEvent], charged: Dict[str, int]) -> Tuple[str, List[Tuple[str, int]], int]:
@@ -2037,7 +2059,8 @@ def _timeline(session: Session, charged: Dict[str, int]) -> str:
                      "Context sent again over the session", down=True)
     times = [_escaped(groups[at][0].timestamp[11:16]) for at in sorted({0, len(groups) // 2, len(groups) - 1})]
     most = max(sum(amount for _, amount in parts) for _, parts, _ in columns)
-    plots = [_axis(f"up to {short_number(most)} new tokens per {per}"), f'<div class="plot">{chart}</div>', _axis(*times)]
+    plots = [_axis(f"up to {short_number(most)} new tokens per {per}"), f'<div class="plot">{chart}</div>',
+             _axis(*times)]
     used = {kind for _, parts, _ in columns for kind, amount in parts if amount}
     legend = [(kind, name) for kind, (name, _) in _KINDS.items() if kind in used] + [("waste", "Wasted")]
     if carried:
@@ -2085,16 +2108,19 @@ def _finding(issue: EfficiencyIssue, session: Session, events: Dict[str, Session
         claim = issue.claims.get(event.id)
         wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim or 0
         place = event_place(session, event)
-        near = f"line {event.data['line']}" if event.data.get("line") and not event.data.get("path") else _last_part(place)
+        own = event.data.get("line") and not event.data.get("path")
+        near = f"line {event.data['line']}" if own else _last_part(place)
         rows.append(f'<tr><td><code title="{_escaped(place, 400)}">{_escaped(near, 80)}</code></td>'
                     f"<td>{_escaped(event_extract(session, event))}</td>"
                     f'<td class="n wide">{event.tokens_input:,}</td><td class="n wide">{event.tokens_output:,}</td>'
                     f'<td class="n">{wasted:,}</td></tr>')
     left = len(issue.events_involved) - _MOST_SHOWN
-    table = '<div class="scroll"><table><tr><th>Where</th><th>What</th><th class="n wide">In</th><th class="n wide">Out</th>' \
-        f'<th class="n">Wasted</th></tr>{"".join(rows)}</table></div>' if rows else '<p class="soft">The whole session.</p>'
-    return (f'<details{" open" * is_open}><summary>{_chip(issue.severity.value)} <b>{_escaped(issue.description)}</b> '
-            f'<span class="soft">{_escaped(_issue_waste(issue))}</span></summary><p>{_escaped(issue.suggestion)}.</p>{table}'
+    table = '<div class="scroll"><table><tr><th>Where</th><th>What</th><th class="n wide">In</th>' \
+        f'<th class="n wide">Out</th><th class="n">Wasted</th></tr>{"".join(rows)}</table></div>' \
+        if rows else '<p class="soft">The whole session.</p>'
+    return (f'<details{" open" * is_open}><summary>{_chip(issue.severity.value)} '
+            f'<b>{_escaped(issue.description)}</b> <span class="soft">{_escaped(_issue_waste(issue))}</span></summary>'
+            f'<p>{_escaped(issue.suggestion)}.</p>{table}'
             + (f'<p class="soft">and {left:,} more events</p>' if left > 0 else "") + "</details>")
 
 
@@ -2115,7 +2141,8 @@ def _list_of(entries: Iterable[str], tag: str = "ul") -> str:
 
 
 def html_report(session: Session, report: OptimizationReport) -> str:
-    """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what to do."""
+    """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what
+    to do."""
     charged, events = ClaimsLedger(session, report.issues).by_event, {event.id: event for event in session.events}
     source = session.metadata.get("source")
     about = [session.agent, session.model, session.status.value.lower(), session.started_at[:16].replace("T", " "),
@@ -2123,7 +2150,8 @@ def html_report(session: Session, report: OptimizationReport) -> str:
     cached = sum(event.tokens_cache_read for event in session.events)
     used = f"{short_number(session.total_tokens_input)} in, {short_number(session.total_tokens_output)} out" + (
         f"; {short_number(cached)} sent again" if cached else "")
-    shown = "".join(_finding(issue, session, events, number < 2) for number, issue in enumerate(report.issues[:_MOST_SHOWN]))
+    shown = "".join(_finding(issue, session, events, number < 2)
+                    for number, issue in enumerate(report.issues[:_MOST_SHOWN]))
     left = len(report.issues) - _MOST_SHOWN
     return _page(
         f"{session.task or session.id} - session report",
@@ -2131,18 +2159,21 @@ def html_report(session: Session, report: OptimizationReport) -> str:
         f'<p class="soft wrap">{_escaped(" · ".join(filter(None, about)), 400)}<br>{_escaped(session.id)}'
         + (f"<br>{_escaped(source.get('path'), 400)}" if isinstance(source, dict) else "") + "</p></header>",
         _facts(report.efficiency_score, (report.measured_waste_tokens, report.total_waste_tokens),
-               (report.measured_waste_cost, report.total_waste_cost), report.total_tokens, report.estimated_cost, used),
+               (report.measured_waste_cost, report.total_waste_cost), report.total_tokens, report.estimated_cost,
+               used),
         _card("Where the tokens went, from start to end", _timeline(session, charged)),
         _card("What to do", _list_of(report.recommendations, "ol")),
-        _two(_kinds_card(issue.to_dict() for issue in report.issues), _card("All tokens by purpose", _use_bars(report.token_use))),
-        _card(f"Findings ({len(report.issues):,})", shown, "Each with the events it rests on. Of tokens that several findings "
-              "name only the largest claim is charged." + (f" {left:,} smaller ones are left out." if left > 0 else "")
-              if shown else ""),
+        _two(_kinds_card(issue.to_dict() for issue in report.issues),
+             _card("All tokens by purpose", _use_bars(report.token_use))),
+        _card(f"Findings ({len(report.issues):,})", shown,
+              "Each with the events it rests on. Of tokens that several findings name only the largest claim is charged."
+              + (f" {left:,} smaller ones are left out." if left > 0 else "")),
         _card("Notes", _list_of(report.notes)))
 
 
 def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
-    """What a scan found as one HTML file: by day, agent, project and kind, and the worst sessions with a section each."""
+    """What a scan found as one HTML file: by day, agent, project and kind, and the worst sessions with a section
+    each."""
     rows, totals = result["sessions"], result["totals"]
     tokens, waste = totals["tokens"], totals["waste"]
     new = sum(tokens.values()) - tokens["cache_read"]
@@ -2158,7 +2189,8 @@ def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
     header = (f'<header><div class="brand">Scan of agent transcripts</div><h1>{totals["sessions"]:,} sessions, '
               f'{totals["model_calls"]:,} model calls</h1><p class="soft">{_escaped(span)}</p></header>')
     if not rows:
-        return _page("Scan report", header, _card("No sessions found", f"<p>{_escaped(_skipped_text(result['skipped']))}</p>"))
+        skipped = _escaped(_skipped_text(result["skipped"]))
+        return _page("Scan report", header, _card("No sessions found", f"<p>{skipped}</p>"))
     return _page(
         "Scan report", header,
         _facts(100.0 * (1 - waste["tokens"] / new) if new else 100.0, (waste["measured_tokens"], waste["tokens"]),
@@ -2166,7 +2198,8 @@ def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
                f"{short_number(new - tokens['output'])} in, {short_number(tokens['output'])} out; "
                f"{short_number(tokens['cache_read'])} sent again"),
         _card("By day", _days(rows)), _card("What to do first", _list_of(steps, "ol")),
-        _two(_card("By agent", _group_bars(rows, "agent")) + _kinds_card(issue for row in rows for issue in row["issues"]),
+        _two(_card("By agent", _group_bars(rows, "agent"))
+             + _kinds_card(issue for row in rows for issue in row["issues"]),
              _card("By project", _group_bars(rows, "project", 6)) + _card("All tokens by purpose", _use_bars(use))),
         _card("Worst sessions", _worst_table(worst)),
         *(_session_section(number, row) for number, row in enumerate(worst, 1)),
@@ -2179,7 +2212,8 @@ def _new_tokens(row: Dict[str, Any]) -> int:
 
 
 def _days(rows: List[Dict[str, Any]]) -> str:
-    """New tokens by the day a session began, the wasted part in red; several days share a column where they are many."""
+    """New tokens by the day a session began, the wasted part in red; several days share a column where they are
+    many."""
     began = [(parse_time(row["started_at"][:10]), row) for row in rows]
     dated = [(moment.toordinal(), row) for moment, row in began if moment is not None]
     if not dated:
@@ -2192,7 +2226,8 @@ def _days(rows: List[Dict[str, Any]]) -> str:
             sums[(day - first) // size][index] += amount
     names = [datetime.fromordinal(first + size * at).date().isoformat() for at in range(len(sums))]
     chart = _chart([(f"{name}: {sessions:,} sessions, {new:,} new tokens, {wasted:,} wasted",
-                     [("k3", new - wasted), ("waste", wasted)]) for name, (new, wasted, sessions) in zip(names, sums)],
+                     [("k3", new - wasted), ("waste", wasted)])
+                    for name, (new, wasted, sessions) in zip(names, sums)],
                    160, "New tokens by day, the wasted part in red")
     if not chart:
         return ""
@@ -2214,7 +2249,8 @@ def _group_bars(rows: List[Dict[str, Any]], key: str, most: int = 10) -> str:
     shown = [(f'<span title="{_escaped(name, 300)}">{_escaped(_last_part(name), 40)}</span>', amounts)
              for name, amounts in ranked[:most]]
     if ranked[most:]:
-        shown.append((f"{len(ranked) - most:,} others", [sum(column) for column in zip(*(a for _, a in ranked[most:]))]))
+        rest = [amounts for _, amounts in ranked[most:]]
+        shown.append((f"{len(rest):,} others", [sum(column) for column in zip(*rest)]))
     return _bars([(label, new, wasted, f"{short_number(new)} <span class=\"soft\">{share_text(wasted, new)} wasted, "
                    f"{dollars(cost)}</span>") for label, (new, wasted, cost) in shown])
 
@@ -2226,11 +2262,13 @@ def _last_part(path: str) -> str:
 def _worst_table(worst: List[Dict[str, Any]]) -> str:
     rows = "".join(
         f'<tr><td><a href="#s{number}">{_escaped(row["task"] or row["id"], 90)}</a></td>'
-        f'<td class="wide">{_escaped(row["agent"], 20)}</td><td class="wide n">{_escaped(row["started_at"][:10])}</td>'
+        f'<td class="wide">{_escaped(row["agent"], 20)}</td>'
+        f'<td class="wide n">{_escaped(row["started_at"][:10])}</td>'
         f'<td class="n">{row["efficiency_score"]:.1f}</td><td class="n">{short_number(row["waste"]["tokens"])}</td>'
         f'<td class="n">{dollars(row["waste"]["cost"])}</td></tr>' for number, row in enumerate(worst, 1))
-    return ('<div class="scroll"><table><tr><th>Session</th><th class="wide">Agent</th><th class="wide n">Began</th>'
-            f'<th class="n">Score</th><th class="n">Wasted</th><th class="n">Cost</th></tr>{rows}</table></div>') if rows else ""
+    head = ('<tr><th>Session</th><th class="wide">Agent</th><th class="wide n">Began</th><th class="n">Score</th>'
+            '<th class="n">Wasted</th><th class="n">Cost</th></tr>')
+    return f'<div class="scroll"><table>{head}{rows}</table></div>' if rows else ""
 
 
 def _session_section(number: int, row: Dict[str, Any], most: int = 5) -> str:
@@ -2244,20 +2282,22 @@ def _session_section(number: int, row: Dict[str, Any], most: int = 5) -> str:
     command = f"sessionoptimizer export {row['id']} --format html --output report.html"
     return (f'<section class="card" id="s{number}"><h3>{_escaped(row["task"] or row["id"])}</h3>'
             f'<p class="soft wrap">{_escaped(row["agent"])} &middot; {_escaped(row["model"])} &middot; '
-            f'{_escaped(row["started_at"][:16].replace("T", " "))} &middot; score {row["efficiency_score"]:.1f} &middot; '
+            f'{_escaped(row["started_at"][:16].replace("T", " "))} &middot; '
+            f'score {row["efficiency_score"]:.1f} &middot; '
             f'{short_number(_new_tokens(row))} new tokens, {short_number(row["waste"]["tokens"])} wasted &middot; '
-            f'{dollars(row["estimated_cost"])}, {dollars(row["waste"]["cost"])} wasted<br>{_escaped(row["path"], 400)}</p>'
-            f'<ul>{findings}{more}</ul><p class="soft wrap" style="margin-top:8px">The whole report: <code>{_escaped(command, 300)}'
-            "</code></p></section>")
+            f'{dollars(row["estimated_cost"])}, {dollars(row["waste"]["cost"])} wasted<br>'
+            f'{_escaped(row["path"], 400)}</p><ul>{findings}{more}</ul><p class="soft wrap" style="margin-top:8px">'
+            f"The whole report: <code>{_escaped(command, 300)}</code></p></section>")
 
 
-_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output", "tokens_cache_write",
-                "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query", "command", "tool", "line")
+_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
+                "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
+                "command", "tool", "line")
 
 
 def csv_report(session: Session, report: OptimizationReport) -> str:
-    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report calls wasted of each. No
-    text in it can be taken for a formula."""
+    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report calls wasted of
+    each. No text in it can be taken for a formula."""
     import csv
     import io
     out = io.StringIO()
@@ -2281,7 +2321,8 @@ def _cell(value: Any) -> Any:
     return ("'" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + plain(text, 32_000)
 
 
-FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report, "html": html_report, "csv": csv_report}
+FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report, "html": html_report,
+           "csv": csv_report}
 
 
 def evidence_text(session: Session, report: OptimizationReport) -> str:
@@ -2593,12 +2634,16 @@ _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",",
 _DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
 _raw_decode = _DECODER.raw_decode
 _quote = json.encoder.encode_basestring_ascii
+# What _ENCODER makes anew at every call, which takes as long as encoding an event does. It detects no circles: they are
+# nested too deeply.
+_make_chunks = getattr(json.encoder, "c_make_encoder", None)
+_chunks = _make_chunks and _make_chunks(None, _ENCODER.default, _quote, None, ":", ",", False, False, False)
 
 
 def _encode(value) -> str:
     """Compact ASCII JSON. TypeError or ValueError: the value has no JSON form."""
     try:
-        return _ENCODER.encode(value)
+        return "".join(_chunks(value, 0)) if _chunks else _ENCODER.encode(value)
     except RecursionError:
         raise ValueError("nested too deeply to be stored") from None
 
@@ -2654,9 +2699,10 @@ def _count(footer: dict, event: dict) -> None:
 
 def _derive_footer(events: list) -> dict:
     """The footer as the events alone tell it; status and end come from the last SESSION_END."""
-    footer = {"status": "ACTIVE", "ended_at": "", "event_count": 0, **dict.fromkeys(_TOTALS, 0)}
+    footer = {"status": "ACTIVE", "ended_at": "", "event_count": len(events)}
+    for total, key in _TOTALS.items():
+        footer[total] = sum(filter(_is_number, [event.get(key, 0) for event in events]))
     for event in events:
-        _count(footer, event)
         if event.get("event_type") == "SESSION_END":
             data = event.get("data")
             status, ended = isinstance(data, dict) and data.get("status"), event.get("timestamp")
@@ -4457,11 +4503,16 @@ def plain_lines(text: str) -> List[str]:
     return lines
 
 
+_hashlib: Any = None  # imported once, when the first hash is asked for
+
+
 def digest_of(text: Any) -> str:
     """A short hash of a text, for telling whether two are equal."""
-    from hashlib import blake2b
-    return blake2b(text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass"),
-                   digest_size=8).hexdigest()
+    global _hashlib
+    if _hashlib is None:
+        import hashlib as _hashlib
+    return _hashlib.blake2b(text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass"),
+                            digest_size=8).hexdigest()
 
 
 def _count_of(value: Any) -> int:
@@ -4573,7 +4624,7 @@ class ToolEvents:
         if event.event_type is EventType.SEARCH:
             data["content_hash"] = digest_of(text)
         elif event.event_type is EventType.FILE_READ:
-            if len(text) < 2000 and _UNCHANGED.search(text):
+            if len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
                 data["unchanged"] = True
                 return
             data["content_hash"] = digest_of(text)
@@ -4641,7 +4692,7 @@ _CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum
 def _is_cut_off(text: str) -> bool:
     """Whether a result says at its end or its beginning that it is not all there."""
     ends = text[:200] + text[-300:]
-    return "truncated…" in text or any(words in ends for words in _CUT_OFF)
+    return "truncated…" in text or any(map(ends.__contains__, _CUT_OFF))
 
 
 _COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
@@ -4752,6 +4803,7 @@ class _ClaudeUnit:
         self.tools: Dict[str, ToolEvents] = {}
         self.calls: Dict[str, Tuple[Call, str]] = {}          # message id: call, agent
         self.stopped: Dict[str, bool] = {}                     # message id: a line of it has a stop_reason
+        self.usage: Tuple[str, Any] = ("", None)               # message id and usage of the last line that had one
         self.open: Dict[str, Tuple[SessionEvent, str, Any]] = {}  # tool use id: event, agent, input
         self.echoes: List[Tuple[str, int, str, Any]] = []      # path, line, agent and message of progress lines
         self.roots: Dict[str, str] = {}                        # uuid of an inline sidechain line: its agent
@@ -4786,10 +4838,13 @@ class _ClaudeUnit:
         session = Session(slug(own_id), self.reader.agent, facts.get("task") or facts.get("command") or "",
                           SessionStatus.COMPLETED, facts.get("first", ""), facts.get("last", ""), model=model,
                           metadata=dict({"source": source}, **{k: v for k, v in self.counters.items() if v}))
-        for event in join_windows(self.windows.values()):
+        session.events = join_windows(self.windows.values())
+        for event in session.events:
             if event.model == model:
                 event.model = ""
-            session.add_event(event)
+            session.total_tokens_input += event.tokens_input
+            session.total_tokens_output += event.tokens_output
+            session.total_duration_ms += event.duration_ms
         return session
 
     def _count(self, name: str) -> None:
@@ -4800,11 +4855,11 @@ class _ClaudeUnit:
         self.file_agent = os.path.basename(path)[6:-6] if path != self.paths[0] or _is_agent_file(path) else ""
         for number, line in numbered_lines(path):
             self.line = number
+            if b'"tool_use_id":"' in line and self._plain_result(line):
+                continue
             if line.startswith(_BOOKKEEPING) or b'"type":"progress"' in line and b'"agent_progress"' not in line:
                 if b'"sessionId"' in line and "session_id" not in self.facts:
                     self.facts["session_id"] = _session_id_in(path)
-                continue
-            if b'"tool_use_id":"' in line and self._plain_result(line):
                 continue
             entry = self._parsed(line)
             if entry is not None:
@@ -4817,7 +4872,7 @@ class _ClaudeUnit:
         In JSON every quote inside a text follows a backslash, so '","' and '},"' are never part of one.
         """
         parts = _PLAIN_RESULT.match(line)
-        found = parts and self.open.get(parts.group("id1" if parts.group("id1") else "id2").decode())
+        found = parts and self.open.get((parts.group(1) or parts.group(2)).decode())
         if not found:
             return False
         start = parts.end()
@@ -4830,18 +4885,17 @@ class _ClaudeUnit:
         if uuid not in self.uuids:
             self.uuids.add(uuid)
             event, owner, _ = found
-            self._take_result(event, owner, line[start:close if close >= 0 else end - 1], line[stamp.end():],
-                              stamp.group(2).decode())
+            self._take_result(event, owner, line[start:close if close >= 0 else end - 1], line, stamp)
         return True
 
-    def _take_result(self, event: SessionEvent, owner: str, raw: bytes, details: bytes, timestamp: str) -> None:
-        facts = self.facts
+    def _take_result(self, event: SessionEvent, owner: str, raw: bytes, line: bytes, stamp: Any) -> None:
+        facts, timestamp = self.facts, stamp.group(2).decode()
         if timestamp > facts.get("last", ""):
             facts["last"] = timestamp
         event.duration_ms = _milliseconds(event.timestamp, timestamp)
         if event.event_type is EventType.FILE_READ or event.event_type is EventType.SEARCH:
             text = _json_text(raw)
-            file = _FILE_TAIL.search(details, len(details) - 400) if event.data["tool"] == "Read" and details else None
+            file = _FILE_TAIL.search(line, max(stamp.end(), len(line) - 400)) if event.data["tool"] == "Read" else None
             count, first, total = map(int, file.groups()) if file else (0, 0, 0)
             self._window(owner).result(event, len(text))
             self.tools[owner].result(event, text, first, count, total)
@@ -4852,7 +4906,7 @@ class _ClaudeUnit:
 
     def _parsed(self, line: bytes) -> Optional[Dict[str, Any]]:
         try:
-            entry = json.loads(line.decode("utf-8", "replace"))
+            entry = _parsed_line(line)
         except (ValueError, RecursionError) as error:
             if line.endswith(b"\n") and line.strip():
                 self._skip(f"not JSON: {error}")
@@ -4885,25 +4939,35 @@ class _ClaudeUnit:
             return
         uuid = entry.get("uuid")
         if isinstance(uuid, str):
-            if uuid.encode("utf-8", "replace") in self.uuids:
+            key = uuid.encode("utf-8", "replace")
+            if key in self.uuids:
                 return
-            self.uuids.add(uuid.encode("utf-8", "replace"))
+            self.uuids.add(key)
         self._facts(entry)
-        handler = {"assistant": self._assistant, "user": self._user, "system": self._system,
-                   "attachment": self._attachment}[kind]
-        handler(entry, self._agent_of(entry))
+        agent = self._agent_of(entry)
+        if kind == "assistant":
+            self._assistant(entry, agent)
+        elif kind == "user":
+            self._user(entry, agent)
+        elif kind == "system":
+            self._system(entry, agent)
+        else:
+            self._attachment(entry, agent)
 
     def _facts(self, entry: Dict[str, Any]) -> None:
         facts = self.facts
-        for key, name in (("session_id", "sessionId"), ("cwd", "cwd"), ("version", "version")):
-            if key not in facts and isinstance(entry.get(name), str) and entry[name]:
-                facts[key] = entry[name]
-                if key == "version":
-                    facts["version_number"] = tuple(int(n) for n in re.findall(r"\d+", entry[name])[:3])
+        if not ("session_id" in facts and "cwd" in facts and "version" in facts):
+            for key, name in (("session_id", "sessionId"), ("cwd", "cwd"), ("version", "version")):
+                if key not in facts and isinstance(entry.get(name), str) and entry[name]:
+                    facts[key] = entry[name]
+                    if key == "version":
+                        facts["version_number"] = tuple(int(n) for n in re.findall(r"\d+", entry[name])[:3])
         timestamp = _text(entry.get("timestamp"))
         if timestamp:
-            facts["first"] = min(facts.get("first", timestamp), timestamp)
-            facts["last"] = max(facts.get("last", timestamp), timestamp)
+            if timestamp < facts.setdefault("first", timestamp):
+                facts["first"] = timestamp
+            if timestamp > facts.get("last", ""):
+                facts["last"] = timestamp
 
     def _agent_of(self, entry: Dict[str, Any]) -> str:
         """The agent a line belongs to: "" for the main one. Inline sidechains without an id are told apart by the line
@@ -4955,9 +5019,13 @@ class _ClaudeUnit:
         call, owner = self.calls.get(key) or self._new_call(key, entry, agent, model, usage)
         if owner != agent:
             return  # an aside that replays its parent's responses
-        call.use(*_claude_usage(usage))
-        self.stopped[key] = self.stopped.get(key, False) or bool(message.get("stop_reason"))
-        for block in message.get("content") if isinstance(message.get("content"), list) else ():
+        if (key, usage) != self.usage:  # the lines of a response stand together and mostly repeat it
+            call.use(*_claude_usage(usage))
+            self.usage = (key, usage)
+        if key not in self.stopped or message.get("stop_reason"):
+            self.stopped[key] = bool(message.get("stop_reason"))
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
             if isinstance(block, dict):
                 self._block(block, call, entry, agent)
 
@@ -5114,10 +5182,23 @@ class _ClaudeUnit:
 
 _PLAIN_RESULT = _Pattern(
     rb'\{"parentUuid":(?:null|"[^"\\]*"),[^\[{\\]{0,800}"message":\{"role":"user","content":\[\{'
-    rb'(?:"tool_use_id":"(?P<id1>[^"\\]+)","type":"tool_result","content":"'
-    rb'|"type":"tool_result","tool_use_id":"(?P<id2>[^"\\]+)","content":")')
+    rb'(?:"tool_use_id":"([^"\\]+)","type":"tool_result","content":"'
+    rb'|"type":"tool_result","tool_use_id":"([^"\\]+)","content":")')
 _RESULT_TAIL = _Pattern(rb'\}\]\},"uuid":"([^"\\]+)","timestamp":"([^"\\]+)"')
 _FILE_TAIL = _Pattern(rb'"numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
+
+
+_decode_entry = json.JSONDecoder().raw_decode
+
+
+def _parsed_line(line: bytes) -> Any:
+    """What ``json.loads`` makes of a line, with less ado where it begins and ends with an object."""
+    text = line.decode("utf-8", "replace")
+    if text.startswith("{"):
+        entry, end = _decode_entry(text)
+        if end + 1 >= len(text) and text[end:] in ("", "\n"):
+            return entry
+    return json.loads(text)
 
 
 def _json_length(raw: bytes) -> int:
@@ -5182,10 +5263,9 @@ def _earlier_iterations(usage: Dict[str, Any]) -> List[Dict[str, Any]]:
 def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
     """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. OSError as open()."""
     with open(path, "rb", buffering=1 << 20) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            yield number, line
+        for first in itertools.islice(file, 1):
+            yield 1, first[3:] if first.startswith(b"\xef\xbb\xbf") else first
+        yield from enumerate(file, 2)
 
 
 class _Skips:
@@ -6463,7 +6543,7 @@ class TranscriptScan:
         else:
             units = self._regroup(seen, set(fresh))
         self.scope = sorted(units)
-        self.changed = [unit for unit in self.scope if self.again or self.units[unit]["settings"] != self.settings]
+        self.changed = [unit for unit in self.scope if self.again or self.units[unit].get("settings") != self.settings]
         for path in seen:
             if not known[path][2] and not (path.endswith(".json") and known[path][4] == _UNKNOWN):  # JSON of another kind
                 self.skipped.setdefault(path, [[path, 0, known[path][4] if len(known[path]) > 4 else "no known transcript"]])
@@ -7030,7 +7110,7 @@ class SessionOptimizer:
         created when missing; one that had ended goes on at SessionStart or with a prompt. Returns the event; None where there
         is nothing to log. A scan of the transcript replaces the session, with the real token counts. InvalidValue when it is
         no hook's event, StorageError when it cannot be written."""
-        if not isinstance(payload, dict) or not _text(payload.get("session_id")) or not _text(payload.get("hook_event_name")):
+        if not isinstance(payload, dict) or not all(_text(payload.get(name)) for name in ("session_id", "hook_event_name")):
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
         session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
         event = hook_event(payload)
@@ -7062,8 +7142,9 @@ class SessionOptimizer:
     def _append_live(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> Dict[str, Any]:
         """Append an event to a live session, or change its state alone; the session's footer."""
         def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
-            ended, changes = footer["status"] != SessionStatus.ACTIVE.value, {}
-            if kind == "SessionEnd":
+            changes: Dict[str, Any] = {}
+            ended = footer["status"] != SessionStatus.ACTIVE.value
+            if kind == "SessionEnd" and event is not None:
                 if ended:
                     return None, {}
                 changes = {"status": SessionStatus.COMPLETED.value, "ended_at": event.timestamp}
@@ -7111,7 +7192,8 @@ class SessionOptimizer:
         elif any(e.data.get("refused_repeat_of") == repeat["event_id"] and e.agent_id == agent for e in later):
             return None
         else:
-            refusal = SessionEvent("", now_text(), EventType.CUSTOM, {"refused_repeat_of": repeat["event_id"]}, agent_id=agent)
+            refusal = SessionEvent("", now_text(), EventType.CUSTOM, {"refused_repeat_of": repeat["event_id"]},
+                                   agent_id=agent)
             self._append_live(session_id, "PreToolUse", refusal)
             answer["permissionDecision"] = "deny"
             answer["permissionDecisionReason"] = advice + " If it is not in view any more, make the same call again."
@@ -7265,7 +7347,7 @@ class SessionOptimizer:
         rows = [row for row in self.summaries() if (not agent or row["agent"].upper() == agent.upper())
                 and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
         found = [alert for row in rows for alert in alerts_of(row, limits)]
-        return sorted(found, key=lambda alert: (Severity(alert["level"]).rank, seconds_of(alert["time"]) or 0.0), reverse=True)
+        return sorted(found, key=lambda alert: (-Severity(alert["level"]).rank, -(seconds_of(alert["time"]) or 0.0)))
 
     # transcripts
 
@@ -7681,7 +7763,7 @@ def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]
             ("--duration-ms", {"type": _COUNT, "default": 0, "metavar": "N", "help": "milliseconds it took"})]),
         "hook": (_hook, "log a hook event of Claude Code from standard input", [
             ("--guard", {"action": "store_true", "help": "answer PreToolUse when the call would bring what is in the context"}),
-            ("--deny", {"action": "store_true", "help": "with --guard: refuse such a call once instead of giving advice"})]),
+            ("--deny", {"action": "store_true", "help": "with --guard: refuse such a call once, do not only advise"})]),
         "list": (_list, "list sessions, newest first", [
             ("--agent", {"help": "of this agent only"}),
             ("--status", {"type": _one_of(SessionStatus, "a status"), "metavar": "STATUS", "help": "of this status only"}),
@@ -7771,7 +7853,8 @@ class _Deadline:
     """Context in which TimeoutError is raised after some seconds, where the system has timers and this is the main thread."""
 
     def __init__(self, seconds: float):
-        self.seconds, self.before = seconds, None
+        self.seconds = seconds
+        self.before: Any = None  # the handler that was there
 
     def __enter__(self) -> None:
         import signal
@@ -8025,8 +8108,9 @@ def _alerts(options: Any) -> int:
         print("No alerts.")
     else:
         for alert in alerts:
-            _say(_painted(f"[{alert['level']}]") + f" {plain(alert['session_id'])} ({plain(alert['agent'], 40)}, {plain(alert['time'], 40)[:16]}): "
-                 f"{alert['message']}\n    {alert['action']}")
+            about = f"{plain(alert['agent'], 40)}, {plain(alert['time'], 40)[:16]}"
+            _say(_painted(f"[{alert['level']}] ") + f"{plain(alert['session_id'])} ({about}): {alert['message']}\n"
+                 f"    {alert['action']}")
     fired = options.fail_on is not None and any(Severity(alert["level"]) >= options.fail_on for alert in alerts)
     return EXIT_LIMIT if fired else EXIT_DONE
 

@@ -42,10 +42,9 @@ fork = multiprocessing.get_context("fork") if os.name == "posix" else None
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path_factory, monkeypatch):
     """A home directory of the test's own, where nothing of this machine is seen."""
-    place = tmp_path / "home"
-    place.mkdir()
+    place = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
         if name.startswith(("SESSIONOPTIMIZER_", "CLAUDE_", "CODEX_", "GEMINI_")) and name != "SESSIONOPTIMIZER_KILLS":
             monkeypatch.delenv(name)
@@ -294,13 +293,15 @@ def test_errors_travel_and_print():
     assert str(error) == "/x\\x1b[31m: reason; remedy" and error.path == "/x\x1b[31m"
 
 
-def test_no_broad_except_but_the_one_around_a_users_analyzer():
+def test_no_broad_except_but_around_a_users_analyzer_and_a_hook():
+    """Neither may take down what they are run from. Handlers that only clean up and raise again hide nothing."""
     tree = ast.parse(read(MODULE))
     broad = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)
-             and (node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException"))]
+             and (node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException"))
+             and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None)]
     around = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
               and any(handler in ast.walk(node) for handler in broad)]
-    assert around == ["build_report"]
+    assert sorted(around) == ["build_report", "main"]
 
 
 # ======================================================================================================
@@ -454,3 +455,2256 @@ def test_windows_belong_to_one_agent_and_end_at_compactions():
     windows = sorted([event.id for event in window] for window in session.windows())
     assert windows == [["e1", "e3"], ["e2", "e6"], ["e4", "e5", "e8"], ["e7"]]
     assert list(session_of().windows()) == []
+
+
+# ======================================================================================================
+# Analyzers
+# ======================================================================================================
+
+def found_by(analyzer, *events, **metadata):
+    return analyzer.analyze(session_of(*events, **metadata))
+
+
+def check(issue, waste, severity, events, measured=True, **metadata):
+    """A finding: exact tokens, severity, the events it names, and the numbers behind it."""
+    assert (issue.estimated_waste_tokens, issue.severity.name) == (waste, severity)
+    assert issue.events_involved == events and issue.measured is measured
+    for name, value in metadata.items():
+        assert issue.metadata[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert issue.id and issue.description and issue.suggestion and json.dumps(issue.to_dict())
+
+
+COMPACTION = dict(source="compaction")
+
+
+def bash(text, _kind="TOOL_CALL", **data):
+    return E(_kind, 10, 5, tool="Bash", command=text, **data)
+
+
+REPEATED_READS = [  # name, events, (tokens, severity, ids of the events) of each finding
+    ("read twice", [read_of(), read_of()], [(1000, "MEDIUM", "e1 e2")]),
+    ("what the second brought counts", [read_of(), read_of(tokens=700)], [(700, "MEDIUM", "e1 e2")]),
+    ("three times", [read_of(), read_of(tokens=10), read_of(tokens=20)], [(30, "HIGH", "e1 e2 e3")]),
+    ("five times", [read_of()] + [read_of() for _ in range(4)], [(4000, "HIGH", "e1 e2 e3 e4 e5")]),
+    ("two files", [read_of(), read_of("b.py"), read_of(), read_of("b.py", 5)], [(1000, "MEDIUM", "e1 e3"), (5, "MEDIUM", "e2 e4")]),
+    ("spelled otherwise", [read_of("sub/../a.py"), read_of("./a.py"), read_of("/w/a.py")], [(2000, "HIGH", "e1 e2 e3")]),
+    ("other keys", [E("FILE_READ", 9, file="a.py"), E("FILE_READ", 9, path="a.py")], [(9, "MEDIUM", "e1 e2")]),
+    ("harmless command between", [read_of(), bash("git status"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("a search between", [read_of(), E("SEARCH", 5, query="x"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("a todo list between", [read_of(), E("TOOL_CALL", tool="TodoWrite"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("the user speaks between", [read_of(), E("USER_MESSAGE", 5), E("AI_RESPONSE"), read_of()], [(1000, "MEDIUM", "e1 e4")]),
+    ("another file is written between", [read_of(), E("FILE_WRITE", file_path="b.py"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("an unknown command, the same content", [read_of(content_hash="1"), bash("./go"), read_of(content_hash="1")],
+     [(1000, "MEDIUM", "e1 e3")]),
+    ("a page again", [read_of(lines=[1, 100]), read_of(lines=[1, 100])], [(1000, "MEDIUM", "e1 e2")]),
+    ("pages that overlap by half", [read_of(lines=[1, 100]), read_of(lines=[51, 150])], [(500, "MEDIUM", "e1 e2")]),
+    ("two halves and the whole", [read_of(lines=[1, 50]), read_of(lines=[51, 100]), read_of(lines=[1, 100])],
+     [(1000, "MEDIUM", "e1 e3")]),
+    ("the middle of two overlapping pages", [read_of(lines=[1, 60]), read_of(lines=[40, 100]), read_of(lines=[31, 130])],
+     [(344 + 700, "HIGH", "e1 e2 e3")]),  # of e2's 61 lines 21 come again, 1000 * 21 // 61; of e3's 100 lines 70
+    ("a page of a whole file", [read_of(), read_of(tokens=90, lines=[10, 20])], [(90, "MEDIUM", "e1 e2")]),
+    ("the whole after half", [read_of(lines=[1, 50]), read_of(total_lines=100)], [(500, "MEDIUM", "e1 e2")]),
+    ("offset and limit", [read_of(offset=11, limit=10), read_of(lines=[16, 25])], [(500, "MEDIUM", "e1 e2")]),
+    ("line numbers by other names", [read_of(start_line=1, end_line=10), read_of(line_range="1-10")], [(1000, "MEDIUM", "e1 e2")]),
+    ("both windows", [read_of(), read_of(), E("CONTEXT_LOAD", **COMPACTION), read_of(), read_of()],
+     [(1000, "MEDIUM", "e1 e2"), (1000, "MEDIUM", "e4 e5")]),
+    ("each of two agents", [read_of(_agent="b"), read_of(_agent="b"), read_of(), read_of()],
+     [(1000, "MEDIUM", "e1 e2"), (1000, "MEDIUM", "e3 e4")]),
+    ("read, written, read twice", [read_of(), E("FILE_WRITE", file_path="a.py"), read_of(), read_of()], [(1000, "MEDIUM", "e3 e4")]),
+    ("a notice in between is no read", [read_of(), read_of(tokens=5, unchanged=True), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    # the innocent
+    ("one read", [read_of()], []),
+    ("nothing", [], []),
+    ("pages", [read_of(lines=[1, 100]), read_of(lines=[101, 200]), read_of(lines=[201, 300])], []),
+    ("pages by offset", [read_of(offset=1, limit=100), read_of(offset=101, limit=100)], []),
+    ("pages that overlap by a few lines", [read_of(lines=[1, 100]), read_of(lines=[92, 191])], []),
+    ("after a write", [read_of(), E("FILE_WRITE", file_path="a.py"), read_of()], []),
+    ("after a write spelled otherwise", [read_of("/w/a.py"), E("FILE_WRITE", file_path="./b/../a.py"), read_of()], []),
+    ("after a write that names nothing", [read_of(), E("FILE_WRITE"), read_of()], []),
+    ("after an edit by name", [read_of(), E("TOOL_CALL", tool="Edit", file_path="a.py"), read_of()], []),
+    ("after sed -i", [read_of(), bash("sed -i s/a/b/ a.py"), read_of()], []),
+    ("after git checkout", [read_of(), bash("git checkout main"), read_of()], []),
+    ("after a formatter", [read_of(), bash("black ."), read_of()], []),
+    ("after a failed command that wrote", [read_of(), bash("sed -i s/a/b/ a.py && false", "ERROR"), read_of()], []),
+    ("after another agent's write", [read_of(), E("FILE_WRITE", file_path="a.py", _agent="b"), read_of()], []),
+    ("after an unknown command", [read_of(), bash("./deploy"), read_of()], []),
+    ("after an unknown tool", [read_of(), E("TOOL_CALL", tool="mcp__x__apply"), read_of()], []),
+    ("after an unknown command, other content", [read_of(content_hash="1"), bash("./go"), read_of(content_hash="2")], []),
+    ("other content", [read_of(content_hash="1"), read_of(content_hash="2")], []),
+    ("content known to be changed", [read_of(), read_of(content="changed")], []),
+    ("after a compaction", [read_of(), E("CONTEXT_LOAD", **COMPACTION), read_of()], []),
+    ("in another agent's window", [read_of(), read_of(_agent="b")], []),
+    ("after a failed read", [E("ERROR", 9, tool="Read", file_path="a.py", message="no"), read_of()], []),
+    ("after a read that was cut off", [read_of(truncated=True), read_of()], []),
+    ("a notice that it is unchanged", [read_of(), read_of(tokens=20, unchanged=True)], []),
+    ("many blocks of one response", [read_of(), E("AI_RESPONSE", 0, 9), E("AI_RESPONSE", 0, 9)], []),
+    ("reads that name no file", [E("FILE_READ", 9), E("FILE_READ", 9)], []),
+]
+
+def copies(events):
+    return [so.SessionEvent.from_dict(dict(event.to_dict(), id="")) for event in events]
+
+
+@pytest.mark.parametrize("name, events, expected", REPEATED_READS, ids=[row[0] for row in REPEATED_READS])
+def test_repeated_file_reads(name, events, expected):
+    issues = found_by(so.RepeatedFileReadAnalyzer(), *copies(events), cwd="/w")
+    assert len(issues) == len(expected)
+    for issue, (tokens, severity, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
+        check(issue, tokens, severity, ids.split(), read_count=len(ids.split()))
+        assert issue.metadata["file_path"] in ("/w/a.py", "/w/b.py")
+        assert issue.issue_type is IssueType.REPEATED_FILE_READ and "cache" in issue.suggestion.lower()
+
+
+def search_of(query="needle", tokens=100, written=10, **data):
+    return E("SEARCH", tokens, written, query=query, **data)
+
+
+REPEATED_SEARCHES = [
+    ("run twice", [search_of(), search_of(tokens=70, written=7)], [(77, "e1 e2")]),
+    ("three times", [search_of(), search_of(), search_of()], [(220, "e1 e2 e3")]),
+    ("case and space", [search_of("Find  me"), search_of(" find\tME ")], [(110, "e1 e2")]),
+    ("a pattern", [E("SEARCH", 1, 1, pattern="x"), E("SEARCH", 2, 3, pattern="x")], [(5, "e1 e2")]),
+    ("the same scope", [search_of(path="src", glob="*.py"), search_of(path="src", glob="*.py")], [(110, "e1 e2")]),
+    ("a read between", [search_of(), read_of(), search_of()], [(110, "e1 e3")]),
+    ("a harmless command between", [search_of(), bash("git log -3"), search_of()], [(110, "e1 e3")]),
+    ("both sides of a write", [search_of(), search_of(), E("FILE_WRITE", file_path="b"), search_of(), search_of()],
+     [(110, "e1 e2"), (110, "e4 e5")]),
+    ("the same answer", [search_of(content_hash="1"), search_of(content_hash="1")], [(110, "e1 e2")]),
+    # the innocent
+    ("one", [search_of()], []),
+    ("another query", [search_of(), search_of("needles")], []),
+    ("another scope", [search_of(path="src"), search_of(path="docs")], []),
+    ("another scope by name", [search_of(scope="src"), search_of(scope="src/a")], []),
+    ("another tool", [search_of(tool="Grep"), search_of(tool="Glob")], []),
+    ("after a write", [search_of(), E("FILE_WRITE", file_path="b.py"), search_of()], []),
+    ("after another agent's write", [search_of(), E("FILE_WRITE", file_path="b.py", _agent="b"), search_of()], []),
+    ("after an unknown command", [search_of(), bash("./deploy"), search_of()], []),
+    ("after a compaction", [search_of(), E("CONTEXT_LOAD", **COMPACTION), search_of()], []),
+    ("in another agent's window", [search_of(), search_of(_agent="b")], []),
+    ("polling whose answer changed", [search_of(content_hash="1"), search_of(content_hash="2"), search_of(content_hash="3")], []),
+    ("after one that was cut off", [search_of(truncated=True), search_of()], []),
+    ("searches that name no query", [E("SEARCH", 9), E("SEARCH", 9)], []),
+]
+
+
+@pytest.mark.parametrize("name, events, expected", REPEATED_SEARCHES, ids=[row[0] for row in REPEATED_SEARCHES])
+def test_repeated_searches(name, events, expected):
+    issues = found_by(so.RepeatedSearchAnalyzer(), *copies(events))
+    assert len(issues) == len(expected)
+    for issue, (tokens, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
+        check(issue, tokens, "MEDIUM", ids.split(), search_count=len(ids.split()))
+        assert issue.issue_type is IssueType.REPEATED_SEARCH and issue.metadata["query"]
+
+
+@pytest.mark.parametrize("event, waste", [
+    (read_of(tokens=10_000), 6_000), (read_of(tokens=10_001), 6_000), (read_of(tokens=25_000, compressed=False), 15_000),
+    (read_of(tokens=12_000, lines=[1, 2]), 7_200), (read_of(tokens=9_999), None), (read_of(tokens=50_000, compressed=True), None),
+    (E("FILE_READ", 9_999, 50_000, file_path="a.py"), None), (E("SEARCH", 50_000, query="x"), None),
+    (E("CONTEXT_LOAD", 50_000), None)], ids=lambda value: str(value)[:40])
+def test_large_files(event, waste):
+    issues = found_by(so.LargeFileAnalyzer(), *copies([event]))
+    assert len(issues) == (waste is not None)
+    for issue in issues:
+        check(issue, waste, "HIGH", ["e1"], measured=False, tokens=event.tokens_input, file_path="a.py")
+
+
+@pytest.mark.parametrize("thinking, text, shares", [
+    ([401], 599, [101]), ([600], 400, [300]), ([1000], 0, [700]), ([400, 200], 400, [200, 100]), ([300, 0, 300], 400, [150, 0, 150]),
+    ([400], 600, None), ([100], 900, None), ([], 1000, None), ([0], 0, None), ([], 0, None)], ids=str)
+def test_excessive_thinking(thinking, text, shares):
+    events = [E("THINKING", 0, tokens) for tokens in thinking] + [E("AI_RESPONSE", 5_000, text)]
+    issues = found_by(so.ExcessiveThinkingAnalyzer(), *events)
+    assert len(issues) == (shares is not None)
+    for issue in issues:
+        ids = ["e%d" % number for number, tokens in enumerate(thinking, 1) if tokens]
+        check(issue, sum(shares), "MEDIUM", ids, measured=False, thinking_percent=100.0 * sum(thinking) / (sum(thinking) + text))
+        assert {key: claim[1] for key, claim in issue.claims.items()} == dict(zip(ids, [s for s in shares if s]))
+
+
+def failure(message="boom", tokens=100, written=10, tool="Bash", **data):
+    return E("ERROR", tokens, written, tool=tool, message=message, **data)
+
+
+RETRIES = [
+    ("twice", [failure(), failure(tokens=30, written=3)], [(33, "e1 e2")]),
+    ("four times", [failure() for _ in range(4)], [(330, "e1 e2 e3 e4")]),
+    ("numbers and addresses differ", [failure("line 12 at 0xFF"), failure("line 7 at 0xab12")], [(110, "e1 e2")]),
+    ("a message without a tool", [E("ERROR", 5, message="m"), E("ERROR", 6, message="m")], [(6, "e1 e2")]),
+    ("a tool without a message", [E("ERROR", 5, tool="x"), E("ERROR", 6, tool="x")], [(6, "e1 e2")]),
+    ("the same command", [bash("pytest -q", "ERROR"), bash("pytest  -q", "ERROR")], [(15, "e1 e2")]),
+    ("other work between", [failure(), read_of(), search_of(), bash("git status"), failure()], [(110, "e1 e5")]),
+    ("different responses", [failure(response_id="1"), failure(response_id="2")], [(110, "e1 e2")]),
+    ("equal times are no batch", [failure(_at=1), failure(_at=1)], [(110, "e1 e2")]),
+    ("recovered after two", [failure(), failure(), failure(recovered=True), failure()], [(110, "e1 e2")]),
+    ("a write after two", [failure(), failure(), E("FILE_WRITE", file_path="a"), failure()], [(110, "e1 e2")]),
+    # the innocent
+    ("once", [failure()], []),
+    ("other messages", [failure("no file"), failure("no permission")], []),
+    ("other tools", [failure(tool="Bash"), failure(tool="Edit")], []),
+    ("other commands", [bash("pytest a", "ERROR"), bash("pytest b", "ERROR")], []),
+    ("neither tool nor message", [E("ERROR", 5), E("ERROR", 6)], []),
+    ("a write between", [failure(), E("FILE_WRITE", file_path="a.py"), failure()], []),
+    ("an unknown command between", [failure(), bash("./fix"), failure()], []),
+    ("a change by command between", [failure(), bash("git checkout main"), failure()], []),
+    ("it worked in between", [bash("pytest", "ERROR"), bash("pytest"), bash("pytest", "ERROR")], []),
+    ("a compaction between", [failure(), E("CONTEXT_LOAD", **COMPACTION), failure()], []),
+    ("another agent", [failure(), failure(_agent="b")], []),
+    ("one parallel batch", [failure(response_id="1"), failure(response_id="1"), failure(response_id="1")], []),
+    ("one batch by another name", [failure(batch_id="1"), failure(batch_id="1")], []),
+    ("several failures of one batch", [failure("a", response_id="1"), failure("b", response_id="1")], []),
+    ("recovered", [failure(), failure(recovered=True), failure()], []),
+    ("declined", [failure("The user doesn't want to proceed with this tool use.")] * 3, []),
+    ("denied", [failure("Permission to use Bash has been denied")] * 3, []),
+    ("too many requests", [failure("429 Too Many Requests")] * 3, []),
+    ("overloaded", [failure("Overloaded")] * 3, []),
+    ("unavailable", [failure("HTTP 503: service unavailable")] * 3, []),
+    ("unavailable by code", [failure("failed", status_code=503)] * 3, []),
+    ("collateral", [failure(kind="collateral")] * 3, []),
+    ("interrupted", [failure(kind="interrupted")] * 3, []),
+]
+
+
+@pytest.mark.parametrize("name, events, expected", RETRIES, ids=[row[0] for row in RETRIES])
+def test_failed_retries(name, events, expected):
+    issues = found_by(so.FailedRetryAnalyzer(), *copies(events))
+    assert len(issues) == len(expected)
+    for issue, (tokens, ids) in zip(issues, expected):
+        check(issue, tokens, "HIGH", ids.split(), retry_count=len(ids.split()))
+
+
+LONG = [  # minutes, waste of 10,000 tokens, severity
+    (60, None, None), (60.001, 0, "MEDIUM"), (75, 500, "MEDIUM"), (90, 1_000, "MEDIUM"), (119, 1_966, "MEDIUM"), (120, 2_000, "HIGH"),
+    (150, 3_000, "HIGH"), (600, 3_000, "HIGH"), (0, None, None)]
+
+
+@pytest.mark.parametrize("minutes, waste, severity", LONG, ids=str)
+def test_long_sessions(minutes, waste, severity):
+    totals = so.Session("s", "A", "t", total_tokens_input=6_000, total_tokens_output=4_000, total_duration_ms=int(minutes * 60_000))
+    for session in (totals, session_of(E("CUSTOM", 6_000, 0, _ms=totals.total_duration_ms), E("CUSTOM", 0, 4_000))):
+        issues = so.LongSessionAnalyzer().analyze(session)
+        assert len(issues) == (severity is not None)
+        for issue in issues:
+            check(issue, waste, severity, [], measured=False, duration_minutes=float(minutes))
+            assert "if " in issue.suggestion.lower(), "often legitimate, so no blame"
+
+
+def test_idle_time_makes_no_session_long():
+    idle = [E("CUSTOM", 1_000, _at=at) for at in (0, 5, 100, 105, 300)]
+    assert found_by(so.LongSessionAnalyzer(), *idle) == []
+    busy = [E("CUSTOM", 1_000, _at=at) for at in range(0, 91, 9)] + [E("CUSTOM", 0, _at=500)]
+    issue, = found_by(so.LongSessionAnalyzer(), *busy)  # 90 minutes of 11,000 tokens
+    check(issue, 1_100, "MEDIUM", [], measured=False, duration_minutes=90.0)
+
+
+@pytest.mark.parametrize("errors, others, severity", [
+    (5, 0, None), (1, 5, "MEDIUM" if 1 * 100 > 6 * 20 else None), (2, 8, None), (2, 7, "MEDIUM"), (3, 7, "MEDIUM"), (4, 6, "MEDIUM"),
+    (5, 6, "HIGH"), (6, 0, "HIGH"), (0, 10, None)], ids=str)
+def test_high_error_rates(errors, others, severity):
+    events = [failure("m%s" % "abcdefgh"[number], 50, 5) for number in range(errors)] + [E("AI_RESPONSE", 0, 9) for _ in range(others)]
+    issues = found_by(so.HighErrorRateAnalyzer(), *events)
+    assert len(issues) == (severity is not None)
+    for issue in issues:
+        check(issue, 55 * errors, severity, ["e%d" % n for n in range(1, errors + 1)], measured=False,
+              error_rate=100.0 * errors / (errors + others))
+
+
+def test_failures_that_are_nobodys_fault_make_no_error_rate():
+    events = [failure("Overloaded"), failure(kind="declined"), failure(kind="collateral")] * 2 + [E("CUSTOM")]
+    assert found_by(so.HighErrorRateAnalyzer(), *copies(events)) == []
+    assert len(found_by(so.HighErrorRateAnalyzer(), *copies(events + [failure(), failure()]))) == 1  # 2 of 9
+
+
+SPIKES = [  # name, events, (tokens, ids, multiplier) or None
+    ("four times the others", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 400)], (250, "e3", 4.0)),
+    ("just above three times", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 200, 101)], (151, "e3", 3.01)),
+    ("its own type has ten", [E("SEARCH", 1_000) for _ in range(9)] + [E("SEARCH", 4_000)] + [E("CUSTOM", 5) for _ in range(9)],
+     (2_500, "e10", 4.0)),
+    ("worst first", [read_of("a", 100) for _ in range(20)] + [E("FILE_READ", 1_000), E("FILE_READ", 2_000)], None),
+    # the innocent
+    ("three times is not above", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 300)], ()),
+    ("two events", [E("CUSTOM", 1), E("CUSTOM", 1_000)], ()),
+    ("a context load", [E("CUSTOM", 100), E("CUSTOM", 100), E("CONTEXT_LOAD", 50_000)], ()),
+    ("usual for its type", [E("SEARCH", 1_000) for _ in range(10)] + [E("CUSTOM", 5) for _ in range(200)], ()),
+    ("no tokens", [E("CUSTOM"), E("CUSTOM"), E("CUSTOM"), E("CUSTOM", 5)], ()),
+    ("nothing", [], ()),
+]
+
+
+@pytest.mark.parametrize("name, events, expected", SPIKES, ids=[row[0] for row in SPIKES])
+def test_token_spikes(name, events, expected):
+    issues = found_by(so.TokenSpikeAnalyzer(), *copies(events))
+    assert len(issues) == (expected != ())
+    if name == "worst first":
+        # the others of e22: 20 of 100 and one of 1,000, on average 142.857, of which 1.5 are 214; those of e21: 190.476, 285
+        check(issues[0], (2_000 - 214) + (1_000 - 285), "MEDIUM", ["e22", "e21"], measured=False, multiplier=14.0)
+    elif expected:
+        tokens, ids, multiplier = expected
+        check(issues[0], tokens, "MEDIUM", ids.split(), measured=False, multiplier=multiplier)
+        imported = found_by(so.TokenSpikeAnalyzer(), *copies(events), source={"path": "x"})
+        check(imported[0], 0, "MEDIUM", ids.split(), measured=False, multiplier=multiplier)
+        assert "look" in issues[0].suggestion
+
+
+def test_events_logged_by_hand_are_judged_alike(optimizer):
+    session = optimizer.start_session("forge", "t", model="opus")
+    for kind, data, entered in (("FILE_READ", {"file_path": "a.py"}, 10_000), ("FILE_READ", {"file_path": "./a.py"}, 9_000),
+                                ("SEARCH", {"query": "x"}, 100), ("SEARCH", {"query": "X"}, 100),
+                                ("error", {"tool": "t", "message": "m"}, 10), ("ERROR", {"tool": "t", "message": "m"}, 10)):
+        optimizer.log_event(session.id, kind, data, tokens_input=entered)
+    report = optimizer.analyze(session.id)
+    assert {issue.issue_type.name: issue.estimated_waste_tokens for issue in report.issues} == {
+        "LARGE_FILE_UNCOMPRESSED": 6_000, "REPEATED_FILE_READ": 9_000, "REPEATED_SEARCH": 100, "FAILED_RETRY": 10,
+        "TOKEN_SPIKE": 10_000 + 9_000 - 2_766 - 3_066, "HIGH_ERROR_RATE": 20}
+    # the spikes: the others' average is 9,220/5 = 1,844 for the first and 10,220/5 = 2,044 for the second read
+
+
+def test_thresholds_are_given_to_the_instance_alone():
+    assert len(found_by(so.LargeFileAnalyzer(limit=500), read_of())) == 1 and so.LargeFileAnalyzer().limit == 10_000
+    assert so.LargeFileAnalyzer(limit=500).thresholds() == {"limit": 500, "saving_percent": 60}
+    with pytest.raises(InvalidValue, match="LargeFileAnalyzer has no threshold 'limits'.*limit, saving_percent"):
+        so.LargeFileAnalyzer(limits=5)
+    for cls in so.BUILT_IN_ANALYZERS:
+        assert cls().thresholds() == {name: getattr(cls, name) for name in cls().thresholds()}
+
+
+def all_subclasses(cls):
+    return [found for sub in cls.__subclasses__() for found in [sub] + all_subclasses(sub)]
+
+
+def test_every_analyzer_is_registered_documented_and_exercised():
+    own = [cls for cls in all_subclasses(so.BaseAnalyzer) if cls.__module__ == so.__name__]
+    assert sorted(cls.__name__ for cls in own) == sorted(cls.__name__ for cls in so.BUILT_IN_ANALYZERS)
+    assert [cls.__name__ for cls in so.BUILT_IN_ANALYZERS] == [
+        "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer", "ExcessiveThinkingAnalyzer",
+        "FailedRetryAnalyzer", "LongSessionAnalyzer", "HighErrorRateAnalyzer", "TokenSpikeAnalyzer"]
+    page, tests = read(os.path.join(HERE, "docs", "analyzers.md")).decode(), read(__file__).decode()
+    for cls in own:
+        assert cls.__name__ in page and cls.issue_type.name in page, cls.__name__
+        assert "so.%s(" % cls.__name__ in tests and cls.__doc__ and "analyze" not in vars(cls)
+        section, = [text for text in page.split("\n## ") if text.startswith(cls.__name__ + "\n")]
+        for name, value in cls().thresholds().items():
+            assert "`%s = %s`" % (name, "{:_}".format(value)) in section, "%s.%s" % (cls.__name__, name)
+
+
+def test_an_analyzer_without_find_says_so():
+    class Empty(so.BaseAnalyzer):
+        pass
+    report = so.build_report(session_of(E("CUSTOM", 5)), [Empty()])
+    assert "Empty" in report.analyzer_errors[0] and "find(session)" in report.analyzer_errors[0]
+
+
+# ======================================================================================================
+# Reports
+# ======================================================================================================
+
+class Claims(so.BaseAnalyzer):
+    """An analyzer of the test's own: one issue with these claims."""
+
+    def __init__(self, claims=None, measured=False, tokens=0, events=(), cost=0.0, severity=Severity.MEDIUM):
+        self.made = dict(claims=claims or {}, measured=measured, estimated_waste_tokens=tokens, events_involved=list(events),
+                         estimated_waste_cost=cost)
+        self.severity = severity
+
+    def analyze(self, session):
+        yield so.EfficiencyIssue("own", IssueType.UNUSED_CONTEXT, self.severity, "what", "do it", **self.made)
+
+
+def charged(session, *analyzers):
+    """What each analyzer's issue is charged, in the order given, and the report; the parts are checked to add up."""
+    analyzers = list(analyzers)
+    issues = []
+    for analyzer in analyzers:
+        issues += list(analyzer.analyze(session))
+
+    class Given(so.BaseAnalyzer):
+        def analyze(self, session):
+            return issues
+    report = so.build_report(session, [Given()])
+    assert report.total_waste_tokens == sum(issue.charged_tokens for issue in issues) <= session.total_tokens
+    assert report.total_waste_cost == pytest.approx(sum(issue.charged_cost for issue in issues))
+    assert report.total_waste_cost <= session.estimated_cost + 1e-12
+    assert report.measured_waste_tokens == sum(issue.charged_tokens for issue in issues if issue.measured)
+    assert report.measured_waste_cost == pytest.approx(sum(issue.charged_cost for issue in issues if issue.measured))
+    assert report.efficiency_score == pytest.approx(
+        100 * (1 - report.total_waste_tokens / session.total_tokens) if session.total_tokens else 100)
+    return [issue.charged_tokens for issue in issues], report
+
+
+LEDGER = [  # name, claims of each issue (claims, measured), what each is charged; the events: 100 in 50 out, 200 in, 50 out
+    ("one", [({"e1": (40, 10)}, True)], [50]),
+    ("never more than the event has", [({"e1": (999, 999), "e2": (999, 5)}, True)], [350]),
+    ("negative is nothing", [({"e1": (-5, 20)}, True)], [20]),
+    ("the larger of two measured", [({"e2": (50, 0)}, True), ({"e2": (80, 0)}, True)], [0, 80]),
+    ("the larger of two estimated", [({"e2": (80, 0)}, False), ({"e2": (50, 0)}, False)], [80, 0]),
+    ("a tie goes to the first", [({"e2": (80, 0)}, True), ({"e2": (80, 0)}, True)], [80, 0]),
+    ("measured first, the estimate adds the rest", [({"e2": (120, 0)}, False), ({"e2": (80, 0)}, True)], [40, 80]),
+    ("a smaller estimate adds nothing", [({"e2": (60, 0)}, False), ({"e2": (80, 0)}, True)], [0, 80]),
+    ("an equal estimate adds nothing", [({"e2": (80, 0)}, False), ({"e2": (80, 0)}, True)], [0, 80]),
+    ("input and output apart", [({"e1": (30, 0)}, True), ({"e1": (0, 20)}, False)], [30, 20]),
+    ("other events add up", [({"e1": (30, 0)}, True), ({"e2": (20, 0)}, True), ({"e3": (0, 5)}, False)], [30, 20, 5]),
+    ("an unknown event is nothing", [({"nobody": (30, 0)}, True)], [0]),
+    ("a bare number in the event's proportion", [({"e1": 75}, True)], [75]),
+    ("three on one event", [({"e1": (50, 0)}, True), ({"e1": (60, 20)}, False), ({"e1": (70, 0)}, False)], [50, 30, 0]),
+]
+
+
+@pytest.mark.parametrize("name, issues, expected", LEDGER, ids=[row[0] for row in LEDGER])
+def test_every_event_is_charged_once(name, issues, expected):
+    session = session_of(E("CUSTOM", 100, 50), E("CUSTOM", 200), E("CUSTOM", 0, 50))
+    assert charged(session, *[Claims(claims, measured) for claims, measured in issues])[0] == expected
+
+
+def test_a_bare_number_is_split_like_the_event():
+    session = session_of(E("CUSTOM", 100, 50), E("CUSTOM", 200), model="opus")
+    issue, = Claims({"e1": 75}).analyze(session)
+    assert so.claims_of(session, issue) == {"e1": (50, 25)}
+    # 50 in at 0.015 and 25 out at 0.075 per 1,000
+    assert charged(session, Claims({"e1": 75}))[1].total_waste_cost == pytest.approx(0.00075 + 0.001875)
+
+
+def test_tokens_and_events_without_claims():
+    session = session_of(E("CUSTOM", 100, 50), E("CUSTOM", 200), E("CUSTOM", 0, 50))
+    for tokens, events, expected in ((60, ["e2"], 60), (999, ["e2"], 200), (100, ["e1", "e2"], 100), (80, [], 80), (9_999, [], 400),
+                                     (0, ["e1"], 0), (5, ["nobody"], 0), (-5, ["e1"], 0)):
+        assert charged(session, Claims(tokens=tokens, events=events))[0] == [expected]
+    spread = so.claims_of(session, list(Claims(tokens=80).analyze(session))[0])
+    assert spread == {"e1": (20, 10), "e2": (40, 0), "e3": (0, 10)}  # pro rata: 150, 200 and 50 of 400
+
+
+def test_a_session_wide_claim_adds_only_what_is_not_charged_yet():
+    session = session_of(E("CUSTOM", 100, 50), E("CUSTOM", 200), E("CUSTOM", 0, 50))
+    # of the 80 spread over all, e2's 40 are within the measured 150; 40 more elsewhere
+    assert charged(session, Claims(tokens=80), Claims({"e2": (150, 0)}, True))[0] == [40, 150]
+
+
+def test_totals_without_events_count_as_one_event():
+    session = so.Session("s", "A", "t", total_tokens_input=10_000, total_tokens_output=5_000, model="opus")
+    parts, report = charged(session, Claims(tokens=3_000))
+    assert parts == [3_000] and report.efficiency_score == pytest.approx(80)
+    assert report.total_waste_cost == pytest.approx(0.030 + 0.075)  # 2,000 in and 1,000 out
+    session.total_duration_ms = 90 * 60_000
+    assert so.build_report(session, [so.LongSessionAnalyzer()]).total_waste_tokens == 1_500
+
+
+def test_unattributed_tokens_belong_to_nobody():
+    session = session_of(E("CONTEXT_LOAD", 500, source="unattributed"), E("CUSTOM", 100))
+    assert charged(session, Claims({"e1": (500, 0)}), Claims(tokens=600))[0] == [0, 100]
+
+
+def test_every_analyzer_at_once_never_exceeds_the_session():
+    generator = random.Random(11)
+    kinds = ["FILE_READ", "SEARCH", "ERROR", "THINKING", "AI_RESPONSE", "TOOL_CALL", "CONTEXT_LOAD", "FILE_WRITE"]
+    for _ in range(150):
+        events = [E(generator.choice(kinds), generator.choice((0, 5, 900, 30_000)), generator.choice((0, 5, 900)),
+                    _at=number * generator.choice((1, 8)), _agent=generator.choice(("", "", "b")),
+                    _write=0, _read=generator.choice((0, 40_000)), file_path=generator.choice("ab"), query=generator.choice("ab"),
+                    message=generator.choice("ab"), tool="t", source=generator.choice(("", "compaction", "unattributed")))
+                  for number in range(generator.randrange(40))]
+        charged(session_of(*events), *[cls() for cls in so.BUILT_IN_ANALYZERS])
+
+
+def calls_of_a_window():
+    """One window on opus: a read of 500 tokens enters with the second call."""
+    return [
+        E("CONTEXT_LOAD", 1_000, source="system", _write=1_000), E("AI_RESPONSE", 0, 0),
+        read_of(tokens=500, _write=500), E("AI_RESPONSE", 0, 10, _read=1_000),   # e3 lies at 1,000 to 1,500
+        E("USER_MESSAGE", 100, _write=100), E("AI_RESPONSE", 0, 10, _read=1_500),  # reaches it whole
+        E("USER_MESSAGE", 100, _write=100), E("AI_RESPONSE", 0, 10, _read=1_200)]  # reaches 200 of it
+
+
+def cost_of(event, *analyzers, session):
+    return charged(session, Claims({event: (10**9, 0)}, True))[1].total_waste_cost
+
+
+def test_waste_costs_what_it_was_billed_at_and_every_time_it_was_sent_again():
+    session = session_of(*calls_of_a_window(), model="opus")
+    # 500 at the five-minute write price, 0.01875, and 500 + 200 sent again at 0.0015
+    assert cost_of("e3", session=session) == pytest.approx(0.009375 + 0.00105)
+    # the system prompt: 1,000 at 0.01875, sent again whole by three calls
+    assert cost_of("e1", session=session) == pytest.approx(0.01875 + 0.0045)
+    # the last prompt enters with the last call and is never sent again
+    assert cost_of("e7", session=session) == pytest.approx(0.001875)
+
+
+def test_carry_ends_with_the_window_and_stays_with_the_agent():
+    events = calls_of_a_window() + [E("CONTEXT_LOAD", 50, _write=50, **COMPACTION), E("AI_RESPONSE", 0, 1, _read=5_000),
+                                    E("CUSTOM", 5, _agent="b"), E("AI_RESPONSE", 0, 1, _agent="b", _read=9_000)]
+    assert cost_of("e3", session=session_of(*events, model="opus")) == pytest.approx(0.009375 + 0.00105)
+
+
+def test_one_hour_writes_plain_input_and_models_have_their_own_prices():
+    events = calls_of_a_window()
+    events[2].tokens_cache_write_1h = 300  # 200 at 0.01875, 300 at 0.030
+    assert cost_of("e3", session=session_of(*events, model="opus")) == pytest.approx(0.00375 + 0.009 + 0.00105)
+    events = calls_of_a_window()
+    events[2].tokens_cache_write = 0  # plain input, 0.015
+    assert cost_of("e3", session=session_of(*events, model="opus")) == pytest.approx(0.0075 + 0.00105)
+    events = calls_of_a_window()
+    events[5].model = "sonnet"  # the call that sends 500 again reads at 0.0003
+    assert cost_of("e3", session=session_of(*events, model="opus")) == pytest.approx(0.009375 + 500 * 0.0003 / 1000 + 0.0003)
+
+
+def test_a_cache_that_expired_carries_nothing_until_it_is_rebuilt():
+    events = calls_of_a_window()[:4] + [
+        E("CONTEXT_LOAD", 1_510, source="cache rebuild", _write=1_510), E("AI_RESPONSE", 0, 10, _read=0),
+        E("USER_MESSAGE", 100, _write=100), E("AI_RESPONSE", 0, 10, _read=1_510)]
+    # sent again by the last call alone: the rebuild itself is a cost of its own, not of the read
+    assert cost_of("e3", session=session_of(*events, model="opus")) == pytest.approx(0.009375 + 0.00075)
+
+
+def test_wasted_output_costs_the_output_price():
+    session = session_of(E("AI_RESPONSE", 0, 1_000), E("AI_RESPONSE", 0, 1_000), model="opus")
+    assert charged(session, Claims({"e1": (0, 400)}))[1].total_waste_cost == pytest.approx(0.030)
+
+
+def test_a_free_model_wastes_no_money():
+    session = session_of(*calls_of_a_window(), model="grok")
+    parts, report = charged(session, Claims({"e3": (500, 0)}, True))
+    assert parts == [500] and report.total_waste_cost == report.estimated_cost == 0
+
+
+def test_waste_never_costs_more_than_the_session():
+    session = session_of(*calls_of_a_window(), model="opus")
+    everything = {event.id: (10**9, 10**9) for event in session.events}
+    report = charged(session, Claims(everything, True))[1]
+    assert report.total_waste_tokens == session.total_tokens and report.efficiency_score == 0
+    # all input at 0.01875, all output at 0.075, all reads at 0.0015
+    assert session.estimated_cost == pytest.approx((1_700 * 0.01875 + 30 * 0.075 + 3_700 * 0.0015) / 1000)
+    assert report.total_waste_cost == pytest.approx(session.estimated_cost)
+
+
+def test_a_cost_its_analyzer_has_set_stays_on_the_issue():
+    issue = so.build_report(session_of(E("CUSTOM", 100)), [Claims({"e1": (10, 0)}, cost=1.25)]).issues[0]
+    assert issue.estimated_waste_cost == 1.25 and issue.charged_cost == pytest.approx(10 * 0.015 / 1000)
+
+
+def test_the_score():
+    assert so.build_report(session_of(), []).efficiency_score == 100.0
+    assert so.build_report(session_of(E("CUSTOM", 100)), []).efficiency_score == 100.0
+    session = session_of(E("CUSTOM", 600, 400))
+    assert charged(session, Claims({"e1": (250, 0)}))[1].efficiency_score == pytest.approx(75)
+
+
+def test_token_breakdown_and_use_add_up():
+    session = session_of(read_of(tokens=100, tool="Read"), E("AI_RESPONSE", 20, 30), E("THINKING", 0, 5), E("USER_MESSAGE", 7),
+                         E("CONTEXT_LOAD", 50, source="system"), E("CONTEXT_LOAD", 9, source="cache rebuild"), read_of(tokens=8))
+    report = so.build_report(session, [])
+    assert report.token_breakdown == {"FILE_READ": 108, "AI_RESPONSE": 50, "THINKING": 5, "USER_MESSAGE": 7, "CONTEXT_LOAD": 59,
+                                      "TOTAL_INPUT": 194, "TOTAL_OUTPUT": 35, "TOTAL": 229}
+    assert sum(report.token_use.values()) == 229 and list(report.token_use.values()) == sorted(report.token_use.values(), reverse=True)
+    assert report.token_use["results of Read"] == 100 and report.token_use["thinking"] == 5
+
+
+def test_an_analyzer_that_raises_is_named_and_the_score_is_not_silent(optimizer):
+    class Broken(so.BaseAnalyzer):
+        def find(self, session):
+            yield self.issue(Severity.LOW, "a", "b")
+            raise RuntimeError("out of\x1b[31m luck")
+    optimizer.analyzers = [Broken(), so.RepeatedFileReadAnalyzer()]
+    session = optimizer.start_session("a", "t")
+    for _ in range(2):
+        optimizer.log_event(session.id, "FILE_READ", {"file_path": "a"}, 100)
+    with pytest.warns(SessionOptimizerWarning, match="Broken: RuntimeError"):
+        report = optimizer.analyze(session.id)
+    assert report.total_waste_tokens == 100 and ["Broken" in text for text in report.analyzer_errors] == [True]
+    assert "Broken" in report.recommendations[0]
+    for form in ("text", "markdown", "json"):
+        with pytest.warns(SessionOptimizerWarning):
+            text = optimizer.export_report(session.id, form)
+        assert "Broken" in text and "\x1b" not in text
+        assert form == "json" or "incomplete" in text
+
+
+@pytest.mark.parametrize("result", [None, [None], ["text"], 5, [{"id": "x"}]], ids=str)
+def test_an_analyzer_that_gives_no_issues_is_named_or_silent(result):
+    class Odd(so.BaseAnalyzer):
+        def analyze(self, session):
+            return result
+    report = so.build_report(session_of(E("CUSTOM", 5)), [Odd(), Claims({"e1": (2, 0)})])
+    assert report.total_waste_tokens == 2 and len(report.analyzer_errors) == (result is not None)
+
+
+def test_issues_stand_by_severity_then_waste_and_advice_is_given_once():
+    session = session_of(E("CUSTOM", 1_000), E("CUSTOM", 1_000), E("CUSTOM", 1_000), E("CUSTOM", 1_000))
+    report = so.build_report(session, [
+        Claims({"e1": (10, 0)}, severity=Severity.LOW), Claims({"e2": (20, 0)}, severity=Severity.CRITICAL),
+        Claims({"e3": (900, 0)}, severity=Severity.MEDIUM), Claims({"e4": (30, 0)}, severity=Severity.CRITICAL)])
+    assert [(issue.severity.name, issue.estimated_waste_tokens) for issue in report.issues] == [
+        ("CRITICAL", 30), ("CRITICAL", 20), ("MEDIUM", 900), ("LOW", 10)]
+    assert report.recommendations == ["[CRITICAL] do it"]
+
+
+def golden_session():
+    """A session whose times, ids and numbers are all fixed."""
+    session = session_of(
+        E("SESSION_START", _at=0), E("CONTEXT_LOAD", 2_000, _at=0, source="system"), E("USER_MESSAGE", 100, _at=0),
+        E("FILE_READ", 1_000, 20, _at=1, file_path="src/a.py", tool="Read"), E("FILE_READ", 1_000, 20, _at=2, file_path="src/a.py", tool="Read"),
+        E("FILE_READ", 1_000, 20, _at=3, file_path="src/a.py", tool="Read"), E("SEARCH", 310, 10, _at=4, query="a|b `c`", tool="Grep"),
+        E("SEARCH", 310, 10, _at=4.5, query="a|b `c`", tool="Grep"), E("AI_RESPONSE", 0, 900, _at=5), E("SESSION_END", _at=6), model="opus")
+    session.task = "Mend the <loader> | *now*\nand more"
+    return session
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return round(value, 9) if isinstance(value, float) else value
+
+
+def golden_report(session):
+    report = so.build_report(session, [cls() for cls in so.BUILT_IN_ANALYZERS])
+    report.generated_at = "2026-03-01T12:00:00+00:00"
+    return report
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "json", "evidence"])
+def test_a_whole_report(form):
+    session = golden_session()
+    report = golden_report(session)
+    shown = so.evidence_text(session, report) if form == "evidence" else so.FORMATS[form](session, report)
+    expected = read(os.path.join(HERE, "examples", "expected", "report." + form)).decode("utf-8")
+    if form == "json":  # the last digit of a sum differs between versions
+        assert rounded(json.loads(shown)) == rounded(json.loads(expected))
+    else:
+        assert shown.strip("\n") == expected.strip("\n")
+
+
+NASTY = "x| y\n# z\r\x1b[31m\x9b2J\x07\u202e\u2028[a](javascript:b) <script>alert(1)</script> `c` **d** \ud800 &lt; ~~e~~ $f$"
+
+
+def nasty_session():
+    session = session_of(
+        read_of(NASTY), read_of(NASTY), read_of(NASTY), E("SEARCH", 10, query=NASTY, tool=NASTY), E("SEARCH", 10, query=NASTY, tool=NASTY),
+        E("ERROR", 10, tool=NASTY, message=NASTY), E("ERROR", 10, tool=NASTY, message=NASTY), E("TOOL_CALL", 5, tool=NASTY),
+        E("CONTEXT_LOAD", 9, source=NASTY), model=NASTY)
+    session.agent = session.task = session.started_at = NASTY
+    session.metadata = {"k": NASTY}
+    for event in session.events:
+        event.id, event.timestamp = event.id + NASTY, NASTY
+    return session
+
+
+def test_what_comes_from_outside_breaks_no_terminal_no_table_and_no_page():
+    session = nasty_session()
+
+    class Nasty(so.BaseAnalyzer):
+        def analyze(self, session):
+            yield so.EfficiencyIssue(NASTY, IssueType.CONTEXT_OVERFLOW, Severity.CRITICAL, NASTY, NASTY, 5, 0.0,
+                                     [session.events[0].id], {"k": NASTY})
+
+    class Fails(so.BaseAnalyzer):
+        def analyze(self, session):
+            raise ValueError(NASTY)
+    report = so.build_report(session, [cls() for cls in so.BUILT_IN_ANALYZERS] + [Nasty(), Fails()])
+    kinds = {issue.issue_type for issue in report.issues}
+    assert {IssueType.REPEATED_FILE_READ, IssueType.REPEATED_SEARCH, IssueType.FAILED_RETRY} <= kinds
+    session.id = report.session_id = NASTY
+    text, markdown = so.FORMATS["text"](session, report), so.FORMATS["markdown"](session, report)
+    for shown in (text, so.evidence_text(session, report), markdown):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+        assert not [line for line in shown.splitlines() if line.strip().startswith("# z")]
+        assert shown.encode("utf-8")
+    assert "<script" not in markdown and not re.search(r"(?<!\\)\]\(", markdown) and not re.search(r"(?<!\\)\*\*d", markdown)
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) in (3, 4) for row in rows)
+    parsed = json.loads(so.FORMATS["json"](session, report))
+    assert "\x1b" not in so.FORMATS["json"](session, report) and parsed["session_id"] == NASTY
+
+
+@pytest.mark.parametrize("number, shown", [(0, "0"), (999, "999"), (9_999, "9,999"), (10_000, "10.0k"), (999_949, "999.9k"), (1_000_000, "1.0M"),
+                                           (5_900_000, "5.9M"), (7_200_000_000, "7.2G"), (1.4, "1")])
+def test_short_numbers(number, shown):
+    assert so.short_number(number) == shown
+
+
+def test_parts_add_up_to_the_whole():
+    generator = random.Random(5)
+    for _ in range(500):
+        weights = [generator.randrange(0, 50) for _ in range(generator.randrange(1, 9))]
+        total = generator.randrange(0, 1_000)
+        shares = so.share_out(total, weights)
+        assert sum(shares) == (total if sum(weights) or len(weights) == 1 else 0) and min(shares) >= 0
+        for share, weight in zip(shares, weights):
+            assert not sum(weights) or abs(share - total * weight / sum(weights)) < 1
+    assert so.share_out(10, [1, 1, 1]) == [4, 3, 3] and so.share_out(5, [0, 0]) == [0, 0]
+
+
+# ======================================================================================================
+# Store
+# ======================================================================================================
+
+def header(session_id="s1"):
+    return {"id": session_id, "agent": "FORGE", "task": "a task", "started_at": "2026-01-01T12:00:00+02:00",
+            "model": "opus", "metadata": {"k": [1, {"a": "\u00e9\n"}]}}
+
+
+def event(number, kind="FILE_READ", size=0, **data):
+    return {"id": f"s1_{number}", "timestamp": f"2026-01-01T12:00:{number % 60:02d}+02:00", "event_type": kind,
+            "data": dict(data, file_path="a.py" + "x" * size), "tokens_input": 10, "tokens_output": 3,
+            "duration_ms": 7}
+
+
+def make(size=0, kind="FILE_READ", changes=None, **data):
+    return lambda footer: (event(footer["event_count"], kind, size, **data), changes or {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "store"))
+
+
+def filled(store, events=3, session_id="s1"):
+    store.create(header(session_id), [], {})
+    for _ in range(events):
+        store.append(session_id, make())
+    return store.find(session_id)
+
+
+def put(store, name, data):
+    os.makedirs(store.sessions, exist_ok=True)
+    write(os.path.join(store.sessions, name), data)
+
+
+def old_session(session_id="old", events=3):
+    found = [event(number) for number in range(events)]
+    return {"id": session_id, "agent": "ATLAS", "task": "t", "status": "COMPLETED", "started_at": "2026-01-01T12:00:00",
+            "ended_at": "2026-01-01T13:00:00", "events": found, "total_tokens_input": 10 * events,
+            "total_tokens_output": 3 * events, "total_duration_ms": 7 * events, "model": "opus", "metadata": {}}
+
+
+def ids(doc):
+    return [one.get("id") for one in doc["events"]]
+
+
+# the layout and the ordinary life of a session
+
+def test_file_is_one_json_document_with_an_event_per_line(store):
+    path = filled(store, 3)
+    lines = read(path).decode("ascii").splitlines()
+    assert lines[0].endswith('"events": [') and lines[0].startswith('{"id":"s1","agent":"FORGE"')
+    assert [json.loads(line.lstrip(","))["id"] for line in lines[1:4]] == ["s1_0", "s1_1", "s1_2"]
+    assert lines[4] == ('], "status":"ACTIVE","ended_at":"","event_count":3,"total_tokens_input":30,'
+                        '"total_tokens_output":9,"total_duration_ms":21,"layout":2}')
+    assert json.loads(read(path)) == store.load("s1")
+
+
+def test_append_returns_event_footer_and_mark(store):
+    store.create(header(), [], {})
+    one, footer, mark = store.append("s1", make())
+    assert one["id"] == "s1_0" and footer["event_count"] == 1 and footer["total_tokens_input"] == 10
+    assert store.tail("s1", mark)[0] == []
+
+
+def test_none_event_changes_only_the_footer(store):
+    path = filled(store, 2)
+    for status in ("COMPLETED_WITH_A_LONG_NAME", "FAILED", "COMPLETED"):
+        result = store.append("s1", lambda footer: (None, {"status": status, "ended_at": "x"}), sync=True)
+        assert result[0] is None and result[1]["status"] == status
+        assert json.loads(read(path))["status"] == status and len(store.load("s1")["events"]) == 2
+    store.append("s1", make())
+    assert ids(store.load("s1")) == ["s1_0", "s1_1", "s1_2"] and not store.warnings
+
+
+def test_tiny_event_over_a_long_footer(store):
+    path = filled(store, 0)
+    store.append("s1", lambda footer: (None, {"status": "X" * 300}))
+    store.append("s1", lambda footer: ({}, {"status": "A"}))
+    store.append("s1", make())
+    assert len(json.loads(read(path))["events"]) == 2 and not store.warnings
+
+
+def test_event_that_ends_like_a_footer_is_kept(store):
+    path = filled(store, 1)
+    store.append("s1", lambda footer: ({"id": "x", "event_type": "T", "layout": 2}, {}))
+    write(path, read(path)[:-5])
+    assert ids(store.load("s1")) == ["s1_0", "x"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object()])
+def test_event_without_a_json_form_writes_nothing(store, value):
+    path = filled(store, 1)
+    before = read(path)
+    with pytest.raises((TypeError, ValueError)):
+        store.append("s1", lambda footer: ({"id": "x", "data": value}, {}))
+    with pytest.raises(ZeroDivisionError):
+        store.append("s1", lambda footer: 1 / 0)
+    assert read(path) == before
+    store.append("s1", make())
+
+
+def test_footer_over_a_kilobyte_is_refused(store):
+    path = filled(store, 1)
+    before = read(path)
+    with pytest.raises(ValueError):
+        store.append("s1", lambda footer: (None, {"status": "X" * 2000}))
+    assert read(path) == before
+
+
+def test_odd_text_survives(store):
+    filled(store, 0)
+    text = "\ud800 \u2028 \x1b[31m \U0001f600 \n\r\x00"
+    store.append("s1", lambda footer: ({"id": "x", "data": {"t": text}, "tokens_input": True}, {}))
+    doc = store.load("s1")
+    assert doc["events"][0]["data"]["t"] == text and doc["total_tokens_input"] == 0
+
+
+def test_create_is_exclusive_unless_replace(store):
+    filled(store, 2)
+    with pytest.raises(SessionExists, match="s1"):
+        store.create(header(), [], {})
+    assert len(store.load("s1")["events"]) == 2
+    store.create(header(), [event(0)], {"status": "COMPLETED", "ended_at": "later"}, replace=True)
+    doc = store.load("s1")
+    assert (len(doc["events"]), doc["status"], doc["ended_at"], doc["total_tokens_input"]) == (1, "COMPLETED", "later", 10)
+    store.create(header("new"), [], {"total_tokens_input": 500}, replace=True, sync=False)
+    assert store.load("new")["total_tokens_input"] == 500
+
+
+def test_nothing_is_created_by_reading(store):
+    assert list(store.heads()) == [] and store.read_report("s1") is None and store.read_json("index") is None
+    assert not store.delete("s1")
+    for call in (store.load, store.archive):
+        with pytest.raises(SessionNotFound, match="s1"):
+            call("s1")
+    with pytest.raises(SessionNotFound):
+        store.append("s1", make())
+    assert not os.path.exists(store.root)
+
+
+@posix_only
+def test_modes(store):
+    previous = os.umask(0)
+    try:
+        path = filled(store, 1)
+        store.write_report("s1", {"a": 1})
+    finally:
+        os.umask(previous)
+    modes = [stat.S_IMODE(os.stat(name).st_mode) for name in (store.root, store.sessions, store.reports, path)]
+    assert modes == [0o700, 0o700, 0o700, 0o600]
+    assert stat.S_IMODE(os.stat(os.path.join(store.reports, "s1_report.json")).st_mode) == 0o600
+
+
+def test_archive_takes_the_first_free_name(store):
+    for expected in ("s1.1", "s1.2"):
+        filled(store, 2)
+        assert store.archive("s1") == expected
+        assert store.load(expected)["id"] == expected and len(store.load(expected)["events"]) == 2
+    long_id = "x" * 200
+    filled(store, 1, long_id)
+    assert store.archive(long_id) == "x" * 198 + ".1"
+    with pytest.raises(SessionNotFound):
+        store.load("s1")
+
+
+def test_delete_takes_the_report_along(store):
+    filled(store, 1)
+    store.write_report("s1", {"a": 1})
+    assert store.delete("s1") and not store.delete("s1") and store.read_report("s1") is None
+    assert os.listdir(store.reports) == os.listdir(store.sessions) == []
+
+
+def test_reports_and_state(store):
+    store.write_report("s1", {"a": [1]})
+    store.write_json("index", [1, 2])
+    assert store.read_report("s1") == {"a": [1]} and store.read_json("index") == [1, 2]
+    for damage in (b"", b"{", b"[]", b"[" * 100_000, b"\xff", b"NaN"):
+        write(os.path.join(store.reports, "s1_report.json"), damage)
+        assert store.read_report("s1") is None
+
+
+# what other processes did
+
+def test_tail_reads_what_was_added(store):
+    filled(store, 2)
+    doc, mark = store.load_marked("s1")
+    assert store.tail("s1", mark)[0] == [] and len(doc["events"]) == 2
+    store.append("s1", make(size=3000))
+    store.append("s1", make(changes={"status": "FAILED"}))
+    events, footer, mark = store.tail("s1", mark)
+    assert [one["id"] for one in events] == ["s1_2", "s1_3"] and footer["status"] == "FAILED"
+    assert store.tail("s1", mark)[0] == []
+    store.append("s1", lambda footer: (None, {"status": "COMPLETED"}))
+    assert store.tail("s1", mark)[:2] == ([], dict(footer, status="COMPLETED"))
+
+
+def test_tail_notices_a_replaced_file(store):
+    filled(store, 2)
+    mark = store.load_marked("s1")[1]
+    store.create(dict(header(), task="b task"), [event(5), event(6)], {}, replace=True)
+    assert store.tail("s1", mark) is None
+    mark = store.load_marked("s1")[1]
+    path = store.find("s1")
+    write(path, read(path).replace(b"s1_6", b"s1_7"))  # the same inode and size
+    assert store.tail("s1", mark) is None
+    put(store, "old.json", json.dumps(old_session(), indent=2).encode())
+    assert store.tail("old", store.load_marked("old")[1]) is None
+    store.delete("s1")
+    with pytest.raises(SessionNotFound):
+        store.tail("s1", mark)
+
+
+def test_waiting_writer_follows_a_replaced_file(store):
+    path = filled(store, 1)
+    fd, _ = store._open(path, exclusive=True)
+    thread = threading.Thread(target=store.append, args=("s1", make()))
+    thread.start()
+    time.sleep(0.1)
+    so._replace(path, so._lay_out(dict(header(), events=[event(8), event(9)])), sync=False)
+    so._release(fd)
+    thread.join()
+    assert ids(store.load("s1")) == ["s1_8", "s1_9", "s1_2"]
+
+
+@posix_only
+def test_fork_during_an_append_does_not_keep_the_lock(store):
+    filled(store, 1)
+    children = []
+
+    def slow(footer):
+        children.append(subprocess.Popen(["sleep", "60"], close_fds=False))
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(pid)
+        return event(1), {}
+    store.append("s1", slow)
+    store.append("s1", make())  # would wait for both children
+    assert children[0].poll() is None and os.waitpid(children[1], os.WNOHANG) == (0, 0)
+    children[0].kill()
+    children[0].wait()
+    os.kill(children[1], signal.SIGKILL)
+    os.waitpid(children[1], 0)
+
+
+def writer(root, name, count):
+    store = Store(root)
+    for number in range(count):
+        store.append("s1", lambda footer: (event(footer["event_count"], "TOOL_CALL", number * 7 % 3000, who=name), {}))
+        if number % 50 == 0:
+            store.append("s1", lambda footer: (None, {"status": "X" * (number % 9)}))
+
+
+def reader(root, stop, problems):
+    store = Store(root)
+    mark, known = None, 0
+    while not stop.is_set():
+        doc, fresh = store.load_marked("s1")
+        if len(doc["events"]) < known or doc["event_count"] != len(doc["events"]):
+            problems.put("load went back")
+        known = len(doc["events"])
+        news = store.tail("s1", mark) if mark else None
+        if news and news[1]["event_count"] < known:
+            problems.put("tail went back")
+        mark = fresh
+        if any(problem for *_, problem in store.heads()):
+            problems.put("a problem in heads")
+    for warning in store.warnings:
+        problems.put(warning)
+
+
+@posix_only
+def test_eight_writers_and_two_readers(store):
+    filled(store, 0)
+    stop, problems = fork.Event(), fork.Queue()
+    readers = [fork.Process(target=reader, args=(store.root, stop, problems)) for _ in range(2)]
+    writers = [fork.Process(target=writer, args=(store.root, name, 200)) for name in "abcdefgh"]
+    for process in readers + writers:
+        process.start()
+    for process in writers:
+        process.join()
+    stop.set()
+    for process in readers:
+        process.join()
+    assert [process.exitcode for process in readers + writers] == [0] * 10
+    assert problems.empty(), problems.get()
+    doc = json.loads(read(store.find("s1")))
+    assert ids(doc) == [f"s1_{number}" for number in range(1600)] and doc["event_count"] == 1600
+    assert sorted(one["data"]["who"] for one in doc["events"]) == sorted("abcdefgh" * 200)
+
+
+def test_threads_share_a_store(store):
+    filled(store, 0)
+    threads = [threading.Thread(target=lambda: [store.append("s1", make()) for _ in range(100)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ids(store.load("s1")) == [f"s1_{number}" for number in range(800)]
+
+
+def creator(root, wins):
+    try:
+        Store(root).create(header(), [], {}, sync=False)
+        wins.put(os.getpid())
+    except SessionExists:
+        pass
+
+
+@posix_only
+def test_one_of_many_creators_wins(store):
+    wins = fork.Queue()
+    processes = [fork.Process(target=creator, args=(store.root, wins)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert wins.get() and wins.empty() and os.listdir(store.sessions) == ["s1.json"]
+
+
+# crashes
+
+def logging_loop(root, size, pipe):
+    store = Store(root)
+    while True:
+        one = store.append("s1", make(size=size))[0]
+        os.write(pipe, one["id"].encode() + b"\n")
+
+
+@posix_only
+def test_kill_loses_no_acknowledged_event(store):
+    random.seed(4)
+    filled(store, 0)
+    for number in range(KILLS):
+        if number % 100 == 99:  # keep the file small
+            store.delete("s1")
+            filled(store, 0)
+        receive, send = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                logging_loop(store.root, (100, 3000, 50_000)[number % 3], send)
+            finally:
+                os._exit(1)
+        os.close(send)
+        with open(receive, "rb") as acknowledged:
+            acknowledged.readline()
+            time.sleep(random.random() * 0.003)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            last = acknowledged.read().decode().split("\n")[-2:][0]
+        doc = store.load("s1")
+        assert ids(doc) == [f"s1_{count}" for count in range(len(doc["events"]))]
+        assert not last or int(last[3:]) < len(doc["events"])
+        assert json.loads(read(store.find("s1"))) == doc
+
+
+def test_truncation_at_every_byte_of_the_last_two_events(store):
+    path = filled(store, 3)
+    store.append("s1", make(kind="SESSION_END", status="FAILED", changes={"status": "FAILED", "ended_at": "e"}))
+    data = read(path)
+    ends = [place for place in range(len(data)) if data[place:place + 1] == b"\n"][1:5]
+    for cut in range(ends[1], len(data)):
+        write(path, data[:cut])
+        whole = sum(end <= cut for end in ends)
+        fresh = Store(store.root)
+        if cut % 2:  # the first access is a read or a write or a listing
+            fresh.append("s1", make())
+        elif cut % 4:
+            assert [head["event_count"] for _, head, _, _ in fresh.heads()] == [whole]
+        doc = fresh.load("s1")
+        assert ids(doc)[:whole] == [f"s1_{number}" for number in range(whole)]
+        assert len(doc["events"]) == whole + cut % 2 == doc["event_count"]
+        assert doc["status"] == ("FAILED" if whole == 4 else "ACTIVE")
+        assert doc["ended_at"] == ("2026-01-01T12:00:03+02:00" if whole == 4 else "") or cut == len(data) - 1
+        assert doc["total_tokens_input"] == 10 * len(doc["events"])
+        if cut < len(data) - 1:  # only a newline is missing: nothing to report
+            assert len(fresh.warnings) == 1 and path in fresh.warnings[0]
+        assert json.loads(read(path)) == doc
+    assert os.listdir(store.sessions) == ["s1.json"]
+
+
+@pytest.mark.parametrize("size", [None, 0, 40, 900])
+def test_torn_overwrite_at_every_byte(store, size):
+    path = filled(store, 2)
+    old = read(path)
+    tiny = {"id": "n", "event_type": "T"}
+    new_event = tiny if size is None else event(2, size=size)
+    store.append("s1", lambda footer: (new_event, {}))
+    new = read(path)
+    start = next(place for place in range(len(old)) if old[place] != new[place])
+    end = new.index(b"\n", start)
+    for cut in range(start, len(new)):
+        if start + 200 < cut < end - 50 and cut % 11:
+            continue  # within a long event
+        for rest in (old[cut:], b"\0" * (len(new) - cut)):
+            write(path, new[:cut] + rest)
+            fresh = Store(store.root)
+            if cut % 2:
+                fresh.append("s1", make())
+            doc = fresh.load("s1")
+            whole = 2 + (cut >= end)
+            assert ids(doc)[:whole] == ["s1_0", "s1_1", new_event["id"]][:whole], (cut, rest)
+            assert len(doc["events"]) == whole + cut % 2 == doc["event_count"]
+            assert json.loads(read(path)) == doc
+
+
+def test_byte_flips(store):
+    path = filled(store, 12)
+    data, whole = read(path), store.load("s1")["events"]
+    lines = data.split(b"\n")
+    random.seed(7)
+    repaired = 0
+    for number in range(500):
+        for name in os.listdir(store.sessions):
+            os.unlink(os.path.join(store.sessions, name))
+        place = random.randrange(len(data))
+        flipped = data[:place] + bytes([data[place] ^ 1 << random.randrange(8)]) + data[place + 1:]
+        write(path, flipped)
+        fresh = Store(store.root)
+        doc = fresh.load("s1")
+        hurt = data.count(b"\n", 0, place)  # index of the line the flip is in (12 + 1: the footer)
+        hurt = {hurt - 1} | ({hurt} if lines and data[place:place + 1] == b"\n" else set())
+        kept = {json.dumps(one) for one in doc["events"]}
+        for index, one in enumerate(whole):
+            assert index in hurt or json.dumps(one) in kept, (place, fresh.warnings)
+        if fresh.warnings:
+            repaired += 1
+            if ".damaged-1" in fresh.warnings[0]:
+                assert read(path + ".damaged-1") == flipped and path + ":" in fresh.warnings[0]
+        new = fresh.append("s1", make())[0]
+        assert new["id"] not in ids(doc) or place > len(data) - 160
+        assert json.loads(read(path)) == fresh.load("s1")
+    assert repaired > 100
+
+
+def test_damage_in_the_middle_is_counted_and_kept_beside(store):
+    path = filled(store, 5)
+    data = read(path).replace(b',{"id":"s1_2"', b',{"id":"s1_2')
+    write(path, data)
+    heard = []
+    fresh = Store(store.root, warn=heard.append)
+    doc = fresh.load("s1")
+    assert ids(doc) == ["s1_0", "s1_1", "s1_3", "s1_4"] and doc["lost_events"] == 1 and doc["event_count"] == 5
+    assert heard == fresh.warnings and f"{path}:4" in heard[0] and "kept 4 events" in heard[0]
+    assert read(path + ".damaged-1") == data and len(list(fresh.heads())) == 1
+    assert fresh.append("s1", make())[0]["id"] == "s1_5"  # not the id of an event that is still there
+    assert fresh.load("s1")["event_count"] == 6 and len(fresh.warnings) == 1
+
+
+def test_damaged_header_is_made_again_from_the_events(store):
+    store.create(header(), [dict(event(0, "SESSION_START"), data={"agent": "NEXUS", "task": "t", "model": "m"})], {})
+    store.append("s1", make())
+    path = store.find("s1")
+    write(path, b"#" + read(path)[1:])
+    doc = store.load("s1")
+    assert (doc["id"], doc["agent"], doc["model"], len(doc["events"])) == ("s1", "NEXUS", "m", 2)
+    assert f"{path}:1" in store.warnings[0]
+
+
+# files of other kinds
+
+@pytest.mark.parametrize("options", [{"indent": 2}, {}, {"separators": (",", ":")}, {"indent": 4}])
+@pytest.mark.parametrize("events", [0, 1, 3, 200])
+def test_older_layouts_are_read_and_converted_at_the_first_append(store, options, events):
+    session = old_session(events=events)
+    put(store, "old.json", json.dumps(session, **options).encode())
+    before = read(store.find("old"))
+    (name, head, info, problem), = store.heads()
+    assert (name, head["status"], head["event_count"], problem) == ("old", "COMPLETED", events, None)
+    assert store.load("old") == dict(session, event_count=events) and read(store.find("old")) == before
+    store.append("old", make())
+    doc = store.load("old")
+    assert doc["events"][:-1] == session["events"] and doc["event_count"] == events + 1 and doc["layout"] == 2
+    assert {key: doc[key] for key in ("status", "ended_at", "agent")} == {
+        key: session[key] for key in ("status", "ended_at", "agent")}
+    assert not store.warnings and list(store.heads())[0][1]["event_count"] == events + 1
+
+
+def test_pretty_printed_new_session_stays_readable(store):
+    path = filled(store, 3)
+    write(path, json.dumps(json.loads(read(path)), indent=2).encode())
+    assert len(store.load("s1")["events"]) == 3
+    store.append("s1", make())
+    assert len(json.loads(read(path))["events"]) == 4
+
+
+GOOD = json.dumps(old_session("odd"), indent=2)
+DAMAGED = {
+    "empty": b"", "blank": b" \n", "list": b"[]", "null": b"null", "object": b"{}", "number": b"1", "text": b'"x"',
+    "cut": GOOD.encode()[:-40], "nan": GOOD.replace("30", "NaN").encode(), "infinite": GOOD.replace("30", "1e999").encode(),
+    "deep": b'{"id":"a","events":' + b"[" * 100_000, "deep2": b"[" * 10_000 + b"]" * 10_000,
+    "deep3": GOOD.replace('"metadata": {}', '"metadata": {"a":' + "[" * 10_000 + "]" * 10_000 + "}").encode(),
+    "binary": bytes(range(256)) * 20, "utf16": GOOD.encode("utf-16"), "surrogate": GOOD.encode().replace(b"opus", b"\xed\xa0\x80"),
+    "id": GOOD.replace('"id": "odd"', '"id": 5').encode(), "events": b'{"id":"a","events":{}}',
+    "event": b'{"id":"a","events":[1]}', "agent": b'{"id":"a","agent":[],"events":[]}',
+    "metadata": b'{"id":"a","metadata":[],"events":[]}', "total": b'{"id":"a","total_tokens_input":"x","events":[]}',
+    "jsonl": b'{"type":"user"}\n{"type":"assistant"}\n', "zeros": b"\0" * 5000,
+}
+FINE = {
+    "bom": b"\xef\xbb\xbf" + GOOD.encode(), "crlf": GOOD.replace("\n", "\r\n").encode(),
+    "twice": GOOD.replace('"agent"', '"agent": "X", "agent"').encode(),
+    "huge": GOOD.replace('"task": "t"', '"task": "' + "x" * 10_000_000 + '"').encode(),
+    "null_fields": GOOD.replace('"ended_at": "2026-01-01T13:00:00"', '"ended_at": null').encode(),
+    "escape": GOOD.replace('"opus"', '"\\ud800"').encode(), "unknown": GOOD.replace('"agent"', '"tags": [1], "agent"').encode(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGED))
+def test_damaged_file_is_a_named_problem_and_hides_no_other(store, name):
+    filled(store, 1)
+    put(store, "odd.json", DAMAGED[name])
+    for call in (store.load, store.archive, lambda name: store.append(name, make())):
+        if name == "deep3" and call == store.load and sys.version_info >= (3, 12):
+            continue  # nesting that later versions parse
+        with pytest.raises(DamagedSession) as raised:
+            call("odd")
+        assert os.path.join(store.sessions, "odd.json") in str(raised.value) and "delete" in str(raised.value)
+    found = {one[0]: one[3] for one in store.heads()}
+    assert found["s1"] is None and (isinstance(found["odd"], DamagedSession) or name in ("deep3", "infinite"))
+    assert read(store.find("odd")) == DAMAGED[name] and not store.warnings
+    assert sorted(os.listdir(store.sessions)) == ["odd.json", "s1.json"]
+    assert store.delete("odd")
+
+
+@pytest.mark.parametrize("name", sorted(FINE))
+def test_unusual_file_is_read(store, name):
+    put(store, "odd.json", FINE[name])
+    assert len(store.load("odd")["events"]) == 3 and list(store.heads())[0][3] is None
+    store.append("odd", make())
+    assert len(store.load("odd")["events"]) == 4 and list(store.heads())[0][1]["event_count"] == 4
+
+
+def test_large_events_and_headers(store):
+    store.create(dict(header(), metadata={"paths": ["p" * 100] * 300}), [], {})
+    store.append("s1", make(size=10_000_000))
+    assert list(store.heads())[0][1]["event_count"] == 1 and len(store.load("s1")["events"]) == 1
+
+
+@posix_only
+def test_links_directories_and_pipes_are_problems(store, tmp_path):
+    filled(store, 1)
+    outside = tmp_path / "outside.json"
+    outside.write_text(GOOD)
+    os.symlink(outside, os.path.join(store.sessions, "link.json"))
+    os.mkdir(os.path.join(store.sessions, "directory.json"))
+    os.mkfifo(os.path.join(store.sessions, "pipe.json"))
+    found = {one[0]: one[3] for one in store.heads()}
+    assert found.pop("s1") is None and sorted(found) == ["directory", "link", "pipe"]
+    assert all(isinstance(problem, DamagedSession) for problem in found.values())
+    assert "symbolic link" in str(found["link"])
+    for name in found:
+        with pytest.raises(DamagedSession):
+            store.append(name, make())
+        with pytest.raises(SessionExists):
+            store.create(header(name), [], {})
+    assert store.delete("link") and store.delete("pipe") and outside.read_text() == GOOD
+    with pytest.raises(StorageError):
+        store.delete("directory")
+
+
+@posix_only
+def test_linked_directory_is_refused(store, tmp_path):
+    os.makedirs(store.root)
+    os.symlink(tmp_path, store.sessions)
+    for call in (lambda: store.load("s1"), lambda: store.create(header(), [], {}), lambda: list(store.heads())):
+        with pytest.raises(StorageError, match="symbolic link"):
+            call()
+
+
+# ids
+
+@pytest.mark.parametrize("bad", ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\n", "\n", "x" * 201, "x" * 300, ".x",
+                                 "CON", "con.txt", "Nul", "COM1", "lpt9.1", "a b", "a\0", "\uff0e\uff0e", "\u0430bc", "\u0661",
+                                 "a:b", "~", None, 5, b"a", ["a"]])
+def test_bad_ids_are_refused_everywhere(store, bad, tmp_path):
+    filled(store, 1)
+    calls = [so.check_id, store.load, store.find, store.archive, store.delete, store.read_report, store.read_json,
+             lambda i: store.create(header(i), [], {}), lambda i: store.append(i, make()),
+             lambda i: store.write_report(i, {}), lambda i: store.write_json(i, {}), lambda i: store.tail(i, ())]
+    for call in calls:
+        with pytest.raises(InvalidSessionId, match="characters A-Z"):
+            call(bad)
+    assert os.listdir(str(tmp_path)) == ["store"] and os.listdir(store.root) == ["sessions"]
+
+
+@pytest.mark.parametrize("good", ["a", "A-b_c.9", "x" * 200, "console", "com10", "_x", "a..b"])
+def test_good_ids(store, good):
+    assert so.check_id(good) == good
+    filled(store, 1, good)
+    assert len(store.load(good)["events"]) == 1
+
+
+def test_older_names_that_break_the_rule_stay_readable(store):
+    name = "my agent: \u00e9_2025"
+    put(store, name + ".json", json.dumps(old_session("inside"), indent=2).encode())
+    assert store.load(name)["id"] == "inside" and [one[0] for one in store.heads()] == [name]
+    store.append(name, make())
+    store.write_report(name, {"a": 1})
+    assert store.read_report(name) == {"a": 1} and len(store.load(name)["events"]) == 4
+    with pytest.raises(InvalidSessionId):
+        store.create(header(name), [], {})
+    assert store.delete(name)
+
+
+@pytest.mark.parametrize("text, expected", [("Forge 1", "Forge-1"), ("a//b", "a--b"), ("", "_"), (".x", "_.x"), ("\u00e9t\u00e9", "_-t-"),
+                                            ("CON", "_CON"), ("../../x", "_..-..-x"), ("a\n", "a-"), ("x" * 500, "x" * 100)])
+def test_slug(text, expected):
+    assert so.slug(text) == expected and so.check_id(so.slug(text))
+    assert so.check_id(so.slug("-" * 500)) and len(so.slug("-" * 500)) == 100
+
+
+# disks
+
+def run_child(function, uid=None):
+    """True when `function` returns in a forked child (after giving up root)."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if uid is not None and os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(uid)
+                os.setuid(uid)
+            function()
+            status = 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_store_path_that_is_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for root in (path, path / "below"):
+        store = Store(root)
+        for call in (lambda: store.create(header(), [], {}), lambda: store.load("s1"), lambda: list(store.heads()),
+                     lambda: store.append("s1", make()), lambda: store.write_report("s1", {})):
+            with pytest.raises(StorageError, match="file.*--store"):
+                call()
+    assert path.read_text() == "mine"
+
+
+@posix_only
+def test_size_limit_leaves_the_session_intact(store):
+    import resource
+    path = filled(store, 20)
+    before = read(path)
+
+    def child():
+        for room in (0, 1, 50, 170, 250):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, resource.RLIM_INFINITY))
+            with pytest.raises(StorageError, match="size limit.*intact"):
+                store.append("s1", make(size=200))
+            assert read(path) == before
+            with pytest.raises(StorageError, match="size limit"):
+                store.create(header("big"), [event(0, size=50_000)], {})
+            assert os.listdir(store.sessions) == ["s1.json"]
+    assert run_child(child)
+    store.append("s1", make())
+    assert len(store.load("s1")["events"]) == 21 and not store.warnings
+
+
+@posix_only
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting takes root")
+@pytest.mark.parametrize("size", [300, 3000, 50_000])
+def test_full_disk_leaves_the_session_intact(tmp_path, size):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]).returncode:
+        pytest.skip("no mount here")
+    try:
+        store = Store(tmp_path / "store")
+        path = filled(store, 0)
+        with pytest.raises(StorageError, match="disk is full.*intact"):
+            while True:
+                before = read(path)
+                store.append("s1", make(size=size))
+        assert read(path) == before and not Store(store.root).warnings
+        write(path, before[:-20])  # and a torn one is repaired in memory
+        assert store.load("s1")["events"] == json.loads(before)["events"] and "in memory" in store.warnings[0]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@posix_only
+def test_directory_without_permission(tmp_path):
+    os.chmod(tmp_path, 0o755)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.getuid() and parent != parent.parent and str(parent) != "/tmp":
+            os.chmod(parent, 0o755)
+    store = Store(tmp_path / "store")
+    path = filled(store, 3)
+    data = read(path)
+    write(path, data[:-20])
+    for name, mode in ((path, 0o444), (store.sessions, 0o555), (store.root, 0o555)):
+        os.chmod(name, mode)
+
+    def read_only():
+        fresh = Store(store.root)
+        assert len(fresh.load("s1")["events"]) == 3 and "in memory" in fresh.warnings[0]
+        assert [head["event_count"] for _, head, _, _ in fresh.heads()] == [3]
+        for call in (lambda: fresh.append("s1", make()), lambda: fresh.create(header("s2"), [], {}),
+                     lambda: fresh.delete("s1"), lambda: fresh.write_report("s1", {}),
+                     lambda: Store(tmp_path / "other").create(header(), [], {})):
+            with pytest.raises(StorageError, match="no permission.*(chown|--store)"):
+                call()
+
+    def unreadable():
+        with pytest.raises(StorageError, match="no permission"):
+            list(Store(store.root).heads())
+    assert run_child(read_only, 65534)
+    os.chmod(path, 0)
+    assert run_child(lambda: _one_problem(store), 65534)
+    os.chmod(store.sessions, 0)
+    assert run_child(unreadable, 65534)
+    for name, mode in ((store.root, 0o700), (store.sessions, 0o700), (path, 0o600)):
+        os.chmod(name, mode)
+    assert read(path) == data[:-20]
+
+
+def _one_problem(store):
+    (name, head, info, problem), = Store(store.root).heads()
+    assert name == "s1" and "no permission" in str(problem)
+
+
+@posix_only
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting takes root")
+def test_read_only_file_system(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path)]).returncode:
+        pytest.skip("no mount here")
+    try:
+        store = Store(tmp_path / "store")
+        path = filled(store, 3)
+        write(path, read(path)[:-20])
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        assert len(store.load("s1")["events"]) == 3 and "in memory" in store.warnings[0]
+        with pytest.raises(StorageError, match="read-only"):
+            store.append("s1", make())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_no_hard_links(store, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "no links here")
+    monkeypatch.setattr(os, "link", refuse)
+    filled(store, 2)
+    with pytest.raises(SessionExists):
+        store.create(header(), [], {})
+    assert len(store.load("s1")["events"]) == 2 and os.listdir(store.sessions) == ["s1.json"]
+
+
+# ======================================================================================================
+# Transcripts
+# ======================================================================================================
+
+# What shell commands read, search and change: commands run in /w.
+
+W = "/w"
+
+READS = [  # command, reads, pure
+    ("cat a.py", [("/w/a.py", 1, None)], True),
+    ("cat ./sub/../a.py", [("/w/a.py", 1, None)], True),
+    ("cat /w/a.py", [("/w/a.py", 1, None)], True),
+    ("cat -n 'a b.py' c.py", [("/w/a b.py", 1, None), ("/w/c.py", 1, None)], True),
+    ("cat a\\ b.py # why", [("/w/a b.py", 1, None)], True),
+    ("head a.py", [("/w/a.py", 1, 10)], True),
+    ("head -50 a.py", [("/w/a.py", 1, 50)], True),
+    ("head -n 50 a.py", [("/w/a.py", 1, 50)], True),
+    ("head -n50 a.py 2>/dev/null", [("/w/a.py", 1, 50)], True),
+    ("head --lines=5 a.py", [("/w/a.py", 1, 5)], True),
+    ("tail -n 20 a.py", [("/w/a.py", -20, None)], True),
+    ("tail -n +20 a.py", [("/w/a.py", 20, None)], True),
+    ("head -c 100 a.py", [], False),
+    ("sed -n '1,80p' a.py", [("/w/a.py", 1, 80)], True),
+    ("sed -n 5p a.py", [("/w/a.py", 5, 5)], True),
+    ("sed -n '5,$p' a.py", [("/w/a.py", 5, None)], True),
+    ("sed -n '$p' a.py", [("/w/a.py", -1, None)], True),
+    ("sed -n '1,5p;8,9p' a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
+    ("sed -n -e 1,5p -e 8,9p a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
+    ("sed 20q a.py", [("/w/a.py", 1, 20)], True),
+    ("sed 's/a/b/' a.py", [], False),
+    ("awk 'NR>=3 && NR<=9' a.py", [("/w/a.py", 3, 9)], True),
+    ("awk 'NR==4{print}' a.py", [("/w/a.py", 4, 4)], True),
+    ("awk '{print $2}' a.py", [], False),
+    ("nl -ba a.py", [("/w/a.py", 1, None)], True),
+    ("nl -ba a.py | sed -n '10,20p'", [("/w/a.py", 10, 20)], True),
+    ("sed -n '1,80p' a.py | nl", [("/w/a.py", 1, 80)], True),
+    ("cat a.py | head -50", [("/w/a.py", 1, 50)], True),
+    ("head -100 a.py | tail -20", [("/w/a.py", 81, 100)], True),
+    ("tail -n +5 a.py | head -10", [("/w/a.py", 5, 14)], True),
+    ("cat a.py | wc -l", [], False),
+    ("cat a.py | python -", [], False),
+    ("cat a.py | jq .x", [], False),
+    ("cat a.py | sort | head -5", [], False),
+    ("cat < a.py", [("/w/a.py", 1, None)], True),
+    ("wc -l < a.py", [], False),
+    ("bat -r 3:9 a.py", [("/w/a.py", 3, 9)], True),
+    ("cat a.py && cat b.py", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ("cat a.py; git status", [("/w/a.py", 1, None)], False),
+    ("echo '== a'; cat a.py; printf '\\n'; cat b.py", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ("cat a.py || cat b.py", [("/w/a.py", 1, None)], False),
+    ("cat a.py 2>/dev/null || true", [("/w/a.py", 1, None)], True),
+    ("cd sub && cat a.py", [("/w/sub/a.py", 1, None)], True),
+    ("(cd sub; cat a.py); cat b.py", [("/w/sub/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ("pushd sub; cat a.py; popd; cat a.py", [("/w/sub/a.py", 1, None), ("/w/a.py", 1, None)], True),
+    ("cd $X && cat a.py", [], False),
+    ("cd $X && cat /w/a.py", [("/w/a.py", 1, None)], True),
+    ("for f in a b; do cat $f.py; done", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ('for f in a.py b.py; do echo "== $f"; sed -n 1,3p "$f"; done', [("/w/a.py", 1, 3), ("/w/b.py", 1, 3)],
+         True),
+    ("for f in $(ls); do cat $f; done", [], False),
+    ("F=a.py; cat $F", [("/w/a.py", 1, None)], True),
+    ("cat $F", [], False),
+    ("cat $HOME/x ~/x", [("~/x", 1, None), ("~/x", 1, None)], True),
+    ("cat src/{a,b}.ts", [("/w/src/a.ts", 1, None), ("/w/src/b.ts", 1, None)], True),
+    ("cat src/*.ts", [("/w/src/*.ts", 1, None)], True),
+    ("bash -lc 'cat a.py'", [("/w/a.py", 1, None)], True),
+    ('bash -lc "cd sub && sed -n \'1,3p\' a.py"', [("/w/sub/a.py", 1, 3)], True),
+    (["bash", "-lc", "cat a.py"], [("/w/a.py", 1, None)], True),
+    (["cat", "a b.py"], [("/w/a b.py", 1, None)], True),
+    ("sudo -u root timeout 10 nice -n 5 cat a.py", [("/w/a.py", 1, None)], True),
+    ("A=1 env B=2 time cat a.py", [("/w/a.py", 1, None)], True),
+    ("find . | xargs cat", [], False),
+    ("if [ -f a.py ]; then cat a.py; fi", [("/w/a.py", 1, None)], False),
+    ("echo $(cat a.py)", [], False),
+    ("cat <<'EOF'\ncat a.py\nEOF", [], False),
+    ("cat <<EOF | head\nx\nEOF\ncat a.py", [("/w/a.py", 1, None)], False),
+    ("Get-Content a.py", [("/w/a.py", 1, None)], True),
+    ("Get-Content -Path 'a.py' -TotalCount 30", [("/w/a.py", 1, 30)], True),
+    ("Get-Content a.py -Tail 5", [("/w/a.py", -5, None)], True),
+    ("Get-Content .\\sub\\a.py | Select-Object -First 5", [("/w/sub/a.py", 1, 5)], True),
+    ("Get-Content a.py | Select-Object -Skip 10 -First 5", [("/w/a.py", 11, 15)], True),
+    ("powershell.exe -NoProfile -Command \"Get-Content 'sub\\a.py'\"", [("/w/sub/a.py", 1, None)], True),
+    ("pwsh -c 'gc a.py'", [("/w/a.py", 1, None)], True),
+]
+
+SEARCHES = [  # command, searches
+    ("rg -n 'foo bar' src", [("foo bar", "rg /w/src")]),
+    ("rg foo", [("foo", "rg /w")]),
+    ("rg foo .", [("foo", "rg /w")]),
+    ("rg --color=never -in foo src ./docs/", [("foo", "rg /w/docs /w/src -i")]),
+    ("rg foo -g '*.py' -C 3", [("foo", "rg /w -C3 -g*.py")]),
+    ("rg --files src", [("*", "rg /w/src --files")]),
+    ("grep -rn 'a|b' src | head -20", [("a|b", "grep /w/src -r | head -20")]),
+    ("grep -e a -e b x.py", [("a|b", "grep /w/x.py")]),
+    ("cat x.py | grep y", [("y", "grep /w/x.py")]),
+    ("sed -n 5,9p x.py | grep y", [("y", "grep /w/x.py:5-9")]),
+    ("git status | grep y", []),
+    ("grep y x.py > out", []),
+    ("git -C sub grep -n foo", [("foo", "git grep /w/sub")]),
+    ("git ls-files src", [("*", "git ls-files /w/src")]),
+    ("find . -name '*.py' -not -path './x/*'", [("-name *.py -not -path ./x/*", "find /w")]),
+    ("find . -type f | grep -v test | wc -l", [("-type f", "find /w | grep test -v | wc -l")]),
+    ("fd -e py foo src", [("foo", "fd /w/src -epy")]),
+    ("ls -la src", [("*", "ls /w/src -a -l")]),
+    ("ls", [("*", "ls /w")]),
+    ("tree -L 2 src", [("*", "tree /w/src -L2")]),
+    ("sed -n '/def x/,/return/p' a.py", [("/def x/,/return/p", "sed /w/a.py")]),
+    ("find . -name '*.py' | xargs grep -l foo", [("-name *.py", "find /w | xargs grep -l foo")]),
+    ("find . -name '*.py' -exec grep -l foo {} +", [("-name *.py -exec grep -l foo {} +", "find /w")]),
+    ("Select-String -Path src\\a.py -Pattern 'foo'", [("foo", "select-string /w/src/a.py")]),
+    ("Get-ChildItem src -Recurse", [("*", "ls /w/src -recurse")]),
+    ("findstr /i foo a.py", [("foo", "findstr /w/a.py -i")]),
+]
+
+CHANGES = [  # command, changes, kind
+    ("echo x > a.py", ["/w/a.py"], "write"),
+    ("echo x >> a.py 2>&1", ["/w/a.py"], "write"),
+    ("make_it &> out.log", ["?"], "other"),
+    ("cat a.py > b.py", ["/w/b.py"], "write"),
+    ("ls 2>/dev/null >/dev/null", [], "other"),
+    ("ls 2> err.log", ["/w/err.log"], "write"),
+    ("cat > f.py <<'EOF'\nrm -rf x; $(touch y)\nEOF", ["/w/f.py"], "write"),
+    ("cat <<-EOF >f.py\n\tx\n\tEOF\nrm g.py", ["/w/f.py", "/w/g.py"], "write"),
+    ("cat a.py | tee b.py c.py", ["/w/b.py", "/w/c.py"], "write"),
+    ("sed -i 's/a/b/' a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
+    ("sed -i.bak -e 's/a/b/' a.py && cat a.py", ["/w/a.py"], "write"),
+    ("sed -i '' 's/a/b/' a.py", ["/w/a.py"], "write"),
+    ("perl -pi -e 's/a/b/' a.py", ["/w/a.py"], "write"),
+    ("mv a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
+    ("cp a.py b.py", ["/w/b.py"], "write"),
+    ("rm -rf build dist", ["/w/build", "/w/dist"], "write"),
+    ("rm *.pyc", ["*"], "write"),
+    ("rm -rf .", ["*"], "write"),
+    ("echo x > $OUT", ["*"], "write"),
+    ("T=$(mktemp); echo x > $T", ["/tmp/mktemp"], "write"),
+    ("mkdir -p x/y && touch x/y/z", ["/w/x/y", "/w/x/y/z"], "write"),
+    ("truncate -s 0 a.log", ["/w/a.log"], "write"),
+    ("dd if=/dev/zero of=x.img bs=1", ["/w/x.img"], "write"),
+    ("patch -p1 < x.diff", ["*"], "write"),
+    ("patch -p1 <<'E'\n--- a/x.py\n+++ b/x.py\n@@\nE", ["/w/x.py"], "write"),
+    ("apply_patch <<'P'\n*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py\n*** Add File: c d.py\nP",
+     ["/w/a.py", "/w/b.py", "/w/c d.py"], "write"),
+    (["apply_patch", "*** Begin Patch\n*** Delete File: a.py\n*** End Patch"], ["/w/a.py"], "write"),
+    (["bash", "-lc", "*** Begin Patch\n*** Update File: a.py\n*** End Patch\n"], ["/w/a.py"], "write"),
+    (["bash", "-lc", "cd sub && apply_patch <<'P'\n*** Update File: a.py\nP\n"], ["/w/sub/a.py"], "write"),
+    ("git checkout main", ["*"], "write"),
+    ("git checkout -- a.py", ["/w/a.py"], "write"),
+    ("git checkout -b topic", [], "other"),
+    ("git restore a.py", ["/w/a.py"], "write"),
+    ("git restore --staged a.py", [], "other"),
+    ("git -C sub restore a.py", ["/w/sub/a.py"], "write"),
+    ("git reset --hard", ["*"], "write"),
+    ("git reset HEAD a.py", [], "other"),
+    ("git stash", ["*"], "write"),
+    ("git stash list", [], "other"),
+    ("git pull --rebase", ["*"], "write"),
+    ("git apply x.patch", ["*"], "write"),
+    ("git apply --check x.patch", [], "other"),
+    ("git rm a.py", ["/w/a.py"], "write"),
+    ("git add -A && git commit -m 'x > y; rm z' && git push", [], "other"),
+    ("git commit -m \"$(cat <<'EOF'\nit's (fine\n\nEOF\n)\"", [], "other"),
+    ("git status && git diff | cat", [], "other"),
+    ("git --no-pager log -3", [], "other"),
+    ("black a.py", ["/w/a.py"], "write"),
+    ("black .", ["*"], "write"),
+    ("black --check .", [], "other"),
+    ("ruff check src", [], "other"),
+    ("ruff check --fix src", ["/w/src"], "write"),
+    ("ruff format", ["*"], "write"),
+    ("npx prettier --write a.ts", ["/w/a.ts"], "write"),
+    ("npx eslint src", [], "other"),
+    ("eslint --fix src", ["/w/src"], "write"),
+    ("gofmt -w f.go", ["/w/f.go"], "write"),
+    ("gofmt -l .", [], "other"),
+    ("cargo fmt", ["*"], "write"),
+    ("cargo add serde", ["*"], "write"),
+    ("cargo clippy", [], "other"),
+    ("cargo clippy --fix", ["*"], "write"),
+    ("npm ci", ["*"], "write"),
+    ("yarn", ["*"], "write"),
+    ("npm run test:unit -- --watch=false", [], "other"),
+    ("npm run lint:fix", ["*"], "write"),
+    ("npm run build", ["?"], "other"),
+    ("npm ls", [], "other"),
+    ("pip install -r r.txt", ["*"], "write"),
+    ("uv pip install x", ["*"], "write"),
+    ("uv run pytest -q", [], "other"),
+    ("poetry run python x.py", ["?"], "other"),
+    ("python -m pytest tests -q 2>&1 | tail -5", [], "other"),
+    ("python3 -m unittest", [], "other"),
+    ("python -m black a.py", ["/w/a.py"], "write"),
+    ("python x.py", ["?"], "other"),
+    ("python --version", [], "other"),
+    ("python - <<'EOF'\nopen('x')\nEOF", ["?"], "other"),
+    ("node -e 'x'", ["?"], "other"),
+    ("npx tsc --noEmit", [], "other"),
+    ("go test ./...", [], "other"),
+    ("go mod tidy", ["*"], "write"),
+    ("make test", [], "other"),
+    ("make", ["?"], "other"),
+    ("pytest; mypy .; flake8", [], "other"),
+    ("frobnicate --now", ["?"], "other"),
+    ("frobnicate list", [], "other"),
+    ("./run.sh", ["?"], "other"),
+    ("bash run.sh", ["?"], "other"),
+    ("bash -n run.sh", [], "other"),
+    ("source .venv/bin/activate && pytest", [], "other"),
+    ("find . -name '*.pyc' -delete", ["*"], "write"),
+    ("find . -name '*.pyc' -exec rm {} \\;", ["*"], "write"),
+    ("find . | xargs rm -f", ["*"], "write"),
+    ("find . | xargs sed -i s/a/b/", ["*"], "write"),
+    ("rg -l a | xargs -I{} mv {} {}.bak", ["*"], "write"),
+    ("echo $(rm a.py)", ["/w/a.py"], "write"),
+    ("echo `rm a.py`", ["/w/a.py"], "write"),
+    ("echo '$(rm a.py)' \"a > b\"", [], "other"),
+    ("diff <(sort a) <(rm b)", ["/w/b"], "write"),
+    ("rm a.py; frobnicate", ["?"], "other"),
+    ("git stash; frobnicate; rm a", ["*"], "write"),
+    ("curl -s https://x.y/z | head", [], "other"),
+    ("curl -o f.zip https://x.y/z", ["/w/f.zip"], "write"),
+    ("awk '{print > \"x\"}' a", ["?"], "other"),
+    ("docker ps && gh pr view 3 && gh run list", [], "other"),
+    ("docker run x", ["?"], "other"),
+    ("sleep 5; date; pwd; env; which x; ps aux; du -sh .", [], "other"),
+    ("[ -f a ] && test -d b; [[ $x == y ]]", [], "other"),
+    ("for f in a b; do rm $f.py; done", ["/w/a.py", "/w/b.py"], "write"),
+    ("while read f; do rm \"$f\"; done < list", ["*"], "write"),
+    ("echo 'unbalanced", ["?"], "other"),
+    ("echo \"unbalanced $(", ["?"], "other"),
+    ("ssh host 'rm -rf x'", [], "other"),
+    ("Set-Content -Path a.txt -Value 'x'", ["/w/a.txt"], "write"),
+    ("Remove-Item 'a.txt','b.txt' -Force", ["/w/a.txt", "/w/b.txt"], "write"),
+    ("Copy-Item a.txt -Destination b.txt", ["/w/b.txt"], "write"),
+    ("Get-Process | Where-Object { $_.CPU -gt 5 } | Sort-Object CPU", [], "other"),
+    ("$x = Get-Item a; $x.Name", [], "other"),
+    ("", [], "other"),
+]
+
+
+@pytest.mark.parametrize("command, reads, pure", READS, ids=lambda value: str(value)[:60])
+def test_what_a_command_reads(command, reads, pure):
+    effects = so.shell_effects(command, W)
+    assert (effects.reads, effects.pure) == (reads, pure)
+    assert effects.kind != "read" or reads
+
+
+@pytest.mark.parametrize("command, searches", SEARCHES, ids=lambda value: str(value)[:60])
+def test_what_a_command_searches(command, searches):
+    effects = so.shell_effects(command, W)
+    assert effects.searches == searches and not effects.reads and not effects.pure
+    assert effects.kind == ("search" if searches else "write" if effects.changes else "other")
+
+
+@pytest.mark.parametrize("command, changes, kind", CHANGES, ids=lambda value: str(value)[:60])
+def test_what_a_command_changes(command, changes, kind):
+    effects = so.shell_effects(command, W)
+    assert effects.changes == changes
+    if kind == "write" or changes:
+        assert effects.kind == ("other" if changes == ["?"] else "write")
+
+
+@pytest.mark.parametrize("path, cwd, expected", [
+    ("a.py", "", "a.py"), ("./x/../a.py", "", "a.py"), ("a.py", "/w/", "/w/a.py"), ("/a//b.py", "/w",
+    "/a/b.py"),
+    ("src\\a.py", "C:\\w", "C:/w/src/a.py"), ("C:\\w\\.\\a.py", "", "C:/w/a.py"), ("/c/w/a.py", "C:\\w",
+    "C:/w/a.py"),
+    ("~/a", "/w", "~/a"), ("..\\a.py", "C:/w/x", "C:/w/a.py"),
+])
+def test_canonical_path(path, cwd, expected):
+    assert so.canonical_path(path, cwd) == expected
+
+
+def test_windows_folder():
+    assert so.shell_effects("cd sub && cat a.py", "C:\\w").reads == [("C:/w/sub/a.py", 1, None)]
+    assert so.shell_effects('cat "C:\\w\\a.py"', "C:\\w").reads == [("C:/w/a.py", 1, None)]
+
+
+@pytest.mark.parametrize("command", [
+    "\0", "a" * 1_000_000, "'" * 999_999, '"$(' * 300_000, "((((" * 250_000, "`" * 1_000_001,
+    "{a,b}" * 200_000,
+    "<<E\n" * 250_000, "cat " + "$x" * 400_000, "| " * 500_000, "sed -n '" + "1,2p;" * 200_000 + "' f",
+    "\\" * 999_999,
+    "$(" * 3_000 + ")" * 3_000, "for", "for x", ">", "<", "2>", "<<", "|", "bash -c", "xargs", "sed -i",
+    "git", "find",
+    "find -exec", "cat <(", "${", "env", "sudo", "timeout 5", "head -n", "grep", "Get-Content", "awk", "[",
+    "a=", ")" * 9,
+    "bash -c " * 50, "cd", "cd -", "popd", "find . -exec", "python -m", "dd", "tar", "\ud800 > \ud800",
+    "git -C", "sed -n p",
+], ids=lambda command: repr(command[:12]))
+def test_no_command_is_too_strange(command):
+    assert so.shell_effects(command, W).kind in ("read", "search", "write", "other")
+    assert so.shell_effects(command.split(" ")[:2000], W).kind in ("read", "search", "write", "other")
+    assert isinstance(so.mask_secrets(command), str)
+
+
+def test_no_random_text_is_too_strange():
+    parts = ["cat", "sed", "-n", "-i", "'", '"', "$(", ")", "`", "|", ">", "<", "<<E", "\n", "&&", ";",
+    "a.py", "1,2p", "$x",
+             "{", "}", "\\", "git", "find", "-exec", "xargs", "bash -c", "head", "-5", "for", "in", "do",
+             "done", "rg", "*",
+             "Get-Content", "-Tail", "powershell -c", "#", "=", "tee", "awk", "nl", " ", " ", " ", "é",
+             "\0", "cd", "-C"]
+    rng = random.Random(3)
+    for _ in range(20_000):
+        text = "".join(rng.choice(parts) + rng.choice(("", " ")) for _ in range(rng.randrange(1, 14)))
+        effects = so.shell_effects(text, W)
+        assert effects.kind in ("read", "search", "write", "other")
+
+
+def test_long_commands_are_cut_but_here_documents_are_not():
+    assert so.shell_effects("echo a; " * 5_000 + "rm x", W).changes == ["?"]
+    assert so.shell_effects("cat > a <<'E'\n" + "x\n" * 50_000 + "E\nrm b", W).changes == ["/w/a", "/w/b"]
+
+
+@pytest.mark.parametrize("text, masked", [
+    ("export K=sk-ant-abcdefghij0123456789", "export K=***"),
+    ("ghp_abcdefghijklmnopqrstuvwxyz0123456789", "***"),
+    ("AWS AKIAABCDEFGHIJKLMNOP x", "AWS *** x"),
+    ("curl -H 'Authorization: Bearer abc.def-123'", "curl -H 'Authorization: Bearer ***'"),
+    ("curl 'https://x.y/?token=abc123&z=1'", "curl 'https://x.y/?token=***&z=1'"),
+    ("login --password hunter2 now", "login --password *** now"),
+    ("password=hunter2", "password=***"),
+    ('{"api_key": "abc"}', '{"api_key": "***"}'),
+    ("git clone https://me:pw@host/x.git", "git clone https://me:***@host/x.git"),
+    ("curl -u me:pw http://x", "curl -u me:*** http://x"),
+    ("export TOKEN=$TOKEN", "export TOKEN=$TOKEN"),
+    ("monkey business, keyboard: 3", "monkey business, keyboard: 3"),
+    ("rg max_tokens src", "rg max_tokens src"),
+    ("cat secret/list.py", "cat secret/list.py"),
+    ("ssh git@host:22/x", "ssh git@host:22/x"),
+    ("plain text", "plain text"),
+])
+def test_mask_secrets(text, masked):
+    assert so.mask_secrets(text) == masked
+
+
+# What scans make of transcripts.
+
+class Transcript:
+    """Writes a Claude Code transcript line by line."""
+
+    def __init__(self, folder, name="11111111-2222-4333-8444-555555555555", cwd="/w", model="claude-opus-4-5-20251101"):
+        self.path = os.path.join(str(folder), name + ".jsonl")
+        self.session, self.cwd, self.model, self.lines = name, cwd, model, []
+
+    def line(self, kind, message=None, **more):
+        number = len(self.lines) + 1
+        entry = {"type": kind, "uuid": "u%d-%s" % (number, self.session), "parentUuid": None, "sessionId": self.session,
+                 "timestamp": "2026-03-01T10:%02d:%02d.000Z" % (number // 60, number % 60), "cwd": self.cwd, "version": "2.1.200",
+                 "isSidechain": False}
+        if message is not None:
+            entry["message"] = message
+        self.lines.append(json.dumps(dict(entry, **more)).encode() + b"\n")
+
+    def prompt(self, text, **more):
+        self.line("user", {"role": "user", "content": text}, **more)
+
+    def answer(self, identity, usage, *blocks, **more):
+        """``usage``: plain input, five-minute writes, cache reads, output."""
+        plain, written, cached, output = usage
+        for block in blocks:
+            self.line("assistant", {
+                "id": identity, "model": self.model, "role": "assistant", "type": "message", "content": [block],
+                "stop_reason": "end_turn", "usage": {
+                    "input_tokens": plain, "output_tokens": output, "cache_creation_input_tokens": written,
+                    "cache_read_input_tokens": cached}}, **more)
+
+    def result(self, identity, content, error=False, **more):
+        block = {"type": "tool_result", "tool_use_id": identity, "content": content}
+        self.line("user", {"role": "user", "content": [dict(block, is_error=True) if error else block]}, **more)
+
+    def save(self):
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        write(self.path, b"".join(self.lines))
+        return self.path
+
+
+def text(size):
+    return {"type": "text", "text": "x" * size}
+
+
+def use(identity, name, **arguments):
+    return {"type": "tool_use", "id": identity, "name": name, "input": arguments}
+
+
+def tiny(folder, **options):
+    """Two calls with a read in between, whose tokens are laid out by hand below."""
+    transcript = Transcript(folder, **options)
+    transcript.prompt("Please look at this file.")
+    transcript.answer("m1" + transcript.session, (10, 1_000, 0, 50), text(200))
+    transcript.answer("m1" + transcript.session, (10, 1_000, 0, 50), use("t1", "Read", file_path="/w/a.py"))
+    transcript.result("t1", "y" * 400)
+    transcript.answer("m2" + transcript.session, (10, 150, 1_000, 30), text(100))
+    return transcript
+
+
+def test_tokens_are_laid_out_by_growth(tmp_path, optimizer):
+    """The context grows from 1,010 to 1,160: 150 of the second call's 160 fresh tokens are new and 10 were written again.
+    Of the 150, 50 are the first answer and 100 the file; of the first 1,010 the prompt's 25 characters make 12 at most."""
+    row, = optimizer.scan([tiny(tmp_path).save()])["sessions"]
+    session = optimizer.get_session(row["id"])
+    laid = [(event.event_type.name, event.data.get("source", event.data.get("tool", "")), event.tokens_input, event.tokens_cache_read)
+            for event in session.events]
+    assert sorted(laid) == sorted([
+        ("CONTEXT_LOAD", "system", 998, 0), ("USER_MESSAGE", "", 12, 0), ("AI_RESPONSE", "", 50, 0), ("FILE_READ", "Read", 100, 0),
+        ("CONTEXT_LOAD", "cache rebuild", 10, 0), ("AI_RESPONSE", "", 0, 1_000)])
+    assert row["tokens"] == {"uncached_input": 20, "cache_write": 1_150, "cache_read": 1_000, "output": 80}
+    assert (row["model_calls"], row["agent"], row["task"], row["model"]) == (
+        2, "CLAUDE-CODE", "Please look at this file.", "claude-opus-4-5-20251101")
+    # 20 at 0.005, 1,150 at 0.00625, 1,000 at 0.0005, 80 at 0.025 per 1,000
+    assert row["estimated_cost"] == pytest.approx((20 * 0.005 + 1_150 * 0.00625 + 1_000 * 0.0005 + 80 * 0.025) / 1000)
+    assert (row["started_at"], row["path"], row["source"]) == ("2026-03-01T10:00:01.000Z", str(tmp_path / (session.id + ".jsonl")),
+                                                                "claude-code")
+    # the output of the first response is shared by size between its text and its call; nothing is lost
+    assert sum(event.tokens_output for event in session.events) == 80
+    lines = {event.data["line"] for event in session.events}
+    assert lines == {1, 2, 3, 5}
+
+
+def test_a_response_is_counted_once_with_its_largest_output(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("x")
+    for output in (1, 700, 30):
+        transcript.answer("m1", (10, 1_000, 0, output), text(50))
+    transcript.model = "<synthetic>"
+    transcript.answer("m2", (0, 0, 0, 0), text(50))
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    assert row["model_calls"] == 1 and row["tokens"] == {"uncached_input": 10, "cache_write": 1_000, "cache_read": 0, "output": 700}
+
+
+ROW_KEYS = ("id source path agent task model started_at model_calls tokens estimated_cost efficiency_score waste issues").split()
+
+
+def consistent(result, optimizer=None):
+    """What must be true of every scan: keys, sums, bounds; the events of each stored session add up to its row."""
+    assert {"sessions", "totals", "skipped"} <= set(result)
+    for row in result["sessions"]:
+        assert set(ROW_KEYS) <= set(row)
+        assert set(row["waste"]) == {"tokens", "measured_tokens", "cost", "measured_cost"}
+        assert 0 <= row["waste"]["measured_tokens"] <= row["waste"]["tokens"]
+        assert 0 <= row["waste"]["measured_cost"] <= row["waste"]["cost"] + 1e-9 <= row["estimated_cost"] + 2e-9
+        assert 0 <= row["efficiency_score"] <= 100
+        assert sum(issue["charged_tokens"] for issue in row["issues"]) == row["waste"]["tokens"]
+        tokens = row["tokens"]
+        assert min(tokens.values()) >= 0
+        if optimizer:
+            session = optimizer.get_session(row["id"])
+            entered = sum(event.tokens_input for event in session.events)
+            written = sum(event.tokens_cache_write for event in session.events)
+            assert tokens == {
+                "uncached_input": entered - written, "cache_write": written,
+                "cache_read": sum(event.tokens_cache_read for event in session.events),
+                "output": sum(event.tokens_output for event in session.events)}
+            assert session.estimated_cost == pytest.approx(row["estimated_cost"])
+            assert sum(row["token_use"].values()) == session.total_tokens == entered + tokens["output"]
+            assert row["model_calls"] == sum(event.event_type is EventType.AI_RESPONSE for event in session.events)
+    totals = result["totals"]
+    for part in ("tokens", "waste"):
+        for name, value in totals[part].items():
+            assert value == pytest.approx(sum(row[part][name] for row in result["sessions"]))
+    assert totals["sessions"] == len(result["sessions"])
+    assert totals["model_calls"] == sum(row["model_calls"] for row in result["sessions"])
+    assert totals["estimated_cost"] == pytest.approx(sum(row["estimated_cost"] for row in result["sessions"]))
+    for entry in result["skipped"]:
+        assert set(entry) == {"path", "line", "reason"} and entry["reason"]
+
+
+def transcripts_in(folder):
+    found = [path for path, _, _ in so.find_transcripts([folder])]
+    return [path for path in found if os.path.basename(path) != "labels.json"]
+
+
+def test_the_labelled_samples_are_all_judged_right():
+    result = so.run_labelled_cases(SAMPLES)
+    assert result["mistakes"] == [] and result["wrong"] == 0 and result["cases"] >= 40
+    assert len({row["analyzer"] for row in result["analyzers"]}) == 8
+    for row in result["analyzers"]:
+        assert row["true_positives"] > 0 and row["true_negatives"] > 0 and row["false_positives"] == row["false_negatives"] == 0
+        assert row["precision"] == row["recall"] == 1 and row["token_error_percent"] == 0
+
+
+def test_a_wrong_label_is_noticed(tmp_path):
+    with open(os.path.join(SAMPLES, "labels.json"), encoding="utf-8") as file:
+        case = next(case for case in json.load(file)["cases"] if case["name"] == "read-twice")
+    shutil.copytree(os.path.join(SAMPLES, case["path"]), str(tmp_path / case["path"]))
+    for change, mistakes in (({}, 0), ({"expected": []}, 1), ({"totals": dict(case["totals"], output=1)}, 1)):
+        write(tmp_path / "labels.json", json.dumps({"cases": [dict(case, **change)]}))
+        assert len(so.run_labelled_cases(str(tmp_path))["mistakes"]) == mistakes
+        assert command("selftest", str(tmp_path))[0] == (3 if mistakes else 0)
+    assert command("selftest", str(tmp_path / "nowhere"))[0] == 1
+
+
+def test_the_samples_add_up_and_every_file_is_read_or_named(optimizer):
+    result = optimizer.scan([SAMPLES])
+    consistent(result, optimizer)
+    used = {path for row in result["sessions"] for source in [optimizer.get_session(row["id"]).metadata["source"]]
+            for path in [source["path"]] + source.get("paths", [])}
+    assert used | {entry["path"] for entry in result["skipped"]} >= set(transcripts_in(SAMPLES))
+    assert {row["agent"] for row in result["sessions"]} == {"CLAUDE-CODE", "CODEX", "GEMINI-CLI"}
+
+
+@pytest.mark.skipif(not os.path.isdir(REAL), reason="the real transcripts are not here")
+def test_real_transcripts_add_up_and_every_file_is_read_or_named(optimizer):
+    result = optimizer.scan([REAL])
+    assert len(result["sessions"]) > 100
+    consistent(result, optimizer)
+    used = {path for row in result["sessions"] for source in [optimizer.get_session(row["id"]).metadata["source"]]
+            for path in [source["path"]] + source.get("paths", [])}
+    named = {entry["path"] for entry in result["skipped"]}
+    assert [path for path in transcripts_in(REAL) if path not in used | named and path.endswith(".jsonl")] == []
+    assert so.scan_report(result)
+
+
+def test_a_second_scan_reads_only_what_changed(tmp_path, optimizer, monkeypatch):
+    first, second = tiny(tmp_path / "p"), tiny(tmp_path / "p", name="99999999-2222-4333-8444-555555555555")
+    first.save(), second.save()
+    reads = []
+    for reader in so.READERS:
+        monkeypatch.setattr(reader, "read", lambda paths, *rest, _read=reader.read: reads.append(paths) or _read(paths, *rest))
+    before = optimizer.scan([str(tmp_path / "p")])
+    assert sorted(reads) == [[first.path], [second.path]] and before["changes"] == ""
+    del reads[:]
+    again = optimizer.scan([str(tmp_path / "p")])
+    assert reads == [] and again["sessions"] == before["sessions"] and again["changes"] == "nothing since the last scan"
+    second.answer("m3", (5, 0, 1_160, 7), text(20))
+    second.save()
+    del reads[:]
+    later = optimizer.scan([str(tmp_path / "p")])
+    assert reads == [[second.path]] and "+0 sessions, +1 model calls, +1,172 tokens" in later["changes"]
+    consistent(later, optimizer)
+    os.utime(first.path, ns=(1, 1))
+    del reads[:]
+    assert optimizer.scan([str(tmp_path / "p")])["sessions"] == later["sessions"] and reads == [[first.path]]
+    del reads[:]
+    optimizer.scan([str(tmp_path / "p")], again=True)
+    assert len(reads) == 2
+
+
+def test_a_deleted_session_stays_deleted_until_told_otherwise(tmp_path, optimizer):
+    path = tiny(tmp_path / "p").save()
+    row, = optimizer.scan([path])["sessions"]
+    assert optimizer.delete_session(row["id"]) and optimizer.list_sessions() == []
+    transcript = tiny(tmp_path / "p")
+    assert optimizer.scan([path])["sessions"] == [] and optimizer.list_sessions() == []
+    transcript.answer("m3", (5, 0, 1_160, 7), text(20))
+    transcript.save()
+    assert SessionOptimizer(optimizer.store.root).scan([path])["sessions"] == []
+    assert [row["id"] for row in optimizer.scan([path], again=True)["sessions"]] == [row["id"]]
+    assert len(optimizer.scan([path])["sessions"]) == 1 and optimizer.get_session(row["id"]) is not None
+
+
+def test_an_unfinished_last_line_is_no_damage(tmp_path, optimizer):
+    transcript = tiny(tmp_path)
+    transcript.answer("m3", (5, 0, 1_160, 7), text(20))
+    path = transcript.save()
+    whole = read(path)
+    for cut in (1, 2, 100, len(transcript.lines[-1]) - 1):
+        write(path, whole[:-cut])
+        result = optimizer.scan([path])
+        assert result["skipped"] == [] and result["sessions"][0]["model_calls"] == (3 if cut == 1 else 2), cut
+    write(path, whole)
+    assert optimizer.scan([path])["sessions"][0]["model_calls"] == 3
+
+
+def test_damaged_lines_are_named(tmp_path, optimizer):
+    transcript = tiny(tmp_path)
+    transcript.lines[1:1] = [b"{broken\n", b"[1, 2]\n", b"\xff\xfe\n", b'"text"\n']
+    path = transcript.save()
+    result = optimizer.scan([path])
+    assert [(entry["path"], entry["line"]) for entry in result["skipped"]] == [(path, 2), (path, 3), (path, 4), (path, 5)]
+    assert result["sessions"][0]["model_calls"] == 2 and any("4 damaged" in note for note in result["sessions"][0]["notes"])
+    status, out, err = command("--store", str(tmp_path / "s"), "scan", path)
+    assert status == 0 and "4 damaged lines in 1 file" in out
+
+
+def test_files_that_are_no_transcripts_are_named(tmp_path, optimizer):
+    write(tmp_path / "empty.jsonl", b"")
+    write(tmp_path / "other.jsonl", b'{"a": 1}\n')
+    write(tmp_path / "binary.jsonl", bytes(range(256)) * 10)
+    write(tmp_path / "notes.txt", b"not looked at")
+    result = optimizer.scan([str(tmp_path)])
+    assert result["sessions"] == [] and {os.path.basename(entry["path"]) for entry in result["skipped"]} == {
+        "empty.jsonl", "other.jsonl", "binary.jsonl"}
+    with pytest.raises(StorageError, match="nowhere.*no such file"):
+        optimizer.scan([str(tmp_path / "nowhere")])
+
+
+def copied_cases(tmp_path):
+    """A resumed session and a fork: files that repeat others' responses."""
+    pairs = []
+    for name in ("resumed-session", "forked-session"):
+        target = str(tmp_path / name)
+        shutil.copytree(os.path.join(SAMPLES, "claude-code", name), target)
+        paths = transcripts_in(target)
+        assert len(paths) == 2
+        pairs.append(paths)
+    return pairs
+
+
+def recount(paths):
+    """An independent count of Claude Code's usage: every message id once, its largest output."""
+    usage = {}
+    for path in paths:
+        for line in read(path).splitlines():
+            entry = json.loads(line.decode("utf-8"))
+            message = entry.get("message") if entry.get("type") == "assistant" else None
+            if message and message.get("model") != "<synthetic>":
+                seen = message["usage"]
+                figures = [seen.get("input_tokens", 0), seen.get("cache_creation_input_tokens", 0), seen.get("cache_read_input_tokens", 0),
+                           seen.get("output_tokens", 0)]
+                usage[message["id"]] = [max(pair) for pair in zip(figures, usage.get(message["id"], figures))]
+    return dict(zip(("uncached_input", "cache_write", "cache_read", "output"), map(sum, zip(*usage.values())))), len(usage)
+
+
+def test_a_repeated_response_is_counted_once_in_any_order_of_discovery(tmp_path):
+    for number, paths in enumerate(copied_cases(tmp_path)):
+        tokens, calls = recount(paths)
+        outcomes = []
+        for order in ([paths], [paths[::-1]], [paths[:1], paths], [paths[1:], paths], [paths[:1], paths[1:], paths], [paths[1:], paths[:1], paths]):
+            optimizer = SessionOptimizer(str(tmp_path / ("store%d-%d" % (number, len(outcomes)))))
+            for some in order:
+                result = optimizer.scan(some)
+                consistent(result, optimizer)
+            assert (result["totals"]["tokens"], result["totals"]["model_calls"]) == (tokens, calls)
+            outcomes.append({row["path"]: row["tokens"] for row in result["sessions"]})
+        assert all(outcome == outcomes[0] for outcome in outcomes)
+        alone = SessionOptimizer(str(tmp_path / ("alone%d" % number))).scan(paths[:1])
+        assert alone["totals"]["tokens"] == recount(paths[:1])[0]
+
+
+MARK = "MaRkEr-4711"
+_SECRET_KEYS = ("text", "content", "output", "message", "aggregated_output", "formatted_output", "stdout", "stderr", "thinking", "thought",
+                "description", "prompt", "old_string", "new_string", "originalFile", "lastPrompt", "resultDisplay", "newContent",
+                "subject", "title", "summary", "fileDiff", "oldString", "newString")
+
+
+def marked(value, key=""):
+    """The value with the mark at the end of every text that is a prompt, an answer, a file's content or a tool's output."""
+    if isinstance(value, dict):
+        return {name: marked(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [marked(entry, key) for entry in value]
+    return value + "\n" + MARK if isinstance(value, str) and key in _SECRET_KEYS else value
+
+
+def test_the_store_keeps_no_prompt_no_content_and_no_output(tmp_path, optimizer):
+    planted = 0
+    for path in transcripts_in(SAMPLES):
+        target = tmp_path / "p" / os.path.relpath(path, SAMPLES)
+        os.makedirs(str(target.parent), exist_ok=True)
+        raw = read(path).decode("utf-8")
+        if path.endswith(".json"):
+            changed = json.dumps(marked(json.loads(raw)))
+        else:
+            changed = "".join(json.dumps(marked(json.loads(line))) + "\n" for line in raw.splitlines())
+        planted += changed.count(MARK)
+        write(target, changed)
+    result = optimizer.scan([str(tmp_path / "p")])
+    assert planted > 1_000 and len(result["sessions"]) > 100
+    for row in result["sessions"]:
+        for form in so.FORMATS:
+            assert MARK not in optimizer.export_report(row["id"], form)
+    kept = stored_bytes(optimizer.store.root)
+    assert kept.count(b"AI_RESPONSE") > 300 and MARK.encode() not in kept
+    assert MARK not in json.dumps(result)
+
+
+def test_error_messages_and_secrets_in_commands_are_not_kept(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("First line, kept.\nSecond line: " + MARK + "\n" + MARK)
+    transcript.prompt("A later prompt: " + MARK)
+    commands = ["curl -H 'Authorization: Bearer %s' https://x.y" % MARK, "export API_KEY=sk-ant-%s0123456789abcdef; run" % MARK.replace("-", "")]
+    for number, line in enumerate(commands * 2):
+        transcript.answer("m%d" % number, (9, 100 + number, 1_000, 40), {"type": "thinking", "thinking": MARK * 9}, text(9), use("t%d" % number, "Bash", command=line))
+        transcript.result("t%d" % number, "Exit code 1\n%s: no such thing" % MARK, error=True, toolUseResult="Error: " + MARK)
+    transcript.answer("m8", (9, 9, 1_500, 9), use("t8", "Write", file_path="/w/a.txt", content=MARK), use("t9", "Grep", pattern="x", path="/w"))
+    transcript.result("t8", MARK, toolUseResult={"content": MARK, "originalFile": MARK})
+    transcript.result("t9", MARK)
+    transcript.line("attachment", attachment={"type": "file", "content": MARK})
+    transcript.line("system", subtype="local_command", content=MARK)
+    transcript.lines.append(b'{"type":"user","broken ' + MARK.encode() + b"\n")
+    result = optimizer.scan([transcript.save()])
+    issues = {issue["issue_type"] for issue in result["sessions"][0]["issues"]}
+    assert result["sessions"][0]["task"] == "First line, kept." and "FAILED_RETRY" in issues
+    for form in so.FORMATS:
+        assert MARK not in optimizer.export_report(result["sessions"][0]["id"], form)
+    kept = stored_bytes(optimizer.store.root)
+    assert b"curl" in kept and MARK.encode() not in kept and MARK.replace("-", "").encode() not in kept
+    assert MARK not in json.dumps(result)
+
+
+def test_a_long_first_prompt_is_cut(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("word " * 200 + MARK)
+    transcript.answer("m1", (9, 9, 9, 9), text(9))
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    assert row["task"].startswith("word word") and len(row["task"]) <= 160
+    assert MARK.encode() not in stored_bytes(optimizer.store.root)
+
+
+def test_scanning_without_a_store_keeps_nothing(tmp_path, home):
+    path = tiny(tmp_path).save()
+    optimizer = SessionOptimizer()
+    assert len(optimizer.scan([path], store=False)["sessions"]) == 1
+    assert len(optimizer.scan([path], store=False)["sessions"]) == 1
+    status, out, _ = command("scan", path, "--no-store", "--format", "json")
+    assert status == 0 and len(json.loads(out)["sessions"]) == 1 and os.listdir(str(home)) == []
+
+
+def test_filters_narrow_what_a_scan_reports(optimizer):
+    def scanned(**filters):
+        return len(optimizer.scan([SAMPLES], **filters)["sessions"])
+    everything = scanned()
+    by_agent = [scanned(agent=name) for name in ("claude-code", "codex", "gemini-cli")]
+    assert min(by_agent) > 0 and sum(by_agent) == everything and scanned(agent="nobody") == 0
+    assert scanned(agent="CLAUDE-CODE") == by_agent[0] == scanned(agent="Claude Code")
+    assert 0 < scanned(project="/home/dev/shop") < everything and scanned(project="no such place") == 0
+    assert scanned(since=datetime(2020, 1, 1)) == everything and scanned(since=datetime(2090, 1, 1)) == 0
+    rows = optimizer.scan([SAMPLES])["sessions"]
+    middle = sorted(so.seconds_of(row["ended_at"]) for row in rows)[len(rows) // 2]
+    assert scanned(since=datetime.fromtimestamp(middle, timezone.utc)) == sum(so.seconds_of(row["ended_at"]) >= middle for row in rows)
+
+
+def test_default_places_follow_the_agents_settings(tmp_path, home, monkeypatch):
+    assert SessionOptimizer().scan(store=False)["sessions"] == []
+    tiny(home / ".claude" / "projects" / "-w").save()
+    assert len(SessionOptimizer().scan(store=False)["sessions"]) == 1
+    tiny(tmp_path / "c" / "projects" / "-w", name="22222222-2222-4333-8444-555555555555").save()
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path / "c"))
+    assert [row["id"][0] for row in SessionOptimizer().scan(store=False)["sessions"]] == ["2"]
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path / "x"))
+    shutil.copytree(os.path.join(SAMPLES, "codex", "codex-compacted"), str(tmp_path / "x" / "sessions" / "2026"))
+    assert {row["agent"] for row in SessionOptimizer().scan(store=False)["sessions"]} == {"CLAUDE-CODE", "CODEX"}
+
+
+def test_ids_that_are_taken_get_a_suffix(tmp_path, optimizer):
+    name = "11111111-2222-4333-8444-555555555555"
+    tiny(tmp_path / "a", name=name).save()
+    other = tiny(tmp_path / "b", name=name)
+    other.lines = [line.replace(b'"m1', b'"n1').replace(b'"m2', b'"n2').replace(b'"u', b'"v') for line in other.lines]
+    other.save()
+    rows = optimizer.scan([str(tmp_path / "a"), str(tmp_path / "b")])["sessions"]
+    assert sorted(row["id"] for row in rows) == [name, name + "-2"] and [row["model_calls"] for row in rows] == [2, 2]
+    mine = SessionOptimizer(str(tmp_path / "mine"))
+    mine.start_session("me", "by hand", session_id=name)
+    assert [row["id"] for row in mine.scan([str(tmp_path / "a")])["sessions"]] == [name + "-2"]
+    assert mine.get_session(name).task == "by hand"
+
+
+def mutations(raw, generator):
+    """A transcript with a few things wrong."""
+    for _ in range(generator.randrange(1, 5)):
+        place, size = generator.randrange(len(raw) + 1), generator.randrange(1, 200)
+        how = generator.randrange(9)
+        lines = raw.split(b"\n")
+        one = generator.randrange(len(lines))
+        if how == 0:
+            raw = raw[:place] + raw[place + size:]
+        elif how == 1:
+            raw = raw[:place] + bytes(generator.randrange(256) for _ in range(size % 20)) + raw[place:]
+        elif how == 2:
+            raw = raw[:place]
+        elif how == 3:
+            lines[one:one + 1] = [lines[one]] * 3
+            raw = b"\n".join(lines)
+        elif how == 4:
+            generator.shuffle(lines)
+            raw = b"\n".join(lines)
+        else:
+            try:
+                value = strange(json.loads(lines[one].decode("utf-8")), generator)
+            except ValueError:
+                continue
+            lines[one] = json.dumps(value).encode()
+            raw = b"\n".join(lines)
+    return raw
+
+
+STRANGE = (None, True, False, 0, -1, 1.5, 1e308, 10**30, "", "x", [], {}, [None], {"a": None}, [[]], "\ud800", "9999-99-99", float("nan"))
+
+
+def strange(value, generator):
+    """The value with one part replaced by something of another kind."""
+    if isinstance(value, dict) and value and generator.random() < 0.8:
+        key = generator.choice(sorted(value))
+        return dict(value, **{key: strange(value[key], generator)})
+    if isinstance(value, list) and value and generator.random() < 0.8:
+        place = generator.randrange(len(value))
+        return value[:place] + [strange(value[place], generator)] + value[place + 1:]
+    return generator.choice(STRANGE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_transcript_is_too_strange(tmp_path, seed):
+    """300 mutated samples in all, 50 a time: whatever they hold, they are read or named, and the figures add up."""
+    generator = random.Random(seed)
+    samples = sorted(transcripts_in(SAMPLES))
+    for number in range(50):
+        path = generator.choice(samples)
+        name = os.path.basename(path)
+        write(tmp_path / ("%02d-%s" % (number, name)), mutations(read(path), generator))
+    optimizer = SessionOptimizer(str(tmp_path / "store"))
+    paths = sorted(str(path) for path in tmp_path.iterdir() if path.is_file())
+    result = optimizer.scan(paths)
+    consistent(result, optimizer)
+    used = {path for row in result["sessions"] for path in [row["path"]] + optimizer.get_session(row["id"]).metadata["source"].get("paths", [])}
+    named = {entry["path"] for entry in result["skipped"]}
+    assert [path for path in paths if path not in used | named and not path.endswith(".json")] == []
+    for row in result["sessions"]:
+        for form in so.FORMATS:
+            assert optimizer.export_report(row["id"], form)
+    assert so.scan_report(result) and optimizer.scan(paths)["sessions"] == result["sessions"]
+
+
+def test_a_scan_as_a_whole_report(tmp_path, optimizer):
+    """Three stories, one per agent."""
+    stories = ("claude-code/story-checkout", "codex/codex-story-logging", "gemini/gemini-story-handbook")
+    result = optimizer.scan([os.path.join(SAMPLES, story) for story in stories])
+    expected = read(os.path.join(HERE, "examples", "expected", "scan.text")).decode("utf-8")
+    assert so.scan_report(result).strip("\n") == expected.strip("\n")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A live dashboard of a store: efficiency per agent, active sessions, trend, alerts and reports, in a browser.
+"""A live dashboard of a store: efficiency by agent, active sessions, trend, alerts and reports in a browser.
 
-    python3 examples/dashboard.py                     your own store (SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)
+    python3 examples/dashboard.py         your own store (SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)
     python3 examples/dashboard.py --store DIR --port 9000
 
-It serves dashboard.html, a JSON API, /metrics for Prometheus and /health, on this machine only unless --host and
---token say otherwise. It reads sessions and changes none. docs/dashboard.md describes it all.
+It serves dashboard.html, a JSON API, /metrics for Prometheus and /health, on this machine only unless --host
+and --token say otherwise. It reads sessions and changes none. docs/dashboard.md describes it all.
 """
 import argparse
 import json
@@ -43,14 +43,14 @@ def sums(rows):
 
 def listed(row):
     """A ``summaries()`` row as the API shows it. Duration in seconds, cost in USD."""
-    names = ("id", "agent", "task", "model", "status", "started_at", "last_at", "tokens", "waste_tokens", "cost")
+    names = "id agent task model status started_at last_at tokens waste_tokens cost".split()
     return dict({name: row[name] for name in names}, duration=round(row["minutes"] * 60),
                 efficiency=round(row["efficiency"], 2), issues=sum(row["issues"].values()))
 
 
 def wasted_tokens(session, report):
-    """Wasted tokens by event id. As in the report an event pays its largest measured claim and what the largest
-    estimated one adds, so the sum is the report's total."""
+    """Wasted tokens by event id. As in the report an event pays its largest measured claim and what the
+    largest estimated one adds, so the sum is the report's total."""
     best = defaultdict(dict)
     for issue in report.issues:
         for event_id, claim in sessionoptimizer.claims_of(session, issue).items():
@@ -66,7 +66,8 @@ def timeline(session, wasted):
         events = session.events[first:first + size]
         kinds = Counter(event.event_type.value for event in events).most_common(4)
         text = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        steps.append({"first": first + 1, "events": len(events), "time": events[0].timestamp, "type": kinds[0][0],
+        steps.append({"first": first + 1, "events": len(events),
+                      "time": events[0].timestamp, "type": kinds[0][0],
                       "text": text if size > 1 else sessionoptimizer.event_extract(session, events[0]),
                       "input": sum(event.tokens_input for event in events),
                       "output": sum(event.tokens_output for event in events),
@@ -75,12 +76,12 @@ def timeline(session, wasted):
 
 
 class Source:
-    """The answers of the API. One is computed again only after a session file has changed, and once a minute for
-    the passing of time; its ETag stays while its content does."""
+    """The answers of the API. One is computed again only after a session file has changed, and once a minute
+    for the passing of time; its ETag stays while its content does."""
 
     def __init__(self, store=None):
         self.store, self.optimizer, self.lock = store, SessionOptimizer(store), threading.RLock()
-        self.optimizer.prices  # a price list that cannot be used is told at the start
+        self.prices = self.optimizer.prices  # read now: one that cannot be used is told at the start
         self.files, self.version, self.seen = {}, 0, 0.0
         self.rows, self.rows_version, self.problems, self.cost = [], 0, [], 0.0
         self.kept = {}
@@ -89,7 +90,8 @@ class Source:
         """The number of the store's state, which grows when a session file has changed."""
         if self.version and time.monotonic() - self.seen < max_age:
             return self.version
-        files = {session_id: (info.st_size, info.st_mtime_ns) for session_id, info in self.optimizer.store.files()}
+        found = self.optimizer.store.files()
+        files = {session_id: (info.st_size, info.st_mtime_ns) for session_id, info in found}
         with self.lock:
             self.seen = time.monotonic()
             if files != self.files or not self.version:
@@ -136,9 +138,10 @@ class Source:
             agents[row["agent"]].append(row)
         totals = sums(rows)
         return {"timestamp": datetime.now().astimezone().isoformat(timespec="seconds"), "days": days,
-                "agents": {agent: sums(agents[agent]) for agent in sorted(agents)}, "total_sessions": len(rows),
-                "average_efficiency": totals["efficiency"], "total_waste_tokens": totals["waste_tokens"],
-                "totals": totals, "stored_sessions": len(self.rows), "problems": self.problems,
+                "agents": {agent: sums(agents[agent]) for agent in sorted(agents)},
+                "total_sessions": len(rows), "average_efficiency": totals["efficiency"],
+                "total_waste_tokens": totals["waste_tokens"], "totals": totals,
+                "stored_sessions": len(self.rows), "problems": self.problems,
                 "latest": self.rows[-1]["started_at"] if self.rows else ""}
 
     def agent(self, name, days=7):
@@ -147,8 +150,9 @@ class Source:
         figures = self.optimizer.agent_statistics(name, days)
         trends = figures.pop("trends", {"trend": "insufficient_data", "change_percent": 0.0})
         figures.setdefault("sessions_analyzed", figures.pop("sessions", 0))
-        return dict({"average_efficiency": None, "total_tokens": 0, "total_cost": 0.0, "total_waste_tokens": 0},
-                    **figures, trends={"direction": trends["trend"], "change": trends["change_percent"]})
+        none = {"average_efficiency": None, "total_tokens": 0, "total_cost": 0.0, "total_waste_tokens": 0}
+        trends = {"direction": trends["trend"], "change": trends["change_percent"]}
+        return dict(none, **figures, trends=trends)
 
     def trend(self, days=7):
         by_day, today = defaultdict(list), date.today()
@@ -161,9 +165,11 @@ class Source:
              "tokens": point["total_tokens"]} for point in points]}
 
     def sessions(self, agent="", status="", limit=50, days=MAX_DAYS):
-        rows = [row for row in reversed(self._since(days)) if row["status"] == (status.upper() or row["status"])
-                and (not agent or row["agent"].upper() == agent.upper())]
-        return {"sessions": [listed(row) for row in rows[:limit]], "count": len(rows[:limit]), "total": len(rows)}
+        rows = [row for row in reversed(self._since(days))
+                if row["status"] == (status.upper() or row["status"])
+                and row["agent"].upper() == (agent.upper() or row["agent"].upper())]
+        shown = [listed(row) for row in rows[:limit]]
+        return {"sessions": shown, "count": len(shown), "total": len(rows)}
 
     def active(self):
         rows = [listed(row) for row in self.rows if row["status"] == SessionStatus.ACTIVE.value]
@@ -188,12 +194,14 @@ class Source:
         wasted = wasted_tokens(session, report)
         named = {event_id for issue in report.issues for event_id in issue.events_involved}
         header = {"id": name, "agent": session.agent, "task": session.task, "model": session.model,
-                  "status": session.status.value, "started_at": session.started_at, "ended_at": session.ended_at,
-                  "duration": round(session.duration_seconds), "events": len(session.events)}
-        return dict(report.to_dict(), session=header, timeline=timeline(session, wasted), evidence={
-            event.id: {"number": number, "type": event.event_type.value, "tokens": event.tokens,
-                       "text": sessionoptimizer.event_extract(session, event), "wasted": wasted.get(event.id, 0)}
-            for number, event in enumerate(session.events, 1) if event.id in named})
+                  "status": session.status.value, "started_at": session.started_at,
+                  "ended_at": session.ended_at, "duration": round(session.duration_seconds),
+                  "events": len(session.events)}
+        events = {event.id: {"number": number, "type": event.event_type.value, "tokens": event.tokens,
+                             "wasted": wasted.get(event.id, 0),
+                             "text": sessionoptimizer.event_extract(session, event)}
+                  for number, event in enumerate(session.events, 1) if event.id in named}
+        return dict(report.to_dict(), session=header, timeline=timeline(session, wasted), evidence=events)
 
     def metrics(self):
         groups, states = defaultdict(list), Counter((row["agent"], row["status"]) for row in self.rows)
@@ -208,7 +216,8 @@ class Source:
                     tables.setdefault(METRICS[name], []).append((("agent",), (agent,), value))
         lines = []
         for name, samples in tables.items():
-            lines += [f"# HELP sessionoptimizer_{name} {HELP[name]}.", f"# TYPE sessionoptimizer_{name} gauge"]
+            lines += [f"# HELP sessionoptimizer_{name} {HELP[name]}.",
+                      f"# TYPE sessionoptimizer_{name} gauge"]
             for labels, texts, value in samples:
                 texts = (re.sub(r'([\\"])', r"\\\1", text).replace("\n", r"\n") for text in texts)
                 inside = ",".join(f'{label}="{text}"' for label, text in zip(labels, texts))
@@ -272,19 +281,21 @@ class Dashboard(LocalServer):
 def read_options(argv):
     parser = argparse.ArgumentParser(prog="dashboard.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", metavar="DIR", help="directory of the store; without it your own (and not, as in "
-                        "the other examples, a temporary one, of which there would be nothing to see)")
+    parser.add_argument("--store", metavar="DIR",
+                        help="directory of the store; without it your own (not a temporary one as elsewhere "
+                        "in examples/: there would be nothing to see)")
     parser.add_argument("--port", type=int, default=8765, help="default 8765; 0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, default 127.0.0.1; one that other "
-                        "machines can reach needs --token")
-    parser.add_argument("--token", default=os.environ.get("SESSIONOPTIMIZER_TOKEN", ""), help="secret that requests "
-                        f"need, {MIN_TOKEN} characters or more; default: the variable SESSIONOPTIMIZER_TOKEN")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to listen on, default 127.0.0.1; others need --token")
+    parser.add_argument("--token", default=os.environ.get("SESSIONOPTIMIZER_TOKEN", ""),
+                        help=f"secret that requests need, {MIN_TOKEN} characters or more; by default the "
+                        "variable SESSIONOPTIMIZER_TOKEN")
     options = parser.parse_args(argv)
     if not 0 <= options.port <= 65_535:
         parser.error(f"--port is {options.port}: give a number from 0 to 65535")
     if options.host not in LOOPBACK and not options.token:
-        parser.error(f"--host {options.host} lets other machines read your sessions: give a --token as well, e.g. "
-                     "one from python3 -c 'import secrets; print(secrets.token_urlsafe())'")
+        parser.error(f"--host {options.host} lets other machines read your sessions: give a --token as well, "
+                     "e.g. one from python3 -c 'import secrets; print(secrets.token_urlsafe())'")
     if 0 < len(options.token) < MIN_TOKEN:
         parser.error(f"--token has {len(options.token)} characters: give at least {MIN_TOKEN}")
     return options

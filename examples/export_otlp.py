@@ -241,7 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="to send along")
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
-    headers = dict(header.split("=", 1) for header in options.header if "=" in header)
+    if not all("=" in header for header in options.header):
+        parser.error("a header is NAME=VALUE")
+    headers = dict(header.split("=", 1) for header in options.header)
     if options.endpoint and not options.endpoint.startswith(("http://", "https://")):
         parser.error(f"{options.endpoint} is not an http or https URL")
     try:

@@ -1,9 +1,9 @@
-"""An HTTP server that is safe to run on a desk: one page, its API, and a stream of events. dashboard.py is built on it.
+"""An HTTP server that is safe to run on a desk: a page, its API, a stream of events. For dashboard.py.
 
-It answers GET and HEAD. It refuses pages of other sites (Host, Origin and Sec-Fetch-Site are checked, which also
-stops DNS rebinding), asks for a token where it has one, lets the page run its own script and style and nothing else,
-and bounds what a client can take: the size of a request, the time to send it, the number of connections and of
-event streams. Errors are JSON, ``{"error": text}``.
+It answers GET and HEAD. It refuses pages of other sites (Host, Origin and Sec-Fetch-Site are checked, which
+also stops DNS rebinding), asks for a token where it has one, lets the page run its own script and style and
+nothing else, and bounds what a client can take: the size of a request, the time to send it, the number of
+connections and of event streams. Errors are JSON, ``{"error": text}``.
 """
 import base64
 import hashlib
@@ -29,7 +29,7 @@ JSON = "application/json"
 
 
 class Refused(Exception):
-    """A request that gets an error instead of an answer: status, message and, where needed, a dict of headers."""
+    """A request that gets an error instead of an answer: status, message and, at need, a dict of headers."""
 
 
 def same(given, wanted):
@@ -55,8 +55,8 @@ class LocalServer(ThreadingMixIn, TCPServer):
         self.names = set(LOOPBACK) | (set() if self.local else {host.lower(), socket.gethostname().lower()})
         hashes = [base64.b64encode(hashlib.sha256(re.search(tag, page, re.S).group(1)).digest()).decode()
                   for tag in (b"<script>(.*?)</script>", b"<style>(.*?)</style>")]
-        self.policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; connect-src 'self'; "
-                       "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        self.policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src data:; "
+                       "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
                        "require-trusted-types-for 'script'; trusted-types 'none'").format(*hashes)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
@@ -68,8 +68,8 @@ class LocalServer(ThreadingMixIn, TCPServer):
         raise NotImplementedError
 
     def state(self, max_age):
-        """(a number that grows with every change, seconds to wait before asking again), at most ``max_age`` seconds
-        old."""
+        """(a number that grows with every change, seconds to wait before asking again); the number may be
+        ``max_age`` seconds old."""
         raise NotImplementedError
 
     def process_request(self, request, client_address):
@@ -77,8 +77,9 @@ class LocalServer(ThreadingMixIn, TCPServer):
             return super().process_request(request, client_address)
         request.setblocking(False)
         try:
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-                         b"Connection: close\r\nContent-Length: 33\r\n\r\n" b'{"error": "too many connections"}')
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                         b"Retry-After: 5\r\nConnection: close\r\nContent-Length: 33\r\n\r\n"
+                         b'{"error": "too many connections"}')
         except OSError:
             pass  # gone already
         return self.shutdown_request(request)
@@ -164,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         by_address = not self.server.local and (":" in name or re.fullmatch("[0-9.]+", name))  # asks no DNS
         if not by_address and name not in self.server.names:
             raise Refused(403, f"this server does not answer to the name {name!r}: use its address")
-        site = "none" if path == "/" else self.headers.get("Sec-Fetch-Site", "none")  # links may lead to the page
+        site = "none" if path == "/" else self.headers.get("Sec-Fetch-Site", "none")  # a link may lead there
         origins = (None, f"http://{hosts[0]}", f"https://{hosts[0]}")
         if self.headers.get("Origin") not in origins or site not in ("none", "same-origin"):
             raise Refused(403, "requests of other sites are refused")
@@ -174,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         cookies = [part.strip() for part in self.headers.get("Cookie", "").split(";")]
         if self.server.token and not (kind.lower() == "bearer" and same(given.strip(), self.server.token)
                                       or any(same(cookie, self.server.cookie) for cookie in cookies)):
-            raise Refused(401, "a token is needed: open /?token=TOKEN once, or send Authorization: Bearer TOKEN",
+            raise Refused(401, "a token is needed: open /?token=TOKEN once or send Authorization: Bearer",
                           {"WWW-Authenticate": "Bearer"})
 
     def _stream(self):
@@ -219,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None, headers=None):
         if code == 501:  # what http.server says of a method it has no function for
             code, message, headers = 405, f"only GET and HEAD, not {self.command}", {"Allow": "GET, HEAD"}
-        self.close_connection = True
+        self.close_connection, self.request_version = True, "HTTP/1.1"  # a status line also for HTTP/0.9
         self.send(code, JSON, json.dumps({"error": message or "not a request"}).encode(), headers)
 
     def log_message(self, format, *arguments):

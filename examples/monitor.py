@@ -18,9 +18,9 @@ As a systemd user service, in ~/.config/systemd/user/sessionoptimizer-monitor.se
     [Install]
     WantedBy=default.target
 
-What was sent is kept in the store (monitor.json), so a restart repeats nothing; an alert that could not be
-sent is tried again next time, and one whose trouble went away and came back counts as new. To copy this
-program, copy message_bus_alerts.py along.
+What was sent is kept in a file (monitor.json in the store), so a restart repeats nothing; an alert that could
+not be sent is tried again next time, and one whose trouble went away and came back counts as new. Give a
+second monitor of one store a file of its own (--state). Copy message_bus_alerts.py along with this program.
 """
 from __future__ import annotations
 
@@ -66,14 +66,15 @@ def message_of(alert: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(optimizer: SessionOptimizer, bus: Bus, *, level: Severity = Severity.LOW,
-          hours: float = 24.0) -> list[str]:
+          hours: float = 24.0, state: str = "") -> list[str]:
     """Send the alerts at or above the level that are new among those of the last hours; the ids sent now.
 
-    OSError when the bus refuses one: it and those after it count as not sent.
+    ``state``: the file that tells which were sent. OSError when the bus refuses one: it and those after it
+    count as not sent.
     """
     since = datetime.now().astimezone() - timedelta(hours=hours)
     alerts = [alert for alert in optimizer.alerts(since=since) if Severity(alert["level"]) >= level]
-    path = os.path.join(str(optimizer.storage_path), "monitor.json")
+    path = state or os.path.join(str(optimizer.storage_path), "monitor.json")
     sent = read_sent(path)
     current = {alert["id"] for alert in alerts}
     kept, news = sent & current, []
@@ -93,7 +94,7 @@ def watch(optimizer: SessionOptimizer, bus: Bus, options: argparse.Namespace) ->
     """Check once, or on the interval until interrupted; 1 when the only check failed."""
     while True:
         try:
-            check(optimizer, bus, level=options.level, hours=options.hours)
+            check(optimizer, bus, level=options.level, hours=options.hours, state=options.state)
             failed = False
         except (OSError, SessionOptimizerError) as error:
             print(f"monitor: {plain(error, 500)}", file=sys.stderr, flush=True)
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.LOW,
                         metavar="LEVEL", help="LOW (default), MEDIUM or HIGH")
     parser.add_argument("--hours", type=float, default=24.0, metavar="N", help="active in these hours (24)")
+    parser.add_argument("--state", default="", metavar="FILE", help="what was sent (default: in the store)")
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
     try:

@@ -1,10 +1,12 @@
 """Tests of the programs in this directory that have no test file of their own.
 
-Every program runs as a subprocess in an empty home; their logic is tested in process. In the order of README.md.
+Every program runs as a subprocess in an empty home; their logic is tested in process.
 """
+
 import ast
 import copy
 import http.server
+import importlib
 import json
 import os
 import re
@@ -33,16 +35,24 @@ import message_bus_alerts as bus  # noqa: E402
 import monitor  # noqa: E402
 import priority_queue as tasks  # noqa: E402
 import token_tracker  # noqa: E402
-from sessionoptimizer import EventType, Session, SessionEvent, SessionOptimizer, SessionStatus, Severity  # noqa: E402
+from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer,  # noqa: E402
+                              SessionStatus, Severity)
 
 pytestmark = pytest.mark.filterwarnings("error")
 TIMEOUT = 30  # seconds for one program
 
 INTEGRATIONS = {
-    "token_tracker": ["synced: 0 tokens in, 0 out", "tracker: 5,000 in, 2,000 out", "session: 5,000 in, 2,000 out"],
+    "token_tracker": [
+        "synced: 0 tokens in, 0 out",
+        "tracker: 5,000 in, 2,000 out",
+        "session: 5,000 in, 2,000 out",
+    ],
     "context_compressor": ["sessionoptimizer.py: ", "tokens (estimated)", "saved: ", "issues: 0"],
-    "error_recovery": ["fetched: index v2", "fetch: ConnectionError, retry, recovered: True, attempts: 3",
-                       "parse: ValueError, fallback, recovered: True"],
+    "error_recovery": [
+        "fetched: index v2",
+        "fetch: ConnectionError, retry, recovered: True, attempts: 3",
+        "parse: ValueError, fallback, recovered: True",
+    ],
     "message_bus_alerts": ["[HIGH] Low efficiency: FORGE", "[LOW] Session summary: FORGE"],
     "agent_health": ['"efficiency_score": 60.0', "ATLAS: WARNING, 3 sessions"],
     "collaboration": ["together", "read by more than one agent: src/auth.py"],
@@ -50,8 +60,16 @@ INTEGRATIONS = {
     "knowledge_base": ["best match: JWT", "REPEATED_SEARCH"],
     "complete_workflow": ["1. Start the session", "10. Report health", "tests: 3 passed", "FORGE: HEALTHY"],
 }
-EXPLAINED = (*INTEGRATIONS, "dashboard", "monitor", "ci_report", "claude_code_hooks", "export_otlp", "git_insights",
-             "benchmark")
+EXPLAINED = (
+    *INTEGRATIONS,
+    "dashboard",
+    "monitor",
+    "ci_report",
+    "claude_code_hooks",
+    "export_otlp",
+    "git_insights",
+    "benchmark",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +98,7 @@ def session(optimizer):
 @pytest.fixture
 def server():
     """A server on 127.0.0.1 that keeps what is posted and answers with ``status`` and ``answer``."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             time.sleep(server.delay)
@@ -106,8 +125,13 @@ def server():
 
 def run(name, *arguments, stdin=""):
     """A program's status, output and error output."""
-    done = subprocess.run([sys.executable, "-W", "error", os.path.join(HERE, name + ".py"), *map(str, arguments)],
-                          input=stdin.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", os.path.join(HERE, name + ".py"), *map(str, arguments)],
+        input=stdin.encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=TIMEOUT,
+    )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -116,6 +140,7 @@ def events_of(optimizer, session_id, event_type):
 
 
 # ---- All programs ----
+
 
 @pytest.mark.parametrize("name", INTEGRATIONS)
 def test_a_program_runs_as_it_is_and_leaves_nothing_behind(name, home):
@@ -135,9 +160,12 @@ def test_store_keeps_the_sessions_and_runs_twice(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*INTEGRATIONS, "monitor", "ci_report", "export_otlp", "claude_code_hooks"])
-def test_help_and_a_bad_option(name):
-    assert run(name, "--help")[0] == 0
-    assert run(name, "--no-such-option")[0] == 2
+def test_help_and_a_bad_option(name, capsys):
+    for option, status in (("--help", 0), ("--no-such-option", 2)):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(name).main([option])
+        assert stop.value.code == status
+    assert "usage: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", INTEGRATIONS)
@@ -162,6 +190,7 @@ def test_the_table_names_every_program():
 
 
 # ---- Token tracker ----
+
 
 def test_usage_is_counted_once_however_often_it_is_synced(optimizer, session):
     tracker = token_tracker.MemoryTracker()
@@ -258,7 +287,9 @@ def test_an_outline_keeps_signatures_and_docstrings():
     assert compressor.outline(OUTLINE, "a.py") == OUTLINE
 
 
-@pytest.mark.parametrize("name", ["sessionoptimizer.py", "examples/export_otlp.py", "examples/claude_code_hooks.py"])
+@pytest.mark.parametrize(
+    "name", ["sessionoptimizer.py", "examples/export_otlp.py", "examples/claude_code_hooks.py"]
+)
 def test_the_outline_of_a_real_file_is_python_with_the_same_interface(name):
     text = compressor.read_text(os.path.join(ROOT, name))
     short = compressor.outline(text, name)
@@ -266,15 +297,29 @@ def test_the_outline_of_a_real_file_is_python_with_the_same_interface(name):
     def interface(node):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.ClassDef, *compressor.FUNCTIONS)):
-                yield type(child), child.name, ast.get_docstring(child), ast.dump(getattr(child, "args", ast.Pass()))
+                yield (
+                    type(child),
+                    child.name,
+                    ast.get_docstring(child),
+                    ast.dump(getattr(child, "args", ast.Pass())),
+                )
             if not isinstance(child, compressor.FUNCTIONS):
                 yield from interface(child)
+
     assert list(interface(ast.parse(short))) == list(interface(ast.parse(text)))
     assert len(short) < 0.7 * len(text)
 
 
-@pytest.mark.parametrize("text, path", [("def f(:\n", "a.py"), ("x\0", "a.py"), ("# Title\n\ntext", "a.md"), ("", "a.py"),
-                                        ("(" * 500 + ")" * 500, "a.py")])
+@pytest.mark.parametrize(
+    "text, path",
+    [
+        ("def f(:\n", "a.py"),
+        ("x\0", "a.py"),
+        ("# Title\n\ntext", "a.md"),
+        ("", "a.py"),
+        ("(" * 500 + ")" * 500, "a.py"),
+    ],
+)
 def test_what_is_not_python_stays_as_it_is(text, path):
     assert compressor.outline(text, path) == text
 
@@ -292,10 +337,13 @@ def test_reads_are_logged_with_original_and_compressed_tokens(optimizer, session
     assert "compressed" not in second.data and second.tokens_input == 35_000
     stats = compressor.compression_stats(session)
     assert (stats["files"], stats["original_tokens"]) == (1, read.original_tokens)
-    assert [issue.issue_type.value for issue in optimizer.analyze(session.id).issues] == ["LARGE_FILE_UNCOMPRESSED"]
+    assert [issue.issue_type.value for issue in optimizer.analyze(session.id).issues] == [
+        "LARGE_FILE_UNCOMPRESSED"
+    ]
 
 
 # ---- Error recovery ----
+
 
 def flaky(failures, error=ConnectionError):
     """A function that fails so many times, and what it was called with."""
@@ -306,20 +354,31 @@ def flaky(failures, error=ConnectionError):
         if len(calls) <= failures:
             raise error(f"no answer, password=hunter2secret {len(calls)}")
         return value * 2
+
     return call, calls
 
 
 def test_backoff_doubles_up_to_the_limit(optimizer, session):
     call, calls = flaky(4)
     pauses = []
-    tracked = recovery.retry_with_tracking(optimizer, session.id, max_attempts=5, delay=1, max_delay=3, jitter=0,
-                                           sleep=pauses.append)(call)
+    tracked = recovery.retry_with_tracking(
+        optimizer, session.id, max_attempts=5, delay=1, max_delay=3, jitter=0, sleep=pauses.append
+    )(call)
     assert tracked(21) == 42 and calls == [21] * 5
     assert pauses == [1, 2, 3, 3]
-    error, = events_of(optimizer, session.id, EventType.ERROR)
-    assert (error.data["recovery_strategy"], error.data["recovered"], error.data["attempts"]) == ("retry", True, 5)
+    (error,) = events_of(optimizer, session.id, EventType.ERROR)
+    assert (error.data["recovery_strategy"], error.data["recovered"], error.data["attempts"]) == (
+        "retry",
+        True,
+        5,
+    )
     assert "hunter2secret" not in json.dumps(optimizer.get_session(session.id).to_dict())
-    assert [event.data["attempt"] for event in events_of(optimizer, session.id, EventType.CUSTOM)] == [1, 2, 3, 4]
+    assert [event.data["attempt"] for event in events_of(optimizer, session.id, EventType.CUSTOM)] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert optimizer.analyze(session.id).issues == []
 
 
@@ -330,10 +389,12 @@ def test_jitter_makes_pauses_longer_within_its_share():
 
 def test_no_attempt_left(optimizer, session):
     call, calls = flaky(9)
-    tracked = recovery.retry_with_tracking(optimizer, session.id, max_attempts=2, sleep=lambda seconds: None)(call)
+    tracked = recovery.retry_with_tracking(optimizer, session.id, max_attempts=2, sleep=lambda seconds: None)(
+        call
+    )
     with pytest.raises(ConnectionError, match="no answer"):
         tracked(1)
-    error, = events_of(optimizer, session.id, EventType.ERROR)
+    (error,) = events_of(optimizer, session.id, EventType.ERROR)
     assert len(calls) == 2 and error.data["recovered"] is False and error.data["attempts"] == 2
 
 
@@ -342,7 +403,7 @@ def test_a_bug_is_not_retried(optimizer, session):
     pauses = []
     with pytest.raises(TypeError):
         recovery.retry_with_tracking(optimizer, session.id, sleep=pauses.append)(call)(1)
-    error, = events_of(optimizer, session.id, EventType.ERROR)
+    (error,) = events_of(optimizer, session.id, EventType.ERROR)
     assert (len(calls), pauses, error.data["recovery_strategy"]) == (1, [], "none")
 
 
@@ -359,14 +420,20 @@ def test_tracking_and_fallback(optimizer, session):
     call, _ = flaky(9, KeyError)
     with pytest.raises(KeyError):
         recovery.with_session_tracking(optimizer, session.id)(call)(1)
-    assert recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: "spare")(call)(1) == "spare"
+    assert (
+        recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: "spare")(call)(1)
+        == "spare"
+    )
     with pytest.raises(ZeroDivisionError):
         recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: 1 / 0)(call)(1)
-    assert [(e.data["recovery_strategy"], e.data["recovered"]) for e in
-            events_of(optimizer, session.id, EventType.ERROR)] == [("none", False), ("fallback", True), ("fallback", False)]
+    assert [
+        (e.data["recovery_strategy"], e.data["recovered"])
+        for e in events_of(optimizer, session.id, EventType.ERROR)
+    ] == [("none", False), ("fallback", True), ("fallback", False)]
 
 
 # ---- Message bus ----
+
 
 def wasteful(optimizer, session_id, reads):
     """Reads one file again and again: with 1,000 more tokens, the score is 100 * 2 / (1 + reads)."""
@@ -412,15 +479,28 @@ def test_a_file_gets_one_line_per_message(optimizer, session, tmp_path):
     path = tmp_path / "messages.jsonl"
     for _ in range(2):
         assert bus.send_session_summary(optimizer, session.id, bus.bus_to(str(path)))
-    assert [json.loads(line)["priority"] for line in path.read_text(encoding="utf-8").splitlines()] == ["LOW", "LOW"]
+    assert [json.loads(line)["priority"] for line in path.read_text(encoding="utf-8").splitlines()] == [
+        "LOW",
+        "LOW",
+    ]
     assert not bus.send_session_summary(optimizer, "nobody", bus.bus_to(str(path)))
     assert run("message_bus_alerts", "--to", tmp_path / "no" / "such" / "file")[0] == 1
 
 
 # ---- Agent health ----
 
-@pytest.mark.parametrize("average, status", [(100, "HEALTHY"), (85, "HEALTHY"), (84.99, "WARNING"), (70, "WARNING"),
-                                             (69.99, "CRITICAL"), (0, "CRITICAL")])
+
+@pytest.mark.parametrize(
+    "average, status",
+    [
+        (100, "HEALTHY"),
+        (85, "HEALTHY"),
+        (84.99, "WARNING"),
+        (70, "WARNING"),
+        (69.99, "CRITICAL"),
+        (0, "CRITICAL"),
+    ],
+)
 def test_health_status(average, status):
     assert agent_health.health_status(average) == status
 
@@ -431,10 +511,11 @@ def test_metrics_reach_the_monitor(optimizer, session):
     class Sink:
         def report_session(self, agent, metrics):
             seen.append((agent, metrics))
+
     wasteful(optimizer, session.id, 2)
     optimizer.log_event(session.id, EventType.ERROR, {"message": "x"})
     agent_health.report_session(optimizer, Sink(), session.id)
-    (agent, metrics), = seen
+    ((agent, metrics),) = seen
     assert agent == "FORGE" and metrics["waste_tokens"] == 1_000 and metrics["error_rate"] == 20.0
     assert agent_health.session_metrics(optimizer, "nobody") is None
     assert agent_health.health_summary(optimizer, "FORGE")["status"] == "CRITICAL"
@@ -442,6 +523,7 @@ def test_metrics_reach_the_monitor(optimizer, session):
 
 
 # ---- Collaboration ----
+
 
 def test_agents_of_different_processes_share_one_collaboration(tmp_path):
     first = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", collab_id="c1")
@@ -455,7 +537,11 @@ def test_agents_of_different_processes_share_one_collaboration(tmp_path):
             collab.log(agent, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=1_000)
     first.finish()
     result = second.finish()
-    assert (result["total_tokens"], result["waste_tokens"], result["combined_efficiency"]) == (4_000, 2_000, 50.0)
+    assert (result["total_tokens"], result["waste_tokens"], result["combined_efficiency"]) == (
+        4_000,
+        2_000,
+        50.0,
+    )
     assert [row["agent"] for row in result["agents"].values()] == ["A", "B"]
     assert result["shared_files"] == ["a.py"]
 
@@ -472,6 +558,7 @@ def test_a_handoff_is_delivered_and_costs_its_receiver(optimizer):
 
 # ---- Priority queue ----
 
+
 def test_the_most_urgent_task_first_and_equals_in_order(optimizer):
     queue, done = tasks.TaskQueue(), []
     for name, priority in (("a", 1), ("b", 9), ("c", 9), ("d", 5)):
@@ -483,22 +570,34 @@ def test_the_most_urgent_task_first_and_equals_in_order(optimizer):
         if task.id == "b":
             queue.push(tasks.Task("e", "e", "BOLT", 7))  # while the queue is being worked through
             raise RuntimeError("broken")
+
     results = tasks.run_queue(optimizer, queue, work)
     assert done == ["b", "c", "e", "d", "a"] and queue.pop() is None
     assert [result.success for result in results] == [False, True, True, True, True]
     assert optimizer.get_session(results[0].session_id).status is SessionStatus.FAILED
     stats = tasks.statistics(results)
-    assert list(stats) == [9, 7, 5, 1] and (stats[9]["tasks"], stats[9]["succeeded"], stats[9]["tokens"]) == (2, 1, 20)
+    assert list(stats) == [9, 7, 5, 1] and (stats[9]["tasks"], stats[9]["succeeded"], stats[9]["tokens"]) == (
+        2,
+        1,
+        20,
+    )
 
 
 # ---- Knowledge base ----
+
 
 @pytest.mark.parametrize("full_text", [True, False])
 def test_search_finds_the_best_match(tmp_path, full_text):
     path = str(tmp_path / "kb.db")
     with closing(knowledge_base.SqliteKnowledge(path, full_text=full_text)) as base:
-        ids = [base.save(topic, text) for topic, text in (
-            ("Retries", "Back off exponentially"), ("Keys", "Sign tokens, rotate keys"), ("Locks", "Lock the file"))]
+        ids = [
+            base.save(topic, text)
+            for topic, text in (
+                ("Retries", "Back off exponentially"),
+                ("Keys", "Sign tokens, rotate keys"),
+                ("Locks", "Lock the file"),
+            )
+        ]
         assert [row[0] for row in base.query("rotate the KEYS")][0] == ids[1]
         assert base.query('" OR NEAR( * --') == [] or full_text  # no operator of FTS5 is one here
         assert base.query("") == base.query("?!") == base.query("nothing") == []
@@ -527,11 +626,12 @@ def test_a_query_repeated_is_waste_until_something_is_saved(optimizer, session, 
         assert [i.issue_type.value for i in optimizer.analyze(session.id).issues] == ["REPEATED_SEARCH"]
         assert knowledge_base.load_knowledge(optimizer, session.id, base, 99) == ""
         assert knowledge_base.load_knowledge(optimizer, session.id, base, 1) == "Rotate keys weekly"
-    load, = events_of(optimizer, session.id, EventType.CONTEXT_LOAD)
+    (load,) = events_of(optimizer, session.id, EventType.CONTEXT_LOAD)
     assert load.tokens_input == 5 and load.data["knowledge_id"] == 1
 
 
 # ---- Monitor ----
+
 
 def test_an_alert_is_sent_once_and_again_after_it_was_gone(optimizer, session):
     sent = []
@@ -539,8 +639,11 @@ def test_an_alert_is_sent_once_and_again_after_it_was_gone(optimizer, session):
     assert monitor.check(optimizer, sent.append) != []
     assert sent[0]["priority"] == "HIGH" and sent[0]["session_id"] == session.id and sent[0]["id"]
     count = len(sent)
-    assert monitor.check(SessionOptimizer(str(optimizer.storage_path)), sent.append) == [] and len(sent) == count
-    optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=90_000)
+    assert (
+        monitor.check(SessionOptimizer(str(optimizer.storage_path)), sent.append) == [] and len(sent) == count
+    )
+    for _ in range(40):
+        optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=1_000)
     assert "LOW_EFFICIENCY" not in str(monitor.check(optimizer, sent.append))
     for _ in range(80):
         optimizer.log_event(session.id, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=1_000)
@@ -552,6 +655,7 @@ def test_what_could_not_be_sent_is_tried_again(optimizer, session):
 
     def broken(message):
         raise OSError("no route")
+
     with pytest.raises(OSError):
         monitor.check(optimizer, broken)
     assert monitor.check(optimizer, lambda message: None) != []
@@ -575,8 +679,11 @@ def test_the_monitor_as_a_program(tmp_path, optimizer, session, server):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["priority"] for line in lines] == ["HIGH"]
     server.status = 503
-    status, _, errors = run("monitor", "--store", optimizer.storage_path, "--to", server.url)
+    place = ["--store", optimizer.storage_path, "--state", tmp_path / "other.json"]
+    status, _, errors = run("monitor", *place, "--to", server.url)
     assert status == 1 and errors.startswith("monitor: ") and "503" in errors
+    server.status = 200
+    assert run("monitor", *place, "--to", server.url)[0] == 0 and len(server.requests) == 2
     assert run("monitor", "--to", "ftp://example.com")[0] == 2
     assert run("monitor", "--level", "loud")[0] == 2
     assert run("monitor")[:2] == (0, "")
@@ -584,8 +691,22 @@ def test_the_monitor_as_a_program(tmp_path, optimizer, session, server):
 
 def test_the_monitor_repeats_on_its_interval(tmp_path, optimizer, session):
     path = tmp_path / "alerts.jsonl"
-    watching = subprocess.Popen([sys.executable, "-W", "error", os.path.join(HERE, "monitor.py"), "--interval", "0.1", "--to",
-                                 str(path), "--level", "high", "--store", str(optimizer.storage_path)])
+    watching = subprocess.Popen(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            os.path.join(HERE, "monitor.py"),
+            "--interval",
+            "0.1",
+            "--to",
+            str(path),
+            "--level",
+            "high",
+            "--store",
+            str(optimizer.storage_path),
+        ]
+    )
     try:
         wasteful(optimizer, session.id, 4)
         deadline = time.monotonic() + TIMEOUT
@@ -599,10 +720,23 @@ def test_the_monitor_repeats_on_its_interval(tmp_path, optimizer, session):
 
 # ---- CI report ----
 
+
 def scanned(path):
     """What ``scan --format json`` prints for a path."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "sessionoptimizer.py"), "scan", path, "--format", "json",
-                           "--no-store"], stdout=subprocess.PIPE, timeout=TIMEOUT, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            os.path.join(ROOT, "sessionoptimizer.py"),
+            "scan",
+            path,
+            "--format",
+            "json",
+            "--no-store",
+        ],
+        stdout=subprocess.PIPE,
+        timeout=TIMEOUT,
+        check=True,
+    )
     return done.stdout.decode()
 
 
@@ -615,7 +749,7 @@ def test_a_scan_becomes_junit_with_one_testcase_per_session(scan_json):
     status, text, errors = run("ci_report", stdin=scan_json)
     assert (status, errors) == (0, "")
     result, suites = json.loads(scan_json), ElementTree.fromstring(text)
-    suite, = suites
+    (suite,) = suites
     cases = suite.findall("testcase")
     assert suites.tag == "testsuites" and len(cases) == len(result["sessions"]) == int(suite.get("tests"))
     for row, case in zip(result["sessions"], cases):
@@ -643,14 +777,16 @@ def test_level_and_strict(scan_json, tmp_path):
 
 def test_whatever_is_in_a_session_the_report_is_xml(scan_json):
     result = json.loads(scan_json)
-    row = next(row for row in result["sessions"] if any(issue["severity"] == "HIGH" for issue in row["issues"]))
+    row = next(
+        row for row in result["sessions"] if any(issue["severity"] == "HIGH" for issue in row["issues"])
+    )
     evil = "]]> <b a=\"'&amp; \0\x1b[31m\x0b\ufffe\ud800 \U0001f600 ü"
     row.update(task=evil + "\nnext", agent=evil, path=evil, notes=[evil])
     for issue in row["issues"]:
         issue.update(description=evil, suggestion=evil)
     skipped = [{"path": evil, "line": 3, "reason": evil}]
     text, failed = ci_report.junit({"sessions": [row], "skipped": skipped})
-    suite, = ElementTree.fromstring(text.encode("utf-8"))
+    (suite,) = ElementTree.fromstring(text.encode("utf-8"))
     case = suite.find("testcase")
     kept = "]]> <b a=\"'&amp; [31m \U0001f600 ü"
     assert failed == 1 and case.get("name").startswith(kept + "\nnext")
@@ -658,11 +794,20 @@ def test_whatever_is_in_a_session_the_report_is_xml(scan_json):
     assert kept in suite.find("system-err").text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sessions": 3}', '{"sessions": [{}]}', '{"sessions": [3]}', "\ufeff"])
-def test_what_is_no_scan_is_named(text):
-    status, output, errors = run("ci_report", stdin=text)
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"sessions": 3}', '{"sessions": [{}]}', '{"sessions": [3]}', "\ufeff"]
+)
+def test_what_is_no_scan_is_named(text, tmp_path, capsys):
+    path = tmp_path / "scan.json"
+    path.write_text(text, encoding="utf-8")
+    assert ci_report.main([str(path)]) == 1
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.startswith(f"ci_report: {path} is not what")
+
+
+def test_standard_input_that_is_empty_is_named():
+    status, output, errors = run("ci_report")
     assert status == 1 and output == "" and errors.startswith("ci_report: standard input is not what")
-    assert "Traceback" not in errors
 
 
 def test_a_file_that_is_not_there():
@@ -671,18 +816,25 @@ def test_a_file_that_is_not_there():
 
 # ---- OTLP ----
 
+
 def totals(session):
     """Uncached and cached input, output, model calls, thinking."""
     events = session.events
-    return {"input": sum(e.tokens_input for e in events), "write": sum(e.tokens_cache_write for e in events),
-            "read": sum(e.tokens_cache_read for e in events), "output": sum(e.tokens_output for e in events),
-            "calls": sum(e.event_type is EventType.AI_RESPONSE for e in events),
-            "thinking": sum(e.tokens_output for e in events if e.event_type is EventType.THINKING)}
+    return {
+        "input": sum(e.tokens_input for e in events),
+        "write": sum(e.tokens_cache_write for e in events),
+        "read": sum(e.tokens_cache_read for e in events),
+        "output": sum(e.tokens_output for e in events),
+        "calls": sum(e.event_type is EventType.AI_RESPONSE for e in events),
+        "thinking": sum(e.tokens_output for e in events if e.event_type is EventType.THINKING),
+    }
 
 
 def read_back(session, path, batch=export_otlp.BATCH):
     """The session that our own reader makes of what was written."""
-    path.write_text("".join(json.dumps(part) + "\n" for part in export_otlp.documents(session, batch)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(part) + "\n" for part in export_otlp.documents(session, batch)), encoding="utf-8"
+    )
     reader = SessionOptimizer(str(path) + "-store")
     result = reader.scan([str(path)])
     assert result["skipped"] == [] and len(result["sessions"]) == 1
@@ -696,25 +848,44 @@ def test_what_is_written_is_read_back_equal_for_every_sample(optimizer, tmp_path
     assert len(rows) > 50
     for number, row in enumerate(rows):
         session = optimizer.get_session(row.id)
-        assert totals(read_back(session, tmp_path / f"{number}.jsonl")) == totals(session), session.metadata["source"]["path"]
+        assert totals(read_back(session, tmp_path / f"{number}.jsonl")) == totals(session), session.metadata[
+            "source"
+        ]["path"]
 
 
 def test_a_session_logged_by_hand_is_read_back_equal(optimizer, session, tmp_path):
     for kind, data, given, written in (
-            ("USER_MESSAGE", {}, 40, 0), ("THINKING", {}, 0, 70), ("FILE_READ", {"file_path": "a.py"}, 900, 20),
-            ("AI_RESPONSE", {}, 5, 300), ("SEARCH", {"query": "x"}, 60, 9), ("ERROR", {"message": "<no>\x1b"}, 30, 3),
-            ("AI_RESPONSE", {}, 0, 200), ("FILE_WRITE", {"file_path": "a.py"}, 0, 100), ("TOKEN_USAGE", {}, 11, 12)):
+        ("USER_MESSAGE", {}, 40, 0),
+        ("THINKING", {}, 0, 70),
+        ("FILE_READ", {"file_path": "a.py"}, 900, 20),
+        ("AI_RESPONSE", {}, 5, 300),
+        ("SEARCH", {"query": "x"}, 60, 9),
+        ("ERROR", {"message": "<no>\x1b"}, 30, 3),
+        ("AI_RESPONSE", {}, 0, 200),
+        ("FILE_WRITE", {"file_path": "a.py"}, 0, 100),
+        ("TOKEN_USAGE", {}, 11, 12),
+    ):
         optimizer.log_event(session.id, kind, data, tokens_input=given, tokens_output=written)
     back = read_back(optimizer.get_session(session.id), tmp_path / "x.jsonl", batch=3)
-    assert totals(back) == totals(session) == {"input": 1_046, "write": 0, "read": 0, "output": 714, "calls": 2,
-                                               "thinking": 70}
+    assert (
+        totals(back)
+        == totals(session)
+        == {"input": 1_046, "write": 0, "read": 0, "output": 714, "calls": 2, "thinking": 70}
+    )
     assert back.agent == "FORGE" and sum(event.event_type is EventType.ERROR for event in back.events) == 1
 
 
-@pytest.mark.parametrize("events, expected", [
-    ([], dict(input=0, output=0, calls=0)),
-    ([("FILE_READ", 100, 5)], dict(input=100, output=5, calls=1)),  # tokens without a model call: one stands for it
-    ([("AI_RESPONSE", 0, 0)], dict(input=0, output=0, calls=1))])
+@pytest.mark.parametrize(
+    "events, expected",
+    [
+        ([], dict(input=0, output=0, calls=0)),
+        (
+            [("FILE_READ", 100, 5)],
+            dict(input=100, output=5, calls=1),
+        ),  # tokens without a model call: one stands for it
+        ([("AI_RESPONSE", 0, 0)], dict(input=0, output=0, calls=1)),
+    ],
+)
 def test_the_edges_of_a_round_trip(optimizer, session, tmp_path, events, expected):
     for kind, given, written in events:
         optimizer.log_event(session.id, kind, tokens_input=given, tokens_output=written)
@@ -724,10 +895,12 @@ def test_the_edges_of_a_round_trip(optimizer, session, tmp_path, events, expecte
 
 def test_times_that_are_missing_or_go_back_keep_the_order(tmp_path):
     session = Session("s1", "FORGE", "t", started_at="2026-01-01T00:00:00Z")
-    for number, stamp in enumerate(("", "2026-01-01T10:00:00Z", "2026-01-01T09:00:00Z", "", "2026-01-01T10:00:00Z")):
+    for number, stamp in enumerate(
+        ("", "2026-01-01T10:00:00Z", "2026-01-01T09:00:00Z", "", "2026-01-01T10:00:00Z")
+    ):
         kind = EventType.AI_RESPONSE if number % 2 else EventType.FILE_READ
         session.add_event(SessionEvent(f"e{number}", stamp, kind, {"file_path": "a"}, 10, 7))
-    document, = export_otlp.documents(session)
+    (document,) = export_otlp.documents(session)
     spans = document["resourceSpans"][0]["scopeSpans"][0]["spans"]
     starts = [int(span["startTimeUnixNano"]) for span in spans]
     assert starts == sorted(set(starts))
@@ -735,9 +908,11 @@ def test_times_that_are_missing_or_go_back_keep_the_order(tmp_path):
 
 
 def test_the_spans_follow_the_conventions(optimizer, session):
-    optimizer.log_event(session.id, "FILE_READ", {"file_path": "a.py", "lines": [1, 9]}, tokens_input=500, duration_ms=12)
+    optimizer.log_event(
+        session.id, "FILE_READ", {"file_path": "a.py", "lines": [1, 9]}, tokens_input=500, duration_ms=12
+    )
     optimizer.log_event(session.id, "AI_RESPONSE", {"response_id": "r1"}, tokens_output=50)
-    first, = export_otlp.documents(session)
+    (first,) = export_otlp.documents(session)
     assert [first] == list(export_otlp.documents(copy.deepcopy(session)))  # the same ids every time
     agent, tool, chat = first["resourceSpans"][0]["scopeSpans"][0]["spans"]
     values = {pair["key"]: pair["value"] for pair in chat["attributes"]}
@@ -745,7 +920,8 @@ def test_the_spans_follow_the_conventions(optimizer, session):
     assert chat["parentSpanId"] == tool["parentSpanId"] == agent["spanId"]
     assert re.fullmatch("[0-9a-f]{32}", chat["traceId"]) and re.fullmatch("[0-9a-f]{16}", chat["spanId"])
     assert values["gen_ai.usage.input_tokens"] == {"intValue": "500"} and values["gen_ai.provider.name"] == {
-        "stringValue": "anthropic"}
+        "stringValue": "anthropic"
+    }
     assert int(tool["endTimeUnixNano"]) - int(tool["startTimeUnixNano"]) == 12_000_000
     assert agent["name"] == "invoke_agent FORGE" and tool["name"] == "execute_tool read"
 
@@ -768,15 +944,23 @@ def test_the_exporter_as_a_program(optimizer, session, tmp_path, server):
     assert run("export_otlp", "last", "--endpoint", server.url, *place)[0] == 1
     assert run("export_otlp", "nobody", *place)[0] == 1
     assert run("export_otlp", "last", "--endpoint", "file:///etc", *place)[0] == 2
+    assert run("export_otlp", "last", "--header", "no value", *place)[0] == 2
     assert run("export_otlp", "last", "--store", tmp_path / "empty")[0] == 1
 
 
 # ---- Claude Code hooks ----
 
 SETTINGS = [
-    b"", b"{}", b'{"model": "opus"}\n', b'{\n\t"model": "opus",\n\t"n": [1, 2]\n}', b'{"hooks": {}}\n', b"{\r\n  \"a\": 1\r\n}\r\n",
-    '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say \\u00fc ü"}]}], "PreToolUse": []}, "x": 1.50}'.encode(),
-    b'{"hooks": {"PostToolUse": [{"matcher": "Edit", "hooks": [{"type": "command", "command": "fmt"}]}]}}\n']
+    b"",
+    b"{}",
+    b'{"model": "opus"}\n',
+    b'{\n\t"model": "opus",\n\t"n": [1, 2]\n}',
+    b'{"hooks": {}}\n',
+    b'{\r\n  "a": 1\r\n}\r\n',
+    '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say \\u00fc ü"}]}], "PreToolUse": []}, '
+    '"x": 1.50}'.encode(),
+    b'{"hooks": {"PostToolUse": [{"matcher": "Edit", "hooks": [{"type": "command", "command": "fmt"}]}]}}\n',
+]
 
 
 @pytest.fixture
@@ -795,7 +979,9 @@ def test_install_twice_is_once_and_uninstall_restores(settings, before, options,
     assert hooks.main(["--install", *options]) == 0
     assert settings.read_bytes() == once and "nothing to change" in capsys.readouterr().out
     found = json.loads(once.decode())["hooks"]
-    assert set(hooks.EVENTS) <= set(found) and ("PreToolUse" in found) == (bool(options) or b"PreToolUse" in before)
+    assert set(hooks.EVENTS) <= set(found) and ("PreToolUse" in found) == (
+        bool(options) or b"PreToolUse" in before
+    )
     copies = [path for path in settings.parent.iterdir() if path.name.endswith(".bak")]
     assert [path.read_bytes() for path in copies] == [before]
     assert hooks.main(["--uninstall"]) == 0
@@ -810,9 +996,15 @@ def test_where_no_file_was_none_is_left(settings):
 
 
 def test_other_entries_are_never_touched(settings):
-    mine = {"model": "opus", "hooks": {
-        "Stop": [{"hooks": [{"type": "command", "command": "say done"}]}],
-        "Notification": [{"matcher": "", "hooks": [{"type": "command", "command": "my-sessionoptimizer-hook"}]}]}}
+    mine = {
+        "model": "opus",
+        "hooks": {
+            "Stop": [{"hooks": [{"type": "command", "command": "say done"}]}],
+            "Notification": [
+                {"matcher": "", "hooks": [{"type": "command", "command": "my-sessionoptimizer-hook"}]}
+            ],
+        },
+    }
     settings.write_text(json.dumps(mine), encoding="utf-8")
     hooks.main(["--install"])
     now = json.loads(settings.read_text(encoding="utf-8"))
@@ -835,8 +1027,21 @@ def test_nothing_is_written_without_install(settings, capsys):
     assert settings.read_bytes() == b'{"model": "opus"}' and len(list(settings.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize("damaged", [b"{", b"[]", b"3", b'{"hooks": []}', b'{"hooks": {"Stop": {}}}', b'{"a": 1, "a": 2}',
-                                     b'{"a": 1} // note', b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"{",
+        b"[]",
+        b"3",
+        b'{"hooks": []}',
+        b'{"hooks": {"Stop": {}}}',
+        b'{"a": 1, "a": 2}',
+        b'{"a": 1} // note',
+        b"\xff\xfe",
+        b'{"a": "\\ud800"}',
+        b"[" * 100_000,
+    ],
+)
 def test_damaged_settings_are_refused(settings, damaged, capsys):
     settings.write_bytes(damaged)
     for action in ("--install", "--uninstall"):
@@ -858,24 +1063,34 @@ def test_a_project_a_config_directory_and_a_link(home, tmp_path, monkeypatch):
     (tmp_path / "dotfiles.json").chmod(0o600)
     (tmp_path / "config" / "settings.json").symlink_to(tmp_path / "dotfiles.json")
     assert hooks.main(["--install"]) == 0
-    assert (tmp_path / "config" / "settings.json").is_symlink() and b"SessionEnd" in (tmp_path / "dotfiles.json").read_bytes()
+    assert (tmp_path / "config" / "settings.json").is_symlink() and b"SessionEnd" in (
+        tmp_path / "dotfiles.json"
+    ).read_bytes()
     assert (tmp_path / "dotfiles.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_the_entries_say(tmp_path):
     found = hooks.entries(hooks.hook_command(str(tmp_path / "a store")), "advise")
     for event, group in found.items():
-        handler, = group["hooks"]
+        (handler,) = group["hooks"]
         assert handler["timeout"] <= 10 and hooks.is_ours(handler)
         assert handler.get("async", False) is (event not in ("SessionEnd", "PreToolUse"))
     assert found["PreToolUse"]["hooks"][0]["command"].endswith("hook --guard")
 
 
-@pytest.mark.parametrize("command, ours", [
-    ("sessionoptimizer hook", True), ("/usr/bin/python3 /opt/so/sessionoptimizer.py --store '/a b' hook --guard --deny", True),
-    ("python3 -m sessionoptimizer hook", True), ('"C:\\x y\\sessionoptimizer.exe" hook', True),
-    ("my-sessionoptimizer hook", False), ("sessionoptimizer hook | tee log", False), ("sessionoptimizer scan", False),
-    ("sessionoptimizer-wrapper hook", False)])
+@pytest.mark.parametrize(
+    "command, ours",
+    [
+        ("sessionoptimizer hook", True),
+        ("/usr/bin/python3 /opt/so/sessionoptimizer.py --store '/a b' hook --guard --deny", True),
+        ("python3 -m sessionoptimizer hook", True),
+        ('"C:\\x y\\sessionoptimizer.exe" hook', True),
+        ("my-sessionoptimizer hook", False),
+        ("sessionoptimizer hook | tee log", False),
+        ("sessionoptimizer scan", False),
+        ("sessionoptimizer-wrapper hook", False),
+    ],
+)
 def test_which_entries_are_ours(command, ours):
     assert hooks.is_ours({"command": command}) is ours
 
@@ -884,21 +1099,49 @@ def test_an_installed_hook_logs_a_session(settings, tmp_path):
     hooks.main(["--install", "--store", str(tmp_path / "live")])
     found = json.loads(settings.read_text(encoding="utf-8"))["hooks"]
     common = {"session_id": "0b1c", "transcript_path": str(tmp_path / "t.jsonl"), "cwd": str(tmp_path)}
-    for event, more in (("SessionStart", {"source": "startup"}), ("UserPromptSubmit", {"prompt": "Fix the loader"}),
-                        ("PostToolUse", {"tool_name": "Read", "tool_input": {"file_path": "/a.py"}, "tool_use_id": "t1",
-                                         "tool_response": {"type": "text", "file": {"filePath": "/a.py", "content": "x\n" * 99,
-                                                           "numLines": 99, "startLine": 1, "totalLines": 99}}}),
-                        ("SessionEnd", {"reason": "other"})):
+    for event, more in (
+        ("SessionStart", {"source": "startup"}),
+        ("UserPromptSubmit", {"prompt": "Fix the loader"}),
+        (
+            "PostToolUse",
+            {
+                "tool_name": "Read",
+                "tool_input": {"file_path": "/a.py"},
+                "tool_use_id": "t1",
+                "tool_response": {
+                    "type": "text",
+                    "file": {
+                        "filePath": "/a.py",
+                        "content": "x\n" * 99,
+                        "numLines": 99,
+                        "startLine": 1,
+                        "totalLines": 99,
+                    },
+                },
+            },
+        ),
+        ("SessionEnd", {"reason": "other"}),
+    ):
         payload = dict(common, hook_event_name=event, **more)
         command = found[event][0]["hooks"][0]["command"]
-        done = subprocess.run(command, shell=True, input=json.dumps(payload).encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=TIMEOUT)
+        done = subprocess.run(
+            command,
+            shell=True,
+            input=json.dumps(payload).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=TIMEOUT,
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     session = SessionOptimizer(str(tmp_path / "live")).get_session("0b1c")
     assert session.status is SessionStatus.COMPLETED and session.task == "Fix the loader"
-    assert [event.event_type.value for event in session.events if event.event_type is EventType.FILE_READ] == ["FILE_READ"]
+    assert [
+        event.event_type.value for event in session.events if event.event_type is EventType.FILE_READ
+    ] == ["FILE_READ"]
 
 
 def test_the_installer_as_a_program(home):
     status, output, errors = run("claude_code_hooks")
-    assert (status, errors) == (0, "") and "--install makes this change" in output and list(home.iterdir()) == []
+    assert (
+        (status, errors) == (0, "") and "--install makes this change" in output and list(home.iterdir()) == []
+    )
