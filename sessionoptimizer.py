@@ -805,6 +805,7 @@ _HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
     "readmcpresource", "request_user_input", "slashcommand")
 
 _DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
+                     r"requires approval|you haven't granted it|requested permissions? to |"
                        r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
 _TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
 
@@ -972,13 +973,16 @@ class ContextMemory:
         if not held or content == "changed":
             return None
         digest = event.data.get("content_hash")
+        if digest and first < 0:  # the end of a file may be another one each time: only the same answer repeats
+            held = [old for old in held if old.digest == digest and old.first == first]
         for old in held:
             if digest and old.digest and (old.first, old.last) == (first, last) and content != "same":
                 if old.digest != digest:
                     return None
                 content = "same"
-        spans = sorted((max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
-                       if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first)
+        spans = sorted(((max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
+                        if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first),
+                       key=lambda span: span[:3])
         covered, end = 0, first - 1
         for start, stop, _, _ in spans:
             covered += max(0, stop - max(start, end + 1) + 1)
@@ -998,7 +1002,7 @@ class ContextMemory:
             if key and not event.data.get("truncated"):
                 self._searches.setdefault(event.agent_id, {})[key] = event
             return
-        if event.data.get("unchanged") or event.data.get("truncated") and not event.data.get("lines"):
+        if event.data.get("unchanged") or event.data.get("truncated"):
             return
         window = self._reads.setdefault(event.agent_id, {})
         digest = event.data.get("content_hash") or ""
@@ -1182,7 +1186,7 @@ class LargeFileAnalyzer(BaseAnalyzer):
     def find(self, session: Session) -> Iterator[EfficiencyIssue]:
         for event in session.events:
             if (event.event_type is EventType.FILE_READ and event.tokens_input >= self.limit
-                    and not event.data.get("compressed")):
+                    and not event.data.get("compressed") and not event.data.get("reads")):  # of several, none may be large
                 path = (_paths_of(event.data) or [""])[0]
                 yield self.issue(
                     Severity.HIGH, f"Large file read whole ({event.tokens_input:,} tokens): '{path.rsplit('/', 1)[-1]}'",
@@ -1195,7 +1199,7 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
     """Thinking is most of what the model wrote.
 
     Counts above the threshold share of all output; where a provider hides the size of thinking there are no THINKING
-    events and this analyzer is silent. Charged, as an estimate: what exceeds the acceptable share.
+    events, and where a transcript holds placeholders for the output no share is known: this analyzer is silent. Charged, as an estimate: what exceeds the acceptable share.
     """
 
     issue_type = IssueType.EXCESSIVE_THINKING
@@ -1203,6 +1207,8 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
     acceptable_percent = 30  # of output
 
     def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        if session.metadata.get("output_lower_bound_calls"):
+            return  # shares of a placeholder say nothing
         events = [e for e in session.events if e.event_type is EventType.THINKING and e.tokens_output]
         thinking, output = sum(e.tokens_output for e in events), session.total_tokens_output
         if not output or thinking * 100 <= output * self.threshold_percent:
@@ -2975,11 +2981,8 @@ def _publish(path: str, data: bytes, *, sync: bool) -> bool:
             os.unlink(temp)
 
 
-class Store:
-    """Session files under `root`, safe against parallel writers, crashes and damaged files.
-
-    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
-    each). No file stays open between calls, so threads and forked processes may share a Store."""
+class _Directory:
+    """The directories of a store, the names in them, and its small files: reports and state."""
 
     def __init__(self, root: str, *, warn=None):
         self.root = os.path.abspath(os.fspath(root))
@@ -3033,6 +3036,36 @@ class Store:
                 return os.listdir(self.sessions)
             except FileNotFoundError:
                 return []
+
+    def _report_path(self, session_id: str) -> str:
+        return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
+
+    def _state_path(self, name: str) -> str:
+        return os.path.join(self.root, check_id(name) + ".json")
+
+    def write_report(self, session_id: str, report: dict) -> None:
+        """Save a report in one step. It can be computed again, so it is not forced to the disk."""
+        _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
+
+    def read_report(self, session_id: str):
+        """The saved report, or None when it is missing or damaged."""
+        report = _read_json(self._report_path(session_id))
+        return report if isinstance(report, dict) else None
+
+    def write_json(self, name: str, value) -> None:
+        """Save a small state file of the store in one step."""
+        _replace(self._state_path(name), _encode(value).encode(), sync=False)
+
+    def read_json(self, name: str):
+        """What `write_json` saved under this name, or None when it is missing or damaged."""
+        return _read_json(self._state_path(name))
+
+
+class Store(_Directory):
+    """Session files under `root`, safe against parallel writers, crashes and damaged files.
+
+    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
+    each). No file stays open between calls, so threads and forked processes may share a Store."""
 
     def _open(self, path: str, *, exclusive: bool):
         with _naming(path):
@@ -3269,29 +3302,6 @@ class Store:
         if remark:
             self.warnings.append(remark)
             self._warn(remark)
-
-    def _report_path(self, session_id: str) -> str:
-        return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
-
-    def _state_path(self, name: str) -> str:
-        return os.path.join(self.root, check_id(name) + ".json")
-
-    def write_report(self, session_id: str, report: dict) -> None:
-        """Save a report in one step. It can be computed again, so it is not forced to the disk."""
-        _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
-
-    def read_report(self, session_id: str):
-        """The saved report, or None when it is missing or damaged."""
-        report = _read_json(self._report_path(session_id))
-        return report if isinstance(report, dict) else None
-
-    def write_json(self, name: str, value) -> None:
-        """Save a small state file of the store in one step."""
-        _replace(self._state_path(name), _encode(value).encode(), sync=False)
-
-    def read_json(self, name: str):
-        """What `write_json` saved under this name, or None when it is missing or damaged."""
-        return _read_json(self._state_path(name))
 
 
 def _read_json(path: str):
@@ -4467,11 +4477,13 @@ class LineMemory:
     def __init__(self) -> None:
         self._unread: Dict[str, List[Tuple[int, int, str]]] = {}  # path: first line, count, text of reads not looked at yet
         self._files: Dict[str, Dict[int, int]] = {}               # path: number and hash of every line known
+        self.totals: Dict[str, int] = {}                          # path: lines of the file when it was last read whole
 
     def clear(self) -> None:
         """The window ended."""
         self._unread.clear()
         self._files.clear()
+        self.totals.clear()
 
     def verdict(self, path: str, first: int, count: int, text: str) -> str:
         """ "same" where every line known of the file is as known, "changed" where one differs, "" where none is known; and
@@ -4628,7 +4640,7 @@ class ToolEvents:
                 data["unchanged"] = True
                 return
             data["content_hash"] = digest_of(text)
-            if _is_cut_off(text):
+            if _is_cut_off(text) or text.startswith("<system-reminder>Warning: the file exists"):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
                 self._lines(data, text, first, count, total)
@@ -4636,12 +4648,14 @@ class ToolEvents:
     def _lines(self, data: Dict[str, Any], text: str, first: int, count: int, total: int) -> None:
         count = count or text.count("\n") + (not text.endswith("\n"))
         start = first or line_range(data)[0]
+        if start < 0 and self.memory.totals.get(data["file_path"], 0) >= count:
+            start = self.memory.totals[data["file_path"]] - count + 1  # the last lines of a file whose length is known
         if start < 0 or not text:
             return
         if total:
             data["total_lines"] = total
         elif not first and "lines" not in data and "offset" not in data and "limit" not in data:
-            data["total_lines"] = count
+            data["total_lines"] = self.memory.totals[data["file_path"]] = count
         data["lines"] = [start, start + count - 1]
         verdict = self.memory.verdict(data["file_path"], start, count, text)
         if verdict:
@@ -4793,8 +4807,8 @@ _NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>", "
 _PLACEHOLDERS_FROM = (2, 1, 8)  # the first version that writes responses whose output is never filled in
 
 
-class _ClaudeUnit:
-    """One session while its files are read."""
+class _ClaudeMessages:
+    """What the messages of one session say, agent by agent: responses, what entered the context, tool results."""
 
     def __init__(self, reader: ClaudeCodeReader, paths: List[str], claim: Callable[[str], bool],
                  skip: Callable[[str, int, str], None]):
@@ -4813,6 +4827,206 @@ class _ClaudeUnit:
         self.counters: Dict[str, int] = {}
         self.path, self.line, self.file_agent = "", 0, ""
 
+    def _count(self, name: str) -> None:
+        self.counters[name] = self.counters.get(name, 0) + 1
+
+    def _window(self, agent: str) -> WindowBuilder:
+        window = self.windows.get(agent)
+        if window is None:
+            overhead = "compaction" if agent.startswith("acompact") else \
+                "suggestion" if agent.startswith("aprompt_suggestion") else ""
+            window = self.windows[agent] = WindowBuilder(agent, overhead)
+            self.tools[agent] = ToolEvents(self.facts.get("cwd", ""))
+        return window
+
+    def _event(self, event_type: EventType, entry: Dict[str, Any], **data: Any) -> SessionEvent:
+        data["line"] = self.line
+        if self.path != self.paths[0]:
+            data["path"] = self.path
+        return SessionEvent("", _text(entry.get("timestamp")), event_type, data)
+
+    def _assistant(self, entry: Dict[str, Any], agent: str) -> None:
+        message = entry.get("message")
+        if not isinstance(message, dict):
+            return
+        model = _text(message.get("model"))
+        if model == "<synthetic>":
+            if entry.get("isApiErrorMessage") is True:
+                text = _plain_text(message.get("content"))
+                event = self._event(EventType.ERROR, entry, tool="model call", error_hash=digest_of(normal_message(text)),
+                                    kind=failure_kind({"message": text}) or "interrupted", changes=[])
+                self._window(agent).item(event, 0)
+            return
+        key = _text(message.get("id")) or _text(entry.get("requestId")) or _text(entry.get("uuid"))
+        usage = message.get("usage")
+        if not key or not isinstance(usage, dict):
+            return
+        call, owner = self.calls.get(key) or self._new_call(key, entry, agent, model, usage)
+        if owner != agent:
+            return  # an aside that replays its parent's responses
+        if (key, usage) != self.usage:  # the lines of a response stand together and mostly repeat it
+            call.use(*_claude_usage(usage))
+            self.usage = (key, usage)
+        if key not in self.stopped or message.get("stop_reason"):
+            self.stopped[key] = bool(message.get("stop_reason"))
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, dict):
+                self._block(block, call, entry, agent)
+
+    def _new_call(self, key: str, entry: Dict[str, Any], agent: str, model: str, usage: Dict[str, Any]) -> Tuple[Call, str]:
+        window, counted = self._window(agent), self.claim(key)
+        if not counted:
+            self._count("calls_elsewhere")
+        elif not agent or model not in self.models:
+            self.models[model] = self.models.get(model, 0) + (1 if not agent else 0)
+        for number, earlier in enumerate(_earlier_iterations(usage)):
+            extra = Call(self._event(EventType.AI_RESPONSE, entry, response_id=key, iteration=number), counted)
+            extra.event.model = _text(earlier.get("model")).lower() or model.lower()
+            extra.use(*_claude_usage(earlier))
+            window.call(extra)
+        event = self._event(EventType.AI_RESPONSE, entry, response_id=key)
+        event.model = model.lower()
+        self.calls[key] = (window.call(Call(event, counted)), agent)
+        return self.calls[key]
+
+    def _block(self, block: Dict[str, Any], call: Call, entry: Dict[str, Any], agent: str) -> None:
+        kind = block.get("type")
+        if kind == "text":
+            call.parts.append(("text", len(_text(block.get("text"))), None))
+        elif kind in ("thinking", "redacted_thinking"):
+            self._thinking(len(_text(block.get("thinking"))), call, entry)
+        elif kind in ("tool_use", "server_tool_use"):
+            name, arguments = _text(block.get("name")), block.get("input")
+            identity = _text(block.get("id"))
+            if identity and identity in self.open:
+                return
+            event = self.tools[agent].call(name, arguments, _text(entry.get("timestamp")),
+                                           _text(call.event.data["response_id"]), self.line)
+            event.model = call.event.model
+            if self.path != self.paths[0]:
+                event.data["path"] = self.path
+            size = len(str(arguments)) + len(name)
+            call.parts.append(("tool", size, event))
+            self.open[identity] = (event, agent, arguments)
+            self._window(agent).tool(event)
+
+    def _thinking(self, size: int, call: Call, entry: Dict[str, Any]) -> None:
+        if not size:
+            if call.counted and not any(kind == "thinking" and not s for kind, s, _ in call.parts):
+                self._count("redacted_thinking_calls")
+            call.parts.append(("thinking", 0, None))
+            return
+        known = next((event for kind, _, event in call.parts if kind == "thinking" and event), None)
+        if known is None:
+            known = self._event(EventType.THINKING, entry, response_id=call.event.data["response_id"])
+            known.model = call.event.model
+        call.parts.append(("thinking", size, known))
+
+    def _user(self, entry: Dict[str, Any], agent: str) -> None:
+        message = entry.get("message")
+        content = message.get("content") if isinstance(message, dict) else None
+        if entry.get("isCompactSummary") is True:
+            self._compaction(entry, agent, len(_plain_text(content)))
+            return
+        text, images = "", 0
+        for block in content if isinstance(content, list) else [content]:
+            if isinstance(block, str):
+                text += block
+            elif isinstance(block, dict) and block.get("type") == "tool_result":
+                self._result(block, entry, agent)
+            elif isinstance(block, dict):
+                text += _text(block.get("text"))
+                images += block.get("type") == "image"
+        if text or images:
+            self._prompt(entry, agent, text, images)
+
+    def _prompt(self, entry: Dict[str, Any], agent: str, text: str, images: int) -> None:
+        human = entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN)
+        if human:
+            event = self._event(EventType.USER_MESSAGE, entry)
+            if not agent and "task" not in self.facts and text.strip():
+                self.facts["task"] = task_line(text)
+        else:
+            event = self._event(EventType.CONTEXT_LOAD, entry, source="injected")
+            typed = re.match(r"\s*<bash-input>(.*?)</bash-input>", text, re.S)
+            if typed:  # a shell line of the user's own
+                event.data["changes"] = shell_effects(typed.group(1), self.facts.get("cwd", "")).changes
+            command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
+            if command and not agent:
+                arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
+                self.facts.setdefault("command", task_line(
+                    f"{command.group(1)} {arguments.group(1) if arguments else ''}"))
+        self._window(agent).item(event, len(text) + images * IMAGE_CHARACTERS)
+
+    def _compaction(self, entry: Dict[str, Any], agent: str, characters: int, **data: Any) -> None:
+        if agent in self.tools:
+            self.tools[agent].memory.clear()
+        self._window(agent).item(self._event(EventType.CONTEXT_LOAD, entry, source="compaction", **data), characters)
+
+    def _result(self, block: Dict[str, Any], entry: Dict[str, Any], agent: str) -> None:
+        identity = _text(block.get("tool_use_id"))
+        if identity not in self.open:
+            self._orphan(identity, entry, agent)
+        event, owner, arguments = self.open[identity]
+        text, characters = _result_size(block.get("content"))
+        details = entry.get("toolUseResult")
+        self._window(owner).result(event, characters)
+        event.duration_ms = _milliseconds(event.timestamp, _text(entry.get("timestamp")))
+        if block.get("is_error") is True:
+            self.tools[owner].failure(event, text, arguments)
+        else:
+            file = details.get("file") if isinstance(details, dict) and event.data["tool"] == "Read" else None
+            known = [_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")] if isinstance(
+                file, dict) else []
+            self.tools[owner].result(event, text, *known)
+        if event.data["tool"] in ("Task", "Agent") and "kind" not in event.data:
+            event.data["changes"] = []  # what the sub-agent changed is in its own events
+
+    def _orphan(self, identity: str, entry: Dict[str, Any], agent: str) -> None:
+        """A result whose call is in no readable line: a tool call of unknown kind."""
+        event = self._event(EventType.TOOL_CALL, entry, tool="unknown", kind="unreadable", changes=["?"])
+        self.open[identity] = (event, agent, None)
+        self._window(agent).tool(event)
+
+    def _system(self, entry: Dict[str, Any], agent: str) -> None:
+        subtype = entry.get("subtype")
+        if subtype == "compact_boundary":
+            self._compaction(entry, agent, 0)
+        elif subtype == "microcompact_boundary":
+            self._compaction(entry, agent, 0, partial=True)
+        elif subtype == "api_error":
+            self._window(agent).item(self._event(EventType.ERROR, entry, tool="model call", kind="transient", changes=[]), 0)
+
+    def _attachment(self, entry: Dict[str, Any], agent: str) -> None:
+        attachment = entry.get("attachment")
+        if not isinstance(attachment, dict):
+            return
+        event = self._event(EventType.CONTEXT_LOAD, entry, source="attachment", kind=_text(attachment.get("type"))[:40])
+        if attachment.get("type") == "edited_text_file" and isinstance(attachment.get("filename"), str):
+            event.data["changes"] = [canonical_path(attachment["filename"], self.facts.get("cwd", ""))]
+        self._window(agent).item(event, len(json.dumps(attachment, ensure_ascii=False)))
+
+    def _progress(self, entry: Dict[str, Any]) -> None:
+        data = entry.get("data")
+        inner = data.get("message") if isinstance(data, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("message"), dict):
+            return
+        self.echoes.append((self.path, self.line, _text(data.get("agentId")), inner))
+
+    def _echoed(self) -> None:
+        """Read the responses that only progress lines hold, and what their agents were told in between."""
+        known, agents = set(self.calls), set(self.windows)
+        for self.path, self.line, self.file_agent, inner in self.echoes:
+            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
+                self._assistant(inner, self.file_agent)
+            elif inner.get("type") == "user" and self.file_agent not in agents:
+                self._user(inner, self.file_agent)
+
+
+class _ClaudeUnit(_ClaudeMessages):
+    """One session while its files are read."""
+
     def session(self) -> List[Session]:
         """The session of this unit; none when no file holds a line of one."""
         for path in self.paths:
@@ -4820,9 +5034,11 @@ class _ClaudeUnit:
         self._echoed()
         if not self.windows and "session_id" not in self.facts:
             return []
+        placeholders = self.facts.get("version_number", ()) >= _PLACEHOLDERS_FROM
         for message_id, (call, _) in self.calls.items():
             call.exact = self.stopped[message_id]
-            if not call.exact and call.counted and self.facts.get("version_number", ()) >= _PLACEHOLDERS_FROM:
+            implausible = 8 * call.output < sum(size for _, size, _ in call.parts)  # below half of 4 characters per token
+            if not call.exact and call.counted and (placeholders or implausible):
                 self._count("output_lower_bound_calls")
         return [self._build()]
 
@@ -4847,9 +5063,6 @@ class _ClaudeUnit:
             session.total_duration_ms += event.duration_ms
         return session
 
-    def _count(self, name: str) -> None:
-        self.counters[name] = self.counters.get(name, 0) + 1
-
     def _file(self, path: str) -> None:
         self.path, self.line = path, 0
         self.file_agent = os.path.basename(path)[6:-6] if path != self.paths[0] or _is_agent_file(path) else ""
@@ -4872,6 +5085,8 @@ class _ClaudeUnit:
         In JSON every quote inside a text follows a backslash, so '","' and '},"' are never part of one.
         """
         parts = _PLAIN_RESULT.match(line)
+        if parts and not self.file_agent and b'"isSidechain":true' in parts.group():
+            return False  # an inline sub-agent is followed from line to line
         found = parts and self.open.get((parts.group(1) or parts.group(2)).decode())
         if not found:
             return False
@@ -4982,202 +5197,6 @@ class _ClaudeUnit:
             agent = self.roots.get(parent) or "sidechain-" + _text(entry.get("uuid"))[:8]
             self.roots[_text(entry.get("uuid"))] = agent
         return agent
-
-    def _window(self, agent: str) -> WindowBuilder:
-        window = self.windows.get(agent)
-        if window is None:
-            overhead = "compaction" if agent.startswith("acompact") else \
-                "suggestion" if agent.startswith("aprompt_suggestion") else ""
-            window = self.windows[agent] = WindowBuilder(agent, overhead)
-            self.tools[agent] = ToolEvents(self.facts.get("cwd", ""))
-        return window
-
-    def _event(self, event_type: EventType, entry: Dict[str, Any], **data: Any) -> SessionEvent:
-        data["line"] = self.line
-        if self.path != self.paths[0]:
-            data["path"] = self.path
-        return SessionEvent("", _text(entry.get("timestamp")), event_type, data)
-
-    # a model's response
-
-    def _assistant(self, entry: Dict[str, Any], agent: str) -> None:
-        message = entry.get("message")
-        if not isinstance(message, dict):
-            return
-        model = _text(message.get("model"))
-        if model == "<synthetic>":
-            if entry.get("isApiErrorMessage") is True:
-                text = _plain_text(message.get("content"))
-                event = self._event(EventType.ERROR, entry, tool="model call", error_hash=digest_of(normal_message(text)),
-                                    kind=failure_kind({"message": text}) or "interrupted", changes=[])
-                self._window(agent).item(event, 0)
-            return
-        key = _text(message.get("id")) or _text(entry.get("requestId")) or _text(entry.get("uuid"))
-        usage = message.get("usage")
-        if not key or not isinstance(usage, dict):
-            return
-        call, owner = self.calls.get(key) or self._new_call(key, entry, agent, model, usage)
-        if owner != agent:
-            return  # an aside that replays its parent's responses
-        if (key, usage) != self.usage:  # the lines of a response stand together and mostly repeat it
-            call.use(*_claude_usage(usage))
-            self.usage = (key, usage)
-        if key not in self.stopped or message.get("stop_reason"):
-            self.stopped[key] = bool(message.get("stop_reason"))
-        content = message.get("content")
-        for block in content if isinstance(content, list) else ():
-            if isinstance(block, dict):
-                self._block(block, call, entry, agent)
-
-    def _new_call(self, key: str, entry: Dict[str, Any], agent: str, model: str, usage: Dict[str, Any]) -> Tuple[Call, str]:
-        window, counted = self._window(agent), self.claim(key)
-        if not counted:
-            self._count("calls_elsewhere")
-        elif not agent or model not in self.models:
-            self.models[model] = self.models.get(model, 0) + (1 if not agent else 0)
-        for number, earlier in enumerate(_earlier_iterations(usage)):
-            extra = Call(self._event(EventType.AI_RESPONSE, entry, response_id=key, iteration=number), counted)
-            extra.event.model = _text(earlier.get("model")).lower() or model.lower()
-            extra.use(*_claude_usage(earlier))
-            window.call(extra)
-        event = self._event(EventType.AI_RESPONSE, entry, response_id=key)
-        event.model = model.lower()
-        self.calls[key] = (window.call(Call(event, counted)), agent)
-        return self.calls[key]
-
-    def _block(self, block: Dict[str, Any], call: Call, entry: Dict[str, Any], agent: str) -> None:
-        kind = block.get("type")
-        if kind == "text":
-            call.parts.append(("text", len(_text(block.get("text"))), None))
-        elif kind in ("thinking", "redacted_thinking"):
-            self._thinking(len(_text(block.get("thinking"))), call, entry)
-        elif kind in ("tool_use", "server_tool_use"):
-            name, arguments = _text(block.get("name")), block.get("input")
-            identity = _text(block.get("id"))
-            if identity and identity in self.open:
-                return
-            event = self.tools[agent].call(name, arguments, _text(entry.get("timestamp")),
-                                           _text(call.event.data["response_id"]), self.line)
-            event.model = call.event.model
-            if self.path != self.paths[0]:
-                event.data["path"] = self.path
-            size = len(str(arguments)) + len(name)
-            call.parts.append(("tool", size, event))
-            self.open[identity] = (event, agent, arguments)
-            self._window(agent).tool(event)
-
-    def _thinking(self, size: int, call: Call, entry: Dict[str, Any]) -> None:
-        if not size:
-            if call.counted and not any(kind == "thinking" and not s for kind, s, _ in call.parts):
-                self._count("redacted_thinking_calls")
-            call.parts.append(("thinking", 0, None))
-            return
-        known = next((event for kind, _, event in call.parts if kind == "thinking" and event), None)
-        if known is None:
-            known = self._event(EventType.THINKING, entry, response_id=call.event.data["response_id"])
-            known.model = call.event.model
-        call.parts.append(("thinking", size, known))
-
-    # what enters the context
-
-    def _user(self, entry: Dict[str, Any], agent: str) -> None:
-        message = entry.get("message")
-        content = message.get("content") if isinstance(message, dict) else None
-        if entry.get("isCompactSummary") is True:
-            self._compaction(entry, agent, len(_plain_text(content)))
-            return
-        text, images = "", 0
-        for block in content if isinstance(content, list) else [content]:
-            if isinstance(block, str):
-                text += block
-            elif isinstance(block, dict) and block.get("type") == "tool_result":
-                self._result(block, entry, agent)
-            elif isinstance(block, dict):
-                text += _text(block.get("text"))
-                images += block.get("type") == "image"
-        if text or images:
-            self._prompt(entry, agent, text, images)
-
-    def _prompt(self, entry: Dict[str, Any], agent: str, text: str, images: int) -> None:
-        human = entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN)
-        if human:
-            event = self._event(EventType.USER_MESSAGE, entry)
-            if not agent and "task" not in self.facts and text.strip():
-                self.facts["task"] = task_line(text)
-        else:
-            event = self._event(EventType.CONTEXT_LOAD, entry, source="injected")
-            command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
-            if command and not agent:
-                arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
-                self.facts.setdefault("command", task_line(
-                    f"{command.group(1)} {arguments.group(1) if arguments else ''}"))
-        self._window(agent).item(event, len(text) + images * IMAGE_CHARACTERS)
-
-    def _compaction(self, entry: Dict[str, Any], agent: str, characters: int, **data: Any) -> None:
-        if agent in self.tools:
-            self.tools[agent].memory.clear()
-        self._window(agent).item(self._event(EventType.CONTEXT_LOAD, entry, source="compaction", **data), characters)
-
-    def _result(self, block: Dict[str, Any], entry: Dict[str, Any], agent: str) -> None:
-        identity = _text(block.get("tool_use_id"))
-        if identity not in self.open:
-            self._orphan(identity, entry, agent)
-        event, owner, arguments = self.open[identity]
-        text, characters = _result_size(block.get("content"))
-        details = entry.get("toolUseResult")
-        self._window(owner).result(event, characters)
-        event.duration_ms = _milliseconds(event.timestamp, _text(entry.get("timestamp")))
-        if block.get("is_error") is True:
-            self.tools[owner].failure(event, text, arguments)
-        else:
-            file = details.get("file") if isinstance(details, dict) and event.data["tool"] == "Read" else None
-            known = [_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")] if isinstance(
-                file, dict) else []
-            self.tools[owner].result(event, text, *known)
-        if event.data["tool"] in ("Task", "Agent") and "kind" not in event.data:
-            event.data["changes"] = []  # what the sub-agent changed is in its own events
-
-    def _orphan(self, identity: str, entry: Dict[str, Any], agent: str) -> None:
-        """A result whose call is in no readable line: a tool call of unknown kind."""
-        event = self._event(EventType.TOOL_CALL, entry, tool="unknown", changes=["?"])
-        self.open[identity] = (event, agent, None)
-        self._window(agent).tool(event)
-
-    def _system(self, entry: Dict[str, Any], agent: str) -> None:
-        subtype = entry.get("subtype")
-        if subtype == "compact_boundary":
-            self._compaction(entry, agent, 0)
-        elif subtype == "microcompact_boundary":
-            self._compaction(entry, agent, 0, partial=True)
-        elif subtype == "api_error":
-            self._window(agent).item(self._event(EventType.ERROR, entry, tool="model call", kind="transient", changes=[]), 0)
-
-    def _attachment(self, entry: Dict[str, Any], agent: str) -> None:
-        attachment = entry.get("attachment")
-        if not isinstance(attachment, dict):
-            return
-        event = self._event(EventType.CONTEXT_LOAD, entry, source="attachment", kind=_text(attachment.get("type"))[:40])
-        if attachment.get("type") == "edited_text_file" and isinstance(attachment.get("filename"), str):
-            event.data["changes"] = [canonical_path(attachment["filename"], self.facts.get("cwd", ""))]
-        self._window(agent).item(event, len(json.dumps(attachment, ensure_ascii=False)))
-
-    # sub-agents that only the progress lines show
-
-    def _progress(self, entry: Dict[str, Any]) -> None:
-        data = entry.get("data")
-        inner = data.get("message") if isinstance(data, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("message"), dict):
-            return
-        self.echoes.append((self.path, self.line, _text(data.get("agentId")), inner))
-
-    def _echoed(self) -> None:
-        """Read the responses that only progress lines hold, and what their agents were told in between."""
-        known, agents = set(self.calls), set(self.windows)
-        for self.path, self.line, self.file_agent, inner in self.echoes:
-            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
-                self._assistant(inner, self.file_agent)
-            elif inner.get("type") == "user" and self.file_agent not in agents:
-                self._user(inner, self.file_agent)
 
 
 _PLAIN_RESULT = _Pattern(
@@ -5525,6 +5544,9 @@ class CodexReader(TranscriptReader):
                 names.add((os.path.basename(path), _thread_of(path)))
                 rollouts.append(_Rollout(path, paths[0], once, _Skips(skip)))
         found = [rollout for rollout in rollouts if rollout.read()]
+        for rollout in rollouts:
+            if rollout not in found:
+                skip(rollout.path, 0, "holds no session")
         mains = {rollout.facts.session_id: rollout for rollout in reversed(found)
                  if rollout.parent not in {other.facts.session_id for other in found}}
         return [self._session(main, [rollout for rollout in found if _root(rollout, found) == identity])
@@ -6827,13 +6849,8 @@ class _ListedSession(Session):
         self.__dict__["_events"] = events
 
 
-class SessionOptimizer:
-    """Sessions in a store, and what an analysis says of them.
-
-    ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else ~/.sessionoptimizer). ``analyzers``:
-    instances that replace the built-in ones. Sessions handed out stay live: they show what this and, at the next call that
-    names them, other processes have logged. StorageError when the store cannot be used.
-    """
+class _Sessions:
+    """What SessionOptimizer does with single sessions: start, log, end, list, delete."""
 
     def __init__(self, storage_path: Optional[str] = None, analyzers: Optional[Iterable[BaseAnalyzer]] = None):
         root = storage_path or os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(
@@ -6881,8 +6898,6 @@ class SessionOptimizer:
                 raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
             self._prices = PriceList(own)
         return self._prices
-
-    # sessions
 
     def start_session(self, agent: str, task: str, model: str = "default", session_id: Optional[str] = None,
                       metadata: Optional[Dict[str, Any]] = None) -> Session:
@@ -7044,8 +7059,6 @@ class SessionOptimizer:
         except (StorageError, InvalidValue):
             return None
 
-    # events
-
     def log_event(self, session_id: str, event_type: Union[EventType, str], data: Optional[Dict[str, Any]] = None,
                   tokens_input: int = 0, tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
         """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None, with a warning, when
@@ -7081,29 +7094,101 @@ class SessionOptimizer:
                 self._refreshed(session_id)
         return event
 
-    def would_repeat(self, session_id: str, event_type: Union[EventType, str], data: Dict[str, Any],
-                     agent_id: str = "") -> Optional[Dict[str, Any]]:
-        """Whether a read or a search would bring what its context window still holds unchanged, by the rule of the
-        analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines", "held_since"}`` of what is there (``held_since``:
-        seconds since 1970 of the oldest read of the file that is still there), or None."""
-        session = self._refreshed(session_id)
-        if session is None:
-            return None
-        memory = ContextMemory(_cwd_of(session))
-        for event in session.events:
-            memory.observe(event)
-        event = SessionEvent("", "", _event_type(event_type), dict(data), agent_id=agent_id)
-        memory.foresee(event)
-        repeat = memory.repeats(event)
-        if repeat is None:
-            return None
-        first, last = line_range(repeat.earlier.data)
-        lines = max(1, last - first + 1) if event.event_type is EventType.FILE_READ else 1
-        return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
-                "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines, "lines": repeat.covered,
-                "of_lines": repeat.total, "held_since": memory.held_since(event)}
 
-    # hooks
+class _Transcripts(_Sessions):
+    """What SessionOptimizer takes over from elsewhere: sessions as dicts, agents' transcripts, live hook events."""
+
+    def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
+        """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that differs is kept as
+        ``<id>.1``. None, with a warning that says why, when the data is not a session."""
+        try:
+            session = Session.from_dict(data)
+            check_id(session.id)
+            _encode(session.to_dict())
+        except (InvalidValue, TypeError, ValueError, RecursionError) as error:
+            _warn(f"not imported: {error}")
+            return None
+        old = self._head_of(session.id)
+        if old is not None and old.to_dict() != session.to_dict():
+            _warn(f"session {session.id} was there already and is kept as {self.store.archive(session.id)}")
+        self._create(session, replace=True)
+        self._forget(session.id)
+        return self._refreshed(session.id)
+
+    def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "", since: Optional[datetime] = None,
+             project: str = "", store: bool = True, again: bool = False,
+             progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, Any]:
+        """Read agent transcripts and say where the tokens went.
+
+        ``paths``: files or directories (default: where each agent keeps its transcripts). Only what changed since the last
+        scan is read, unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a part
+        of the working directory or path) narrow what is reported. With ``store=False`` nothing is kept. ``progress`` is
+        called with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped": [{"path", "line",
+        "reason"}], "changes": text}``; StorageError when a path is not there.
+        """
+        state = self.store.read_json("scan") if store else None
+        scan = TranscriptScan(state, self._settings(), again)
+        roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)] if paths is None else list(paths)
+        scan.look(find_transcripts(roots))
+        for path in map(os.path.abspath, roots):
+            if scan.files.get(path) and not scan.files[path][2]:
+                scan.skipped[path] = [[path, 0, scan.files[path][4]]]  # somebody named it, so it is not left out in silence
+        before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
+        deleted = set(self.store.read_json("deleted") or []) if store else set()
+        if again:
+            deleted -= set(scan.scope)
+        for unit in deleted.intersection(scan.scope):
+            scan.units[unit]["rows"] = []
+        if scan.changed or scan.dropped:
+            with _CollectorPaused():
+                self._read_changed(scan, store, deleted, progress)
+        if store and (scan.changed or scan.dropped):
+            self.store.write_json("scan-responses", scan.owners)
+            self.store.write_json("scan", scan.to_state())
+            self.store.write_json("deleted", sorted(deleted))
+        return _scan_result(scan, before, agent, since, project, first=not before)
+
+    def _read_changed(self, scan: TranscriptScan, store: bool, deleted: set,
+                      progress: Optional[Callable[[int, int], None]]) -> None:
+        taken = {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
+                 for row in unit["rows"]}
+        for row in [row for unit in scan.dropped for row in unit["rows"]] if store else []:
+            self.store.delete(row["id"])
+            self._forget(row["id"])
+        for done, (name, sessions) in enumerate(scan.read(self.store.read_json("scan-responses") if store else None), 1):
+            unit = scan.units[name]
+            old_ids = [row["id"] for row in unit["rows"]]
+            unit["rows"] = []
+            for session in sessions if name not in deleted else []:
+                session.prices = self.prices
+                session.id = self._free_id(session.id, name, taken, old_ids, store)
+                report = build_report(session, self.analyzers)
+                if store:
+                    self._create(session, replace=True, sync=False)
+                    self._forget(session.id)
+                unit["rows"].append(session_row(session, report))
+            if progress:
+                progress(done, max(done, len(scan.changed)))
+
+    def _free_id(self, wanted: str, unit: str, taken: Dict[str, str], old_ids: List[str], store: bool) -> str:
+        """The id itself, with a suffix when another transcript or a session of the user's has it."""
+        number, session_id = 1, wanted
+        while taken.get(session_id, unit) != unit or (store and session_id not in old_ids
+                                                      and not self._replaceable(session_id, unit)):
+            number += 1
+            session_id = f"{wanted}-{number}"
+        taken[session_id] = unit
+        return session_id
+
+    def _replaceable(self, session_id: str, unit: str) -> bool:
+        """True where no session has this id, or one of this transcript's (imported before, or logged live by hooks)."""
+        if not os.path.lexists(self.store.find(session_id)):
+            return True
+        session = self._head_of(session_id)
+        source = session.metadata.get("source") if session is not None else None
+        transcript = session.metadata.get("transcript_path") if session is not None else None
+        return isinstance(source, dict) and source.get("path") == unit or transcript is not None and (
+            os.path.realpath(str(transcript)) == os.path.realpath(unit))
 
     def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
         """Log what a hook of Claude Code tells (the object it gets on standard input) to the session of that id, which is
@@ -7165,6 +7250,46 @@ class SessionOptimizer:
             self._create(session, replace=True, sync=False)
             self._forget(session_id)
 
+    def _settings(self) -> str:
+        """A hash of the analyzers, their thresholds and the prices in force."""
+        parts = [__version__, self.prices.overrides]
+        for analyzer in self.analyzers:
+            cls = type(analyzer)
+            parts.append([cls.__module__, cls.__qualname__,
+                          analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else sorted(vars(analyzer))])
+        return digest_of(json.dumps(parts, sort_keys=True, default=str))
+
+
+class SessionOptimizer(_Transcripts):
+    """Sessions in a store, and what an analysis says of them.
+
+    ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else ~/.sessionoptimizer). ``analyzers``:
+    instances that replace the built-in ones. Sessions handed out stay live: they show what this and, at the next call that
+    names them, other processes have logged. StorageError when the store cannot be used.
+    """
+
+    def would_repeat(self, session_id: str, event_type: Union[EventType, str], data: Dict[str, Any],
+                     agent_id: str = "") -> Optional[Dict[str, Any]]:
+        """Whether a read or a search would bring what its context window still holds unchanged, by the rule of the
+        analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines", "held_since"}`` of what is there (``held_since``:
+        seconds since 1970 of the oldest read of the file that is still there), or None."""
+        session = self._refreshed(session_id)
+        if session is None:
+            return None
+        memory = ContextMemory(_cwd_of(session))
+        for event in session.events:
+            memory.observe(event)
+        event = SessionEvent("", "", _event_type(event_type), dict(data), agent_id=agent_id)
+        memory.foresee(event)
+        repeat = memory.repeats(event)
+        if repeat is None:
+            return None
+        first, last = line_range(repeat.earlier.data)
+        lines = max(1, last - first + 1) if event.event_type is EventType.FILE_READ else 1
+        return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
+                "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines, "lines": repeat.covered,
+                "of_lines": repeat.total, "held_since": memory.held_since(event)}
+
     def guard(self, payload: Dict[str, Any], *, deny: bool = False) -> Optional[Dict[str, Any]]:
         """The answer to a PreToolUse hook whose read or search would bring what its context window holds unchanged: advice,
         or with ``deny`` a refusal (of the same call once: a second try passes). None: let it go on. A file must not have
@@ -7199,8 +7324,6 @@ class SessionOptimizer:
             answer["permissionDecisionReason"] = advice + " If it is not in view any more, make the same call again."
         return {"hookSpecificOutput": answer}
 
-    # reports
-
     def analyze(self, session_id: str) -> Optional[OptimizationReport]:
         """The report of a session, which is also saved in the store; None when there is no such session. A report that
         cannot be saved is a warning."""
@@ -7220,15 +7343,6 @@ class SessionOptimizer:
         """Size and mtime of the session's file, and what the figures depend on besides."""
         info = os.stat(self.store.find(session_id))
         return [info.st_size, info.st_mtime_ns, self._settings()]
-
-    def _settings(self) -> str:
-        """A hash of the analyzers, their thresholds and the prices in force."""
-        parts = [__version__, self.prices.overrides]
-        for analyzer in self.analyzers:
-            cls = type(analyzer)
-            parts.append([cls.__module__, cls.__qualname__,
-                          analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else sorted(vars(analyzer))])
-        return digest_of(json.dumps(parts, sort_keys=True, default=str))
 
     def export_report(self, session_id: str, format: str = "json") -> Optional[str]:
         """The report as text in one of FORMATS; None when there is no such session. InvalidValue for another format."""
@@ -7348,98 +7462,6 @@ class SessionOptimizer:
                 and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
         found = [alert for row in rows for alert in alerts_of(row, limits)]
         return sorted(found, key=lambda alert: (-Severity(alert["level"]).rank, -(seconds_of(alert["time"]) or 0.0)))
-
-    # transcripts
-
-    def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
-        """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that differs is kept as
-        ``<id>.1``. None, with a warning that says why, when the data is not a session."""
-        try:
-            session = Session.from_dict(data)
-            check_id(session.id)
-            json.dumps(session.metadata, allow_nan=False)
-        except (InvalidValue, TypeError, ValueError, RecursionError) as error:
-            _warn(f"not imported: {error}")
-            return None
-        old = self._head_of(session.id)
-        if old is not None and old.to_dict() != session.to_dict():
-            _warn(f"session {session.id} was there already and is kept as {self.store.archive(session.id)}")
-        self._create(session, replace=True)
-        self._forget(session.id)
-        return self._refreshed(session.id)
-
-    def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "", since: Optional[datetime] = None,
-             project: str = "", store: bool = True, again: bool = False,
-             progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, Any]:
-        """Read agent transcripts and say where the tokens went.
-
-        ``paths``: files or directories (default: where each agent keeps its transcripts). Only what changed since the last
-        scan is read, unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a part
-        of the working directory or path) narrow what is reported. With ``store=False`` nothing is kept. ``progress`` is
-        called with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped": [{"path", "line",
-        "reason"}], "changes": text}``; StorageError when a path is not there.
-        """
-        state = self.store.read_json("scan") if store else None
-        scan = TranscriptScan(state, self._settings(), again)
-        roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)] if paths is None else list(paths)
-        scan.look(find_transcripts(roots))
-        for path in map(os.path.abspath, roots):
-            if scan.files.get(path) and not scan.files[path][2]:
-                scan.skipped[path] = [[path, 0, scan.files[path][4]]]  # somebody named it, so it is not left out in silence
-        before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
-        deleted = set(self.store.read_json("deleted") or []) if store else set()
-        if again:
-            deleted -= set(scan.scope)
-        if scan.changed or scan.dropped:
-            with _CollectorPaused():
-                self._read_changed(scan, store, deleted, progress)
-        if store and (scan.changed or scan.dropped):
-            self.store.write_json("scan-responses", scan.owners)
-            self.store.write_json("scan", scan.to_state())
-            self.store.write_json("deleted", sorted(deleted))
-        return _scan_result(scan, before, agent, since, project, first=not before)
-
-    def _read_changed(self, scan: TranscriptScan, store: bool, deleted: set,
-                      progress: Optional[Callable[[int, int], None]]) -> None:
-        taken = {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
-                 for row in unit["rows"]}
-        for row in [row for unit in scan.dropped for row in unit["rows"]] if store else []:
-            self.store.delete(row["id"])
-            self._forget(row["id"])
-        for done, (name, sessions) in enumerate(scan.read(self.store.read_json("scan-responses") if store else None), 1):
-            unit = scan.units[name]
-            old_ids = [row["id"] for row in unit["rows"]]
-            unit["rows"] = []
-            for session in sessions if name not in deleted else []:
-                session.prices = self.prices
-                session.id = self._free_id(session.id, name, taken, old_ids, store)
-                report = build_report(session, self.analyzers)
-                if store:
-                    self._create(session, replace=True, sync=False)
-                    self._forget(session.id)
-                unit["rows"].append(session_row(session, report))
-            if progress:
-                progress(done, max(done, len(scan.changed)))
-
-    def _free_id(self, wanted: str, unit: str, taken: Dict[str, str], old_ids: List[str], store: bool) -> str:
-        """The id itself, with a suffix when another transcript or a session of the user's has it."""
-        number, session_id = 1, wanted
-        while taken.get(session_id, unit) != unit or (store and session_id not in old_ids
-                                                      and not self._replaceable(session_id, unit)):
-            number += 1
-            session_id = f"{wanted}-{number}"
-        taken[session_id] = unit
-        return session_id
-
-    def _replaceable(self, session_id: str, unit: str) -> bool:
-        """True where no session has this id, or one of this transcript's (imported before, or logged live by hooks)."""
-        if not os.path.lexists(self.store.find(session_id)):
-            return True
-        session = self._head_of(session_id)
-        source = session.metadata.get("source") if session is not None else None
-        transcript = session.metadata.get("transcript_path") if session is not None else None
-        return isinstance(source, dict) and source.get("path") == unit or transcript is not None and (
-            os.path.realpath(str(transcript)) == os.path.realpath(unit))
 
 
 def _event_id(session_id: str, footer: Dict[str, Any], timestamp: str) -> str:

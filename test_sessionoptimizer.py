@@ -2343,7 +2343,8 @@ def consistent(result, optimizer=None):
                 "output": sum(event.tokens_output for event in session.events)}
             assert session.estimated_cost == pytest.approx(row["estimated_cost"])
             assert sum(row["token_use"].values()) == session.total_tokens == entered + tokens["output"]
-            assert row["model_calls"] == sum(event.event_type is EventType.AI_RESPONSE for event in session.events)
+            assert row["model_calls"] == sum(event.event_type is EventType.AI_RESPONSE and not event.data.get("unmetered")
+                                             for event in session.events)
     totals = result["totals"]
     for part in ("tokens", "waste"):
         for name, value in totals[part].items():
@@ -2526,8 +2527,9 @@ _SECRET_KEYS = ("text", "content", "output", "message", "aggregated_output", "fo
 
 def marked(value, key=""):
     """The value with the mark at the end of every text that is a prompt, an answer, a file's content or a tool's output."""
-    if isinstance(value, dict):
-        return {name: marked(entry, name) for name, entry in value.items()}
+    if isinstance(value, dict):  # the prompt of a web search is its query, which is kept
+        return {name: entry if name == "prompt" and "description" not in value else marked(entry, name)
+                for name, entry in value.items()}
     if isinstance(value, list):
         return [marked(entry, key) for entry in value]
     return value + "\n" + MARK if isinstance(value, str) and key in _SECRET_KEYS else value
@@ -2627,7 +2629,7 @@ def test_ids_that_are_taken_get_a_suffix(tmp_path, optimizer):
     name = "11111111-2222-4333-8444-555555555555"
     tiny(tmp_path / "a", name=name).save()
     other = tiny(tmp_path / "b", name=name)
-    other.lines = [line.replace(b'"m1', b'"n1').replace(b'"m2', b'"n2').replace(b'"u', b'"v') for line in other.lines]
+    other.lines = [line.replace(b'"id": "m', b'"id": "n') for line in other.lines]
     other.save()
     rows = optimizer.scan([str(tmp_path / "a"), str(tmp_path / "b")])["sessions"]
     assert sorted(row["id"] for row in rows) == [name, name + "-2"] and [row["model_calls"] for row in rows] == [2, 2]
@@ -2699,7 +2701,8 @@ def test_no_transcript_is_too_strange(tmp_path, seed):
     for row in result["sessions"]:
         for form in so.FORMATS:
             assert optimizer.export_report(row["id"], form)
-    assert so.scan_report(result) and optimizer.scan(paths)["sessions"] == result["sessions"]
+    assert so.scan_report(result)
+    assert json.loads(json.dumps(optimizer.scan(paths)["sessions"])) == json.loads(json.dumps(result["sessions"]))
 
 
 def test_a_scan_as_a_whole_report(tmp_path, optimizer):
@@ -2708,3 +2711,470 @@ def test_a_scan_as_a_whole_report(tmp_path, optimizer):
     result = optimizer.scan([os.path.join(SAMPLES, story) for story in stories])
     expected = read(os.path.join(HERE, "examples", "expected", "scan.text")).decode("utf-8")
     assert so.scan_report(result).strip("\n") == expected.strip("\n")
+
+
+# ======================================================================================================
+# SessionOptimizer
+# ======================================================================================================
+
+def test_a_session_begins(optimizer):
+    session = optimizer.start_session("Forge", "Mend it", model="Opus", metadata={"ticket": [1, {"a": None}]})
+    assert (session.agent, session.task, session.model, session.status) == ("FORGE", "Mend it", "opus", SessionStatus.ACTIVE)
+    assert re.match(r"forge_\d{8}_\d{6}$", session.id) and session.metadata == {"ticket": [1, {"a": None}]}
+    event, = session.events
+    assert event.event_type is EventType.SESSION_START and event.timestamp == session.started_at
+    assert so.parse_time(session.started_at).utcoffset() is not None
+    assert SessionOptimizer(optimizer.store.root).get_session(session.id).to_dict() == session.to_dict()
+    assert optimizer.start_session("a", "t").model == "default"
+
+
+@pytest.mark.parametrize("agent, begins", [("Claude Code", "claude-code_"), ("a/../b", "a-..-b_"), ("", "__"), ("..", "_."), ("é\n", "_--_"),
+                                           ("CON", "_con_"), ("x" * 300, "x" * 100 + "_")])
+def test_ids_are_made_of_the_agents_name(optimizer, agent, begins):
+    session = optimizer.start_session(agent, "t")
+    assert session.id.startswith(begins) and re.match(r"[A-Za-z0-9_][A-Za-z0-9._-]*_\d{8}_\d{6}$", session.id)
+    assert optimizer.get_session(session.id) is session and os.listdir(optimizer.store.sessions) == [session.id + ".json"]
+
+
+def test_two_starts_in_one_second_are_two_sessions(optimizer, monkeypatch):
+    monkeypatch.setattr(so, "now_text", lambda: "2026-03-01T10:00:00+00:00")
+    sessions = [optimizer.start_session("forge", "t%d" % number) for number in range(4)]
+    assert sessions[0].id == "forge_20260301_100000" and len({session.id for session in sessions}) == 4
+    assert all(session.id.startswith(sessions[0].id) for session in sessions)
+    assert [optimizer.get_session(session.id).task for session in sessions] == ["t0", "t1", "t2", "t3"]
+    assert len({session.events[0].id for session in sessions}) == 4
+
+
+def test_an_id_may_be_used_again_when_its_session_has_ended(optimizer):
+    for number in range(3):
+        if number:
+            with pytest.warns(SessionOptimizerWarning, match=r"demo.*kept as demo\.%d" % number):
+                session = optimizer.start_session("a", "run %d" % number, session_id="demo")
+        else:
+            session = optimizer.start_session("a", "run 0", session_id="demo")
+        optimizer.log_event("demo", "CUSTOM", tokens_input=number)
+        optimizer.end_session("demo")
+    assert optimizer.get_session("demo") is session and session.task == "run 2"
+    assert [optimizer.get_session(name).task for name in ("demo.1", "demo.2")] == ["run 0", "run 1"]
+    assert {session.id for session in optimizer.list_sessions()} == {"demo", "demo.1", "demo.2"}
+
+
+def test_the_id_of_an_active_session_is_refused_with_the_way_out(optimizer):
+    optimizer.start_session("a", "t", session_id="demo")
+    before = stored_bytes(optimizer.store.sessions)
+    with pytest.raises(SessionExists, match="demo.*end demo --status ABANDONED"):
+        SessionOptimizer(optimizer.store.root).start_session("b", "u", session_id="demo")
+    assert stored_bytes(optimizer.store.sessions) == before
+
+
+@pytest.mark.parametrize("bad", ["../x", "/etc/passwd", "a/b", "a\n", ".x", "CON", "x" * 300, "a b", "\uff0e", "\u0430bc"], ids=ascii)
+def test_ids_that_could_leave_the_store_are_refused(optimizer, bad, tmp_path):
+    with pytest.raises(InvalidSessionId, match="A-Z"):
+        optimizer.start_session("a", "t", session_id=bad)
+    assert optimizer.get_session(bad) is None and optimizer.analyze(bad) is None and optimizer.delete_session(bad) is False
+    assert os.listdir(str(tmp_path)) == ["store"] and stored_bytes(optimizer.store.root) == b""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object(), b"x", {("a",): 1}], ids=lambda value: type(value).__name__)
+def test_what_json_cannot_hold_is_refused_and_nothing_is_stored(optimizer, value):
+    with pytest.raises(InvalidValue, match="JSON"):
+        optimizer.start_session("a", "t", metadata={"x": value})
+    session = optimizer.start_session("a", "t")
+    before = stored_bytes(optimizer.store.root)
+    with pytest.raises(InvalidValue, match="JSON"):
+        optimizer.log_event(session.id, "CUSTOM", {"x": value})
+    assert stored_bytes(optimizer.store.root) == before and len(session.events) == 1
+    with pytest.warns(SessionOptimizerWarning, match="not imported"):
+        assert optimizer.import_session({"id": "i", "agent": "a", "task": "t", "events": [
+            {"id": "e", "event_type": "CUSTOM", "data": {"x": value}}]}) is None
+    assert stored_bytes(optimizer.store.root) == before
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (dict(event_type="NAP"), "NAP.*FILE_READ"), (dict(event_type=None), "None.*FILE_READ"), (dict(event_type=""), "FILE_READ"),
+    (dict(tokens_input=-1), "tokens_input.*-1.*whole number"), (dict(tokens_output=1.5), "tokens_output.*1.5"),
+    (dict(tokens_input=True), "tokens_input.*True"), (dict(tokens_input=10**16), "tokens_input"), (dict(tokens_output="5"), "tokens_output.*'5'"),
+    (dict(duration_ms=float("nan")), "duration_ms.*nan"), (dict(duration_ms=float("inf")), "duration_ms.*inf"),
+    (dict(tokens_input=None), "tokens_input.*None")], ids=str)
+def test_bad_events_are_refused_with_value_and_remedy(optimizer, arguments, says):
+    session = optimizer.start_session("a", "t")
+    before = stored_bytes(optimizer.store.root)
+    with pytest.raises(InvalidValue, match=says):
+        optimizer.log_event(session.id, **dict(dict(event_type="CUSTOM"), **arguments))
+    assert stored_bytes(optimizer.store.root) == before and len(session.events) == 1
+
+
+def test_events_are_logged(optimizer):
+    session = optimizer.start_session("a", "t", session_id="s")
+    for kind in (EventType.FILE_READ, "FILE_READ", "file_read"):
+        event = optimizer.log_event("s", kind, {"file_path": "x"}, tokens_input=3, tokens_output=2.0, duration_ms=5)
+        assert event.event_type is EventType.FILE_READ and (event.tokens, event.duration_ms) == (5, 5)
+    assert (session.total_tokens_input, session.total_tokens_output, session.total_duration_ms) == (9, 6, 15)
+    assert len({event.id for event in session.events}) == 4
+    assert SessionOptimizer(optimizer.store.root).get_session("s").to_dict() == session.to_dict()
+    data = {"a": [1]}
+    optimizer.log_event("s", "CUSTOM", data)
+    data["a"].append(2)
+    data["b"] = 1
+    assert "b" not in session.events[-1].data
+
+
+def test_a_session_ends(optimizer):
+    session = optimizer.start_session("a", "t", session_id="s")
+    assert optimizer.end_session("s") is session and session.status is SessionStatus.COMPLETED and session.ended_at
+    assert [event.event_type.name for event in session.events] == ["SESSION_START", "SESSION_END"]
+    ended = session.ended_at
+    optimizer.end_session("s", SessionStatus.FAILED)
+    assert session.status is SessionStatus.FAILED and len(session.events) == 2 and session.ended_at == ended
+    with pytest.warns(SessionOptimizerWarning, match="has ended"):
+        assert optimizer.log_event("s", "CUSTOM", tokens_input=5) is not None
+    assert session.status is SessionStatus.FAILED and session.total_tokens == 5
+    assert SessionOptimizer(optimizer.store.root).get_session("s").to_dict() == session.to_dict()
+    with pytest.raises(InvalidValue, match="DONE.*COMPLETED"):
+        optimizer.end_session("s", "DONE")
+    assert optimizer.end_session("s", "ABANDONED").status is SessionStatus.ABANDONED
+
+
+def test_a_session_that_is_not_there(optimizer):
+    for name in ("nobody", "", "../x", "a b"):
+        assert optimizer.get_session(name) is None and optimizer.analyze(name) is None and optimizer.export_report(name) is None
+        assert optimizer.delete_session(name) is False
+    for lost in (lambda: optimizer.log_event("nobody", "CUSTOM"), lambda: optimizer.end_session("nobody")):
+        with pytest.warns(SessionOptimizerWarning, match="nobody"):
+            assert lost() is None
+    assert stored_bytes(optimizer.store.root) == b""
+
+
+def made(optimizer, name, at, events=(), agent="FORGE", status="COMPLETED", **more):
+    """A stored session that began ``at`` (a datetime)."""
+    session = optimizer.import_session(dict(
+        {"id": name, "agent": agent, "task": "t " + name, "status": status, "started_at": at.isoformat(), "model": "opus", "events": [
+            dict({"id": "%s-%d" % (name, number), "timestamp": at.isoformat()}, **event) for number, event in enumerate(events)]}, **more))
+    assert session.id == name
+    return session
+
+
+def read_event(tokens=1000, path="a.py"):
+    return {"event_type": "FILE_READ", "data": {"file_path": path}, "tokens_input": tokens}
+
+
+def test_lists_are_newest_first_and_narrowed(optimizer):
+    now = datetime.now(timezone.utc)
+    for number in range(5):
+        made(optimizer, "s%d" % number, now - timedelta(hours=number), agent="FORGE" if number % 2 else "ATLAS", status="FAILED" if number == 3 else "COMPLETED")
+
+    def ids_of(**filters):
+        return " ".join(session.id for session in optimizer.list_sessions(**filters))
+    assert ids_of() == "s0 s1 s2 s3 s4" and ids_of(limit=2) == "s0 s1" and ids_of(limit=0) == ""
+    assert ids_of(agent="forge") == "s1 s3" and ids_of(agent="Atlas", limit=1) == "s0" and ids_of(agent="nobody") == ""
+    assert ids_of(status=SessionStatus.FAILED) == ids_of(status="FAILED") == "s3"
+    assert ids_of(since=now - timedelta(hours=2, minutes=1)) == "s0 s1 s2"
+    assert ids_of(since=datetime.now() - timedelta(hours=1, minutes=30)) == "s0 s1"
+    with pytest.raises(InvalidValue, match="DONE"):
+        optimizer.list_sessions(status="DONE")
+
+
+def test_a_listed_session_is_whole(optimizer):
+    made(optimizer, "s", datetime.now(timezone.utc), [read_event(), read_event()])
+    session, = SessionOptimizer(optimizer.store.root).list_sessions()
+    assert session.total_tokens == 2_000 and len(session.events) == 2 and session.estimated_cost == pytest.approx(0.030)
+    assert isinstance(session, so.Session) and json.dumps(session.to_dict())
+
+
+def test_one_damaged_file_hides_no_other(optimizer):
+    made(optimizer, "good", datetime.now(timezone.utc), [read_event()])
+    write(os.path.join(optimizer.store.sessions, "bad.json"), b"[]")
+    fresh = SessionOptimizer(optimizer.store.root)
+    with pytest.warns(SessionOptimizerWarning, match=r"bad\.json"):
+        assert [session.id for session in fresh.list_sessions()] == ["good"]
+    with pytest.warns(SessionOptimizerWarning, match=r"bad\.json"):
+        assert fresh.agent_statistics("FORGE")["sessions_analyzed"] == 1
+    for call in (fresh.get_session, fresh.analyze):
+        with pytest.raises(DamagedSession, match=r"bad\.json"):
+            call("bad")
+    assert fresh.delete_session("bad") is True
+
+
+def test_deleting_takes_the_report_along(optimizer):
+    session = optimizer.start_session("a", "t", session_id="s")
+    optimizer.analyze("s")
+    assert os.listdir(str(optimizer.reports_dir)) == ["s_report.json"]
+    assert optimizer.delete_session("s") is True and optimizer.delete_session("s") is False
+    assert os.listdir(str(optimizer.reports_dir)) == os.listdir(str(optimizer.sessions_dir)) == []
+    assert optimizer.get_session("s") is None and session.id == "s"
+
+
+def test_sessions_stay_live_across_two_optimizers(optimizer):
+    other = SessionOptimizer(optimizer.store.root)
+    session = optimizer.start_session("a", "t", session_id="s")
+    seen = other.get_session("s")
+    assert seen is not session and seen.to_dict() == session.to_dict()
+    other.log_event("s", "FILE_READ", {"file_path": "x"}, tokens_input=7)
+    assert seen.total_tokens == 7 and session.total_tokens == 0
+    optimizer.log_event("s", "CUSTOM", tokens_output=1)
+    assert session.total_tokens == 8 and [event.tokens for event in session.events] == [0, 7, 1]
+    assert optimizer._sessions["s"] is session is optimizer.get_session("s")
+    other.end_session("s", SessionStatus.FAILED)
+    assert seen.status is SessionStatus.FAILED and optimizer.get_session("s").status is SessionStatus.FAILED
+    assert session.to_dict() == seen.to_dict()
+    with pytest.warns(SessionOptimizerWarning, match="kept as"):
+        again = other.start_session("a", "later", session_id="s")
+    assert optimizer.get_session("s").task == "later" and again.task == "later"
+    other.delete_session("s")
+    assert optimizer.get_session("s") is None
+
+
+def test_sessions_stay_live_across_two_processes(optimizer):
+    session = optimizer.start_session("a", "t", session_id="s")
+    for number in range(1, 3):
+        status, out, err = command("--store", optimizer.store.root, "log", "s", "CUSTOM", "--tokens-in", "5")
+        assert (status, err) == (0, "")
+        assert optimizer.get_session("s") is session and session.total_tokens == 5 * number
+    assert command("end", "s", "--store", optimizer.store.root)[0] == 0
+    optimizer.list_sessions()
+    assert session.status is SessionStatus.COMPLETED and optimizer.analyze("s").total_tokens == 10
+
+
+def log_many(root, name, count):
+    optimizer = SessionOptimizer(root)
+    for number in range(count):
+        optimizer.log_event("s", "TOOL_CALL", {"who": name, "filling": "x" * (number * 37 % 2_000)}, tokens_input=1)
+
+
+@posix_only
+def test_no_event_of_eight_processes_is_lost(optimizer):
+    session = optimizer.start_session("a", "t", session_id="s")
+    writers = [fork.Process(target=log_many, args=(optimizer.store.root, name, 200)) for name in "abcdefgh"]
+    for process in writers:
+        process.start()
+    while any(process.is_alive() for process in writers):
+        optimizer.get_session("s"), optimizer.list_sessions(limit=1)
+        count = len(session.events)
+        assert session.total_tokens == count - 1
+    for process in writers:
+        process.join()
+    assert [process.exitcode for process in writers] == [0] * 8
+    optimizer.end_session("s")
+    assert len(session.events) == 1_602 == len({event.id for event in session.events})
+    assert json.loads(read(optimizer.store.find("s")))["total_tokens_input"] == 1_600
+
+
+@posix_only
+def test_no_event_of_eight_command_lines_is_lost(optimizer):
+    optimizer.start_session("a", "t", session_id="s")
+    lines = "".join(json.dumps({"event_type": "CUSTOM", "tokens_input": 1, "data": {"n": n}}) + "\n" for n in range(200)).encode()
+    writers = [subprocess.Popen([sys.executable, MODULE, "--store", optimizer.store.root, "log", "s", "-"], stdin=subprocess.PIPE,
+                                stdout=subprocess.DEVNULL) for _ in range(8)]
+    threads = [threading.Thread(target=process.communicate, args=(lines,)) for process in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    session = optimizer.get_session("s")
+    assert [process.returncode for process in writers] == [0] * 8
+    assert session.total_tokens == 1_600 and len({event.id for event in session.events}) == 1_601
+
+
+def test_a_session_is_imported(optimizer):
+    document = dict(WHOLE_SESSION, id="i")
+    session = optimizer.import_session(document)
+    assert session.to_dict() == document == SessionOptimizer(optimizer.store.root).get_session("i").to_dict()
+    assert optimizer.import_session(document).to_dict() == document and len(optimizer.list_sessions()) == 1
+    with pytest.warns(SessionOptimizerWarning, match=r"kept as i\.1"):
+        assert optimizer.import_session(dict(document, task="other")).task == "other"
+    assert optimizer.get_session("i.1").task == "a task"
+    totals = optimizer.import_session({"id": "x", "agent": "a", "task": "t", "total_tokens_input": 10, "total_tokens_output": 5})
+    assert totals.total_tokens == 15 == SessionOptimizer(optimizer.store.root).get_session("x").total_tokens
+
+
+@pytest.mark.parametrize("data, says", [(None, "object"), ([], "object"), ({}, "id, agent, task"), (dict(WHOLE_SESSION, id="../x"), "A-Z"),
+                                        (dict(WHOLE_SESSION, id=""), "A-Z"), (dict(WHOLE_SESSION, status="x"), "status"),
+                                        (dict(WHOLE_SESSION, events=[{"id": "e", "event_type": "NAP"}]), "event"),
+                                        (dict(WHOLE_SESSION, metadata={"x": {1}}), "JSON")], ids=lambda value: str(value)[:30])
+def test_what_cannot_be_imported_is_named(optimizer, data, says):
+    with pytest.warns(SessionOptimizerWarning, match="not imported.*" + says):
+        assert optimizer.import_session(data) is None
+    assert stored_bytes(optimizer.store.root) == b""
+
+
+def test_files_of_the_first_layout_are_read_and_go_on(optimizer):
+    os.makedirs(optimizer.store.sessions, exist_ok=True)
+    write(os.path.join(optimizer.store.sessions, "s.json"), json.dumps(dict(WHOLE_SESSION, status="ACTIVE", ended_at=None), indent=2))
+    assert optimizer.get_session("s").total_tokens == 137
+    optimizer.log_event("s", "CUSTOM", tokens_input=3)
+    optimizer.end_session("s")
+    session = SessionOptimizer(optimizer.store.root).get_session("s")
+    assert session.total_tokens == 140 and len(session.events) == 4 and session.status is SessionStatus.COMPLETED
+
+
+def test_a_report_is_saved_with_its_fingerprint(optimizer):
+    session = made(optimizer, "s", datetime.now(timezone.utc), [read_event(), read_event()])
+    report = optimizer.analyze("s")
+    saved = json.loads(read(os.path.join(optimizer.store.reports, "s_report.json")))
+    assert saved["total_waste_tokens"] == 1_000 and saved["fingerprint"]
+    assert so.OptimizationReport.from_dict(saved).to_dict() == so.OptimizationReport.from_dict(json.loads(json.dumps(report.to_dict()))).to_dict()
+    assert report.session_id == session.id and so.parse_time(report.generated_at)
+
+
+def test_a_report_that_cannot_be_saved_is_a_warning(optimizer):
+    made(optimizer, "s", datetime.now(timezone.utc), [read_event(), read_event()])
+    shutil.rmtree(optimizer.store.reports)
+    write(optimizer.store.reports, b"a file")
+    with pytest.warns(SessionOptimizerWarning, match="could not be saved"):
+        assert optimizer.analyze("s").total_waste_tokens == 1_000
+
+
+def test_statistics_of_an_agent(optimizer):
+    now = datetime.now(timezone.utc)
+    # oldest first: 50, 50, 75 and 100 % efficient; another agent's and an old one do not count
+    for number, reads in enumerate(([1000, 1000], [500, 500], [1000, 1000], [7])):
+        events = [read_event(tokens) for tokens in reads]
+        if number == 2:
+            events.append({"event_type": "AI_RESPONSE", "tokens_output": 2_000})
+        made(optimizer, "s%d" % number, now - timedelta(days=4 - number), events)
+    made(optimizer, "other", now, [read_event(), read_event()], agent="ATLAS")
+    made(optimizer, "old", now - timedelta(days=40), [read_event(), read_event()])
+    for asked in (optimizer, SessionOptimizer(optimizer.store.root)):
+        stats = asked.agent_statistics("forge")
+        assert set(stats) >= {"agent", "period_days", "sessions_analyzed", "total_tokens", "total_cost", "average_efficiency",
+                              "total_waste_tokens", "total_waste_cost", "common_issues", "trends"}
+        assert (stats["agent"].upper(), stats["period_days"], stats["sessions_analyzed"], stats["total_tokens"]) == ("FORGE", 30, 4, 7_007)
+        assert stats["total_waste_tokens"] == 2_500 and stats["average_efficiency"] == pytest.approx((50 + 50 + 75 + 100) / 4)
+        # 5,007 in at 0.015 and 2,000 out at 0.075 per 1,000; 2,500 wasted at 0.015
+        assert stats["total_cost"] == pytest.approx(0.075105 + 0.150) and stats["total_waste_cost"] == pytest.approx(0.0375)
+        assert stats["common_issues"] == [{"type": "REPEATED_FILE_READ", "count": 3}]
+        assert stats["trends"] == {"trend": "improving", "change_percent": 37.5, "first_period_avg": 50.0, "second_period_avg": 87.5}
+    assert optimizer.agent_statistics("FORGE", days=60)["sessions_analyzed"] == 5
+    empty = optimizer.agent_statistics("nobody")
+    assert set(empty) == {"agent", "sessions", "message"} and empty["sessions"] == 0 and "30 days" in empty["message"]
+
+
+@pytest.mark.parametrize("scores, trend", [([], "insufficient_data"), ([50], "insufficient_data"), ([50, 55], "stable"), ([50, 55.1], "improving"),
+                                           ([60, 55], "stable"), ([60, 54.9], "declining"), ([0, 100, 100], "improving")], ids=str)
+def test_trends_begin_beyond_five_points(scores, trend):
+    assert so._trend(scores)["trend"] == trend and set(so._trend(scores)) == {
+        "trend", "change_percent", "first_period_avg", "second_period_avg"}
+
+
+def test_statistics_count_every_session_and_read_unchanged_ones_once(optimizer, monkeypatch):
+    now = datetime.now(timezone.utc)
+    for number in range(130):
+        made(optimizer, "s%d" % number, now - timedelta(minutes=number), [read_event(10)])
+    assert SessionOptimizer(optimizer.store.root).agent_statistics("FORGE")["sessions_analyzed"] == 130
+    fresh = SessionOptimizer(optimizer.store.root)
+    loads = []
+    monkeypatch.setattr(fresh.store, "load", lambda name, _load=fresh.store.load: loads.append(name) or _load(name))
+    assert fresh.agent_statistics("FORGE")["total_tokens"] == 1_300 and loads == []
+    with pytest.warns(SessionOptimizerWarning, match="has ended"):
+        optimizer.log_event("s5", "CUSTOM", tokens_input=1)
+    assert fresh.agent_statistics("FORGE")["total_tokens"] == 1_301 and loads in ([], ["s5"])
+    stricter = SessionOptimizer(optimizer.store.root, analyzers=[so.LargeFileAnalyzer(limit=5)])
+    assert stricter.agent_statistics("FORGE")["total_waste_tokens"] == 130 * 6
+
+
+def test_common_issues_are_the_five_most_frequent(optimizer):
+    class Many(so.BaseAnalyzer):
+        def analyze(self, session):
+            for number, kind in enumerate(list(IssueType)[:7], 1):
+                for _ in range(number):
+                    yield so.EfficiencyIssue("i", kind, Severity.LOW, "d", "s")
+    optimizer.analyzers = [Many()]
+    made(optimizer, "s", datetime.now(timezone.utc), [read_event()])
+    assert [(row["type"], row["count"]) for row in optimizer.agent_statistics("FORGE")["common_issues"]] == [
+        (kind.name, number) for number, kind in reversed(list(enumerate(list(IssueType)[:7], 1)))][:5]
+
+
+def test_sessions_are_compared(optimizer):
+    now = datetime.now(timezone.utc)
+    made(optimizer, "bad", now, [read_event(), read_event()])
+    made(optimizer, "good", now, [read_event(3_000)])
+    result = optimizer.compare_sessions(["bad", "good", "nobody", "bad"])
+    assert set(result) >= {"sessions", "averages", "best_performer", "worst_performer", "recommendations"}
+    assert [dict(row, cost=round(row["cost"], 6)) for row in result["sessions"]] == [
+        {"id": "bad", "agent": "FORGE", "task": "t bad", "total_tokens": 2_000, "cost": 0.03, "efficiency_score": 50.0, "issue_count": 1},
+        {"id": "good", "agent": "FORGE", "task": "t good", "total_tokens": 3_000, "cost": 0.045, "efficiency_score": 100.0, "issue_count": 0}]
+    assert rounded(result["averages"]) == {"tokens": 2_500, "cost": 0.0375, "efficiency": 75.0, "issues": 0.5}
+    assert (result["best_performer"], result["worst_performer"]) == ("good", "bad")
+    assert len(result["recommendations"]) == 1 and "REPEATED_FILE_READ" in result["recommendations"][0]
+    for few in ([], ["good"], ["good", "good"], ["good", "nobody"]):
+        assert list(optimizer.compare_sessions(few)) == ["error"]
+    assert "nobody" in optimizer.compare_sessions(["good", "nobody"])["error"]
+
+
+def test_reports_are_exported(optimizer):
+    made(optimizer, "s", datetime.now(timezone.utc), [read_event(), read_event()])
+    assert json.loads(optimizer.export_report("s"))["total_waste_tokens"] == 1_000
+    markdown, shown = optimizer.export_report("s", format="markdown"), optimizer.export_report("s", "text")
+    assert markdown.startswith("# Session Optimization Report") and "SESSION OPTIMIZATION REPORT" in shown.split("\n")[1]
+    assert "Efficiency Score" in markdown and "Efficiency Score" in shown
+    with pytest.raises(InvalidValue, match="'pdf'.*json, markdown, text"):
+        optimizer.export_report("s", "pdf")
+
+
+def test_where_the_store_is(tmp_path, home, monkeypatch):
+    assert str(SessionOptimizer().storage_path) == str(home / ".sessionoptimizer") and os.listdir(str(home)) == []
+    monkeypatch.setenv("SESSIONOPTIMIZER_HOME", str(tmp_path / "elsewhere"))
+    assert str(SessionOptimizer().storage_path) == str(tmp_path / "elsewhere")
+    mine = SessionOptimizer(tmp_path / "mine")
+    mine.start_session("a", "t")
+    assert str(mine.storage_path) == str(tmp_path / "mine") and not (tmp_path / "elsewhere").exists()
+    write(tmp_path / "file", b"mine")
+    with pytest.raises(StorageError, match="file.*--store"):
+        SessionOptimizer(str(tmp_path / "file"))
+    assert read(tmp_path / "file") == b"mine"
+
+
+def test_would_repeat_follows_the_analyzers_rule(optimizer):
+    optimizer.start_session("a", "t", session_id="s", metadata={"cwd": "/w"})
+    optimizer.log_event("s", "FILE_READ", {"file_path": "a.py", "lines": [1, 100]}, tokens_input=1_000)
+    found = optimizer.would_repeat("s", "FILE_READ", {"file_path": "/w/./a.py", "lines": [51, 150]})
+    assert (found["tokens"], found["lines"], found["of_lines"]) == (500, 50, 100) and len(optimizer.get_session("s").events) == 2
+    assert optimizer.would_repeat("s", "FILE_READ", {"file_path": "b.py"}) is None
+    assert optimizer.would_repeat("nobody", "FILE_READ", {"file_path": "a.py"}) is None
+    optimizer.log_event("s", "FILE_WRITE", {"file_path": "a.py"})
+    assert optimizer.would_repeat("s", "FILE_READ", {"file_path": "a.py", "lines": [1, 100]}) is None
+
+
+# ======================================================================================================
+# Quick functions
+# ======================================================================================================
+
+def test_quick_functions_stand_for_the_methods(tmp_path, home):
+    first = so.get_optimizer(str(tmp_path / "store"))
+    assert so.get_optimizer() is first is so._default_optimizer is so.get_optimizer(str(tmp_path / "store"))
+    session = so.start_session("forge", "t", model="OPUS", session_id="s", metadata={"k": 1})
+    assert (session.model, session.id, session.metadata) == ("opus", "s", {"k": 1})
+    event = so.log_event("s", EventType.AI_RESPONSE, {"d": 1}, tokens_input=10, tokens_output=20, duration_ms=30)
+    assert (event.data, event.tokens_input, event.tokens_output, event.duration_ms) == ({"d": 1}, 10, 20, 30)
+    assert so.end_session("s", status=SessionStatus.FAILED) is session and session.status is SessionStatus.FAILED
+    assert so.analyze_session("s").total_tokens == 30 and so.get_agent_stats("forge", days=7)["period_days"] == 7
+    assert so.get_optimizer(str(tmp_path / "other")) is not first and so.get_optimizer().list_sessions() == []
+    assert os.listdir(str(home)) == []
+
+
+def test_quick_functions_have_the_parameters_of_their_methods():
+    import inspect
+    for name, method in (("start_session", "start_session"), ("end_session", "end_session"), ("log_event", "log_event"),
+                         ("analyze_session", "analyze"), ("get_agent_stats", "agent_statistics")):
+        own = [(p.name, p.default) for p in inspect.signature(getattr(so, name)).parameters.values()]
+        its = [(p.name, p.default) for p in inspect.signature(getattr(SessionOptimizer, method)).parameters.values()][1:]
+        assert own == its
+
+
+SIGNATURES = {
+    "start_session": "agent task model='default' session_id=None metadata=None", "end_session": "session_id status=COMPLETED",
+    "get_session": "session_id", "list_sessions": "agent=None status=None since=None limit=100", "delete_session": "session_id",
+    "log_event": "session_id event_type data=None tokens_input=0 tokens_output=0 duration_ms=0", "analyze": "session_id",
+    "compare_sessions": "session_ids", "agent_statistics": "agent days=30", "export_report": "session_id format='json'",
+    "import_session": "data"}
+
+
+def test_signatures_are_those_of_the_contract():
+    import inspect
+    for name, expected in SIGNATURES.items():
+        shown = []
+        for parameter in list(inspect.signature(getattr(SessionOptimizer, name)).parameters.values())[1:]:
+            default = parameter.default
+            default = default.name if isinstance(default, SessionStatus) else repr(default)
+            shown.append(parameter.name if parameter.default is parameter.empty else "%s=%s" % (parameter.name, default))
+        assert " ".join(shown) == expected
