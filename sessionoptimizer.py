@@ -1225,7 +1225,7 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
 class FailedRetryAnalyzer(BaseAnalyzer):
     """The same operation failed again in the same way although nothing had been changed.
 
-    The key is (tool or command, normalised message). A write, a command that is not recognised, a success of the same
+    The key is (tool or command, normalised message). A write, a look at the file that could not be written, a command that is not recognised, a success of the same
     operation, ``recovered: true`` or a compaction ends a run; declined, transient and collateral failures and
     calls of one response do not count. Charged: input and output of every failure after the first.
     """
@@ -1246,7 +1246,7 @@ class FailedRetryAnalyzer(BaseAnalyzer):
             if runs:
                 changed = bool(changes_of(event, cwd))
                 for old in list(runs):
-                    if self._ends(old, key, event, changed):
+                    if self._ends(old, key, event, changed, runs[old]):
                         ended.append(runs.pop(old))
             if failed and any(key[1:]) and not failure_kind(event.data):
                 run = runs.setdefault(key, [])
@@ -1257,10 +1257,16 @@ class FailedRetryAnalyzer(BaseAnalyzer):
                 yield self._finding(run)
 
     @staticmethod
-    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool) -> bool:
-        """Whether an event ends a run of failures: by a change, a compaction of its window, or a success."""
+    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool,
+              failures: List[SessionEvent]) -> bool:
+        """Whether an event ends a run of failures: by a change, a look at the file that could not be written, a compaction of
+        its window, or a success."""
         if event.event_type is EventType.ERROR:
             return changed and run != key
+        if event.event_type is EventType.FILE_READ and failures:
+            written = failures[-1].data.get("file_path")
+            if written and written in _paths_of(event.data):
+                return True
         return changed or (is_compaction(event) and run[0] == event.agent_id) or bool(key[1]) and run[:2] == key[:2]
 
     @staticmethod
@@ -4664,7 +4670,8 @@ class ToolEvents:
     def failure(self, event: SessionEvent, message: str, arguments: Any = None) -> None:
         """The call failed: what is kept of the message is a hash, the exit code and why it is nobody's fault."""
         if event.event_type is EventType.FILE_WRITE and not event.data.get("command"):
-            event.data["changes"] = []  # an edit that failed changed nothing
+            # An edit that failed changed nothing; one that asks for a new read makes that read no repetition.
+            event.data["changes"] = event.data["changes"] if _STALE.search(message[:600]) else []
         event.event_type = EventType.ERROR
         data = event.data
         data["error_hash"] = digest_of(normal_message(message))
@@ -4709,6 +4716,7 @@ def _is_cut_off(text: str) -> bool:
     return "truncated…" in text or any(map(ends.__contains__, _CUT_OFF))
 
 
+_STALE = _Pattern(r"has not been read yet|modified since (?:it was )?(?:last )?read|read it again", re.I)
 _COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
 
 
@@ -4953,6 +4961,8 @@ class _ClaudeMessages:
             if typed:  # a shell line of the user's own
                 event.data["changes"] = shell_effects(typed.group(1), self.facts.get("cwd", "")).changes
             command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
+            if command:
+                event.data["changes"] = ["?"]  # the user orders what comes next, and may have changed anything before
             if command and not agent:
                 arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
                 self.facts.setdefault("command", task_line(

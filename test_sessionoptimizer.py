@@ -3178,3 +3178,481 @@ def test_signatures_are_those_of_the_contract():
             default = default.name if isinstance(default, SessionStatus) else repr(default)
             shown.append(parameter.name if parameter.default is parameter.empty else "%s=%s" % (parameter.name, default))
         assert " ".join(shown) == expected
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+CALLS = [  # a command line, and the calls of the library it makes
+    ("start forge task", [("start_session", dict(agent="forge", task="task", model="default", session_id=None, metadata=None))]),
+    ("start forge task --model opus --id x --metadata '{\"k\": 1}' -q",
+     [("start_session", dict(agent="forge", task="task", model="opus", session_id="x", metadata={"k": 1}))]),
+    ("start forge task --format json", [("start_session", dict(agent="forge", task="task", model="default", session_id=None, metadata=None))]),
+    ("end s1", [("end_session", dict(session_id="s1", status=SessionStatus.COMPLETED))]),
+    ("end s1 --status abandoned", [("end_session", dict(session_id="s1", status=SessionStatus.ABANDONED))]),
+    ("log s1 FILE_READ --data '{\"file_path\": \"a\"}' --tokens-in 5 --tokens-out 6 --duration-ms 7",
+     [("log_event", dict(session_id="s1", event_type="FILE_READ", data={"file_path": "a"}, tokens_input=5, tokens_output=6, duration_ms=7))]),
+    ("log s1 custom", [("log_event", dict(session_id="s1", event_type="custom", data=None, tokens_input=0, tokens_output=0, duration_ms=0))]),
+    ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=20))]),
+    ("list --agent a --status failed --since 2026-03-01T10:00:00Z --limit 3 --format json",
+     [("list_sessions", dict(agent="a", status=SessionStatus.FAILED, since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), limit=3))]),
+    ("delete s1", [("delete_session", dict(session_id="s1"))]),
+    ("analyze s1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
+    ("analyze s1 --format markdown --fail-under 1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
+    ("stats forge", [("agent_statistics", dict(agent="forge", days=30))]),
+    ("stats forge --days 7 --format json", [("agent_statistics", dict(agent="forge", days=7))]),
+    ("compare s1 s2", [("compare_sessions", dict(session_ids=["s1", "s2"]))]),
+    ("export s1", [("export_report", dict(session_id="s1", format="text"))]),
+    ("export s1 --format json", [("export_report", dict(session_id="s1", format="json"))]),
+    ("scan . --no-store --again --agent codex --project p --since 2026-03-01T10:00:00Z",
+     [("scan", dict(paths=["."], agent="codex", project="p", since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), store=False, again=True))]),
+    ("scan", [("scan", dict(paths=None, agent="", project="", since=None, store=True, again=False))]),
+    ("alerts --agent a", [("alerts", dict(since=None, agent="a"))]),
+    ("import session.json", [("import_session", dict(data=WHOLE_SESSION))]),
+]
+FACADE = sorted({name for _, calls in CALLS for name, _ in calls})
+
+
+@pytest.mark.parametrize("line, calls", CALLS, ids=[row[0] for row in CALLS])
+def test_a_command_is_one_call_of_the_library(line, calls, tmp_path, monkeypatch, capsys):
+    import inspect
+    root = str(tmp_path / "store")
+    for name in ("s1", "s2"):
+        SessionOptimizer(root).start_session("forge", "t", session_id=name)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(str(tmp_path / "empty"))
+    write("session.json", json.dumps(WHOLE_SESSION))
+    made_calls, depth = [], []
+
+    def recorder(name, method):
+        def record(self, *args, **kwargs):
+            if not depth:
+                bound = inspect.signature(method).bind(self, *args, **kwargs)
+                made_calls.append((name, dict(list(bound.arguments.items())[1:])))
+            depth.append(name)
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                depth.pop()
+        return record
+    for name in FACADE:
+        monkeypatch.setattr(SessionOptimizer, name, recorder(name, getattr(SessionOptimizer, name)))
+    assert so.main(["--store", root] + shlex.split(line)) == 0
+    assert [name for name, _ in made_calls] == [name for name, _ in calls]
+    for (_, given), (_, expected) in zip(made_calls, calls):
+        assert {name: given.get(name) for name in expected} == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_every_command_is_in_the_table_of_calls():
+    tried = {row[0].split()[0] for row in CALLS}
+    assert set(so._commands()) - tried == {"version", "help", "selftest", "hook"}  # which call no more than they print
+
+
+BAD_LINES = [
+    "start", "start a", "start a b c", "log s1", "log s1 CUSTOM --data {", "log s1 CUSTOM --data []", "log s1 CUSTOM --data NaN",
+    "log s1 CUSTOM --tokens-in -1", "log s1 CUSTOM --tokens-in 1.5", "log s1 CUSTOM --tokens-in x", "list --limit -1", "list --limit x",
+    "list --since soon", "list --since 5y", "list --status DONE", "end s1 --status DONE", "stats", "stats a --days x", "compare", "export",
+    "export s1 --format pdf", "analyze s1 --fail-under x", "scan --format yaml", "import", "frobnicate", "--frobnicate", "list --frobnicate",
+    "start a b --mod opus", "start a b --metadata []", "version now", "--store", "list extra"]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_command_lines_end_with_2(line, tmp_path, capsys, home):
+    assert so.main(shlex.split(line)) == 2
+    shown = capsys.readouterr()
+    assert "usage:" in shown.err and shown.out == "" and os.listdir(str(home)) == []
+
+
+FAILING = [
+    ("analyze nobody", "nobody"), ("end nobody", "nobody"), ("log nobody CUSTOM", "nobody"), ("delete nobody", "nobody"), ("export nobody", "nobody"),
+    ("compare s1 nobody", "nobody"), ("compare s1 s1", "2"), ("log s1 NAP", "NAP.*FILE_READ"), ("start a t --id s1", "end s1 --status ABANDONED"),
+    ("start a t --id ../x", "A-Z"), ("analyze ../x", "list"), ("scan nowhere", "nowhere"), ("import nowhere.json", "nowhere.json"),
+    ("export s1 --output no/such/place", "no/such/place"), ("help nothing", "nothing.*scan"), ("log s1 CUSTOM --tokens-in 9999999999999999", "tokens_input"),
+    ("selftest nowhere", "labels.json")]
+
+
+@pytest.mark.parametrize("line, says", FAILING, ids=[row[0] for row in FAILING])
+def test_failed_requests_end_with_1_and_say_why(line, says, tmp_path, monkeypatch, capsys):
+    root = str(tmp_path / "store")
+    SessionOptimizer(root).start_session("forge", "t", session_id="s1")
+    before = stored_bytes(os.path.join(root, "sessions"))
+    monkeypatch.chdir(str(tmp_path))
+    assert so.main(["--store", root] + shlex.split(line)) == 1
+    shown = capsys.readouterr()
+    assert re.search(says, shown.err, re.S) and shown.out == "" and "Traceback" not in shown.err
+    assert stored_bytes(os.path.join(root, "sessions")) == before
+
+
+def test_statuses_of_real_processes(tmp_path):
+    store = str(tmp_path / "store")
+    status, out, err = command("--store", store, "start", "FORGE", "Mend it", "--model", "opus", "-q")
+    identity = out.strip()
+    assert (status, err) == (0, "") and re.match(r"forge_\d{8}_\d{6}$", identity)
+    for _ in range(2):
+        status, out, err = command("log", identity, "FILE_READ", "--data", '{"file_path": "a.py"}', "--tokens-in", "1000", "--store", store)
+        assert (status, err) == (0, "") and out.startswith("Event logged: " + identity)
+    assert command("end", identity, "--store=" + store)[0] == 0
+    status, out, err = command("analyze", identity, "--store", store, "--fail-under", "50")
+    assert status == 0 and "50.0/100" in out and err == ""
+    status, out, err = command("analyze", identity, "--store", store, "--fail-under", "50.1")
+    assert status == 3 and "50.0/100" in out and "below 50.1" in err
+    assert command("analyze", "nobody", "--store", store)[0] == 1
+    assert command("analyze", "--store", store)[0] == 2
+    status, out, err = command("analyze", identity, "--format", "json", SESSIONOPTIMIZER_HOME=store)
+    assert status == 0 and json.loads(out)["total_waste_tokens"] == 1_000
+    status, out, _ = python("-m", "sessionoptimizer", "version", PYTHONPATH=HERE)
+    assert (status, out) == (0, "sessionoptimizer %s\n" % so.__version__)
+
+
+def test_json_stands_alone_on_standard_output(tmp_path, capsys):
+    root = str(tmp_path / "store")
+
+    def asked(line, *, status=0):
+        assert so.main(shlex.split(line) + ["--store", root, "--format", "json"]) == status
+        return json.loads(capsys.readouterr().out)
+    assert asked("list") == [] and asked("stats nobody")["sessions"] == 0
+    first = asked("start forge 'Mend it' --id s1")
+    assert (first["id"], first["agent"], first["status"]) == ("s1", "FORGE", "ACTIVE") and "events" not in first
+    asked("start forge two --id s2")
+    assert {row["id"] for row in asked("list")} == {"s1", "s2"}
+    assert set(asked("list --limit 1")[0]) >= {"id", "agent", "task", "status", "model", "started_at", "ended_at", "total_tokens"}
+    assert asked("analyze s1 --fail-under 100")["efficiency_score"] == 100
+    assert asked("compare s1 s2")["averages"]["tokens"] == 0 and asked("stats forge")["sessions_analyzed"] == 2
+    result = asked("scan %s --fail-under 99" % shlex.quote(os.path.join(SAMPLES, "claude-code", "large-file")), status=3)
+    consistent(result)
+    assert result["sessions"][0]["issues"][0]["issue_type"] == "LARGE_FILE_UNCOMPRESSED"
+    assert asked("alerts") is not None
+
+
+def test_a_beginning_or_last_serves_as_an_id(tmp_path, capsys):
+    root = str(tmp_path / "store")
+    now = datetime.now(timezone.utc)
+    optimizer = SessionOptimizer(root)
+    for number, name in enumerate(("alpha-1", "alpha-2", "beta", "beta-2")):
+        made(optimizer, name, now - timedelta(minutes=number), [read_event(number)])
+
+    def asked(name):
+        status = so.main(["--store", root, "analyze", name, "--format", "json"])
+        shown = capsys.readouterr()
+        return json.loads(shown.out)["session_id"] if status == 0 else shown.err
+    assert asked("alpha-2") == "alpha-2" and asked("last") == "alpha-1"
+    assert asked("beta") == "beta" and asked("beta-") == "beta-2"
+    message = asked("alpha")
+    assert "2 sessions begin with 'alpha'" in message and "alpha-1" in message and "alpha-2" in message
+    assert "no session 'gamma'" in asked("gamma") and asked("").startswith("sessionoptimizer:")
+    empty = str(tmp_path / "empty")
+    assert so.main(["--store", empty, "analyze", "last"]) == 1 and "no session yet" in capsys.readouterr().err
+
+
+def test_a_stream_of_events(tmp_path):
+    root = str(tmp_path / "store")
+    optimizer = SessionOptimizer(root)
+    session = optimizer.start_session("forge", "t", session_id="s1")
+    good = [{"event_type": "FILE_READ", "data": {"file_path": "a"}, "tokens_input": 5}, {"event_type": "custom", "tokens_output": 2, "duration_ms": 3}]
+    text = "\n\n".join(json.dumps(event) for event in good) + "\n"
+    assert command("--store", root, "log", "s1", "-", stdin=text)[::2] == (0, "")
+    bad = [json.dumps(good[0]), "{", "[]", '{"data": {}}', '{"event_type": "NAP"}', '{"event_type": "CUSTOM", "tokens_input": -1}',
+           '{"event_type": "CUSTOM", "data": 5}', '{"event_type": ["x"]}', '{"event_type": "CUSTOM", "data": {"x": NaN}}', "[" * 100_000, "\ufeff",
+           json.dumps(good[1])]
+    status, out, err = command("--store", root, "log", "s1", "-", stdin="\n".join(bad))
+    assert status == 1 and "Events logged: 2, lines skipped: 10" in out and "Traceback" not in err
+    assert [int(number) for number in re.findall(r"line (\d+) skipped", err)] == list(range(2, 12))
+    optimizer.get_session("s1")
+    assert [event.tokens for event in session.events] == [0, 5, 2, 5, 2]
+
+
+def test_a_stream_is_logged_as_it_comes(tmp_path):
+    root = str(tmp_path / "store")
+    optimizer = SessionOptimizer(root)
+    optimizer.start_session("forge", "t", session_id="s1")
+    process = subprocess.Popen([sys.executable, MODULE, "--store", root, "log", "s1", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for count in (1, 2):
+        process.stdin.write(b'{"event_type": "CUSTOM", "tokens_input": 1}\n')
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while optimizer.get_session("s1").total_tokens < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert optimizer.get_session("s1").total_tokens == count
+    process.communicate()
+    assert process.returncode == 0
+
+
+@posix_only
+def test_interrupting_ends_quietly(tmp_path):
+    root = str(tmp_path / "store")
+    optimizer = SessionOptimizer(root)
+    optimizer.start_session("forge", "t", session_id="s1")
+    process = subprocess.Popen([sys.executable, MODULE, "--store", root, "log", "s1", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdin.write(b'{"event_type": "CUSTOM", "tokens_input": 1}\n')
+    process.stdin.flush()
+    while optimizer.get_session("s1").total_tokens < 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130 and err == b"" and optimizer.get_session("s1").total_tokens == 1
+
+
+@posix_only
+@pytest.mark.parametrize("line", ["list", "analyze s1", "help", "help scan", "--help", "version", "--version", "scan SAMPLES --no-store", "log s1 CUSTOM"])
+def test_a_closed_pipe_ends_quietly(tmp_path, line):
+    root = str(tmp_path / "store")
+    SessionOptimizer(root).start_session("forge", "t", session_id="s1")
+    receive, send = os.pipe()
+    os.close(receive)
+    words = shlex.split(line.replace("SAMPLES", shlex.quote(os.path.join(SAMPLES, "gemini"))))
+    process = subprocess.Popen([sys.executable, MODULE] + words + ([] if "--version" in words or "--help" in words else ["--store", root]), stdout=send,
+                               stderr=subprocess.PIPE)
+    os.close(send)
+    err = process.communicate()[1]
+    assert (process.returncode, err) == (0, b"")
+
+
+def test_nothing_is_made_at_home_when_nothing_is_stored(home, tmp_path):
+    for line in ("list", "stats nobody", "version", "help", "help log", "analyze x", "log x CUSTOM", "scan", "alerts", "delete x"):
+        status, out, err = command(*shlex.split(line))
+        assert status in (0, 1) and "Traceback" not in err and os.listdir(str(home)) == [], line
+    status, out, err = command("start", "a", "t", "-q")
+    assert status == 0 and os.listdir(str(home)) == [".sessionoptimizer"]
+    if os.name == "posix":
+        assert stat.S_IMODE(os.stat(str(home / ".sessionoptimizer")).st_mode) == 0o700
+
+
+def test_help_and_version_return_their_status(capsys):
+    assert [so.main(line) for line in ([], ["help"], ["--help"], ["help", "scan"], ["scan", "--help"], ["version"], ["--version"])] == [0] * 7
+    shown = capsys.readouterr()
+    assert "--fail-under" in shown.out and shown.err == "" and shown.out.count("sessionoptimizer " + so.__version__) == 2
+    for name in so._commands():
+        assert so.main(["help", name]) == 0 and name in capsys.readouterr().out
+
+
+def test_injection_through_every_field_of_the_command_line(tmp_path):
+    root = str(tmp_path / "store")
+    nasty = "x| y\n# z\x1b[31m\u202e`c` <script>"
+    status, identity, err = command("--store", root, "start", nasty, nasty, "--model", nasty, "--metadata", json.dumps({"k": nasty}), "-q")
+    assert status == 0 and re.match(r"[A-Za-z0-9._-]+\n$", identity)
+    identity = identity.strip()
+    for kind, data in (("FILE_READ", {"file_path": nasty}), ("SEARCH", {"query": nasty, "tool": nasty}), ("ERROR", {"tool": nasty, "message": nasty})):
+        for _ in range(2):
+            command("--store", root, "log", identity, kind, "--data", json.dumps(data), "--tokens-in", "10")
+    assert command("--store", root, "log", identity, nasty)[0] == 1
+    for line in (["list"], ["stats", nasty], ["analyze", identity, "--evidence"], ["export", identity, "--format", "markdown"], ["alerts"],
+                 ["analyze", nasty], ["list", "--agent", nasty], ["compare", identity, nasty], ["log", identity, nasty], ["end", identity]):
+        status, out, err = command("--store", root, *line)
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", out + err), line
+        assert "\n# z" not in out + err
+
+
+def test_output_fits_a_terminal_that_knows_no_unicode(tmp_path):
+    root = str(tmp_path / "store")
+    SessionOptimizer(root).start_session("forge", "é \U0001f600 … " + "x" * 300, session_id="s1")
+    for line in (["list"], ["analyze", "s1"], ["export", "s1", "--format", "markdown"], ["stats", "forge"], ["end", "s1"]):
+        done = subprocess.run([sys.executable, MODULE, "--store", root] + line, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=dict(os.environ, PYTHONIOENCODING="ascii"))
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, (line, done.stderr)
+
+
+def test_no_colour_where_no_terminal_is(tmp_path):
+    root = str(tmp_path / "store")
+    SessionOptimizer(root).start_session("forge", "t", session_id="s1")
+    for words in (["analyze", "s1"], ["list"], ["scan", os.path.join(SAMPLES, "gemini")]):
+        status, out, err = command("--store", root, *words)
+        assert status == 0 and "\x1b" not in out + err and "\r" not in out + err
+
+
+def test_a_report_is_written_to_a_file(tmp_path, capsys):
+    root, target = str(tmp_path / "store"), tmp_path / "report.md"
+    SessionOptimizer(root).start_session("forge", "é", session_id="s1")
+    assert so.main(["--store", root, "export", "s1", "--format", "markdown", "--output", str(target)]) == 0
+    shown = read(target).decode("utf-8")
+    assert shown.startswith("# Session Optimization Report\n") and "é" in shown and shown.endswith("\n")
+    assert capsys.readouterr().out == "Report written: %s\n" % target
+
+
+@pytest.mark.parametrize("text, seconds", [("90m", 5_400), ("12h", 43_200), ("7d", 604_800), ("2w", 1_209_600), ("30s", 30), ("1.5h", 5_400)])
+def test_times_on_the_command_line(text, seconds):
+    ago = (datetime.now(timezone.utc) - so._when(text)).total_seconds()
+    assert abs(ago - seconds) < 60 and so._when("2026-03-01T10:00:00Z") == datetime(2026, 3, 1, 10, tzinfo=timezone.utc)
+
+
+def test_an_import_takes_sessions_and_transcripts(tmp_path, capsys, monkeypatch):
+    root = str(tmp_path / "store")
+    monkeypatch.chdir(str(tmp_path))
+    own, other = write("own.json", json.dumps(dict(WHOLE_SESSION, id="own"))), write("bad.json", '{"id": "x"}')
+    transcript = tiny(tmp_path).save()
+    assert so.main(["--store", root, "import", own, transcript]) == 0
+    assert re.findall(r"Imported: (\S+)", capsys.readouterr().out) == ["own", "11111111-2222-4333-8444-555555555555"]
+    assert so.main(["--store", root, "import", other]) == 1
+    shown = capsys.readouterr()
+    assert "no agent, task" in shown.err and "Traceback" not in shown.err
+    assert len(SessionOptimizer(root).list_sessions()) == 2
+
+
+# The module as a whole, and its documentation.
+
+def test_importing_the_module_stays_light():
+    """A hook calls the command line once per event: what is heavy or rare is loaded where it is used."""
+    heavy = ("argparse logging subprocess tempfile statistics hashlib html http pathlib typing sqlite3 decimal random shlex socket "
+             "email urllib asyncio unittest pickle inspect csv").split()
+    code = "import sys; before = set(sys.modules); import sessionoptimizer; print(' '.join(set(sys.modules) - before))"
+    status, out, err = python("-S", "-E", "-c", "import sys; sys.path.insert(0, %r); %s" % (HERE, code))
+    assert (status, err) == (0, "") and "sessionoptimizer" in out.split()
+    loaded = {name.split(".")[0] for name in out.split()}
+    # dataclasses loads inspect, and with it what inspect needs, before Python 3.14: no choice of ours
+    status, out, _ = python("-S", "-E", "-c", "import sys, dataclasses, json; print(' '.join(sys.modules))")
+    unavoidable = {name.split(".")[0] for name in out.split()}
+    assert sorted(loaded & set(heavy) - unavoidable) == []
+    assert not unavoidable & {"argparse", "typing", "logging", "pathlib", "hashlib"}
+
+
+def banners(path):
+    lines = read(path).decode("utf-8").split("\n")
+    rule = "# " + "=" * 102
+    return [lines[number + 1][2:] for number, line in enumerate(lines[:-2]) if line == lines[number + 2] == rule and lines[number + 1].startswith("# ")]
+
+
+ROOMS = "Vocabulary,Prices,Errors,Records,Analyzers,Reports,Store,Transcripts,SessionOptimizer,Quick functions,Command line".split(",")
+
+
+def test_the_map_in_the_docstring_equals_the_banners():
+    rooms = re.findall(r"^    ([A-Z][A-Za-z]*(?: [a-z]+)*)   +\S", so.__doc__.split("rooms of this module")[1], re.M)
+    assert rooms == banners(MODULE) == banners(__file__) == ROOMS
+
+
+def test_the_docstring_runs():
+    assert doctest.testmod(so, optionflags=doctest.ELLIPSIS).failed == 0 < doctest.testmod(so).attempted
+
+
+def test_functions_and_classes_stay_small():
+    tree = ast.parse(read(MODULE))
+    sizes = [(node.end_lineno - node.lineno + 1, node.name, isinstance(node, ast.ClassDef)) for node in ast.walk(tree)
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert [(name, size) for size, name, is_class in sizes if size > 50 and not is_class and name not in ("_commands",)] == []
+    assert [(name, size) for size, name, is_class in sizes if size > 300 and is_class and name != "SessionOptimizer"] == []
+
+
+def test_every_public_name_has_a_docstring():
+    tree = ast.parse(read(MODULE))
+    bare = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            and not ast.get_docstring(node)]
+    assert bare == []
+
+
+def test_no_name_is_given_twice():
+    """A second definition would silently replace the first."""
+    tree = ast.parse(read(MODULE))
+    for scope in [tree] + [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
+        given = [node.name for node in scope.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                 and not any("setter" in ast.dump(decorator) for decorator in node.decorator_list)]
+        given += [target.id for node in scope.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
+        assert sorted(given) == sorted(set(given))
+
+
+def test_every_command_and_option_is_documented():
+    page = read(os.path.join(HERE, "docs", "command-line.md")).decode("utf-8")
+    sections = {title: body for title, body in re.findall(r"^### (.+)\n((?:(?!^##).*\n?)*)", page, re.M)}
+    for name, (_, summary, options) in so._commands().items():
+        found = [body for title, body in sections.items() if name in re.split(r"\W+", title)]
+        assert len(found) == 1, "%s needs one section" % name
+        for *flags, settings in options:
+            for flag in flags:
+                assert not flag.startswith("-") or re.search(r"%s\b" % re.escape(flag), found[0]), "%s %s" % (name, flag)
+            assert settings.get("help") or name in ("help",), "%s %s" % (name, flags)
+        assert summary
+    for shared in ("--store", "--help", "--version", "SESSIONOPTIMIZER_HOME", "NO_COLOR"):
+        assert shared in page
+    for title in sections:
+        for word in re.split(r" and |, ", title):
+            assert word in so._commands(), "a section about no command: %s" % title
+
+
+def test_every_issue_type_format_and_error_is_documented():
+    docs = "".join(read(os.path.join(HERE, "docs", name)).decode("utf-8") for name in sorted(os.listdir(os.path.join(HERE, "docs"))) if name.endswith(".md"))
+    for name in [kind.name for enum in (IssueType, EventType, SessionStatus, Severity) for kind in enum] + list(so.FORMATS) + [
+            cls.__name__ for cls in all_subclasses(SessionOptimizerError)] + list(SIGNATURES) + [reader.name for reader in so.READERS]:
+        assert re.search(r"\b%s\b" % re.escape(name), docs), name
+
+
+PAGES = ["README.md"] + sorted(os.path.join("docs", name) for name in os.listdir(os.path.join(HERE, "docs")) if name.endswith(".md"))
+
+
+def blocks(page, language):
+    text = read(os.path.join(HERE, page)).decode("utf-8")
+    return [(text[:match.start()].count("\n") + 1, match.group(1)) for match in re.finditer(r"^```%s\n(.*?)^```" % language, text, re.M | re.S)]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory like a fresh clone, where ``sessionoptimizer`` is a command."""
+    place, programs = tmp_path / "clone", tmp_path / "bin"
+    place.mkdir(), programs.mkdir()
+    for name in ("examples", "sessionoptimizer.py", "docs", "README.md"):
+        if name == "examples":
+            shutil.copytree(os.path.join(HERE, name), str(place / name), ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
+        elif os.path.isfile(os.path.join(HERE, name)):
+            shutil.copy(os.path.join(HERE, name), str(place / name))
+    for name, words in (("sessionoptimizer", '"%s" "%s" "$@"' % (sys.executable, place / "sessionoptimizer.py")), ("python3", '"%s" "$@"' % sys.executable),
+                        ("python", '"%s" "$@"' % sys.executable)):
+        os.chmod(write(programs / name, "#!/bin/sh\nexec %s\n" % words), 0o755)
+    monkeypatch.setenv("PATH", str(programs) + os.pathsep + os.environ["PATH"])
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(str(place))
+    return place
+
+
+def matches(shown, expected):
+    """Whether what was printed is what a page shows, where ``...`` stands for anything."""
+    pattern = "".join(r"(?:.*\n)*?" if line.strip() == "..." else ".*".join(re.escape(part) for part in line.rstrip().split("...")) + r"[ ]*\n"
+                      for line in expected)
+    return re.match("(?:%s)\n*\\Z" % pattern, shown) is not None
+
+
+@posix_only
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")])
+def test_console_examples_run(page, workplace):
+    """The lines that begin with ``$`` run in one shell per block, all blocks of a page in one directory and home."""
+    for line, block in blocks(page, "console"):
+        assert block.startswith("$ "), "%s:%d does not begin with a command" % (page, line)
+        steps = [step.split("\n") for step in re.split(r"^\$ ", block, flags=re.M)[1:]]
+        commands, expected = [], []
+        for step in steps:
+            text = step.pop(0)
+            while text.endswith("\\"):
+                text = text[:-1] + step.pop(0)
+            commands.append(text)
+            expected.append(step[:-1] if step[-1:] == [""] else step)
+        script = "".join("%s\nprintf '\\n@@@%d\\n'\n" % (text, number) for number, text in enumerate(commands))
+        done = subprocess.run(["sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        outputs = re.split(r"\n?@@@\d+\n", done.stdout.decode("utf-8"))
+        assert len(outputs) == len(commands) + 1, (page, line, done.stderr.decode())
+        for text, shown, wanted in zip(commands, outputs, expected):
+            shown = shown + "\n" if shown and not shown.endswith("\n") else shown
+            assert matches(shown, wanted), "%s:%d: $ %s\n%s\n%s--- expected\n%s" % (page, line, text, shown, done.stderr.decode(), "\n".join(wanted))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_examples_run_and_print_what_their_comments_say(page, workplace):
+    """All blocks of a page run in order as one program; a comment after ``print(...)`` is what it prints."""
+    code, wanted = "", []
+    for line, block in blocks(page, "python"):
+        code += "\n" * max(0, line - code.count("\n")) + block
+        wanted += re.findall(r"^ *print\(.*\) {2,}# (.*)$", block, re.M)
+    write(workplace / "page.py", code)
+    status, out, err = python("-W", "error", "page.py", PYTHONPATH=str(workplace))
+    assert status == 0, err
+    shown = iter(out.splitlines())
+    for text in wanted:
+        assert any(matches(line + "\n", [text]) for line in shown), "%s: %r is not printed; it prints\n%s" % (page, text, out)
+
+
+def test_pages_without_examples_are_known():
+    """A page whose examples lost their language would be skipped silently."""
+    for page in PAGES:
+        text = read(os.path.join(HERE, page)).decode("utf-8")
+        fences = re.findall(r"^```(.*)$", text, re.M)
+        assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "sh", "text", "json", "yaml", "ini", "toml"}, page
+        for _, block in blocks(page, "text"):
+            assert "$ sessionoptimizer" not in block
