@@ -53,7 +53,6 @@ import warnings
 from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
 from enum import Enum
 from json.decoder import scanstring
 
@@ -64,6 +63,7 @@ except ImportError:  # Windows: locked with msvcrt instead, which is untested
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the names of types cost start-up time and are needed by type checkers alone
+    from datetime import datetime, timezone
     from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 __version__ = "2.0.0"
@@ -412,7 +412,16 @@ MAX_TOKENS = 10**15  # of one event: more is a mistake, and larger numbers lose 
 
 def now_text() -> str:
     """The current local time as ISO-8601 with the zone's offset."""
-    return datetime.now().astimezone().isoformat()
+    return time_text(time.time())
+
+
+def time_text(moment: float) -> str:
+    """Seconds since 1970 as ISO-8601 in local time with the zone's offset."""
+    seconds, micros = divmod(round(moment * 1e6), 1_000_000)
+    local = time.localtime(seconds)  # loading datetime takes as long as logging an event does
+    minutes, rest = divmod(abs(local.tm_gmtoff), 60)
+    offset = f"{'-' if local.tm_gmtoff < 0 else '+'}{minutes // 60:02d}:{minutes % 60:02d}" + (f":{rest:02d}" if rest else "")
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', local)}.{micros:06d}{offset}"
 
 
 _TIME = _Pattern(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z|z|[+-]\d\d:?\d\d(?::?\d\d)?)?$")
@@ -421,6 +430,7 @@ _TIME = _Pattern(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z
 def parse_time(text: Any) -> Optional[datetime]:
     """ISO-8601 in any of its usual spellings as an aware datetime; without a zone it is local time; a date
     alone is its midnight. None when empty or not a time."""
+    from datetime import datetime
     match = _TIME.match(text) if isinstance(text, str) else None
     try:
         if not match:
@@ -435,6 +445,7 @@ def parse_time(text: Any) -> Optional[datetime]:
 
 
 def _zone(text: str) -> timezone:
+    from datetime import timedelta, timezone
     if text in "Zz":
         return timezone.utc
     digits = text[1:].replace(":", "").ljust(6, "0")
@@ -446,27 +457,32 @@ def _local(moment: datetime) -> datetime:
     try:
         return moment.astimezone()
     except (OverflowError, OSError, ValueError):  # years 1 and 9999 have no local offset everywhere
-        return moment.replace(tzinfo=timezone.utc)
+        return moment.replace(tzinfo=_zone("Z"))
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_HOURS: Dict[str, int] = {}  # seconds since 1970 at which an hour of a zone begins: sessions hold few hours and many times
 
 
-_HOURS: Dict[str, float] = {}  # seconds since 1970 at which an hour (UTC) begins: transcripts hold few hours and many times
+def _hour(day_and_hour: str, zone: str) -> int:
+    seconds = _HOURS.get(day_and_hour + zone)
+    if seconds is None:
+        seconds = _HOURS[day_and_hour + zone] = int(parse_time(f"{day_and_hour}:00:00{zone}").timestamp())
+    return seconds
 
 
 def seconds_of(text: Any) -> Optional[float]:
     """Seconds since 1970 of an ISO-8601 text; None when it is empty or not a time."""
-    if text.__class__ is str and len(text) == 24 and text[23] == "Z" and text[19] == ".":
-        try:
-            hour = _HOURS.get(text[:13])
-            if hour is None:
-                hour = _HOURS[text[:13]] = (parse_time(text[:13] + ":00:00Z") - _EPOCH).total_seconds()
-            return hour + int(text[14:16]) * 60 + int(text[17:19]) + int(text[20:23]) / 1000
-        except (ValueError, TypeError):
-            pass
+    size = len(text) if text.__class__ is str and text[19:20] == "." else 0
+    try:
+        if size == 24 and text[23] == "Z":
+            return _hour(text[:13], "Z") + int(text[14:16]) * 60 + int(text[17:19]) + int(text[20:23]) / 1000
+        if size == 32 and text[26] in "+-":  # as `now_text` writes it
+            seconds = _hour(text[:13], text[26:]) + int(text[14:16]) * 60 + int(text[17:19])
+            return (seconds * 1_000_000 + int(text[20:26])) / 1_000_000
+    except (ValueError, AttributeError):
+        pass
     moment = parse_time(text)
-    return None if moment is None else (moment - _EPOCH).total_seconds()
+    return None if moment is None else moment.timestamp()
 
 
 def _checked_count(name: str, value: Any) -> int:
@@ -805,7 +821,6 @@ _HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
     "readmcpresource", "request_user_input", "slashcommand")
 
 _DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
-                     r"requires approval|you haven't granted it|requested permissions? to |"
                        r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
 _TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
 
@@ -2236,7 +2251,8 @@ def _days(rows: List[Dict[str, Any]]) -> str:
     for day, row in dated:
         for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], 1)):
             sums[(day - first) // size][index] += amount
-    names = [datetime.fromordinal(first + size * at).date().isoformat() for at in range(len(sums))]
+    from datetime import date
+    names = [date.fromordinal(first + size * at).isoformat() for at in range(len(sums))]
     chart = _chart([(f"{name}: {sessions:,} sessions, {new:,} new tokens, {wasted:,} wasted",
                      [("k3", new - wasted), ("waste", wasted)])
                     for name, (new, wasted, sessions) in zip(names, sums)],
@@ -2244,7 +2260,7 @@ def _days(rows: List[Dict[str, Any]]) -> str:
     if not chart:
         return ""
     per = f"{size} days" if size > 1 else "day"
-    ends = [names[0], datetime.fromordinal(last).date().isoformat()]
+    ends = [names[0], date.fromordinal(last).isoformat()]
     return _plots(len(sums), _axis(f"up to {short_number(max(new for new, _, _ in sums))} new tokens per {per}"),
                   f'<div class="plot">{chart}</div>', _axis(*ends[:1 + (last > first)])) + _legend(
                       [("k3", "New input and output"), ("waste", "Wasted")])
@@ -5472,7 +5488,7 @@ class _Facts:
                                   "cwd": self.cwd, "version": self.version}
         if paths:
             source["paths"] = list(paths)
-        started = self.first or datetime.fromtimestamp(os.path.getmtime(self.path)).astimezone().isoformat()
+        started = self.first or time_text(os.path.getmtime(self.path))
         identity = self.session_id or os.path.splitext(os.path.basename(self.path))[0]
         session = Session(slug(identity), agent or reader.agent, self.task, SessionStatus.COMPLETED, started,
                           self.last or started, model=model,
@@ -6339,8 +6355,8 @@ def _ancestry(span: _Span, spans: Dict[Tuple[str, str], _Span]) -> Iterator[_Spa
 def _iso_time(nanoseconds: int) -> str:
     if not 0 < nanoseconds < _LATEST:
         return ""
-    moment = _EPOCH + timedelta(microseconds=nanoseconds // 1000)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z"
+    seconds, micros = divmod(nanoseconds // 1000, 1_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{micros:06d}Z"
 
 
 class _Conversation:
@@ -7714,6 +7730,7 @@ class CommandError(SessionOptimizerError):
 
 def _when(text: str) -> datetime:
     """A point in time: 90m, 12h, 7d ago, or ISO-8601; ValueError otherwise."""
+    from datetime import datetime, timedelta
     match = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", text.strip())
     if match:
         seconds = float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
