@@ -54,7 +54,7 @@ from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]
 
 try:
     import fcntl
@@ -311,7 +311,8 @@ class PriceList:
     "cache_creation_input_token_cost_above_1hr": USD}}``; raises InvalidValue when a price is not a number >= 0.
     """
 
-    _tables = None  # parsed once per process, when the first price is asked for
+    # Parsed once per process, when the first price is asked for.
+    _tables: Optional[Tuple[Dict[str, Price], Dict[str, Price]]] = None
     _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
                "cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr")
 
@@ -322,7 +323,7 @@ class PriceList:
             if isinstance(entry, dict) and model != "sample_spec" and "input_cost_per_token" in entry:
                 figures = [self._figure(model, name, entry.get(name)) for name in self._fields]
                 self._own[_bare_model(model)] = _price(model, figures)
-        self._found = {}
+        self._found: Dict[str, Price] = {}
 
     @staticmethod
     def _figure(model: str, name: str, value: Any) -> Optional[float]:
@@ -466,7 +467,10 @@ _HOURS: Dict[str, int] = {}  # seconds since 1970 at which an hour of a zone beg
 def _hour(day_and_hour: str, zone: str) -> int:
     seconds = _HOURS.get(day_and_hour + zone)
     if seconds is None:
-        seconds = _HOURS[day_and_hour + zone] = int(parse_time(f"{day_and_hour}:00:00{zone}").timestamp())
+        moment = parse_time(f"{day_and_hour}:00:00{zone}")
+        if moment is None:
+            raise ValueError(day_and_hour)
+        seconds = _HOURS[day_and_hour + zone] = int(moment.timestamp())
     return seconds
 
 
@@ -479,7 +483,7 @@ def seconds_of(text: Any) -> Optional[float]:
         if size == 32 and text[26] in "+-":  # as `now_text` writes it
             seconds = _hour(text[:13], text[26:]) + int(text[14:16]) * 60 + int(text[17:19])
             return (seconds * 1_000_000 + int(text[20:26])) / 1_000_000
-    except (ValueError, AttributeError):
+    except ValueError:
         pass
     moment = parse_time(text)
     return None if moment is None else moment.timestamp()
@@ -493,8 +497,23 @@ def _checked_count(name: str, value: Any) -> int:
     return int(value)
 
 
-@dataclass
-class SessionEvent:
+class _Record:
+    """What `dataclass` would generate for each of the records, at a quarter of the time that importing takes."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        values = (f"{name}={getattr(self, name)!r}" for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        return f"{type(self).__qualname__}({', '.join(values)})"
+
+    def __eq__(self, other: Any) -> Any:
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+@dataclass(eq=False, repr=False)
+class SessionEvent(_Record):
     """One thing that happened in a session.
 
     ``tokens_input``: tokens new to the context with this event. ``tokens_output``: tokens the model wrote.
@@ -545,7 +564,8 @@ class SessionEvent:
             values.setdefault("timestamp", "")
             event = cls(**values)
         except (KeyError, TypeError) as error:
-            raise InvalidValue(f"not an event ({error!r}): it needs an id and an event_type of {', '.join(EVENT_TYPES)}")
+            kinds = ", ".join(EVENT_TYPES)
+            raise InvalidValue(f"not an event ({error!r}): it needs an id and an event_type of {kinds}") from None
         event._check()
         return event
 
@@ -562,8 +582,8 @@ class SessionEvent:
         self.model, self.agent_id = str(self.model or ""), str(self.agent_id or "")
 
 
-@dataclass
-class Session:
+@dataclass(eq=False, repr=False)
+class Session(_Record):
     """What one agent did on one task: its events in order, and the totals that follow from them.
 
     The three totals may be set by the caller of a session that has no events. Times are ISO-8601 texts.
@@ -630,7 +650,7 @@ class Session:
             row[2] += event.tokens_cache_read
             row[3] += event.tokens_cache_write
             row[4] += event.tokens_cache_write_1h
-        costs = {}
+        costs: Dict[str, float] = {}
         for model, (entered, output, read, write, write_1h) in sums.items():
             price = self.prices.lookup(model or self.model)
             costs[model or self.model] = costs.get(model or self.model, 0.0) + (
@@ -725,8 +745,8 @@ def is_compaction(event: SessionEvent) -> bool:
     return event.event_type is EventType.CONTEXT_LOAD and event.data.get("source") == "compaction"
 
 
-@dataclass
-class EfficiencyIssue:
+@dataclass(eq=False, repr=False)
+class EfficiencyIssue(_Record):
     """A finding: what was wasted, on which events, and how sure the figure is.
 
     ``claims`` is ``{event id: (input tokens, output tokens)}``, whose sum is ``estimated_waste_tokens``; without
@@ -765,8 +785,8 @@ class EfficiencyIssue:
             raise InvalidValue(f"not an issue: {error!r}") from None
 
 
-@dataclass
-class OptimizationReport:
+@dataclass(eq=False, repr=False)
+class OptimizationReport(_Record):
     """What an analysis found. Tokens and USD; ``total_*`` is the upper bound (with estimates), ``measured_*`` the
     lower one. ``analyzer_errors`` names analyzers that failed, ``notes`` says what limits the figures."""
 
@@ -858,7 +878,7 @@ def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
 
 
 def _command_of(data: Dict[str, Any]) -> str:
-    arguments = data.get("args") if isinstance(data.get("args"), dict) else {}
+    arguments: Dict[str, Any] = data["args"] if isinstance(data.get("args"), dict) else {}
     command = data.get("command") or arguments.get("command") or ""
     return command if isinstance(command, str) else ""
 
@@ -872,6 +892,8 @@ def _paths_of(data: Dict[str, Any]) -> List[str]:
 
 def line_range(data: Dict[str, Any]) -> Tuple[int, int]:
     """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are (-n, -1)."""
+    first: Any
+    last: Any
     given = data.get("lines") or data.get("line_range") or data.get("view_range")
     if isinstance(given, str) and re.match(r"\d+\s*[-:,]\s*\d+$", given):
         given = [int(number) for number in re.findall(r"\d+", given)]
@@ -973,7 +995,8 @@ class ContextMemory:
         """When the oldest read of the event's files that its window holds was, in seconds since 1970; None: not known."""
         window = self._reads.get(event.agent_id, {})
         times = [seconds_of(old.event.timestamp) for path, _, _ in self._ranges(event) for old in window.get(path, ())]
-        return None if not times or None in times else min(times)
+        known = [moment for moment in times if moment is not None]
+        return min(known) if known and len(known) == len(times) else None
 
     def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
         several = event.data.get("reads")
@@ -1214,7 +1237,8 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
     """Thinking is most of what the model wrote.
 
     Counts above the threshold share of all output; where a provider hides the size of thinking there are no THINKING
-    events, and where a transcript holds placeholders for the output no share is known: this analyzer is silent. Charged, as an estimate: what exceeds the acceptable share.
+    events, and where a transcript holds placeholders for the output no share is known: this analyzer is silent. Charged,
+    as an estimate: what exceeds the acceptable share.
     """
 
     issue_type = IssueType.EXCESSIVE_THINKING
@@ -1240,16 +1264,19 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
 class FailedRetryAnalyzer(BaseAnalyzer):
     """The same operation failed again in the same way although nothing had been changed.
 
-    The key is (tool or command, normalised message). A write, a look at the file that could not be written, a command that is not recognised, a success of the same
-    operation, ``recovered: true`` or a compaction ends a run; declined, transient and collateral failures and
-    calls of one response do not count. Charged: input and output of every failure after the first.
+    The key is (tool or command, normalised message). A write, a look at the file that could not be written, a command that
+    is not recognised, a success of the same operation, ``recovered: true`` or a compaction ends a run; declined, transient
+    and collateral failures and calls of one response do not count. Charged: input and output of every failure after the
+    first.
     """
 
     issue_type = IssueType.FAILED_RETRY
     minimum = 2  # failures
 
     def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        cwd, runs, ended = _cwd_of(session), {}, []
+        cwd = _cwd_of(session)
+        runs: Dict[Tuple[str, str, str], List[SessionEvent]] = {}
+        ended: List[List[SessionEvent]] = []
         for event in session.events:
             failed = event.event_type is EventType.ERROR
             if not failed and not runs:
@@ -1962,7 +1989,8 @@ def _page(title: str, *parts: str) -> str:
     text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
-            + "\n".join(filter(None, parts)) + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
+            + "\n".join(filter(None, parts))
+            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
               "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact "
               "repeats, estimated waste assumes a share.</footer>\n</main></body></html>\n")
     return text.encode("ascii", "xmlcharrefreplace").decode()
@@ -2026,7 +2054,8 @@ def _score_fact(score: float) -> str:
     return (f'<div class="card score"><svg class="{kind}" viewBox="0 0 36 36" aria-hidden="true">'
             '<circle cx="18" cy="18" r="15.9" fill="none" stroke="var(--track)" stroke-width="4"/>'
             '<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" '
-            f'stroke-linecap="round" stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" transform="rotate(-90 18 18)"/></svg>'
+            f'stroke-linecap="round" stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" '
+            'transform="rotate(-90 18 18)"/></svg>'
             f'<div><span class="soft">Efficiency</span><span class="fact {kind}">{score:.1f}</span></div></div>')
 
 
@@ -2498,8 +2527,9 @@ def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
             match = re.match(r"(\d+) (.*)", note)
             text, count = (match.group(2), int(match.group(1))) if match else (note, 1)
             notes[text] = notes.get(text, 0) + count
-    return _section("NOTES") + [f"  * {count:,} {plain(text, 200)}" if not text.startswith(("no price", "analyzer"))
-                                else f"  * {plain(text, 200)} ({count} sessions)" for text, count in notes.items()] if notes else []
+    lines = [f"  * {plain(text, 200)} ({count} sessions)" if text.startswith(("no price", "analyzer"))
+             else f"  * {count:,} {plain(text, 200)}" for text, count in notes.items()]
+    return _section("NOTES") + lines if lines else []
 
 
 def _skipped_text(skipped: List[Dict[str, Any]]) -> str:
@@ -2892,7 +2922,7 @@ def _pwrite(fd: int, data: bytes, offset: int) -> int:
 
 
 if hasattr(os, "pread"):
-    _pread, _pwrite = os.pread, os.pwrite
+    _pread, _pwrite = os.pread, os.pwrite  # type: ignore[assignment]
 
 
 def _read(fd: int, start: int, end: int) -> bytes:
@@ -2923,7 +2953,7 @@ def _lock(fd: int, exclusive: bool) -> None:
     else:
         import msvcrt
         os.lseek(fd, 1 << 30, os.SEEK_SET)  # a byte past the data: what msvcrt locks nobody else can read
-        msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
+        msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
 
 
 def _release(fd: int) -> None:
@@ -3010,7 +3040,7 @@ class _Directory:
         self.root = os.path.abspath(os.fspath(root))
         self.sessions = os.path.join(self.root, "sessions")
         self.reports = os.path.join(self.root, "reports")
-        self.warnings = []
+        self.warnings: List[str] = []
         self._warn = warn or (lambda message: None)
         self._checked = False
 
@@ -3514,7 +3544,9 @@ def _tokens(text: str, *, windows: bool) -> list:
 
 def _lex(text: str, pieces) -> list:
     """The tokens of any command line."""
-    tokens, pending, word, at, limit = [], [], None, 0, _PARSED_CHARS
+    tokens: List[Any] = []
+    pending: List[Any] = []
+    word, at, limit = None, 0, _PARSED_CHARS
     while at < len(text) and at < limit:
         match = pieces.match(text, at)
         if not match:
@@ -3578,7 +3610,8 @@ class _Shell:
                 tokens = _tokens(text, windows=self.windows)
         except ValueError:
             tokens = [("cut", "")]
-        flow, words, targets, redirect, self.doc = [], [], [], "", ""
+        flow: List[Any] = []
+        words, targets, redirect, self.doc = [], [], "", ""
         for kind, value in tokens + [(";", "")]:
             if kind == "word" and redirect:
                 targets.append((redirect, value))
@@ -3738,7 +3771,9 @@ class _Shell:
 
 def _options(args: list, valued: str = "", *, long: bool = False) -> tuple:
     """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags unless long."""
-    flags, operands, at, takes = [], [], 0, valued.split()
+    flags: List[Any] = []
+    operands: List[Any] = []
+    at, takes = 0, valued.split()
     while at < len(args):
         arg, at = args[at], at + 1
         if arg == "--":
@@ -4356,7 +4391,7 @@ class WindowBuilder:
     def item(self, event: SessionEvent, characters: int) -> None:
         """A prompt, an attachment or a compaction that enters with the next call; a compaction told twice (its boundary and
         its summary) is one."""
-        last = self._steps[-1] if self._steps else [None, 0]
+        last: List[Any] = self._steps[-1] if self._steps else [None, 0]
         if is_compaction(event) and isinstance(last[0], SessionEvent) and is_compaction(last[0]):
             last[1] += characters
         else:
@@ -5036,14 +5071,15 @@ class _ClaudeMessages:
     def _progress(self, entry: Dict[str, Any]) -> None:
         data = entry.get("data")
         inner = data.get("message") if isinstance(data, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("message"), dict):
+        if not isinstance(data, dict) or not isinstance(inner, dict) or not isinstance(inner.get("message"), dict):
             return
         self.echoes.append((self.path, self.line, _text(data.get("agentId")), inner))
 
     def _echoed(self) -> None:
         """Read the responses that only progress lines hold, and what their agents were told in between."""
         known, agents = set(self.calls), set(self.windows)
-        for self.path, self.line, self.file_agent, inner in self.echoes:
+        for path, line, agent, inner in self.echoes:
+            self.path, self.line, self.file_agent = path, line, agent
             if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
                 self._assistant(inner, self.file_agent)
             elif inner.get("type") == "user" and self.file_agent not in agents:
@@ -5072,7 +5108,7 @@ class _ClaudeUnit(_ClaudeMessages):
         facts = self.facts
         stem = os.path.splitext(os.path.basename(self.paths[0]))[0]
         own_id = stem if _UUID.match(stem) or not facts.get("session_id") else facts["session_id"]
-        model = max(self.models, key=self.models.get) if self.models else "default"
+        model = max(self.models, key=lambda name: self.models[name]) if self.models else "default"
         source = {"reader": self.reader.name, "path": self.paths[0], "session_id": facts.get("session_id", stem),
                   "cwd": facts.get("cwd", ""), "version": facts.get("version", "")}
         if len(self.paths) > 1:
@@ -5636,7 +5672,8 @@ class _Rollout:
 
     def read(self) -> bool:
         """Read the file; False when it holds no line of a rollout."""
-        for self.line, entry in transcript_entries(self.path, self.skips):
+        for line, entry in transcript_entries(self.path, self.skips):
+            self.line = line
             stamp = _time_text(entry.get("timestamp"))
             self.now = stamp or self.now
             self.facts.seen(stamp)
@@ -5739,9 +5776,9 @@ class _Rollout:
             self._place(kind, size, part, call)
 
     def _place(self, kind: str, size: int, event: Optional[SessionEvent], call: Optional[Call]) -> None:
-        if kind == "result":
+        if kind == "result" and event:
             self.builder.result(event, size)
-        elif kind == "item":
+        elif kind == "item" and event:
             self.builder.item(event, size)
         else:
             if call and kind != "reasoning":
@@ -6029,6 +6066,8 @@ class _GeminiCall(Call):
 
     __slots__ = ("thoughts",)
 
+    thoughts: int
+
     def share_output(self) -> None:
         super().share_output()
         self.visible = min(self.visible, self.output - self.thoughts)
@@ -6038,7 +6077,8 @@ class _Chat:
     """One chat while its files are read."""
 
     def __init__(self, path: str, identity: str, claim: Callable[[str], bool], agent_id: str):
-        self.claim, self.agent_id, self.paths = claim, slug(agent_id) if agent_id else "", []
+        self.claim, self.agent_id = claim, slug(agent_id) if agent_id else ""
+        self.paths: List[str] = []
         self.facts, self.builder, self.tools = _Facts(path), WindowBuilder(self.agent_id), ToolEvents()
         self.facts.session_id = identity
         self.order: List[str] = []  # ids in the order they came; "" where messages were taken back
@@ -6165,8 +6205,7 @@ def _gemini_result(tool: Dict[str, Any]) -> Tuple[str, int, bool]:
         extra = 0 if isinstance(response, dict) else _content([part])[1]
         response = _as_dict(response)
         error = error or bool(_text(response.get("error")))
-        told = [_text(response.get(key)) for key in ("error", "output", "content")]
-        text = next(filter(None, told), "")
+        text = next(filter(None, [_text(response.get(key)) for key in ("error", "output", "content")]), "")
         texts.append(text)
         size += extra + (len(text) or _json_size(response) if response else 0)
     text = "\n".join(texts)
@@ -6600,8 +6639,8 @@ class TranscriptScan:
         by_reader: Dict[str, List[str]] = {}
         for path, stamp in sorted(seen.items()):
             if path in fresh:
-                reader, reason = self._detect(path, stamp[0])
-                self.files[path] = stamp + [reader, "", reason]
+                name, reason = self._detect(path, stamp[0])
+                self.files[path] = [*stamp, name, "", reason]
             if self.files[path][2]:
                 by_reader.setdefault(self.files[path][2], []).append(path)
         units = set()
@@ -6797,7 +6836,7 @@ def _hook_result(payload: Dict[str, Any]) -> SessionEvent:
     text, characters = _response_text(response)
     event.tokens_input = estimated_tokens(characters)
     details = response if isinstance(response, dict) else {}
-    file = details.get("file") if isinstance(details.get("file"), dict) else {}
+    file: Dict[str, Any] = details["file"] if isinstance(details.get("file"), dict) else {}
     if details.get("type") == "file_unchanged":
         event.data["unchanged"] = True
     else:
@@ -6834,7 +6873,7 @@ def _response_text(response: Any) -> Tuple[str, int]:
         return _result_size(response)
     if not isinstance(response, dict):
         return "", 0
-    file = response.get("file") if isinstance(response.get("file"), dict) else {}
+    file: Dict[str, Any] = response["file"] if isinstance(response.get("file"), dict) else {}
     if response.get("isImage") is True or "base64" in file:
         return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
     if "structuredPatch" in response:  # a write: the model is shown what changed, not the file
@@ -7278,7 +7317,7 @@ class _Transcripts(_Sessions):
 
     def _settings(self) -> str:
         """A hash of the analyzers, their thresholds and the prices in force."""
-        parts = [__version__, self.prices.overrides]
+        parts: List[Any] = [__version__, self.prices.overrides]
         for analyzer in self.analyzers:
             cls = type(analyzer)
             parts.append([cls.__module__, cls.__qualname__,
@@ -7385,7 +7424,8 @@ class SessionOptimizer(_Transcripts):
         if len(found) < 2:
             missing = ", ".join(plain(i, 60) for i, report in reports.items() if report is None)
             return {"error": "Need at least 2 different sessions to compare" + (f"; not found: {missing}" if missing else "")}
-        rows = [{"id": session_id, "agent": self._sessions[session_id].agent, "task": self._sessions[session_id].task[:80],
+        rows: List[Dict[str, Any]] = [
+                {"id": session_id, "agent": self._sessions[session_id].agent, "task": self._sessions[session_id].task[:80],
                  "total_tokens": report.total_tokens, "cost": report.estimated_cost,
                  "efficiency_score": report.efficiency_score, "issue_count": len(report.issues)}
                 for session_id, report in found.items()]
@@ -7421,8 +7461,8 @@ class SessionOptimizer(_Transcripts):
     def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
         """One row per session, oldest first: id, agent, task, model, status, started_at, tokens, cost, efficiency, waste_tokens,
         waste_cost, measured_waste_tokens, minutes, errors, error_rate (percent of the events; a single error is no rate), spike
-        (the largest event as a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions come from the
-        store's summary file; a damaged session is named in a warning and left out."""
+        (the largest event as a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions come from
+        the store's summary file; a damaged session is named in a warning and left out."""
         since = time.time() - days * 86400 if days is not None else None
         saved = self.store.read_json("summaries")
         settings = self._settings()
@@ -7548,7 +7588,7 @@ def _trend(scores: List[float]) -> Dict[str, Any]:
 def _lessons(best: str, good: OptimizationReport, worst: str, bad: OptimizationReport) -> List[str]:
     """What the better session did without, from the issues of both."""
     avoided = {issue.issue_type for issue in good.issues}
-    lessons = {}
+    lessons: Dict[IssueType, List[EfficiencyIssue]] = {}
     for issue in bad.issues:
         if issue.issue_type not in avoided:
             lessons.setdefault(issue.issue_type, []).append(issue)
@@ -7744,12 +7784,16 @@ def _when(text: str) -> datetime:
 def _argument(read: Callable[[str], Any], what: str) -> Callable[[str], Any]:
     """An argparse type whose error says what was expected."""
     def convert(text: str) -> Any:
-        import argparse
         try:
             return read(text)
         except (ValueError, OverflowError, RecursionError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+            raise _argument_error()(f"{text!r} is not {what}") from None
     return convert
+
+
+def _argument_error() -> Any:
+    import argparse
+    return argparse.ArgumentTypeError
 
 
 def _object(text: str) -> Dict[str, Any]:
@@ -7857,29 +7901,60 @@ def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]
     }
 
 
-def build_parser(only: Optional[str] = None) -> Any:
-    """The argparse parser. ``only``: build no command but this one (what one event per process has time for)."""
+def build_parser() -> Any:
+    """The argparse parser."""
     import argparse
     parser = argparse.ArgumentParser(
         prog="sessionoptimizer", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Find the tokens an AI agent's session wasted, on evidence you can check.", epilog=_EXAMPLES)
-    store = {"metavar": "DIR", "help": "the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)"}
+    store: Dict[str, Any] = {"metavar": "DIR", "help": "the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)"}
     parser.add_argument("--store", default=None, **store)
     parser.add_argument("--version", action="version", version=f"sessionoptimizer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, (function, summary, options) in _commands().items():
-        if only in (None, name):
-            sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-                                      allow_abbrev=False)
-            sub.add_argument("--store", default=argparse.SUPPRESS, **store)
-            for *flags, settings in options:
-                sub.add_argument(*flags, **settings)
-            sub.set_defaults(func=function)
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+                                  allow_abbrev=False)
+        sub.add_argument("--store", default=argparse.SUPPRESS, **store)
+        for *flags, settings in options:
+            sub.add_argument(*flags, **settings)
+        sub.set_defaults(func=function)
     return parser
+
+
+def _plain_options(command: str, words: List[str]) -> Any:
+    """The options of a command line whose words are values, or flags each followed by its value; None for any other line,
+    which is argparse's to read or to refuse. What runs once per event has no time to load argparse."""
+    from types import SimpleNamespace
+    function, _, declared = _commands()[command]
+    flags: Dict[str, Tuple[str, Dict[str, Any]]] = {"--store": ("store", {})}
+    found: Dict[str, Any] = {"store": None, "func": function}
+    places = ["command"]
+    for *names, settings in declared:
+        name = settings.get("dest") or names[-1].lstrip("-").replace("-", "_")
+        places += [name] if names[0] == name else []
+        flags.update((flag, (name, settings)) for flag in names if flag != name)
+        found[name] = settings.get("default", False if settings.get("action") == "store_true" else None)
+    values, rest = [], iter(words)
+    try:
+        for word in rest:
+            if word == "-" or word[:1] not in ("-", ""):
+                values.append(word)
+                continue
+            name, settings = flags[word]
+            value: Any = True if "action" in settings else next(rest)
+            if value is not True and value[:1] in ("-", "") or settings.get("choices"):
+                return None
+            found[name] = value if value is True else settings.get("type", str)(value)
+    except (KeyError, StopIteration, _argument_error()):
+        return None
+    return SimpleNamespace(**dict(found, **dict(zip(places, values)))) if len(values) == len(places) else None
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line and return its status; the only place that turns errors into messages."""
+    if argv is None:
+        import gc
+        gc.freeze()  # the process is this command's: what is loaded stays, and need not be looked through at its end
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         argv = ["help"]
@@ -7926,14 +8001,16 @@ class _Deadline:
 
 
 def _main(argv: List[str], first: str) -> int:
-    parser = build_parser(first if first in ("log", "hook") else None)
-    try:
-        options = parser.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    if not getattr(options, "func", None):
-        parser.print_usage(sys.stderr)
-        return EXIT_USAGE
+    options = _plain_options(first, argv) if first in ("log", "hook") else None
+    if options is None:
+        parser = build_parser()
+        try:
+            options = parser.parse_args(argv)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+        if not getattr(options, "func", None):
+            parser.print_usage(sys.stderr)
+            return EXIT_USAGE
     with warnings.catch_warnings():
         warnings.simplefilter("always", SessionOptimizerWarning)
         warnings.showwarning = _show_warning
@@ -7943,10 +8020,18 @@ def _main(argv: List[str], first: str) -> int:
             print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
             return EXIT_FAILED
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
-            return EXIT_DONE
+            return _flushed(EXIT_DONE)
         except KeyboardInterrupt:
             return 130
+
+
+def _flushed(status: int) -> int:
+    """The status, once what was printed is written, or nobody reads it any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+    return status
 
 
 def _run(options: Any) -> int:
@@ -8286,7 +8371,10 @@ def _help(options: Any) -> int:
     if getattr(options, "topic", None):
         if options.topic not in commands:
             raise CommandError(f"no command {options.topic!r}: there are {', '.join(commands)}")
-        parser.parse_args([options.topic, "--help"])
+        try:
+            parser.parse_args([options.topic, "--help"])
+        except SystemExit:
+            return EXIT_DONE
     parser.print_help()
     return EXIT_DONE
 

@@ -3600,6 +3600,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(str(place))
+    if shutil.which("git"):
+        for words in (["init", "-q"], ["add", "README.md"], ["-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-qm", "feat: begin"]):
+            subprocess.run(["git"] + words, check=True)
     return place
 
 
@@ -3613,22 +3616,26 @@ def matches(shown, expected):
 @posix_only
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")])
 def test_console_examples_run(page, workplace):
-    """The lines that begin with ``$`` run in one shell per block, all blocks of a page in one directory and home."""
+    """The lines that begin with ``$`` (and go on with ``>``) run in one shell per block, all blocks of a page in one directory
+    and home. Blocks marked ``bash`` do not run: servers, and what changes the reader's machine."""
     for line, block in blocks(page, "console"):
         assert block.startswith("$ "), "%s:%d does not begin with a command" % (page, line)
         steps = [step.split("\n") for step in re.split(r"^\$ ", block, flags=re.M)[1:]]
         commands, expected = [], []
         for step in steps:
             text = step.pop(0)
-            while text.endswith("\\"):
-                text = text[:-1] + step.pop(0)
+            while step[0].startswith("> "):
+                text += "\n" + step.pop(0)[2:]
             commands.append(text)
             expected.append(step[:-1] if step[-1:] == [""] else step)
-        script = "".join("%s\nprintf '\\n@@@%d\\n'\n" % (text, number) for number, text in enumerate(commands))
-        done = subprocess.run(["sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        outputs = re.split(r"\n?@@@\d+\n", done.stdout.decode("utf-8"))
-        assert len(outputs) == len(commands) + 1, (page, line, done.stderr.decode())
-        for text, shown, wanted in zip(commands, outputs, expected):
+        script = "".join("%s\nprintf '\\n@@@%%d\\n' $?\n" % text for text in commands)
+        done = subprocess.run(["sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        outputs = re.split(r"\n?@@@(\d+)\n", done.stdout.decode("utf-8"))
+        assert len(outputs) == 2 * len(commands) + 1, (page, line, done.stderr.decode())
+        for text, shown, status, wanted in zip(commands, outputs[::2], outputs[1::2], expected):
+            if not wanted:  # a command whose output the page does not show
+                assert status == "0", "%s:%d: $ %s\n%s" % (page, line, text, done.stderr.decode())
+                continue
             shown = shown + "\n" if shown and not shown.endswith("\n") else shown
             assert matches(shown, wanted), "%s:%d: $ %s\n%s\n%s--- expected\n%s" % (page, line, text, shown, done.stderr.decode(), "\n".join(wanted))
 
@@ -3641,7 +3648,7 @@ def test_python_examples_run_and_print_what_their_comments_say(page, workplace):
         code += "\n" * max(0, line - code.count("\n")) + block
         wanted += re.findall(r"^ *print\(.*\) {2,}# (.*)$", block, re.M)
     write(workplace / "page.py", code)
-    status, out, err = python("-W", "error", "page.py", PYTHONPATH=str(workplace))
+    status, out, err = python("-W", "error", "page.py", PYTHONPATH=os.pathsep.join([str(workplace), str(workplace / "examples")]))
     assert status == 0, err
     shown = iter(out.splitlines())
     for text in wanted:
@@ -3653,6 +3660,6 @@ def test_pages_without_examples_are_known():
     for page in PAGES:
         text = read(os.path.join(HERE, page)).decode("utf-8")
         fences = re.findall(r"^```(.*)$", text, re.M)
-        assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "sh", "text", "json", "yaml", "ini", "toml"}, page
+        assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "bash", "sh", "text", "json", "yaml", "ini", "toml"}, page
         for _, block in blocks(page, "text"):
             assert "$ sessionoptimizer" not in block
