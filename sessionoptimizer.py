@@ -545,7 +545,7 @@ class SessionEvent(_Record):
 
     def to_dict(self) -> Dict[str, Any]:
         """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
-        result = {"id": self.id, "timestamp": self.timestamp, "event_type": self.event_type.value,
+        result = {"id": self.id, "timestamp": self.timestamp, "event_type": self.event_type._value_,
                   "data": self.data, "tokens_input": self.tokens_input, "tokens_output": self.tokens_output,
                   "duration_ms": self.duration_ms}
         for name in self._rare:
@@ -558,28 +558,38 @@ class SessionEvent(_Record):
     def from_dict(cls, data: Dict[str, Any]) -> "SessionEvent":
         """The event a dict describes. Unknown keys are ignored; a missing id, an unknown type or a count that
         is not a whole number >= 0 raises InvalidValue."""
+        get = data.get
         try:
-            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-            values["event_type"] = EVENT_TYPES[getattr(data["event_type"], "value", data["event_type"])]
-            values.setdefault("timestamp", "")
-            event = cls(**values)
+            kind = data["event_type"]
+            event = cls(data["id"], get("timestamp", ""), EVENT_TYPES[getattr(kind, "value", kind)], get("data"),
+                        get("tokens_input", 0), get("tokens_output", 0), get("duration_ms", 0))
         except (KeyError, TypeError) as error:
             kinds = ", ".join(EVENT_TYPES)
             raise InvalidValue(f"not an event ({error!r}): it needs an id and an event_type of {kinds}") from None
+        if len(data) > 7 or "duration_ms" not in data:
+            for name in cls._rare:
+                if name in data:
+                    setattr(event, name, data[name])
         event._check()
         return event
 
     def _check(self) -> None:
-        for name in self._counts:
-            value = getattr(self, name)
+        for value in (self.tokens_input, self.tokens_output, self.duration_ms, self.tokens_cache_write,
+                      self.tokens_cache_write_1h, self.tokens_cache_read):
             if value.__class__ is not int or not 0 <= value <= MAX_TOKENS:
-                setattr(self, name, _checked_count(name, value))
+                for name in self._counts:
+                    setattr(self, name, _checked_count(name, getattr(self, name)))
+                break
+        if not self.tokens_cache_write_1h <= self.tokens_cache_write <= self.tokens_input:
+            raise InvalidValue(f"event {self.id!r} has more cache writes than the tokens they are part of: one-hour writes are "
+                               "part of the cache writes, and those of the input")
         if self.data is None:
             self.data = {}
         if self.data.__class__ is not dict:
             raise InvalidValue(f"data of event {self.id!r} is a {type(self.data).__name__}: give an object")
-        self.id, self.timestamp = str(self.id), str(self.timestamp or "")
-        self.model, self.agent_id = str(self.model or ""), str(self.agent_id or "")
+        if not (self.id.__class__ is self.timestamp.__class__ is self.model.__class__ is self.agent_id.__class__ is str):
+            self.id, self.timestamp = str(self.id), str(self.timestamp or "")
+            self.model, self.agent_id = str(self.model or ""), str(self.agent_id or "")
 
 
 @dataclass(eq=False, repr=False)
@@ -607,6 +617,10 @@ class Session(_Record):
     def __post_init__(self) -> None:
         if not self.started_at:
             self.started_at = now_text()
+        if self.events and not self.total_tokens and not self.total_duration_ms:
+            events, self.events = self.events, []
+            for event in events:
+                self.add_event(event)
 
     def add_event(self, event: SessionEvent) -> None:
         """Append an event and add its tokens and duration to the totals."""
@@ -623,7 +637,8 @@ class Session(_Record):
     @property
     def imported(self) -> bool:
         """True for a session read from an agent's transcript (its metadata names the source)."""
-        return "source" in self.metadata
+        source = self.metadata.get("source")
+        return isinstance(source, dict)
 
     @property
     def total_tokens(self) -> int:
@@ -712,10 +727,14 @@ class Session(_Record):
                       str(data.get("started_at") or ""), str(data.get("ended_at") or ""),
                       model=str(data.get("model") or "default"))
         session.metadata = _typed(data, "metadata", dict)
-        for entry in _typed(data, "events", list):
+        entries = _typed(data, "events", list)
+        for entry in entries:
             if not isinstance(entry, dict):
                 raise InvalidValue(f"an event of session {session.id!r} is a {type(entry).__name__}: give objects")
-            session.add_event(SessionEvent.from_dict(entry))
+        session.events = list(map(SessionEvent.from_dict, entries))
+        session.total_tokens_input = sum(event.tokens_input for event in session.events)
+        session.total_tokens_output = sum(event.tokens_output for event in session.events)
+        session.total_duration_ms = sum(event.duration_ms for event in session.events)
         if not session.events:
             for name in ("total_tokens_input", "total_tokens_output", "total_duration_ms"):
                 setattr(session, name, _checked_count(name, data.get(name) or 0))
@@ -868,13 +887,27 @@ def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
         return []
     command = _command_of(data)
     if command:
-        return shell_effects(command, cwd).changes
+        return _changes_by_command(command, cwd)
     tool = str(data.get("tool") or data.get("name") or "").lower()
     if not tool or tool in _HARMLESS_TOOLS:
         return []
     if tool in _WRITE_TOOLS:
         return [] if kind is EventType.ERROR else [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
     return ["?"]
+
+
+_CHANGES: Dict[Tuple[str, str], List[str]] = {}  # by command and directory: agents run few commands many times
+
+
+def _changes_by_command(command: str, cwd: str) -> List[str]:
+    changes = _CHANGES.get((command, cwd))
+    if changes is None:
+        changes = shell_effects(command, cwd).changes
+        if len(_CHANGES) > 10_000:
+            _CHANGES.clear()
+        if len(command) < 500:
+            _CHANGES[command, cwd] = changes
+    return changes
 
 
 def _command_of(data: Dict[str, Any]) -> str:
@@ -941,6 +974,7 @@ class ContextMemory:
         self.cwd = cwd
         self._reads: Dict[str, Dict[str, List[_Held]]] = {}
         self._searches: Dict[str, Dict[Any, SessionEvent]] = {}
+        self._folders: set = set()  # those above every path that was read
         self._clock = 0
         self._doubt = 0  # clock of the last command that was not recognised
 
@@ -953,9 +987,14 @@ class ContextMemory:
         changes = changes_of(event, self.cwd)
         if changes:
             self._forget(changes)  # a command line that changes and reads shows what it has changed
-        if kind is EventType.FILE_READ or kind is EventType.SEARCH:
-            repeat = self.repeats(event)
-            self._keep(event)
+        if kind is EventType.FILE_READ:
+            reads = self._ranges(event)
+            repeat = self._repeated_read(event, reads)
+            self._keep(event, reads)
+            return repeat
+        if kind is EventType.SEARCH:
+            repeat = self._repeated_search(event)
+            self._keep(event, [])
             return repeat
         if is_compaction(event):
             self._reads.pop(event.agent_id, None)
@@ -966,9 +1005,11 @@ class ContextMemory:
         """What of this event its window holds, without taking the event in; None when nothing."""
         if event.event_type is EventType.SEARCH:
             return self._repeated_search(event)
-        if event.event_type is not EventType.FILE_READ or event.data.get("unchanged"):
+        return self._repeated_read(event, self._ranges(event)) if event.event_type is EventType.FILE_READ else None
+
+    def _repeated_read(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> Optional[Repeat]:
+        if event.data.get("unchanged"):
             return None
-        reads = self._ranges(event)
         found = [self._covered(event, *read) for read in reads]
         if not found or None in found or len(found) > 1 and any(r.covered < r.total for r in found if r):
             return None  # of several files in one result, the share of each is not known
@@ -1003,7 +1044,8 @@ class ContextMemory:
         if isinstance(several, list):
             return [(canonical_path(str(read[0]), self.cwd), *line_range({"lines": read[1:]})) for read in several]
         first, last = line_range(event.data)
-        return [(canonical_path(path, self.cwd), first, last) for path in _paths_of(event.data)[:1]]
+        pages = f"#pages={event.data['pages']}" if event.data.get("pages") else ""
+        return [(canonical_path(path, self.cwd) + pages, first, last) for path in _paths_of(event.data)[:1]]
 
     def _covered(self, event: SessionEvent, path: str, first: int, last: int) -> Optional[Repeat]:
         held = self._reads.get(event.agent_id, {}).get(path)
@@ -1034,7 +1076,7 @@ class ContextMemory:
         old, new = earlier.data.get("content_hash"), event.data.get("content_hash")
         return None if old and new and old != new else Repeat(earlier, 1, 1)
 
-    def _keep(self, event: SessionEvent) -> None:
+    def _keep(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> None:
         if event.event_type is EventType.SEARCH:
             key = search_key(event.data)
             if key and not event.data.get("truncated"):
@@ -1044,13 +1086,31 @@ class ContextMemory:
             return
         window = self._reads.setdefault(event.agent_id, {})
         digest = event.data.get("content_hash") or ""
-        for path, first, last in self._ranges(event):
-            held = window.setdefault(path, [])
+        for path, first, last in reads:
+            held = window.get(path)
+            if held is None:
+                held = window[path] = []
+                self._note_folders(path)
             if self._stale(held, event, first, last, digest):
                 held[:] = []
+            if self._tells_nothing_new(held, event, first, last, digest):
+                continue
             held.append(_Held(first, last, digest, self._clock, event))
             if first == 1 and last >= (event.data.get("total_lines") or TO_THE_END):
                 held.append(_Held(-last, -1, "", self._clock, event))
+
+    def _note_folders(self, path: str) -> None:
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            if path in self._folders:
+                return
+            self._folders.add(path)
+
+    def _tells_nothing_new(self, held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
+        """Whether an earlier read that is as good says the same: a file that is polled is not kept a thousand times."""
+        data = event.data
+        return any((old.first, old.last, old.digest) == (first, last, digest) and old.clock > self._doubt and all(
+            data.get(key) == old.event.data.get(key) for key in _SAME_READ) for old in held)
 
     @staticmethod
     def _stale(held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
@@ -1065,12 +1125,17 @@ class ContextMemory:
             self._reads.clear()
         elif "?" in changes:
             self._doubt = self._clock
+        below = any(place.rstrip("/") in self._folders for place in changes)
         for window in self._reads.values():
-            for path in [held for held in window if _is_within(held, changes)]:
-                del window[path]
+            for place in changes:
+                window.pop(place, None)
+            if below:
+                for path in [held for held in window if _is_within(held, changes)]:
+                    del window[path]
 
 
 _REQUEST = ("tool", "operation", "offset", "limit", "pages")  # what makes two reads of a file the same request
+_SAME_READ = _REQUEST + ("lines", "total_lines", "content")
 
 
 def _is_within(path: str, places: List[str]) -> bool:
@@ -1199,8 +1264,8 @@ class RepeatedSearchAnalyzer(BaseAnalyzer):
         runs: Dict[str, List[SessionEvent]] = {}
         for event, repeat in repeats_in(session):
             if event.event_type is EventType.SEARCH:
-                run = runs.pop(repeat.earlier.id, None) or [repeat.earlier]
-                runs[event.id] = run + [event]
+                runs[event.id] = runs.pop(repeat.earlier.id, None) or [repeat.earlier]
+                runs[event.id].append(event)
         for first, *again in runs.values():
             query = " ".join(str(first.data.get("query") or first.data.get("pattern")).split())
             yield self.issue(
@@ -1261,6 +1326,9 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
             thinking_percent=percent, thinking_tokens=thinking, total_output=output)
 
 
+_ENDING = (EventType.FILE_READ, EventType.CONTEXT_LOAD)  # events without a tool that may end a run of failures
+
+
 class FailedRetryAnalyzer(BaseAnalyzer):
     """The same operation failed again in the same way although nothing had been changed.
 
@@ -1287,7 +1355,7 @@ class FailedRetryAnalyzer(BaseAnalyzer):
                 continue
             if runs:
                 changed = bool(changes_of(event, cwd))
-                for old in list(runs):
+                for old in list(runs) if changed or not failed and (key[1] or event.event_type in _ENDING) else ():
                     if self._ends(old, key, event, changed, runs[old]):
                         ended.append(runs.pop(old))
             if failed and any(key[1:]) and not failure_kind(event.data):
@@ -1332,8 +1400,13 @@ class FailedRetryAnalyzer(BaseAnalyzer):
 
 def normal_message(message: Any) -> str:
     """An error text with numbers, addresses and space folded, so that two of a kind are equal."""
-    text = re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+", "#", str(message)[:2000].lower())
+    if message == "":
+        return ""
+    text = _VARYING.sub("#", str(message)[:2000].lower())
     return " ".join(text.split())[:300]
+
+
+_VARYING = _Pattern(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+")
 
 
 class LongSessionAnalyzer(BaseAnalyzer):
@@ -1413,13 +1486,13 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
             return
         sums: Dict[Any, List[int]] = {None: [len(events), sum(tokens for _, tokens in events)]}
         for event, tokens in events:
-            row = sums.setdefault(event.event_type, [0, 0])
+            row = sums.setdefault(event.event_type._value_, [0, 0])
             row[0] += 1
             row[1] += tokens
         for kind, row in sums.items():
             sums[kind] = row if row[0] >= self.enough else sums[None]
         for event, tokens in events:
-            count, total = sums[event.event_type]
+            count, total = sums[event.event_type._value_]
             average = (total - tokens) / (count - 1)
             yield tokens / average if average else float(tokens), average, event
 
@@ -1669,9 +1742,11 @@ class ClaimsLedger:
 def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
     """Run the analyzers and charge what they claim. One that raises is named in the report, the others count."""
     issues, failures = [], []
+    for name in ("_unit_costs", "_repeats"):
+        session.__dict__.pop(name, None)  # the events may have been changed in place since
     for analyzer in analyzers:
         try:
-            found = list(analyzer.analyze(session) or [])
+            found = [_sound(issue) for issue in analyzer.analyze(session) or []]
             if type(analyzer).analyze is not BaseAnalyzer.analyze:  # it made its issues itself
                 for issue in found:
                     price_issue(session, issue)
@@ -1691,11 +1766,24 @@ def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> Optimiz
     return report
 
 
+def _sound(issue: Any) -> EfficiencyIssue:
+    """An issue as an analyzer gave it, or the ValueError or TypeError that says what it lacks."""
+    if not isinstance(issue, EfficiencyIssue):
+        raise TypeError(f"an EfficiencyIssue was expected, not a {type(issue).__name__}")
+    issue.severity = Severity(getattr(issue.severity, "value", issue.severity))
+    issue.issue_type = IssueType(getattr(issue.issue_type, "value", issue.issue_type))
+    issue.description, issue.suggestion = str(issue.description), str(issue.suggestion)
+    issue.estimated_waste_tokens = max(0, int(issue.estimated_waste_tokens or 0))
+    issue.estimated_waste_cost = max(0.0, float(issue.estimated_waste_cost or 0.0))
+    issue.events_involved, issue.claims = list(issue.events_involved or []), dict(issue.claims or {})
+    return issue
+
+
 def token_breakdown(session: Session) -> Dict[str, int]:
     """Tokens by event type, and the totals."""
     breakdown: Dict[str, int] = {}
     for event in session.events:
-        name = event.event_type.value
+        name = event.event_type._value_  # `value` is a property, and this loop is over all events
         breakdown[name] = breakdown.get(name, 0) + event.tokens_input + event.tokens_output
     breakdown.update(TOTAL_INPUT=session.total_tokens_input, TOTAL_OUTPUT=session.total_tokens_output,
                      TOTAL=session.total_tokens)
@@ -4388,6 +4476,12 @@ class WindowBuilder:
         self._steps.append([call, 0])
         return call
 
+    def call_before(self, later: Call, call: Call) -> None:
+        """A call becomes known that was made right before another one."""
+        index = next(i for i, step in enumerate(self._steps) if step[0] is later)
+        self._steps.insert(index, [call, 0])
+        self._open = {key: (step + (step >= index), calls) for key, (step, calls) in self._open.items()}
+
     def item(self, event: SessionEvent, characters: int) -> None:
         """A prompt, an attachment or a compaction that enters with the next call; a compaction told twice (its boundary and
         its summary) is one."""
@@ -4507,6 +4601,8 @@ class WindowBuilder:
         writes = tokens if not call.uncached else share_out(call.write, tokens)
         hours = writes if call.write_1h == call.write else share_out(call.write_1h, writes)
         for (event, count), write, write_1h in zip(laid, writes, hours):
+            if not event.model or not event.tokens_output and event.event_type is not EventType.AI_RESPONSE:
+                event.model = call.event.model  # who takes it in pays for it
             event.tokens_input += count
             event.tokens_cache_write += write
             event.tokens_cache_write_1h += write_1h
@@ -4696,6 +4792,9 @@ class ToolEvents:
             if len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
                 data["unchanged"] = True
                 return
+            if not text:
+                data["truncated"] = True  # an image, say: what it showed is not known
+                return
             data["content_hash"] = digest_of(text)
             if _is_cut_off(text) or text.startswith("<system-reminder>Warning: the file exists"):
                 data["truncated"] = True
@@ -4881,6 +4980,7 @@ class _ClaudeMessages:
         self.echoes: List[Tuple[str, int, str, Any]] = []      # path, line, agent and message of progress lines
         self.roots: Dict[str, str] = {}                        # uuid of an inline sidechain line: its agent
         self.uuids: set = set()
+        self.iterations: set = set()                           # message id and number of the iterations counted
         self.models: Dict[str, int] = {}
         self.facts: Dict[str, Any] = {}                        # session id, cwd, version, task, first and last time
         self.counters: Dict[str, int] = {}
@@ -4924,6 +5024,8 @@ class _ClaudeMessages:
         if owner != agent:
             return  # an aside that replays its parent's responses
         if (key, usage) != self.usage:  # the lines of a response stand together and mostly repeat it
+            if usage.get("iterations"):
+                self._iterations(key, call, entry, agent, usage)
             call.use(*_claude_usage(usage))
             self.usage = (key, usage)
         if key not in self.stopped or message.get("stop_reason"):
@@ -4939,15 +5041,21 @@ class _ClaudeMessages:
             self._count("calls_elsewhere")
         elif not agent or model not in self.models:
             self.models[model] = self.models.get(model, 0) + (1 if not agent else 0)
-        for number, earlier in enumerate(_earlier_iterations(usage)):
-            extra = Call(self._event(EventType.AI_RESPONSE, entry, response_id=key, iteration=number), counted)
-            extra.event.model = _text(earlier.get("model")).lower() or model.lower()
-            extra.use(*_claude_usage(earlier))
-            window.call(extra)
         event = self._event(EventType.AI_RESPONSE, entry, response_id=key)
         event.model = model.lower()
         self.calls[key] = (window.call(Call(event, counted)), agent)
         return self.calls[key]
+
+    def _iterations(self, key: str, call: Call, entry: Dict[str, Any], agent: str, usage: Dict[str, Any]) -> None:
+        """The calls before the one whose usage the top level repeats: each billed, on its own model, once per response."""
+        for number, earlier in enumerate(_earlier_iterations(usage)):
+            if (key, number) not in self.iterations:
+                self.iterations.add((key, number))
+                event = self._event(EventType.AI_RESPONSE, entry, response_id=key, iteration=number)
+                event.model = _text(earlier.get("model")).lower() or call.event.model
+                extra = Call(event, call.counted)
+                extra.use(*_claude_usage(earlier))
+                self._window(agent).call_before(call, extra)
 
     def _block(self, block: Dict[str, Any], call: Call, entry: Dict[str, Any], agent: str) -> None:
         kind = block.get("type")
@@ -6617,12 +6725,18 @@ class TranscriptScan:
         self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
         self.scope: List[str] = []    # the units that the paths of this scan hold
         self.changed: List[str] = []
-        self.dropped: List[Dict[str, Any]] = []  # units whose files now belong to others
+        self.dropped: List[Dict[str, Any]] = []  # units whose files have moved or now belong to others
+        self._gone: Optional[Dict[str, str]] = None
 
     def look(self, found: Iterable[Tuple[str, int, int]]) -> None:
         """Compare what is there with the state; sets ``scope`` and ``changed``."""
         seen = {path: [size, mtime] for path, size, mtime in found}
         known = self.files
+        for unit in {known[path][3] for path in seen if path in known}:
+            for path in self.units.get(unit, {}).get("files", ()):  # a session is read whole, whatever part of it was named
+                if path not in seen and os.path.exists(path):
+                    info = os.stat(path)
+                    seen[path] = [info.st_size, info.st_mtime_ns]
         fresh = [path for path, stamp in seen.items() if path not in known or known[path][:2] != stamp]
         if not fresh and all(path in seen for unit in {known[path][3] for path in seen if known[path][3]}
                              for path in self.units.get(unit, {}).get("files", ())):
@@ -6657,10 +6771,19 @@ class TranscriptScan:
                 self.dropped.append(self.units.pop(before))  # a sub-agent whose session has come
             self.files[path][3] = name
         old = self.units.get(name)
+        moved = self._moved().pop(os.path.basename(name), None) if old is None else None
+        if moved:
+            self.dropped.append(self.units.pop(moved))
         if old is None or old["files"] != group or fresh.intersection(group):
             self.units[name] = {"files": group, "reader": reader.name, "order": _order_of(group[0]), "settings": "",
                                 "rows": old["rows"] if old else [], "skipped": []}
         return name
+
+    def _moved(self) -> Dict[str, str]:
+        """The units whose transcript is no longer where it was, by file name."""
+        if self._gone is None:
+            self._gone = {os.path.basename(name): name for name in self.units if not os.path.exists(name)}
+        return self._gone
 
     @staticmethod
     def _detect(path: str, size: int) -> Tuple[str, str]:
@@ -6678,9 +6801,12 @@ class TranscriptScan:
         """Read the changed units, earliest first, and those that lose a response to an earlier one; yield each unit's sessions
         as they are read (a unit may come twice: the last counts). ``owners``: the response ids of the scans before."""
         from heapq import heapify, heappop, heappush
-        waiting = [(self.units[name]["order"], name) for name in self.changed]
-        heapify(waiting)
         gone = set(self.changed) | {unit["files"][0] for unit in self.dropped}
+        leaning = {name for name, unit in self.units.items() if gone.intersection(unit.get("leans_on", ()))
+                   and all(map(os.path.exists, unit["files"]))}  # what they left to a changed one may be theirs now
+        gone |= leaning
+        waiting = [(self.units[name]["order"], name) for name in leaning.union(self.changed)]
+        heapify(waiting)
         self.owners = {key: name for key, name in (owners or {}).items() if name not in gone}
         while waiting:
             _, name = heappop(waiting)
@@ -6694,6 +6820,7 @@ class TranscriptScan:
     def _read_unit(self, name: str, losers: set) -> List[Session]:
         unit, owners = self.units[name], self.owners
         skipped: List[List[Any]] = []
+        leans_on: set = set()
 
         def claim(key: str) -> bool:
             owner = owners.setdefault(key, name)
@@ -6701,6 +6828,7 @@ class TranscriptScan:
                 return True
             later = self.units.get(owner)
             if later is None or unit["order"] >= later["order"] or not all(map(os.path.exists, later["files"])):
+                leans_on.add(owner)
                 return False  # a session whose transcript is gone keeps what it has counted
             owners[key] = name
             losers.add(owner)
@@ -6715,6 +6843,7 @@ class TranscriptScan:
         if not sessions and not skipped:
             skipped.append([name, 0, "holds no session"])
         unit["skipped"] = skipped
+        unit["leans_on"] = sorted(leans_on)
         return sessions
 
     def to_state(self) -> Dict[str, Any]:
@@ -6972,6 +7101,8 @@ class _Sessions:
         over: the old session is kept as ``<id>.1``, with a warning. SessionExists when it is still active;
         InvalidSessionId, InvalidValue (metadata that JSON cannot hold) and StorageError otherwise.
         """
+        if metadata is not None and not isinstance(metadata, dict):
+            raise InvalidValue(f"metadata is a {type(metadata).__name__}: give an object")
         now = now_text()
         base = session_id or f"{slug(str(agent).lower())}_{now[:19].replace('-', '').replace(':', '').replace('T', '_')}"
         session = Session(check_id(base), str(agent).upper(), str(task), SessionStatus.ACTIVE, now,
@@ -7041,14 +7172,16 @@ class _Sessions:
             if session is not None and news:
                 self._take_in(session, *news)
                 return session
-            document, mark = self.store.load_marked(session_id)
+            with _CollectorPaused():
+                document, mark = self.store.load_marked(session_id)
+                stored = Session.from_dict(document)
         except (SessionNotFound, InvalidSessionId):
             if session is not None and mark is None and type(session) is Session:
                 return session  # put into this instance by hand, never stored
             self._forget(session_id)
             return None
         self._marks[session_id] = mark
-        return self._adopt(Session.from_dict(document), session)
+        return self._adopt(stored, session)
 
     def _take_in(self, session: Session, events: List[Dict[str, Any]], footer: Dict[str, Any], mark: Any) -> None:
         for event in events:
@@ -7076,6 +7209,8 @@ class _Sessions:
         """Sessions, newest first, at most ``limit``. ``since`` is a datetime (without a zone: local). Reads the ends of the
         files only; a damaged one is named in a warning and left out."""
         wanted = None if status is None else _status(status).value
+        if since is not None and not hasattr(since, "isoformat") or limit.__class__ is not int:
+            raise InvalidValue(f"since is {since!r} and limit {limit!r}: give a datetime and a whole number")
         after = seconds_of(since.isoformat()) if since else None
         rows = []
         for session_id, head, _, problem in self.store.heads():
@@ -7110,11 +7245,9 @@ class _Sessions:
         except InvalidSessionId:
             deleted = False
         source = session.metadata.get("source") if session is not None else None
-        path = source.get("path", "") if isinstance(source, dict) else \
-            session.metadata.get("transcript_path") if session is not None else None
-        if deleted and isinstance(path, str):
+        if deleted and (isinstance(source, dict) or session is not None and "transcript_path" in session.metadata):
             gone = self.store.read_json("deleted") or []
-            self.store.write_json("deleted", sorted(set(gone) | {path and os.path.abspath(path)}))
+            self.store.write_json("deleted", sorted(set(gone) | {session_id}))
         self._forget(session_id)
         return deleted
 
@@ -7129,6 +7262,8 @@ class _Sessions:
         """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None, with a warning, when
         there is no such session; one that has ended takes the event with a warning. InvalidValue for an unknown type, a
         count that is not a whole number >= 0, or data that JSON cannot hold."""
+        if data is not None and not isinstance(data, dict):
+            raise InvalidValue(f"data is a {type(data).__name__}: give an object")
         event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {}, tokens_input,
                              tokens_output, duration_ms)
         event._check()
@@ -7193,20 +7328,20 @@ class _Transcripts(_Sessions):
         """
         state = self.store.read_json("scan") if store else None
         scan = TranscriptScan(state, self._settings(), again)
-        roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)] if paths is None else list(paths)
+        if paths is None:
+            paths = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)]
+        roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         scan.look(find_transcripts(roots))
         for path in map(os.path.abspath, roots):
             if scan.files.get(path) and not scan.files[path][2]:
                 scan.skipped[path] = [[path, 0, scan.files[path][4]]]  # somebody named it, so it is not left out in silence
         before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
         deleted = set(self.store.read_json("deleted") or []) if store else set()
-        if again:
-            deleted -= set(scan.scope)
-        for unit in deleted.intersection(scan.scope):
-            scan.units[unit]["rows"] = []
+        for unit in scan.scope if deleted else ():
+            scan.units[unit]["rows"] = [row for row in scan.units[unit]["rows"] if row["id"] not in deleted]
         if scan.changed or scan.dropped:
             with _CollectorPaused():
-                self._read_changed(scan, store, deleted, progress)
+                deleted -= self._read_changed(scan, store, set() if again else deleted, progress)
         if store and (scan.changed or scan.dropped):
             self.store.write_json("scan-responses", scan.owners)
             self.store.write_json("scan", scan.to_state())
@@ -7214,7 +7349,9 @@ class _Transcripts(_Sessions):
         return _scan_result(scan, before, agent, since, project, first=not before)
 
     def _read_changed(self, scan: TranscriptScan, store: bool, deleted: set,
-                      progress: Optional[Callable[[int, int], None]]) -> None:
+                      progress: Optional[Callable[[int, int], None]]) -> set:
+        """Read, analyze and store what changed, but for the ``deleted`` sessions; the ids of what was read."""
+        stored = set()
         taken = {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
                  for row in unit["rows"]}
         for row in [row for unit in scan.dropped for row in unit["rows"]] if store else []:
@@ -7224,9 +7361,12 @@ class _Transcripts(_Sessions):
             unit = scan.units[name]
             old_ids = [row["id"] for row in unit["rows"]]
             unit["rows"] = []
-            for session in sessions if name not in deleted else []:
+            for session in sessions:
                 session.prices = self.prices
                 session.id = self._free_id(session.id, name, taken, old_ids, store)
+                if session.id in deleted:
+                    continue
+                stored.add(session.id)
                 report = build_report(session, self.analyzers)
                 if store:
                     self._create(session, replace=True, sync=False)
@@ -7234,6 +7374,7 @@ class _Transcripts(_Sessions):
                 unit["rows"].append(session_row(session, report))
             if progress:
                 progress(done, max(done, len(scan.changed)))
+        return stored
 
     def _free_id(self, wanted: str, unit: str, taken: Dict[str, str], old_ids: List[str], store: bool) -> str:
         """The id itself, with a suffix when another transcript or a session of the user's has it."""
@@ -7320,7 +7461,7 @@ class _Transcripts(_Sessions):
         parts: List[Any] = [__version__, self.prices.overrides]
         for analyzer in self.analyzers:
             cls = type(analyzer)
-            parts.append([cls.__module__, cls.__qualname__,
+            parts.append(["" if cls in BUILT_IN_ANALYZERS else cls.__module__, cls.__qualname__,
                           analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else sorted(vars(analyzer))])
         return digest_of(json.dumps(parts, sort_keys=True, default=str))
 
@@ -7395,7 +7536,8 @@ class SessionOptimizer(_Transcripts):
         session = self._refreshed(session_id)
         if session is None:
             return None
-        report = build_report(session, self.analyzers)
+        with _CollectorPaused():
+            report = build_report(session, self.analyzers)
         for failure in report.analyzer_errors:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
         try:
@@ -7411,7 +7553,7 @@ class SessionOptimizer(_Transcripts):
 
     def export_report(self, session_id: str, format: str = "json") -> Optional[str]:
         """The report as text in one of FORMATS; None when there is no such session. InvalidValue for another format."""
-        if format not in FORMATS:
+        if not isinstance(format, str) or format not in FORMATS:
             raise InvalidValue(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
         report = self.analyze(session_id)
         return None if report is None else FORMATS[format](self._sessions[session_id], report)
@@ -7419,6 +7561,8 @@ class SessionOptimizer(_Transcripts):
     def compare_sessions(self, session_ids: Iterable[str]) -> Dict[str, Any]:
         """Sessions side by side, their averages, the best and the worst, and what the best did that the worst did not;
         ``{"error": ...}`` when fewer than two of them are found."""
+        if isinstance(session_ids, str) or not hasattr(session_ids, "__iter__"):
+            raise InvalidValue(f"session_ids is {session_ids!r}: give a list of ids")
         reports = {session_id: self.analyze(session_id) for session_id in dict.fromkeys(session_ids)}
         found = {session_id: report for session_id, report in reports.items() if report is not None}
         if len(found) < 2:
@@ -7442,6 +7586,8 @@ class SessionOptimizer(_Transcripts):
         """An agent's sessions of the last ``days``: tokens, USD, average efficiency (0–100), the five most frequent issues,
         and the trend of the second half against the first; with no sessions ``{"agent", "sessions": 0, "message"}``.
         Every session of the period counts; unchanged ones are not read again."""
+        if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days < 1e6:
+            raise InvalidValue(f"days is {days!r}: give a number of days")
         rows = [row for row in self.summaries(days=days) if row["agent"].upper() == str(agent).upper()]
         if not rows:
             return {"agent": agent, "sessions": 0, "message": f"No sessions found in the last {days} days"}
@@ -8007,7 +8153,9 @@ def _main(argv: List[str], first: str) -> int:
         try:
             options = parser.parse_args(argv)
         except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+            return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
+        except BrokenPipeError:  # from the help or the version
+            return _flushed(EXIT_DONE)
         if not getattr(options, "func", None):
             parser.print_usage(sys.stderr)
             return EXIT_USAGE

@@ -5,7 +5,6 @@ SESSIONOPTIMIZER_KILLS=2000 kills that many writing processes instead of 100.
 """
 import ast
 import doctest
-import io
 import json
 import multiprocessing
 import os
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -100,7 +98,7 @@ def read_of(path="a.py", tokens=1000, **data):
 def stored_bytes(folder):
     """Everything a store holds, file names included."""
     parts = []
-    for place, folders, names in os.walk(str(folder)):
+    for place, _, names in os.walk(str(folder)):
         for name in names:
             path = os.path.join(place, name)
             parts.append(os.path.relpath(path, str(folder)).encode("utf-8", "surrogateescape"))
@@ -159,7 +157,7 @@ def test_severities_are_ordered():
     assert Severity.LOW < Severity.MEDIUM <= Severity.MEDIUM and Severity.HIGH > Severity.MEDIUM >= Severity.LOW
     assert not Severity.HIGH < Severity.HIGH and [member.rank for member in Severity] == [0, 1, 2, 3]
     with pytest.raises(TypeError):
-        Severity.LOW < "HIGH"
+        assert Severity.LOW < "HIGH"
 
 
 def test_kinds_without_a_built_in_analyzer_are_said_to_be_for_the_users():
@@ -1200,7 +1198,7 @@ def test_append_returns_event_footer_and_mark(store):
 def test_none_event_changes_only_the_footer(store):
     path = filled(store, 2)
     for status in ("COMPLETED_WITH_A_LONG_NAME", "FAILED", "COMPLETED"):
-        result = store.append("s1", lambda footer: (None, {"status": status, "ended_at": "x"}), sync=True)
+        result = store.append("s1", lambda footer, status=status: (None, {"status": status, "ended_at": "x"}), sync=True)
         assert result[0] is None and result[1]["status"] == status
         assert json.loads(read(path))["status"] == status and len(store.load("s1")["events"]) == 2
     store.append("s1", make())
@@ -1382,9 +1380,9 @@ def test_fork_during_an_append_does_not_keep_the_lock(store):
 def writer(root, name, count):
     store = Store(root)
     for number in range(count):
-        store.append("s1", lambda footer: (event(footer["event_count"], "TOOL_CALL", number * 7 % 3000, who=name), {}))
+        store.append("s1", make(size=number * 7 % 3000, kind="TOOL_CALL", who=name))
         if number % 50 == 0:
-            store.append("s1", lambda footer: (None, {"status": "X" * (number % 9)}))
+            store.append("s1", lambda footer, status="X" * (number % 9): (None, {"status": status}))
 
 
 def reader(root, stop, problems):
@@ -1547,7 +1545,7 @@ def test_byte_flips(store):
     lines = data.split(b"\n")
     random.seed(7)
     repaired = 0
-    for number in range(500):
+    for _ in range(500):
         for name in os.listdir(store.sessions):
             os.unlink(os.path.join(store.sessions, name))
         place = random.randrange(len(data))
@@ -1768,15 +1766,15 @@ def run_child(function, uid=None):
     return os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_store_path_that_is_a_file(tmp_path):
+@pytest.mark.parametrize("below", [False, True])
+def test_store_path_that_is_a_file(tmp_path, below):
     path = tmp_path / "file"
     path.write_text("mine")
-    for root in (path, path / "below"):
-        store = Store(root)
-        for call in (lambda: store.create(header(), [], {}), lambda: store.load("s1"), lambda: list(store.heads()),
-                     lambda: store.append("s1", make()), lambda: store.write_report("s1", {})):
-            with pytest.raises(StorageError, match="file.*--store"):
-                call()
+    store = Store(path / "below" if below else path)
+    for call in (lambda: store.create(header(), [], {}), lambda: store.load("s1"), lambda: list(store.heads()),
+                 lambda: store.append("s1", make()), lambda: store.write_report("s1", {})):
+        with pytest.raises(StorageError, match="file.*--store"):
+            call()
     assert path.read_text() == "mine"
 
 
@@ -3490,6 +3488,30 @@ def test_an_import_takes_sessions_and_transcripts(tmp_path, capsys, monkeypatch)
     assert len(SessionOptimizer(root).list_sessions()) == 2
 
 
+PLAIN = ["log s1 CUSTOM", "log s1 -", "log s1 FILE_READ --data '{\"a\": 1}' --tokens-in 5 --tokens-out 6 --duration-ms 7", "--store d log s1 CUSTOM",
+         "log --store d s1 CUSTOM", "log s1 --tokens-in 5 CUSTOM", "log --store=d s1 CUSTOM", "log s1 CUSTOM --tokens-in=5", "log -- s1 -", "hook", "hook --guard",
+         "hook --guard --deny", "hook --store d", "--store d hook --deny", "log s1", "log s1 CUSTOM extra", "log s1 CUSTOM --tokens-in", "log s1 CUSTOM --frob 1",
+         "log s1 CUSTOM --data ''", "log '' CUSTOM", "log s1 CUSTOM --tokens-in 1e3", "log s1 CUSTOM --tokens-in ' 5'", "log s1 CUSTOM --data '[]'", "log -h", "hook -h",
+         "log s1 CUSTOM --tokens-in 1 --tokens-in 2", "log s1 CUSTOM --data '{\"a\": NaN}'", "hook extra", "log s1 CUSTOM --token 5", "--store log log s1 CUSTOM"]
+
+
+@pytest.mark.parametrize("line", PLAIN)
+def test_the_quick_way_to_read_a_command_line_agrees_with_argparse(line, capsys):
+    """``log`` and ``hook`` read simple lines themselves; what they cannot read goes to argparse."""
+    argv = shlex.split(line)
+    name = "hook" if "hook" in argv else "log"
+    quick = so._plain_options(name, argv)
+    try:
+        slow = vars(so.build_parser().parse_args(argv))
+    except SystemExit:
+        slow = None
+    if quick is not None:
+        slow.pop("command", None)
+        assert {key: value for key, value in vars(quick).items() if key != "command"} == slow
+    elif slow is not None:
+        assert any(word.startswith("--store=") or "=" in word or word in ("--", "") for word in argv), "too slow a way for a simple line"
+
+
 # The module as a whole, and its documentation.
 
 def test_importing_the_module_stays_light():
@@ -3642,11 +3664,14 @@ def test_console_examples_run(page, workplace):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_examples_run_and_print_what_their_comments_say(page, workplace):
-    """All blocks of a page run in order as one program; a comment after ``print(...)`` is what it prints."""
+    """All blocks of a page run in order as one program; a comment after ``print(...)``, and a block without a language right
+    after one of Python, is what it prints."""
+    text = read(os.path.join(HERE, page)).decode("utf-8")
+    outputs = dict(re.findall(r"^```python\n(.*?)^```\n\s*^```\n(.*?)^```", text, re.M | re.S))
     code, wanted = "", []
     for line, block in blocks(page, "python"):
         code += "\n" * max(0, line - code.count("\n")) + block
-        wanted += re.findall(r"^ *print\(.*\) {2,}# (.*)$", block, re.M)
+        wanted += re.findall(r"^ *print\(.*\) {2,}# (.*)$", block, re.M) + outputs.get(block, "").splitlines()
     write(workplace / "page.py", code)
     status, out, err = python("-W", "error", "page.py", PYTHONPATH=os.pathsep.join([str(workplace), str(workplace / "examples")]))
     assert status == 0, err
@@ -3660,6 +3685,6 @@ def test_pages_without_examples_are_known():
     for page in PAGES:
         text = read(os.path.join(HERE, page)).decode("utf-8")
         fences = re.findall(r"^```(.*)$", text, re.M)
-        assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "bash", "sh", "text", "json", "yaml", "ini", "toml"}, page
-        for _, block in blocks(page, "text"):
-            assert "$ sessionoptimizer" not in block
+        assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "bash", "sh", "text", "json", "yaml", "ini", "toml", ""}, page
+        for _, block in blocks(page, "text") + blocks(page, ""):
+            assert not re.search(r"^(?:\$ sessionoptimizer|>>> |import |from \w+ import)", block, re.M), page
