@@ -561,7 +561,8 @@ class SessionEvent(_Record):
         get = data.get
         try:
             kind = data["event_type"]
-            event = cls(data["id"], get("timestamp", ""), EVENT_TYPES[getattr(kind, "value", kind)], get("data"),
+            event = cls(data["id"], get("timestamp", ""), EVENT_TYPES[getattr(kind, "value", kind)],
+                        get("data"),  # type: ignore[arg-type]  # what it may be besides, `_check` says
                         get("tokens_input", 0), get("tokens_output", 0), get("duration_ms", 0))
         except (KeyError, TypeError) as error:
             kinds = ", ".join(EVENT_TYPES)
@@ -1264,7 +1265,7 @@ class RepeatedSearchAnalyzer(BaseAnalyzer):
         runs: Dict[str, List[SessionEvent]] = {}
         for event, repeat in repeats_in(session):
             if event.event_type is EventType.SEARCH:
-                runs[event.id] = runs.pop(repeat.earlier.id, None) or [repeat.earlier]
+                runs[event.id] = runs.pop(repeat.earlier.id, []) or [repeat.earlier]
                 runs[event.id].append(event)
         for first, *again in runs.values():
             query = " ".join(str(first.data.get("query") or first.data.get("pattern")).split())

@@ -4,7 +4,9 @@ Everything runs in a home of its own below pytest's temporary directory, and war
 SESSIONOPTIMIZER_KILLS=2000 kills that many writing processes instead of 100.
 """
 import ast
+import csv
 import doctest
+import io
 import json
 import multiprocessing
 import os
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 from datetime import datetime, timedelta, timezone
+from html.parser import HTMLParser
 
 import pytest
 
@@ -3688,3 +3691,835 @@ def test_pages_without_examples_are_known():
         assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "bash", "sh", "text", "json", "yaml", "ini", "toml", ""}, page
         for _, block in blocks(page, "text") + blocks(page, ""):
             assert not re.search(r"^(?:\$ sessionoptimizer|>>> |import |from \w+ import)", block, re.M), page
+
+
+# ======================================================================================================
+# Alerts, live hooks and pictures, which cross the rooms
+# ======================================================================================================
+
+def run(optimizer, *arguments, stdin=None):
+    """Run the command line in a process of its own: (status, standard output, standard error)."""
+    done = subprocess.run([sys.executable, MODULE, "--store", optimizer.store.root, *arguments],
+                          input=stdin, capture_output=True, timeout=60)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+# -- alerts
+
+def store_session(optimizer, name, events, *, agent="FORGE", minutes_ago=5.0, step=1.0):
+    """A stored session of (event type, data, tokens in, tokens out), `step` minutes apart, the last one `minutes_ago`."""
+    end = datetime.now().astimezone() - timedelta(minutes=minutes_ago)
+    begin = end - timedelta(minutes=step * max(0, len(events) - 1))
+    document = {"id": name, "agent": agent, "task": "t", "started_at": begin.isoformat(), "events": [
+        {"id": f"{name}-{number}", "timestamp": (begin + timedelta(minutes=step * number)).isoformat(), "event_type": kind,
+         "data": data, "tokens_input": entered, "tokens_output": written}
+        for number, (kind, data, entered, written) in enumerate(events)]}
+    optimizer.import_session(document)
+    return name
+
+
+READ = ("FILE_READ", {"file_path": "a.py"}, 1000, 0)
+ANSWER = ("AI_RESPONSE", {}, 0, 1000)
+FAILED = [("ERROR", {"message": f"cannot do {word}", "tool": word}, 100, 0) for word in ("one", "two", "three", "four")]
+
+ALERTING = {  # kind: a session that alerts, and the same with a little less of it
+    "LOW_EFFICIENCY": ([READ, READ, READ, ANSWER], [READ, READ, ANSWER, ANSWER, ANSWER, ANSWER]),
+    "HIGH_WASTE": ([("FILE_READ", {"file_path": "a.py"}, 5001, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5,
+                   [("FILE_READ", {"file_path": "a.py"}, 5000, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5),
+    "LONG_SESSION": ([ANSWER] * 62, [ANSWER] * 61),
+    "HIGH_ERROR_RATE": (FAILED + [ANSWER] * 9, FAILED + [ANSWER] * 10),
+    "TOKEN_SPIKE": ([ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3001)], [ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3000)]),
+}
+
+
+@pytest.mark.parametrize("kind", ALERTING)
+def test_an_alert_of_every_kind_fires_above_its_limit_and_not_at_it(optimizer, kind):
+    above, at = ALERTING[kind]
+    store_session(optimizer, "above", above)
+    store_session(optimizer, "at", at)
+    fired = [alert for alert in optimizer.alerts() if alert["kind"] == kind]
+    assert [alert["session_id"] for alert in fired] == ["above"]
+    rule = next(rule for rule in so.ALERT_RULES if rule.kind == kind)
+    assert fired[0]["level"] == rule.level.value and fired[0]["threshold"] == rule.threshold
+    assert fired[0]["id"] == f"above:{kind}" and fired[0]["action"] == rule.action and fired[0]["agent"] == "FORGE"
+    assert set(fired[0]) == {"id", "level", "kind", "session_id", "agent", "message", "action", "value", "threshold", "time"}
+    assert so.parse_time(fired[0]["time"]) is not None and fired[0]["value"] != rule.threshold
+
+
+def test_the_table_of_alerts_is_the_plans():
+    assert [(rule.name, rule.level.name, rule.threshold) for rule in so.ALERT_RULES] == [
+        ("efficiency", "HIGH", 70), ("waste", "MEDIUM", 5000), ("minutes", "MEDIUM", 60), ("error_rate", "HIGH", 30),
+        ("spike", "LOW", 3)]
+
+
+def test_alerts_are_most_urgent_first_and_then_newest(optimizer):
+    store_session(optimizer, "old", ALERTING["LOW_EFFICIENCY"][0], minutes_ago=90)
+    store_session(optimizer, "new", ALERTING["LOW_EFFICIENCY"][0])
+    store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], minutes_ago=1)
+    alerts = optimizer.alerts()
+    ranks = [Severity(alert["level"]).rank for alert in alerts]
+    assert ranks == sorted(ranks, reverse=True)
+    assert [alert["session_id"] for alert in alerts if alert["kind"] == "LOW_EFFICIENCY"] == ["new", "old"]
+
+
+def test_since_means_active_since_and_agent_is_any_case(optimizer):
+    store_session(optimizer, "long", [ANSWER] * 90, minutes_ago=5)  # begun 94 minutes ago, still at work
+    store_session(optimizer, "old", [ANSWER] * 90, agent="ATLAS", minutes_ago=120)
+    hour = datetime.now() - timedelta(hours=1)
+    assert {alert["session_id"] for alert in optimizer.alerts(since=hour)} == {"long"}
+    assert {alert["session_id"] for alert in optimizer.alerts(agent="atlas")} == {"old"}
+    assert optimizer.alerts(since=hour, agent="ATLAS") == []
+
+
+def test_thresholds_replace_the_tables(optimizer):
+    store_session(optimizer, "s", [READ, READ, ANSWER, ANSWER])
+    assert "LOW_EFFICIENCY" not in {alert["kind"] for alert in optimizer.alerts()}
+    (alert,) = [alert for alert in optimizer.alerts(thresholds={"efficiency": 80}) if alert["kind"] == "LOW_EFFICIENCY"]
+    assert alert["threshold"] == 80 and alert["value"] == 75.0 and "75.0%" in alert["message"]
+    kinds = {alert["kind"] for alert in optimizer.alerts(thresholds={"spike": 0.5, "waste": 10, "minutes": 1})}
+    assert kinds == {"TOKEN_SPIKE", "HIGH_WASTE", "LONG_SESSION"}
+
+
+@pytest.mark.parametrize("thresholds", [{"speed": 1}, {"waste": "many"}, {"waste": -1}, {"waste": float("nan")},
+                                        {"waste": True}, {"waste": None}])
+def test_a_threshold_that_cannot_be_is_named(optimizer, thresholds):
+    with pytest.raises(so.InvalidValue, match=next(iter(thresholds))):
+        optimizer.alerts(thresholds=thresholds)
+
+
+def test_one_failure_is_no_rate_and_those_of_others_do_not_count(optimizer):
+    store_session(optimizer, "one", [FAILED[0], ANSWER])
+    store_session(optimizer, "declined", [("ERROR", {"message": "declined by the user"}, 0, 0)] * 5 + [ANSWER])
+    assert [alert for alert in optimizer.alerts() if alert["kind"] == "HIGH_ERROR_RATE"] == []
+
+
+def test_rows_of_an_earlier_summary_file_are_made_anew(optimizer):
+    store_session(optimizer, "s", ALERTING["TOKEN_SPIKE"][0])
+    optimizer.summaries()
+    saved = optimizer.store.read_json("summaries")
+    for row in saved["rows"].values():
+        for name in ("spike", "error_rate", "last_at"):
+            del row[name]
+    optimizer.store.write_json("summaries", saved)
+    assert [alert["kind"] for alert in optimizer.alerts()] == ["TOKEN_SPIKE"]
+
+
+def test_an_empty_store_has_no_alerts(optimizer):
+    assert optimizer.alerts() == []
+    assert run(optimizer, "alerts", "--fail-on", "LOW") == (0, "No alerts.\n", "")
+    status, out, _ = run(optimizer, "alerts", "--format", "json")
+    assert (status, json.loads(out)) == (0, [])
+
+
+def test_the_alerts_command(optimizer):
+    store_session(optimizer, "wasteful", ALERTING["LOW_EFFICIENCY"][0])
+    store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], agent="ATLAS")
+    status, out, _ = run(optimizer, "alerts", "--format", "json")
+    assert status == 0 and json.loads(out) == optimizer.alerts()
+    status, out, _ = run(optimizer, "alerts")
+    assert status == 0 and out.startswith("[HIGH] wasteful (FORGE") and "    Analyze the session" in out
+    assert run(optimizer, "alerts", "--fail-on", "high")[0] == 3
+    assert run(optimizer, "alerts", "--fail-on", "critical")[0] == 0
+    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "HIGH")[0] == 0
+    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "MEDIUM")[0] == 3
+    assert run(optimizer, "alerts", "--since", "1m", "--fail-on", "LOW") == (0, "No alerts.\n", "")
+    quiet = ["--efficiency", "0", "--waste", "1e9", "--minutes", "1e9", "--error-rate", "100", "--spike", "1e9"]
+    assert run(optimizer, "alerts", "--fail-on", "LOW", *quiet) == (0, "No alerts.\n", "")
+    assert run(optimizer, "alerts", "--fail-on", "URGENT")[0] == 2
+    assert run(optimizer, "alerts", "--waste", "-1")[0] == 2
+
+
+# -- live hooks
+
+PROMPT = "Fix the loader\nIt is slow. password=hunter2hunter2"
+TRANSCRIPTS = os.path.join(os.path.dirname(MODULE), "examples", "transcripts", "claude-code")
+
+
+class Agent:
+    """An agent at work whose hooks call the library, or the command line with `call`."""
+
+    def __init__(self, optimizer, folder, session_id="0f0f0f0f-1111-2222-3333-444455556666"):
+        self.optimizer, self.folder = optimizer, folder
+        self.common = {"session_id": session_id, "transcript_path": str(folder / f"{session_id}.jsonl"), "cwd": str(folder)}
+        self.id = session_id
+
+    def payload(self, name, **fields):
+        return {**self.common, "hook_event_name": name, **fields}
+
+    def hook(self, name, **fields):
+        return self.optimizer.log_hook(self.payload(name, **fields))
+
+    def call(self, *arguments, **payload):
+        return run(self.optimizer, "hook", *arguments, stdin=json.dumps({**self.common, **payload}).encode())
+
+    def read(self, path, **arguments):
+        lines = path.read_text().splitlines(True)
+        first, count = arguments.get("offset", 1), arguments.get("limit", len(lines))
+        content = "".join(lines[first - 1:first - 1 + count])
+        return self.hook("PostToolUse", tool_name="Read", tool_input={"file_path": str(path), **arguments},
+                         tool_response={"type": "text", "file": {
+                             "filePath": str(path), "content": content, "numLines": content.count("\n"),
+                             "startLine": first, "totalLines": len(lines)}})
+
+    def bash(self, command, stdout=""):
+        return self.hook("PostToolUse", tool_name="Bash", tool_input={"command": command},
+                         tool_response={"stdout": stdout, "stderr": "", "interrupted": False})
+
+    def about_to(self, tool, deny=False, **arguments):
+        return self.optimizer.guard(self.payload("PreToolUse", tool_name=tool, tool_input=arguments), deny=deny)
+
+    def session(self):
+        return self.optimizer.get_session(self.id)
+
+
+@pytest.fixture
+def agent(optimizer, tmp_path):
+    return Agent(optimizer, tmp_path)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "loader.py"
+    path.write_text("".join(f"line {number} of the loader\n" for number in range(1, 101)))
+    past = time.time() - 60
+    os.utime(path, (past, past))
+    return path
+
+
+HOOKS = [  # hook, its fields: event type, what its data must hold, tokens in and out
+    ("UserPromptSubmit", {"prompt": "x" * 360}, EventType.USER_MESSAGE, {"estimated": True}, 100, 0),
+    ("Stop", {"last_assistant_message": "x" * 720}, EventType.AI_RESPONSE, {"estimated": True}, 0, 200),
+    ("PreCompact", {"trigger": "auto"}, EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": "auto"}, 0, 0),
+    ("SubagentStop", {"agent_id": "a1", "agent_type": "Explore", "last_assistant_message": "x" * 36}, EventType.CUSTOM,
+     {"source": "sub-agent", "agent_type": "Explore"}, 0, 10),
+    ("PostToolUse", {"tool_name": "Bash", "tool_input": {"command": "pytest -q"}, "duration_ms": 1234,
+                     "tool_response": {"stdout": "x" * 36, "stderr": "", "interrupted": False}},
+     EventType.TOOL_CALL, {"tool": "Bash", "command": "pytest -q", "changes": []}, 10, 6),
+    ("PostToolUse", {"tool_name": "Bash", "tool_input": {"command": "sed -i s/a/b/ a.py"}, "tool_response": {"stdout": ""}},
+     EventType.FILE_WRITE, {"changes": ["/w/a.py"]}, 0, 9),
+    ("PostToolUse", {"tool_name": "Grep", "tool_input": {"pattern": "def load", "path": "/w/src"},
+                     "tool_response": {"mode": "files_with_matches", "filenames": ["/w/a.py", "/w/b.py"], "numFiles": 2}},
+     EventType.SEARCH, {"query": "def load", "file_path": "/w/src"}, 4, 11),
+    ("PostToolUse", {"tool_name": "Edit", "tool_input": {"file_path": "/w/a.py", "old_string": "a", "new_string": "b"},
+                     "tool_response": {"filePath": "/w/a.py", "originalFile": "y" * 9000,
+                                       "structuredPatch": [{"lines": ["-" + "a" * 17, "+" + "b" * 16]}]}},
+     EventType.FILE_WRITE, {"file_path": "/w/a.py", "changes": ["/w/a.py"]}, 10, 16),
+    ("PostToolUse", {"tool_name": "Agent", "tool_input": {"prompt": "look"}, "tool_response": {
+        "content": [{"type": "text", "text": "x" * 36}], "totalTokens": 5}}, EventType.TOOL_CALL, {"changes": []}, 10, 5),
+    ("PostToolUse", {"tool_name": "mcp__db__list_tables", "tool_input": {}, "tool_response": [{"type": "text", "text": "x" * 36}]},
+     EventType.TOOL_CALL, {"tool": "mcp__db__list_tables"}, 10, 1),
+    ("PostToolUseFailure", {"tool_name": "Bash", "tool_input": {"command": "make"}, "error": "Exit code 2\n" + "x" * 24},
+     EventType.ERROR, {"exit_code": 2, "command": "make"}, 10, 5),
+    ("PostToolUseFailure", {"tool_name": "Bash", "tool_input": {"command": "make"}, "error": "stopped", "is_interrupt": True},
+     EventType.ERROR, {"kind": "interrupted"}, 2, 5),
+]
+
+
+@pytest.mark.parametrize("name, fields, event_type, data, entered, written", HOOKS, ids=lambda value: str(value)[:20])
+def test_a_hook_becomes_the_event(optimizer, name, fields, event_type, data, entered, written):
+    event = optimizer.log_hook({"session_id": "s", "hook_event_name": name, "cwd": "/w", **fields})
+    assert (event.event_type, event.tokens_input, event.tokens_output) == (event_type, entered, written)
+    assert {key: event.data.get(key) for key in data} == data
+    assert event.duration_ms == fields.get("duration_ms", 0) and event.agent_id == fields.get("agent_id", "")
+    stored = SessionOptimizer(optimizer.store.root).get_session("s").events[-1]
+    assert stored.to_dict() == event.to_dict()
+
+
+@pytest.mark.parametrize("name", ["Notification", "PreToolUse", "SubagentStart", "PostCompact", "SomethingNew", "SessionEnd"])
+def test_other_hooks_log_nothing_and_create_nothing(optimizer, name):
+    assert optimizer.log_hook({"session_id": "s", "hook_event_name": name}) is None
+    assert optimizer.get_session("s") is None
+
+
+def test_a_session_from_start_to_end(agent):
+    agent.hook("SessionStart", source="startup", model="claude-opus-5")
+    session = agent.session()
+    assert (session.agent, session.task, session.model) == ("CLAUDE-CODE", "", "claude-opus-5")
+    assert session.metadata == {"transcript_path": agent.common["transcript_path"], "cwd": str(agent.folder), "live": True}
+    agent.hook("UserPromptSubmit", prompt=PROMPT)
+    agent.hook("Stop", last_assistant_message="Done.")
+    agent.hook("UserPromptSubmit", prompt="And now the tests")
+    assert agent.session().task == "Fix the loader"
+    agent.hook("SessionEnd", reason="prompt_input_exit")
+    session = agent.session()
+    assert session.status is so.SessionStatus.COMPLETED and session.ended_at
+    assert [event.event_type.name for event in session.events] == [
+        "SESSION_START", "USER_MESSAGE", "AI_RESPONSE", "USER_MESSAGE", "SESSION_END"]
+    agent.hook("SessionEnd", reason="other")  # told twice
+    assert len(agent.session().events) == 5
+
+
+def test_a_session_without_a_start_begins_with_its_first_event(agent):
+    agent.hook("UserPromptSubmit", prompt=PROMPT)
+    assert agent.session().task == "Fix the loader" and agent.session().model == "default"
+
+
+def test_the_store_keeps_no_prompt_and_no_output(agent, source):
+    agent.hook("SessionStart", source="startup")
+    agent.hook("UserPromptSubmit", prompt=PROMPT)
+    agent.read(source)
+    agent.bash("cat loader.py", source.read_text())
+    agent.hook("PostToolUseFailure", tool_name="Bash", tool_input={"command": "x"}, error="a private message")
+    agent.hook("Stop", last_assistant_message="It was slow because")
+    agent.hook("PreCompact", trigger="manual", custom_instructions="keep the secret plan")
+    text = "".join(path.read_text() for path in agent.optimizer.sessions_dir.iterdir())
+    for secret in ("hunter2", "It is slow", "of the loader", "a private message", "because", "secret plan"):
+        assert secret not in text
+
+
+def test_a_resume_goes_on_with_the_session(agent, recwarn):
+    agent.hook("UserPromptSubmit", prompt="one")
+    agent.hook("SessionEnd", reason="other")
+    agent.bash("git status")  # a hook that came late
+    assert agent.session().status is so.SessionStatus.COMPLETED
+    agent.hook("SessionStart", source="resume")
+    assert agent.session().status is so.SessionStatus.ACTIVE and not agent.session().ended_at
+    agent.hook("UserPromptSubmit", prompt="two")
+    agent.hook("SessionEnd", reason="other")
+    session = agent.session()
+    assert session.status is so.SessionStatus.COMPLETED and session.task == "one"
+    ids = [event.id for event in session.events]
+    assert len(set(ids)) == len(ids) == 6
+    assert [str(w.message) for w in recwarn if issubclass(w.category, so.SessionOptimizerWarning)] == []
+
+
+def test_hooks_of_one_moment_make_one_session(agent):
+    from concurrent.futures import ThreadPoolExecutor
+    stores = [SessionOptimizer(agent.optimizer.store.root) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda one: one.log_hook(agent.payload("UserPromptSubmit", prompt="go")), stores))
+    assert len(agent.session().events) == 9 and len(agent.optimizer.list_sessions()) == 1
+
+
+def transcript_of(agent, *, prompt="Fix the loader", reads=2):
+    """The transcript the agent itself keeps: a prompt, `reads` reads of a.py, an answer."""
+    common = {"sessionId": agent.id, "cwd": str(agent.folder), "version": "2.1.200", "isSidechain": False}
+    lines, number = [], 0
+
+    def add(kind, message, **more):
+        nonlocal number
+        number += 1
+        lines.append({"type": kind, "uuid": f"u{number}", "parentUuid": f"u{number - 1}", "message": message,
+                      "timestamp": f"2026-08-01T10:00:{number:02d}.000Z", **common, **more})
+
+    def answer(key, block, read):
+        add("assistant", {"id": key, "role": "assistant", "model": "claude-opus-5", "content": [block], "stop_reason": "x",
+                          "usage": {"input_tokens": 5, "cache_creation_input_tokens": 400, "cache_read_input_tokens": read,
+                                    "output_tokens": 30}})
+
+    add("user", {"role": "user", "content": prompt})
+    for index in range(reads):
+        answer(f"m{index}", {"type": "tool_use", "id": f"t{index}", "name": "Read",
+                             "input": {"file_path": str(agent.folder / "a.py")}}, 400 * index)
+        add("user", {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"t{index}", "content": "1\tx" * 300}]},
+            toolUseResult={"type": "text", "file": {"content": "x\n" * 300, "startLine": 1, "totalLines": 300}})
+    answer("last", {"type": "text", "text": "Done"}, 400 * reads)
+    path = agent.folder / f"{agent.id}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_scan_replaces_the_estimates_in_place(agent):
+    path = transcript_of(agent)
+    agent.hook("SessionStart", source="startup")
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    agent.hook("SessionEnd", reason="other")
+    assert "estimated from their size" in " ".join(agent.optimizer.analyze(agent.id).notes)
+    result = agent.optimizer.scan([str(path)])
+    assert [row["id"] for row in result["sessions"]] == [agent.id]
+    assert [session.id for session in agent.optimizer.list_sessions()] == [agent.id]
+    session = agent.session()
+    assert session.metadata["source"]["path"] == str(path) and "live" not in session.metadata
+    assert session.total_tokens_output == 90 and not any(event.data.get("estimated") for event in session.events)
+    assert agent.optimizer.analyze(agent.id).notes == []
+
+
+def test_a_scan_in_the_middle_and_one_at_the_end(agent):
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    path = transcript_of(agent, reads=1)
+    agent.optimizer.scan([str(path)])
+    agent.hook("UserPromptSubmit", prompt="go on")
+    assert agent.session().status is so.SessionStatus.ACTIVE
+    transcript_of(agent, reads=3)
+    agent.hook("SessionEnd", reason="other")
+    result = agent.optimizer.scan([str(path)])
+    assert [row["id"] for row in result["sessions"]] == [agent.id]
+    assert [session.id for session in agent.optimizer.list_sessions()] == [agent.id]
+    assert agent.session().total_tokens_output == 120
+
+
+def test_a_live_session_that_was_deleted_stays_deleted(agent):
+    path = transcript_of(agent)
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    agent.optimizer.delete_session(agent.id)
+    assert agent.optimizer.scan([str(path)])["sessions"] == []
+    assert [row["id"] for row in agent.optimizer.scan([str(path)], again=True)["sessions"]] == [agent.id]
+
+
+def hooks_of(path):
+    """The hook payloads that the calls of a transcript would have made, by the line of the call."""
+    calls, payloads = {}, {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            entry = json.loads(line)
+            message = entry.get("message") or {}
+            for block in message.get("content") if isinstance(message.get("content"), list) else ():
+                if block.get("type") == "tool_use":
+                    calls[block["id"]] = (number, block, entry.get("cwd", ""))
+                elif block.get("type") == "tool_result" and entry.get("toolUseResult"):
+                    place, call, cwd = calls[block["tool_use_id"]]
+                    failed = block.get("is_error") is True
+                    payloads[place] = {
+                        "session_id": "s", "cwd": cwd, "tool_name": call["name"], "tool_input": call["input"],
+                        "hook_event_name": "PostToolUseFailure" if failed else "PostToolUse",
+                        "error": so._plain_text(block["content"]), "tool_response": entry["toolUseResult"]}
+    return payloads
+
+
+@pytest.mark.parametrize("case", ["story-checkout", "read-twice", "read-then-cat", "search-twice", "read-after-sed-i",
+                                  "make-fails-twice", "six-of-eight-fail", "read-unchanged-notice",
+                                  "grep-finds-nothing"])
+def test_a_hook_makes_the_event_a_scan_makes(optimizer, case):
+    folder = os.path.join(TRANSCRIPTS, case)
+    main = next(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.endswith(".jsonl"))
+    session = optimizer.get_session(optimizer.scan([main])["sessions"][0]["id"])
+    payloads = hooks_of(main)
+    assert payloads
+    for event in session.events:
+        if event.data["line"] in payloads and event.data.get("tool"):
+            told = so.hook_event(payloads.pop(event.data["line"]))
+            keys = ["tool", "file_path", "query", "scope", "changes", "lines", "total_lines", "command", "operation", "offset",
+                    "limit", "reads", "error_hash", "exit_code", "kind", "unchanged"]
+            if event.data["tool"] != "Read":  # whose lines the model is shown with numbers
+                keys.append("content_hash")
+            assert (told.event_type, {key: told.data.get(key) for key in keys}) == (
+                event.event_type, {key: event.data.get(key) for key in keys})
+    assert not payloads
+
+
+# -- the guard
+
+def test_a_read_of_what_the_window_holds_gets_advice(agent, source):
+    agent.read(source)
+    answer = agent.about_to("Read", file_path=str(source))
+    output = answer["hookSpecificOutput"]
+    assert set(output) == {"hookEventName", "additionalContext"} and output["hookEventName"] == "PreToolUse"
+    assert str(source) in output["additionalContext"] and "has not changed" in output["additionalContext"]
+    assert agent.about_to("Read", file_path=str(source), offset=10, limit=20)
+    assert agent.about_to("Bash", command="sed -n 5,9p loader.py")
+
+
+SILENT = {  # what happens between the read and the call: nothing may be said
+    "an edit": lambda a, s: a.hook("PostToolUse", tool_name="Edit", tool_input={"file_path": str(s)}, tool_response={}),
+    "sed -i": lambda a, s: a.bash("sed -i s/1/2/ loader.py"),
+    "a compaction": lambda a, s: a.hook("PreCompact", trigger="auto"),
+    "the user's editor": lambda a, s: s.write_text("new\n"),
+    "a removal": lambda a, s: s.unlink(),
+    "a newer time": lambda a, s: os.utime(s, (time.time() + 60, time.time() + 60)),
+}
+
+
+@pytest.mark.parametrize("between", SILENT)
+def test_a_read_that_may_bring_something_new_goes_on(agent, source, between):
+    agent.read(source)
+    SILENT[between](agent, source)
+    assert agent.about_to("Read", file_path=str(source)) is None
+
+
+def test_what_the_window_holds_only_in_part_is_read(agent, source):
+    agent.read(source, offset=1, limit=50)
+    assert agent.about_to("Read", file_path=str(source)) is None
+    assert agent.about_to("Read", file_path=str(source), offset=40, limit=20) is None
+    assert agent.about_to("Read", file_path=str(source), offset=1, limit=50)
+    assert agent.about_to("Read", file_path=str(source), offset=11, limit=10)
+    agent.read(source, offset=51, limit=50)
+    assert agent.about_to("Read", file_path=str(source))
+
+
+def test_a_limit_beyond_the_end_is_the_end(agent, source):
+    agent.read(source)
+    assert agent.about_to("Read", file_path=str(source), offset=1, limit=5000)
+
+
+def test_a_command_nobody_knows_does_not_silence_the_guard_while_the_file_is_untouched(agent, source):
+    agent.read(source)
+    agent.bash("./build.sh")
+    assert agent.about_to("Read", file_path=str(source))
+
+
+def test_every_agent_has_a_window_of_its_own(agent, source):
+    agent.read(source)
+    payload = agent.payload("PreToolUse", tool_name="Read", tool_input={"file_path": str(source)}, agent_id="sub1")
+    assert agent.optimizer.guard(payload) is None
+
+
+def test_a_search_is_repeated_until_something_changes_or_the_user_speaks(agent):
+    search = {"pattern": "def load", "path": str(agent.folder)}
+    found = {"mode": "files_with_matches", "filenames": ["a.py"], "numFiles": 1}
+    agent.hook("PostToolUse", tool_name="Grep", tool_input=search, tool_response=found)
+    assert "def load" in agent.about_to("Grep", **search)["hookSpecificOutput"]["additionalContext"]
+    agent.hook("UserPromptSubmit", prompt="I changed something")
+    assert agent.about_to("Grep", **search) is None
+    agent.hook("PostToolUse", tool_name="Grep", tool_input=search, tool_response=found)
+    assert agent.about_to("Grep", **search)
+    agent.bash("./build.sh")
+    assert agent.about_to("Grep", **search) is None
+
+
+def test_deny_refuses_once_and_lets_the_second_try_pass(agent, source):
+    agent.read(source)
+    output = agent.about_to("Read", deny=True, file_path=str(source))["hookSpecificOutput"]
+    assert set(output) == {"hookEventName", "permissionDecision", "permissionDecisionReason"}
+    assert output["permissionDecision"] == "deny" and str(source) in output["permissionDecisionReason"]
+    assert agent.about_to("Read", deny=True, file_path=str(source)) is None
+    agent.read(source)  # which it did; the next repeat is another one
+    assert agent.optimizer.analyze(agent.id).issues[0].issue_type is so.IssueType.REPEATED_FILE_READ
+
+
+def test_the_guard_says_nothing_of_a_session_or_a_tool_it_does_not_know(agent, source):
+    assert agent.about_to("Read", file_path=str(source)) is None
+    assert agent.session() is None
+    agent.read(source)
+    assert agent.about_to("Bash", command="make") is None
+    assert agent.about_to("Write", file_path=str(source), content="x") is None
+
+
+def test_would_repeat_counts_the_tokens_of_the_lines_asked_for(agent, source):
+    tokens = agent.read(source).tokens_input
+    found = agent.optimizer.would_repeat(agent.id, "FILE_READ", {"file_path": str(source), "lines": [1, 1]})
+    assert (found["lines"], found["of_lines"], found["tokens"]) == (1, 1, tokens // 100)
+    whole = agent.optimizer.would_repeat(agent.id, "FILE_READ", {"file_path": str(source)})
+    assert (whole["lines"], whole["of_lines"], whole["tokens"]) == (100, 100, tokens)
+
+
+# -- the hook command
+
+def test_the_hook_command_logs_and_prints_nothing(agent, source):
+    assert agent.call(hook_event_name="SessionStart", source="startup") == (0, "", "")
+    assert agent.call(hook_event_name="UserPromptSubmit", prompt=PROMPT) == (0, "", "")
+    assert agent.call("--guard", hook_event_name="Stop", last_assistant_message="Done") == (0, "", "")
+    assert agent.call(hook_event_name="SessionEnd", reason="clear") == (0, "", "")
+    assert [event.event_type.name for event in agent.session().events] == [
+        "SESSION_START", "USER_MESSAGE", "AI_RESPONSE", "SESSION_END"]
+
+
+def test_the_hook_command_guards(agent, source):
+    agent.read(source)
+    call = {"hook_event_name": "PreToolUse", "tool_name": "Read", "tool_input": {"file_path": str(source)}}
+    assert agent.call(**call) == (0, "", "")
+    status, out, err = agent.call("--guard", **call)
+    assert (status, err) == (0, "") and "additionalContext" in json.loads(out)["hookSpecificOutput"]
+    status, out, err = agent.call("--guard", "--deny", **call)
+    assert (status, err) == (0, "") and json.loads(out)["hookSpecificOutput"]["permissionDecision"] == "deny"
+    source.write_text("new")
+    assert agent.call("--guard", **call) == (0, "", "")
+
+
+BROKEN = {"empty": b"", "no JSON": b"{", "not text": b"\xff\xfe\x00", "a list": b"[1]", "null": b"null", "no id": b"{}",
+          "an id of another kind": b'{"session_id": 5, "hook_event_name": "Stop"}',
+          "an empty id": b'{"session_id": "", "hook_event_name": "Stop"}',
+          "a path as id": b'{"session_id": "../../x", "hook_event_name": 7}',
+          "deep": b"[" * 100000, "odd fields": json.dumps({
+              "session_id": "s", "hook_event_name": "PostToolUse", "tool_name": ["Read"], "tool_input": "x", "cwd": 7,
+              "tool_response": {"file": [], "structuredPatch": 5, "content": {}}, "duration_ms": "no", "agent_id": {}}).encode(),
+          "lone surrogates": b'{"session_id": "s", "hook_event_name": "UserPromptSubmit", "prompt": "\\ud800 x"}'}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_hook_never_stops_the_agent_whatever_it_is_given(optimizer, case):
+    for arguments in ([], ["--guard", "--deny"]):
+        status, out, err = run(optimizer, "hook", *arguments, stdin=BROKEN[case])
+        assert (status, out) == (0, "") and "Traceback" not in err
+    assert not os.path.exists(os.path.join(optimizer.store.root, "..", "x.json"))
+
+
+def test_a_hook_never_stops_the_agent_whatever_its_command_line_or_store(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    event = json.dumps({"session_id": "s", "hook_event_name": "Stop"}).encode()
+    for arguments in (["--store", str(file), "hook"], ["hook", "--store", str(file / "below")], ["hook", "--gard"],
+                      [f"--store={file}", "hook", "--bad"], ["hook", "--store"]):
+        done = subprocess.run([sys.executable, MODULE, *arguments], input=event, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, b"") and b"Traceback" not in done.stderr and done.stderr
+
+
+def test_a_hook_gives_up_in_time_when_the_session_is_locked(agent):
+    fcntl = pytest.importorskip("fcntl")
+    agent.hook("UserPromptSubmit", prompt="go")
+    with open(agent.optimizer.store.find(agent.id), "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        begun = time.monotonic()
+        status, out, err = agent.call(hook_event_name="SessionEnd", reason="other")
+        assert (status, out) == (0, "") and "time for a hook" in err and time.monotonic() - begun < 10
+    assert agent.call(hook_event_name="SessionEnd", reason="other") == (0, "", "")
+    assert agent.session().status is so.SessionStatus.COMPLETED
+
+
+def test_a_session_end_does_not_read_the_session(agent, monkeypatch):
+    agent.hook("UserPromptSubmit", prompt="go")
+    fresh = SessionOptimizer(agent.optimizer.store.root)
+    monkeypatch.setattr(so.Store, "load_marked", lambda *_: pytest.fail("the whole session was read"))
+    fresh.log_hook(agent.payload("SessionEnd", reason="other"))
+    fresh.log_hook(agent.payload("Stop", last_assistant_message="x"))
+
+
+def test_the_store_may_stand_before_a_command(optimizer):
+    assert run(optimizer, "list")[0] == 0
+    done = subprocess.run([sys.executable, MODULE, f"--store={optimizer.store.root}", "start", "A", "hook"], capture_output=True)
+    assert done.returncode == 0
+    assert subprocess.run([sys.executable, MODULE, "start", "hook"], capture_output=True).returncode == 2
+
+
+# -- pictures
+
+HOSTILE = "</title><script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\x1b[31m\u202e\ud800"
+
+
+class Page(HTMLParser):
+    """What a page holds, and whether its elements are closed in order."""
+
+    VOID = {"meta", "circle", "rect", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.ids, self.words, self.attributes = [], [], [], set(), [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attributes]
+        given = dict(attributes)
+        self.ids.update([given["id"]] if "id" in given else [])
+        self.links += [given[name] for name in ("href", "src") if name in given]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def checked(text):
+    """A page that needs nothing else, runs nothing, and is ASCII."""
+    page = Page(text)
+    text.encode("ascii")
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(page.tags)
+    assert not [name for name in page.attributes if name.startswith("on")]
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
+    return page
+
+
+def heights(text, kind):
+    """The heights of a colour class in the session's upper chart, by column."""
+    chart = re.search(r'<svg class="chart".*?</svg>', text, re.S).group()
+    return [sum(float(h) for h in re.findall(rf'class="{kind}"[^/]*?height="([\d.]+)"', column))
+            for column in chart.split("<g>")[1:]]
+
+
+def test_the_session_page(optimizer):
+    store_session(optimizer, "s", [READ, READ, READ, ANSWER])
+    text = optimizer.export_report("s", "html")
+    page = checked(text)
+    for words in ("50.0", "2,000", "File 'a.py' was read 3 times", "s-1 ", "HIGH PRIORITY", "Cache what was read", "Answers",
+                  "Waste by kind", "What to do", "All tokens by purpose"):
+        assert words in page.text
+    assert heights(text, "k3") == [100, 0, 0, 0] and heights(text, "waste") == [0, 100, 100, 0]
+    assert "sent again" not in page.text
+
+
+def test_the_page_of_an_imported_session_names_lines_and_what_was_sent_again(optimizer):
+    row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
+    text = optimizer.export_report(row["id"], "html")
+    page = checked(text)
+    assert "Context sent again (cache reads)" in page.text and 'class="carry"' in text
+    report, session = optimizer.analyze(row["id"]), optimizer.get_session(row["id"])
+    events = {event.id: event for event in session.events}
+    for issue in report.issues:
+        assert so.plain(issue.description) in page.text
+        for event_id in issue.events_involved:
+            assert f'title="{so.event_place(session, events[event_id])}"' in text
+
+
+@pytest.mark.parametrize("calls, columns", [(0, 1), (1, 2), (2, 2), (120, 120), (121, 61), (5000, 120)])
+def test_a_timeline_has_at_most_120_columns_and_loses_no_token(calls, columns):
+    session = so.Session("s", "A", "t")
+    for number in range(calls):
+        session.add_event(so.SessionEvent(f"r{number}", f"2026-01-01T10:00:{number % 60:02d}", EventType.USER_MESSAGE, {}, 10))
+        session.add_event(so.SessionEvent(f"c{number}", "", EventType.AI_RESPONSE, {}, 0, 30, tokens_cache_read=7))
+    text = so.html_report(session, so.build_report(session, ()))
+    checked(text)
+    if not calls:
+        assert "chart" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
+        return
+    assert len(heights(text, "k7")) == columns <= so.MOST_COLUMNS
+    chart = re.search(r'<svg class="chart".*?</svg>', text, re.S).group()
+    said = re.findall(r": ([\d,]+) tokens, 0 wasted(?:, ([\d,]+) sent again)?;", chart)
+    assert sum(int(new.replace(",", "")) for new, _ in said) == 40 * calls
+    assert sum(int(again.replace(",", "") or 0) for _, again in said) == 7 * calls
+
+
+def hostile_session():
+    """A session all of whose texts are hostile, and a report on it."""
+    session = so.Session(HOSTILE, HOSTILE, HOSTILE, model=HOSTILE, started_at=HOSTILE,
+                         metadata={"source": {"reader": HOSTILE, "path": HOSTILE, "cwd": HOSTILE}})
+    for number, kind in enumerate(EventType):
+        for again in "ab":
+            session.add_event(so.SessionEvent(f"{HOSTILE}{number}{again}", HOSTILE, kind, {
+                "file_path": HOSTILE, "query": HOSTILE, "command": HOSTILE, "tool": HOSTILE, "message": HOSTILE,
+                "source": HOSTILE, "line": HOSTILE, "path": HOSTILE}, 20000, 500, agent_id=HOSTILE, model=HOSTILE))
+    report = so.build_report(session, [cls() for cls in so.BUILT_IN_ANALYZERS])
+    report.notes.append(HOSTILE)
+    report.recommendations += [HOSTILE, f"[{HOSTILE}] x"]
+    for issue in report.issues:
+        issue.description = issue.suggestion = HOSTILE
+    return session, report
+
+
+def test_whatever_a_session_says_is_text_in_its_page():
+    session, report = hostile_session()
+    assert len(report.issues) > 3
+    page = checked(so.html_report(session, report))
+    assert "<script>alert(1)</script>" in page.text and "\x1b" not in page.text and "\u202e" not in page.text
+
+
+def test_whatever_a_scan_found_is_text_in_its_page():
+    row = so.session_row(*hostile_session())
+    later = dict(row, started_at="2026-03-02T10:00:00Z")
+    result = {"sessions": [row, later], "totals": so.scan_totals([row, later]), "changes": "",
+              "skipped": [{"path": HOSTILE, "line": 0, "reason": HOSTILE}]}
+    page = checked(so.html_scan_report(result))
+    assert "<script>alert(1)</script>" in page.text and page.links == ["#s1", "#s2"]
+
+
+def test_the_page_of_a_scan(optimizer, tmp_path):
+    out = tmp_path / "scan.html"
+    status, printed, _ = run(optimizer, "scan", TRANSCRIPTS, "--format", "html", "--output", str(out))
+    assert (status, printed) == (0, f"Report written: {out}\n")
+    text = out.read_text()
+    page = checked(text)
+    result = optimizer.scan([TRANSCRIPTS])
+    worst = max(result["sessions"], key=lambda row: (row["waste"]["cost"], row["waste"]["tokens"]))
+    assert f"{len(result['sessions'])} sessions" in page.text and page.links[0] == "#s1"
+    assert so.plain(worst["task"] or worst["id"], 90) in page.text and worst["id"] in page.text
+    for words in ("By day", "By agent", "By project", "Waste by kind", "Worst sessions", "CLAUDE-CODE"):
+        assert words in page.text
+    new = sum(int(n.replace(",", "")) for n in re.findall(r"sessions, ([\d,]+) new tokens", text))
+    totals = result["totals"]["tokens"]
+    assert new == sum(totals.values()) - totals["cache_read"]
+    status, printed, _ = run(optimizer, "scan", TRANSCRIPTS, "--format", "html")
+    assert status == 0 and checked(printed).links == page.links
+
+
+def test_a_scan_that_found_nothing_has_a_page_too(optimizer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    page = checked(so.html_scan_report(optimizer.scan([str(tmp_path / "empty")])))
+    assert "No sessions found" in page.text
+
+
+def test_days_without_a_session_stand_in_the_picture():
+    rows = [{"started_at": day, "tokens": {"uncached_input": 100, "cache_read": 5}, "waste": {"tokens": 20}}
+            for day in ("2026-01-01T23:59:00Z", "2026-01-04T00:00:00Z", "")]
+    text = so._days(rows)
+    assert [title for title in re.findall(r"<title>([^<]*)</title>", text)] == [
+        "2026-01-01: 1 sessions, 100 new tokens, 20 wasted", "2026-01-02: 0 sessions, 0 new tokens, 0 wasted",
+        "2026-01-03: 0 sessions, 0 new tokens, 0 wasted", "2026-01-04: 1 sessions, 100 new tokens, 20 wasted"]
+    rows[1]["started_at"] = "2026-12-31T00:00:00Z"
+    assert so._days(rows).count("<g>") <= so.MOST_COLUMNS
+    assert so._days(rows[2:]) == ""
+
+
+@pytest.mark.parametrize("command", ["analyze", "export"])
+@pytest.mark.parametrize("form", ["html", "csv"])
+def test_both_commands_write_the_new_formats(optimizer, command, form):
+    store_session(optimizer, "s", [READ, READ, ANSWER])
+    status, out, _ = run(optimizer, command, "s", "--format", form)
+    assert status == 0
+    if form == "html":
+        checked(out)
+    else:
+        assert out.rstrip("\n") == optimizer.export_report("s", "csv").rstrip("\n")
+
+
+# -- the spreadsheet
+
+def test_the_spreadsheet_has_every_event_and_the_reports_waste(optimizer):
+    row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
+    session, report = optimizer.get_session(row["id"]), optimizer.analyze(row["id"])
+    rows = list(csv.DictReader(io.StringIO(optimizer.export_report(row["id"], "csv"))))
+    assert list(rows[0]) == ["id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
+                             "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
+                             "command", "tool", "line"]
+    assert [line["id"] for line in rows] == [event.id for event in session.events]
+    assert sum(int(line["tokens_input"]) + int(line["tokens_output"]) for line in rows) == session.total_tokens
+    assert sum(int(line["charged_tokens"]) for line in rows) == report.total_waste_tokens > 0
+    assert {line["model"] for line in rows} == {session.model}
+    assert [line["line"] for line in rows] == [str(event.data.get("line", "")) for event in session.events]
+
+
+@pytest.mark.parametrize("text, cell", [
+    ("=1+1", "'=1+1"), ("+1", "'+1"), ("-rf", "'-rf"), ("@SUM(A1)", "'@SUM(A1)"), ("\t=1", "'=1"), ("\r=1", "'=1"),
+    ("a=1", "a=1"), ("", ""), ('say "hi", all', 'say "hi", all'), ("two\nlines", "two lines"), ("x\ud800", "x")])
+def test_no_cell_is_a_formula(text, cell):
+    session = so.Session("s", "A", "t")
+    session.add_event(so.SessionEvent("e", "2026-01-01", EventType.SEARCH, {
+        "query": text, "file_path": text, "command": text, "tool": text, "line": text}))
+    (row,) = csv.DictReader(io.StringIO(so.csv_report(session, so.build_report(session, ()))))
+    assert {row[name] for name in ("query", "file_path", "command", "tool", "line")} == {cell}
+
+
+# -- colour
+
+def on_a_terminal(optimizer, *arguments, **environment):
+    """What a command prints on a terminal."""
+    pty = pytest.importorskip("pty")
+    parent, child = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    process = subprocess.Popen([sys.executable, MODULE, "--store", optimizer.store.root, *arguments],
+                               stdout=child, stderr=subprocess.DEVNULL, env={**env, "TERM": "xterm", **environment})
+    os.close(child)
+    text = b""
+    try:
+        while True:
+            piece = os.read(parent, 4096)
+            if not piece:
+                break
+            text += piece
+    except OSError:
+        pass
+    process.wait(30)
+    os.close(parent)
+    return text.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("command", [["analyze", "s"], ["alerts"], ["scan", os.path.join(TRANSCRIPTS, "read-twice")]])
+def test_colour_is_for_terminals_alone(optimizer, command):
+    store_session(optimizer, "s", [READ, READ, READ, ANSWER])
+    run(optimizer, *command)
+    bare = run(optimizer, *command)[1]
+    assert "\033" not in bare
+    shown = on_a_terminal(optimizer, *command)
+    assert "\033[" in shown
+
+    def timeless(text):
+        return re.sub(r"Generated:.*", "", re.sub(r"\033\[[\d;]*m", "", text))
+    assert timeless(shown) == timeless(bare)
+    assert "\033" not in on_a_terminal(optimizer, *command, NO_COLOR="1")
+    assert "\033" not in on_a_terminal(optimizer, *command, TERM="dumb")
+
+
+def test_importing_the_module_loads_nothing_of_this():
+    heavy = ["html", "csv", "signal", "argparse", "http", "html.entities"]
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(MODULE)!r}); import sessionoptimizer; " \
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True).stdout.decode().strip() == "[]"
