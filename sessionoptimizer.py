@@ -1476,26 +1476,29 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     minimum_events = 3  # with tokens
 
     def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        spikes = [spike for spike in self.ratios(session) if spike[2].tokens > self.times * spike[1]]
+        spikes = [spike for spike in self.ratios(session, self.times) if spike[2].tokens > self.times * spike[1]]
         if spikes:
             yield self._finding(session, sorted(spikes, key=lambda spike: -spike[2].tokens))
 
-    def ratios(self, session: Session) -> Iterator[Tuple[float, float, SessionEvent]]:
-        """Of every event with tokens: how many times the average of the others, that average, and the event."""
-        events = [(e, e.tokens) for e in session.events if e.event_type is not EventType.CONTEXT_LOAD and e.tokens]
-        if len(events) < self.minimum_events:
+    def ratios(self, session: Session, least: float = 0.0) -> Iterator[Tuple[float, float, SessionEvent]]:
+        """Of the events with tokens: how many times the average of the others, that average, and the event. Those well
+        below ``least`` times the average are left out."""
+        by_type: Dict[str, List[Tuple[int, int]]] = {}
+        for at, event in enumerate(session.events):
+            tokens = event.tokens_input + event.tokens_output
+            if tokens and event.event_type is not EventType.CONTEXT_LOAD:
+                by_type.setdefault(event.event_type._value_, []).append((at, tokens))
+        sums = [(len(sizes), sum(tokens for _, tokens in sizes)) for sizes in by_type.values()]
+        everything = sum(count for count, _ in sums), sum(total for _, total in sums)
+        if everything[0] < self.minimum_events:
             return
-        sums: Dict[Any, List[int]] = {None: [len(events), sum(tokens for _, tokens in events)]}
-        for event, tokens in events:
-            row = sums.setdefault(event.event_type._value_, [0, 0])
-            row[0] += 1
-            row[1] += tokens
-        for kind, row in sums.items():
-            sums[kind] = row if row[0] >= self.enough else sums[None]
-        for event, tokens in events:
-            count, total = sums[event.event_type._value_]
-            average = (total - tokens) / (count - 1)
-            yield tokens / average if average else float(tokens), average, event
+        found = []
+        for sizes, own in zip(by_type.values(), sums):
+            count, total = own if own[0] >= self.enough else everything
+            enough = least * total / (count - 1 + least) * 0.999 - 1 if count > 1 else 0  # to be on the safe side of rounding
+            found += [(at, tokens, (total - tokens) / (count - 1)) for at, tokens in sizes if tokens > enough]
+        for at, tokens, average in sorted(found):
+            yield tokens / average if average else float(tokens), average, session.events[at]
 
     def _finding(self, session: Session, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
         multiplier, average, worst = spikes[0]
@@ -1742,8 +1745,16 @@ class ClaimsLedger:
 
 def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
     """Run the analyzers and charge what they claim. One that raises is named in the report, the others count."""
+    report = charged_report(session, analyzers)
+    report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
+    report.notes, report.recommendations = report_notes(session), recommendations(report)
+    return report
+
+
+def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+    """The findings of a report and its figures, without what only a reader wants: all that a summary needs."""
     issues, failures = [], []
-    for name in ("_unit_costs", "_repeats"):
+    for name in ("_unit_costs", "_repeats", "_by_id"):
         session.__dict__.pop(name, None)  # the events may have been changed in place since
     for analyzer in analyzers:
         try:
@@ -1758,13 +1769,10 @@ def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> Optimiz
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
     waste, total = sum(ledger.tokens.values()), session.total_tokens
     cost = session.estimated_cost
-    report = OptimizationReport(
+    return OptimizationReport(
         session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost),
-        100.0 * (1 - waste / total) if total else 100.0, [], token_breakdown(session), {},
-        ledger.tokens[True], min(ledger.cost[True], cost), total, cost, failures, report_notes(session),
-        token_use(session))
-    report.recommendations = recommendations(report)
-    return report
+        100.0 * (1 - waste / total) if total else 100.0, measured_waste_tokens=ledger.tokens[True],
+        measured_waste_cost=min(ledger.cost[True], cost), total_tokens=total, estimated_cost=cost, analyzer_errors=failures)
 
 
 def _sound(issue: Any) -> EfficiencyIssue:
@@ -2688,6 +2696,7 @@ _FOOTER_START = b"\n], "
 _FOOTER_END = b'"layout":2}\n'
 _FOOTER_SIZE = 1024  # bytes read from the end of a file; a footer is shorter
 _PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the header is wanted
+_START = 1024  # bytes that hold most headers
 _FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
 
 _TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
@@ -3338,6 +3347,33 @@ class Store(_Directory):
                     pass  # deleted since the listing
                 except SessionOptimizerError as error:
                     yield name[:-len(".json")], None, None, error
+
+    def head(self, session_id: str) -> dict:
+        """Header and footer of a session as one dict, from the ends of its file."""
+        return self._peek(self.find(session_id))[0]
+
+    def starts(self):
+        """Yield (id, header) of every session by the first line of its file alone; the header is None where that does
+        not tell: in the older layout, and where it is damaged."""
+        self._refuse_links()
+        for name in self._names():
+            if name.endswith(".json"):
+                yield name[:-len(".json")], self._start(self.sessions + os.sep + name)
+
+    @staticmethod
+    def _start(path: str):
+        try:
+            fd = os.open(path, _READ)
+            try:
+                first = _pread(fd, _START, 0)
+            finally:
+                os.close(fd)
+            end = first.find(b"\n")
+            if first.startswith(b'{"') and first.endswith(_HEADER_END, 0, end):
+                return _raw_decode(first[:end].decode() + "]}")[0]
+        except (OSError, ValueError, RecursionError):
+            pass  # reading all of it will say what it is
+        return None
 
     def _peek(self, path: str):
         """(header and footer, stat) from the ends of a file; from all of it when they do not fit."""
@@ -7214,16 +7250,31 @@ class _Sessions:
             raise InvalidValue(f"since is {since!r} and limit {limit!r}: give a datetime and a whole number")
         after = seconds_of(since.isoformat()) if since else None
         rows = []
-        for session_id, head, _, problem in self.store.heads():
-            if problem is not None:
-                _warn(f"left out of the list: {problem}")
-                continue
-            started = seconds_of(head.get("started_at")) or 0.0
-            if (not agent or str(head.get("agent")).upper() == agent.upper()) and wanted in (None, head.get("status")) \
-                    and (after is None or started >= after):
-                rows.append((started, session_id, head))
-        rows.sort(key=lambda row: (row[0], row[1]), reverse=True)
-        return [self._listed(session_id, head) for _, session_id, head in rows[:max(0, limit)]]
+        for session_id, head in self.store.starts():
+            whole = None if head else self._readable_head(session_id)
+            head = head or whole
+            started = seconds_of(head.get("started_at")) or 0.0 if head else 0.0
+            if head and (not agent or str(head.get("agent")).upper() == agent.upper()) and (
+                    after is None or started >= after):
+                rows.append((started, session_id, whole))
+        rows.sort(key=lambda row: row[:2], reverse=True)
+        found: List[Session] = []
+        for _, session_id, whole in rows:
+            if len(found) >= limit:
+                break
+            whole = whole or self._readable_head(session_id)
+            if whole and wanted in (None, whole.get("status")):
+                found.append(self._listed(session_id, whole))
+        return found
+
+    def _readable_head(self, session_id: str) -> Optional[Dict[str, Any]]:
+        try:
+            return self.store.head(session_id)
+        except SessionNotFound:
+            return None  # deleted meanwhile
+        except SessionOptimizerError as error:
+            _warn(f"left out of the list: {error}")
+            return None
 
     def _listed(self, session_id: str, head: Dict[str, Any]) -> Session:
         live = self._sessions.get(session_id)
@@ -7642,7 +7693,7 @@ class SessionOptimizer(_Transcripts):
         if session is None:
             return None
         session.prices = self.prices
-        report = build_report(session, self.analyzers)
+        report = charged_report(session, self.analyzers)
         issues: Dict[str, int] = {}
         for issue in report.issues:
             issues[issue.issue_type.value] = issues.get(issue.issue_type.value, 0) + 1
@@ -7656,7 +7707,7 @@ class SessionOptimizer(_Transcripts):
                 "measured_waste_tokens": report.measured_waste_tokens, "minutes": session.duration_seconds / 60,
                 "events": len(session.events), "issues": issues, "errors": len(errors),
                 "error_rate": 100 * failures / len(session.events) if failures > 1 else 0.0,
-                "spike": max((ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session)), default=0.0),
+                "spike": max((ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session, 1.0)), default=0.0),
                 "last_at": session.events[-1].timestamp if session.events else session.ended_at or session.started_at}
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,

@@ -499,6 +499,7 @@ REPEATED_READS = [  # name, events, (tokens, severity, ids of the events) of eac
      [(1000, "MEDIUM", "e1 e3")]),
     ("a page again", [read_of(lines=[1, 100]), read_of(lines=[1, 100])], [(1000, "MEDIUM", "e1 e2")]),
     ("pages that overlap by half", [read_of(lines=[1, 100]), read_of(lines=[51, 150])], [(500, "MEDIUM", "e1 e2")]),
+    ("pages that overlap by a tenth", [read_of(lines=[1, 100]), read_of(lines=[91, 190])], [(100, "MEDIUM", "e1 e2")]),
     ("two halves and the whole", [read_of(lines=[1, 50]), read_of(lines=[51, 100]), read_of(lines=[1, 100])],
      [(1000, "MEDIUM", "e1 e3")]),
     ("the middle of two overlapping pages", [read_of(lines=[1, 60]), read_of(lines=[40, 100]), read_of(lines=[31, 130])],
@@ -3691,6 +3692,169 @@ def test_pages_without_examples_are_known():
         assert len(fences) % 2 == 0 and set(fences[::2]) <= {"python", "console", "bash", "sh", "text", "json", "yaml", "ini", "toml", ""}, page
         for _, block in blocks(page, "text") + blocks(page, ""):
             assert not re.search(r"^(?:\$ sessionoptimizer|>>> |import |from \w+ import)", block, re.M), page
+
+
+# -- what readings of real findings and of the code have shown
+
+def test_a_moved_transcript_keeps_what_it_has_counted(tmp_path, optimizer):
+    path = tiny(tmp_path / "old").save()
+    before = optimizer.scan([str(tmp_path)])
+    (tmp_path / "new").mkdir()
+    os.rename(path, str(tmp_path / "new" / os.path.basename(path)))
+    after = optimizer.scan([str(tmp_path)])
+    assert after["totals"] == before["totals"] and [row["id"] for row in after["sessions"]] == [row["id"] for row in before["sessions"]]
+    assert len(optimizer.list_sessions()) == 1
+
+
+def test_what_a_fork_left_to_a_replaced_transcript_is_its_own_again(tmp_path, optimizer):
+    first = tiny(tmp_path).save()
+    fork = os.path.join(str(tmp_path), "99999999-2222-4333-8444-555555555555.jsonl")
+    write(fork, read(first).replace(b'"sessionId": "11111111', b'"sessionId": "99999999'))
+    once = optimizer.scan([str(tmp_path)])["totals"]
+    write(first, b'{"type":"user","sessionId":"x","parentUuid":null,"isSidechain":false,"uuid":"z","timestamp":'
+                 b'"2026-03-02T10:00:00.000Z","message":{"role":"user","content":"hello"}}\n')
+    again = optimizer.scan([str(tmp_path)])["totals"]
+    assert again["tokens"] == once["tokens"] and again["model_calls"] == once["model_calls"]
+
+
+def test_deleting_one_of_a_files_sessions_leaves_the_others(tmp_path, optimizer):
+    spans = [{"traceId": "t%d" % n, "spanId": "s%d" % n, "name": "chat m", "startTimeUnixNano": str(10**18 + n),
+              "endTimeUnixNano": str(10**18 + n + 5), "attributes": [
+                  {"key": key, "value": value} for key, value in (
+                      ("gen_ai.operation.name", {"stringValue": "chat"}), ("gen_ai.conversation.id", {"stringValue": "c%d" % n}),
+                      ("gen_ai.request.model", {"stringValue": "gpt-5"}), ("gen_ai.usage.input_tokens", {"intValue": "100"}),
+                      ("gen_ai.usage.output_tokens", {"intValue": "10"}))]} for n in (1, 2)]
+    path = str(tmp_path / "spans.jsonl")
+    write(path, json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode() + b"\n")
+    rows = optimizer.scan([path])["sessions"]
+    assert len(rows) == 2 and optimizer.delete_session(rows[0]["id"])
+    assert [row["id"] for row in optimizer.scan([path])["sessions"]] == [rows[1]["id"]]
+    assert len(optimizer.scan([path], again=True)["sessions"]) == 2
+
+
+def test_the_part_of_a_session_stands_for_the_whole(tmp_path, optimizer):
+    main = tiny(tmp_path).save()
+    agent = Transcript(tmp_path / os.path.splitext(os.path.basename(main))[0] / "subagents", "agent-abc")
+    agent.session = os.path.splitext(os.path.basename(main))[0]
+    agent.prompt("look", isSidechain=True, agentId="abc")
+    agent.answer("msg_sub", (3, 500, 0, 20), {"type": "text", "text": "done"}, isSidechain=True, agentId="abc")
+    part = agent.save()
+    whole = optimizer.scan([str(tmp_path)])["totals"]
+    assert optimizer.scan([part])["totals"] == whole and optimizer.scan([main])["totals"] == whole
+    assert len(optimizer.list_sessions()) == 1
+
+
+def test_images_read_from_one_path_are_not_the_same_text(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("compare the pictures")
+    for number in (1, 2):
+        transcript.answer("m%d" % number, (3, 2000, 0, 20), use("t%d" % number, "Read", file_path="/w/a.png"))
+        transcript.result("t%d" % number, [{"type": "image", "source": {"type": "base64", "data": "A" * number}}])
+    transcript.answer("m3", (3, 2000, 4000, 20), {"type": "text", "text": "they differ"})
+    assert not [issue for row in optimizer.scan([transcript.save()])["sessions"] for issue in row["issues"] if issue["measured"]]
+
+
+def test_tokens_are_billed_at_the_model_that_takes_them_in(tmp_path, optimizer):
+    transcript = tiny(tmp_path)
+    transcript.prompt("look", isSidechain=True, agentId="abc")
+    transcript.model = "claude-haiku-4-5-20251001"
+    transcript.answer("msg_sub", (0, 10_000, 0, 0), {"type": "text", "text": "done"}, isSidechain=True, agentId="abc")
+    with_agent = optimizer.scan([transcript.save()])["totals"]["estimated_cost"]
+    alone = optimizer.scan([tiny(tmp_path / "alone").save()], store=False)["totals"]["estimated_cost"]
+    assert with_agent - alone == pytest.approx(10_000 * 1.25e-6)
+
+
+def test_an_inline_sub_agent_is_one_window(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("delegate")
+    parent = None
+    for number in range(4):
+        for kind, message, name in (
+                ("assistant", {"id": "s%d" % number, "model": transcript.model, "role": "assistant", "stop_reason": "tool_use",
+                               "content": [use("t%d" % number, "Read", file_path="/w/%d.py" % number)],
+                               "usage": {"input_tokens": 3, "output_tokens": 9, "cache_creation_input_tokens": 100,
+                                         "cache_read_input_tokens": 100 * number}}, "a%d" % number),
+                ("user", {"role": "user", "content": [{"tool_use_id": "t%d" % number, "type": "tool_result",
+                                                       "content": "x = 1\n" * 40}]}, "r%d" % number)):
+            transcript.line(kind, message, isSidechain=True, uuid=name, parentUuid=parent)
+            parent = name
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    agents = {event.agent_id for event in optimizer.get_session(row["id"]).events if event.agent_id}
+    assert len(agents) == 1
+
+
+def test_the_end_of_a_growing_file_is_no_repetition():
+    events = [read_of("log", 100, lines=[-20, None], content_hash=digest) for digest in ("a", "b", "b")]
+    report = so.build_report(session_of(*events), [so.RepeatedFileReadAnalyzer()])
+    assert [issue.estimated_waste_tokens for issue in report.issues] == [100]
+
+
+def test_a_look_at_the_file_between_two_failed_writes_is_an_attempt_to_mend():
+    failed = dict(tool="Edit", file_path="a.py", message="String to replace not found")
+    fail = [event_like("ERROR", dict(failed), 50) for _ in range(2)]
+    look = event_like("FILE_READ", {"file_path": "a.py"}, 500)
+    guilty = so.build_report(session_of(*copies(fail)), [so.FailedRetryAnalyzer()])
+    innocent = so.build_report(session_of(*copies([fail[0], look, fail[1]])), [so.FailedRetryAnalyzer()])
+    assert len(guilty.issues) == 1 and innocent.issues == []
+
+
+def event_like(kind, data, tokens):
+    return so.SessionEvent("", "", EventType[kind], data, tokens)
+
+
+def test_thinking_is_not_judged_by_placeholders():
+    thinking = event_like("THINKING", {}, 0)
+    thinking.tokens_output = 90
+    session = session_of(*copies([thinking]), output_lower_bound_calls=3)
+    assert so.build_report(session, [so.ExcessiveThinkingAnalyzer()]).issues == []
+    assert so.build_report(session_of(*copies([thinking])), [so.ExcessiveThinkingAnalyzer()]).issues
+
+
+@pytest.mark.parametrize("odd", [
+    {"severity": "HIGH"}, {"issue_type": "TOKEN_SPIKE"}, {"estimated_waste_tokens": None}, {"estimated_waste_tokens": -5},
+    {"suggestion": None}, {"events_involved": None}, {"claims": None}, {"estimated_waste_tokens": 10**20}])
+def test_odd_issues_of_a_users_analyzer_are_mended_or_named(odd):
+    class Odd(so.BaseAnalyzer):
+        def analyze(self, session):
+            values = dict({"id": "i", "issue_type": IssueType.UNUSED_CONTEXT, "severity": Severity.LOW, "description": "d",
+                           "suggestion": "s", "estimated_waste_tokens": 100}, **odd)
+            return [so.EfficiencyIssue(**values)]
+    report = so.build_report(session_of(read_of(), read_of("b.py")), [Odd()])
+    assert 0 <= report.total_waste_tokens <= report.total_tokens and 0 <= report.efficiency_score <= 100
+    assert report.issues or report.analyzer_errors
+
+
+def test_what_is_no_issue_is_named():
+    class Wrong(so.BaseAnalyzer):
+        def analyze(self, session):
+            return ["waste!"]
+    report = so.build_report(session_of(read_of()), [Wrong()])
+    assert "Wrong" in report.analyzer_errors[0] and "INCOMPLETE" in report.recommendations[0]
+
+
+@pytest.mark.parametrize("call", [
+    lambda o: o.list_sessions(since="yesterday"), lambda o: o.list_sessions(limit=None), lambda o: o.log_event("s", "CUSTOM", "text"),
+    lambda o: o.start_session("A", "t", metadata=5), lambda o: o.agent_statistics("A", days="7"), lambda o: o.compare_sessions(None),
+    lambda o: o.compare_sessions("s"), lambda o: o.export_report("s", format=[]), lambda o: o.end_session("s", "ACTIVE")])
+def test_arguments_of_a_wrong_kind_are_named(optimizer, call):
+    optimizer.start_session("A", "t", session_id="s")
+    with pytest.raises(InvalidValue):
+        call(optimizer)
+
+
+def test_a_session_made_with_events_has_their_totals():
+    session = so.Session("s", "A", "t", events=[event_like("FILE_READ", {}, 70)])
+    assert session.total_tokens == 70 and so.build_report(session, []).efficiency_score == 100.0
+
+
+def test_cache_writes_are_part_of_the_input():
+    with pytest.raises(InvalidValue, match="cache writes"):
+        so.SessionEvent.from_dict({"id": "e", "event_type": "CUSTOM", "tokens_input": 5, "tokens_cache_write": 6})
+
+
+def test_the_published_table_is_what_the_selftest_prints():
+    shown = read(os.path.join(HERE, "docs", "accuracy.md")).decode("utf-8")
+    assert so.selftest_report(so.run_labelled_cases()) in shown
 
 
 # ======================================================================================================
