@@ -8033,8 +8033,10 @@ _AMOUNT = _argument(_amount, "a number >= 0")
 def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]]]]:
     session = ("session_id", {"help": "the session's id, a unique beginning of it, or 'last'"})
     json_or_text = ("--format", {"choices": ("text", "json"), "default": "text", "help": "text (default) or json"})
-    limit = ("--fail-under", {"type": float, "metavar": "SCORE", "help": "status 3 when the score is below (0-100)"})
-    report = ("--format", {"choices": tuple(FORMATS), "default": "text", "help": f"one of {', '.join(FORMATS)}"})
+    return dict(_session_commands(session, json_or_text), **_report_commands(session, json_or_text))
+
+
+def _session_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -> Dict[str, Any]:
     return {
         "start": (_start, "begin a session", [
             ("agent", {"help": "the agent's name"}), ("task", {"help": "what it is to do"}),
@@ -8060,7 +8062,15 @@ def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]
             ("--status", {"type": _one_of(SessionStatus, "a status"), "metavar": "STATUS", "help": "of this status only"}),
             ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "started since: 90m, 12h, 7d or ISO-8601"}),
             ("--limit", {"type": _COUNT, "default": 20, "metavar": "N", "help": "at most N (default 20)"}), json_or_text]),
-        "delete": (_delete, "delete a session and its report", [session]),
+        "delete": (_delete, "delete a session and its report", [
+            ("session_id", {"help": "the session's whole id, or 'last'"})]),
+    }
+
+
+def _report_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -> Dict[str, Any]:
+    limit = ("--fail-under", {"type": float, "metavar": "SCORE", "help": "status 3 when the score is below (0-100)"})
+    report = ("--format", {"choices": tuple(FORMATS), "default": "text", "help": f"one of {', '.join(FORMATS)}"})
+    return {
         "analyze": (_analyze, "say what a session wasted", [
             session, report, limit,
             ("--evidence", {"action": "store_true", "help": "show the events of every finding: file:line, tokens, extract"})]),

@@ -302,7 +302,7 @@ def test_no_broad_except_but_around_a_users_analyzer_and_a_hook():
              and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None)]
     around = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
               and any(handler in ast.walk(node) for handler in broad)]
-    assert sorted(around) == ["build_report", "main"]
+    assert sorted(around) == ["charged_report", "main"]
 
 
 # ======================================================================================================
@@ -3555,8 +3555,8 @@ def test_functions_and_classes_stay_small():
     tree = ast.parse(read(MODULE))
     sizes = [(node.end_lineno - node.lineno + 1, node.name, isinstance(node, ast.ClassDef)) for node in ast.walk(tree)
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert [(name, size) for size, name, is_class in sizes if size > 50 and not is_class and name not in ("_commands",)] == []
-    assert [(name, size) for size, name, is_class in sizes if size > 300 and is_class and name != "SessionOptimizer"] == []
+    assert [(name, size) for size, name, is_class in sizes if size > 50 and not is_class] == []
+    assert [(name, size) for size, name, is_class in sizes if size > 300 and is_class] == []
 
 
 def test_every_public_name_has_a_docstring():
@@ -3857,9 +3857,7 @@ def test_the_published_table_is_what_the_selftest_prints():
     assert so.selftest_report(so.run_labelled_cases()) in shown
 
 
-# ======================================================================================================
-# Alerts, live hooks and pictures, which cross the rooms
-# ======================================================================================================
+# -- alerts, live hooks and pictures, which cross the rooms
 
 def run(optimizer, *arguments, stdin=None):
     """Run the command line in a process of its own: (status, standard output, standard error)."""
