@@ -880,7 +880,8 @@ def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
     """Paths the event may have changed; ["*"]: anything; ["?"]: not known; []: nothing."""
     data = event.data
     if "changes" in data:
-        return data["changes"] if isinstance(data["changes"], list) else ["?"]
+        changes = data["changes"]
+        return changes if isinstance(changes, list) and all(path.__class__ is str for path in changes) else ["?"]
     kind = event.event_type
     if kind is EventType.FILE_WRITE:
         return [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
@@ -917,9 +918,14 @@ def _command_of(data: Dict[str, Any]) -> str:
     return command if isinstance(command, str) else ""
 
 
+def _is_imported(data: Dict[str, Any]) -> bool:
+    """Whether a reader made the event: then ``line`` and ``path`` are its place in the transcript."""
+    return "line" in data and "response_id" in data
+
+
 def _paths_of(data: Dict[str, Any]) -> List[str]:
-    """The files an event names. In an imported event (it has a ``line``) ``path`` is the transcript's."""
-    path = data.get("file_path") or data.get("file") or ("" if "line" in data else data.get("path")) or ""
+    """The files an event names. In an imported event ``path`` is the transcript's."""
+    path = data.get("file_path") or data.get("file") or ("" if _is_imported(data) else data.get("path")) or ""
     paths = data.get("file_paths") or [path]
     return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
 
@@ -1029,8 +1035,9 @@ class ContextMemory:
                                                                      for key in _REQUEST):
                 event.data["lines"] = data["lines"]
                 return
-            if first <= (data.get("total_lines") or 0) < last:
-                last = data["total_lines"]
+            total = data.get("total_lines")
+            if _is_count(total) and first <= total < last:
+                last = total
         event.data["lines"] = [first, last]
 
     def held_since(self, event: SessionEvent) -> Optional[float]:
@@ -1042,7 +1049,7 @@ class ContextMemory:
 
     def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
         several = event.data.get("reads")
-        if isinstance(several, list):
+        if isinstance(several, list) and all(isinstance(read, (list, tuple)) and len(read) == 3 for read in several):
             return [(canonical_path(str(read[0]), self.cwd), *line_range({"lines": read[1:]})) for read in several]
         first, last = line_range(event.data)
         pages = f"#pages={event.data['pages']}" if event.data.get("pages") else ""
@@ -1097,7 +1104,8 @@ class ContextMemory:
             if self._tells_nothing_new(held, event, first, last, digest):
                 continue
             held.append(_Held(first, last, digest, self._clock, event))
-            if first == 1 and last >= (event.data.get("total_lines") or TO_THE_END):
+            total = event.data.get("total_lines")
+            if first == 1 and last >= (total if _is_count(total) and total else TO_THE_END):
                 held.append(_Held(-last, -1, "", self._clock, event))
 
     def _note_folders(self, path: str) -> None:
@@ -1149,7 +1157,7 @@ def search_key(data: Dict[str, Any]) -> Optional[Tuple[str, str, str]]:
     query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
     if not query:
         return None
-    names = ("scope", "file_path", "glob", "type", "include") + (() if "line" in data else ("path",))
+    names = ("scope", "file_path", "glob", "type", "include") + (() if _is_imported(data) else ("path",))
     scope = " ".join(f"{name}={data[name]}" for name in names if data.get(name))
     return str(data.get("tool") or "").lower(), query, " ".join(scope.split())
 
@@ -1388,7 +1396,7 @@ class FailedRetryAnalyzer(BaseAnalyzer):
     def _key(event: SessionEvent) -> Tuple[str, str, str]:
         data = event.data
         operation = data.get("operation") or _command_of(data) or data.get("tool") or data.get("name") or ""
-        message = data.get("error_hash") or normal_message(data.get("message") or data.get("error") or "")
+        message = str(data.get("error_hash") or "") or normal_message(data.get("message") or data.get("error") or "")
         return event.agent_id, " ".join(str(operation).split()), message
 
     def _finding(self, run: List[SessionEvent]) -> EfficiencyIssue:
@@ -1760,14 +1768,18 @@ def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> Optim
         try:
             found = [_sound(issue) for issue in analyzer.analyze(session) or []]
             if type(analyzer).analyze is not BaseAnalyzer.analyze:  # it made its issues itself
+                found = list({id(issue): issue for issue in found}.values())
                 for issue in found:
                     price_issue(session, issue)
+                    if session.total_tokens:
+                        issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, session.total_tokens)
             issues += found
         except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
     ledger = ClaimsLedger(session, issues)
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
-    waste, total = sum(ledger.tokens.values()), session.total_tokens
+    waste = sum(ledger.tokens.values())
+    total = sum(event.tokens for event in session.events) if session.events else session.total_tokens
     cost = session.estimated_cost
     return OptimizationReport(
         session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost),
@@ -1995,7 +2007,7 @@ def markdown_report(session: Session, report: OptimizationReport) -> str:
 
 def json_report(session: Session, report: OptimizationReport) -> str:
     """The report's fields as JSON."""
-    return json.dumps(report.to_dict(), indent=2)
+    return json.dumps(report.to_dict(), indent=2, default=str)
 
 
 # -- pictures: one file each, drawn without a script
@@ -4403,7 +4415,7 @@ _COMMANDS = {name: handler for handler, names in _FAMILIES for name in names.spl
 
 _SECRET_HINTS = ("k-", "k_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "akia", "asia", "xox",
                  "aiza", "eyj", "glpat-", "npm_", "hf_", "token", "secret", "passw", "passphrase", "pwd",
-                 "key", "bearer", "basic", "authorization", "://", "sshpass", "-u ")
+                 "key", "bearer", "basic", "cookie", "mysql", "login", "openssl", "authorization", "://", "sshpass", "-u ")
 _SECRETS = _Pattern(r"""(?xis)
   -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY-----.*?(?:-----END[^\n]{0,50}|\Z)
 | \b(?:[spr]k[-_](?:live_|test_|ant-|proj-)?[\w-]{16,200} | gh[pousr]_\w{20,255} | github_pat_\w{20,255}
@@ -4411,8 +4423,10 @@ _SECRETS = _Pattern(r"""(?xis)
     | eyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]{0,2000}
     | glpat-[\w-]{16,100} | npm_\w{30,60} | hf_\w{30,60})
 | (?P<kept>
-      (?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|passphrase|\bpwd)["']?\s{0,3}[=:]\s{0,3}["']?
-    | --(?:password|passwd|token|api-key|secret)(?:=|\s{1,3})["']?
+      (?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|passphrase|\bpwd|\bkey_base)[\w-]{0,20}["']?\s{0,3}[=:]\s{0,3}["']?
+    | --(?:with-|client-)?(?:password|passwd|token|api-key|secret)(?:=|\s{1,3})["']?
+    | \b(?:aws_)?secret_access_key\s{1,3}["']? | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}=
+    | \b(?:login|mysql|mysqldump|psql|enc)\b[^\n|;&]{0,80}\s-[pk]\s{0,3}["']?
     | authorization["']?\s{0,3}[:=]\s{0,3}["']?(?:(?:bearer|basic|token)\s{1,3})?
     | \b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{16})
     | ://[^\s/@:'"]{0,200}:(?=[^\s/@]{1,200}@)
@@ -4568,7 +4582,8 @@ class WindowBuilder:
             if entry.counted:
                 self._lay_out(entry, previous, pending, context - before, events, start)
             else:
-                del events[start:]  # what led to a response that is counted elsewhere is told there
+                # What led to a response that is counted elsewhere is told there, but for what a response here has written.
+                events[start:] = [event for event in events[start:] if event.tokens_output]
             entry.share_output()
             previous, before, pending = entry, context, []
             events += self._answer(entry)
@@ -4581,8 +4596,8 @@ class WindowBuilder:
 
     @staticmethod
     def _answer(call: Call) -> List[SessionEvent]:
-        return [call.event] + [event for kind, _, event in call.parts if kind == "thinking" and event] \
-            if call.counted else []
+        thoughts = {id(event): event for kind, _, event in call.parts if kind == "thinking" and event}
+        return [call.event, *thoughts.values()] if call.counted else []
 
     def _lay_out(self, call: Call, previous: Optional[Call], pending: List[Tuple[SessionEvent, int]], growth: int,
                  events: List[SessionEvent], start: int) -> None:
@@ -4757,14 +4772,16 @@ class ToolEvents:
             self._search(event, arguments, path)
         elif kind == "read" and path:
             event.event_type = EventType.FILE_READ
-            data["file_path"] = canonical_path(path, self.cwd)
-            for key in ("offset", "limit", "pages"):
-                if arguments.get(key):
+            data["file_path"] = mask_secrets(canonical_path(path, self.cwd))
+            for key in ("offset", "limit"):
+                if _is_count(arguments.get(key)) and arguments[key]:
                     data[key] = arguments[key]
+            if arguments.get("pages"):
+                data["pages"] = str(arguments["pages"])[:40]
         elif kind == "write":
             event.event_type = EventType.FILE_WRITE
             paths = [path] if path else patched_paths(str(arguments.get("input") or arguments.get("patch") or ""))
-            data["changes"] = [canonical_path(p, self.cwd) for p in paths] or ["*"]
+            data["changes"] = [mask_secrets(canonical_path(p, self.cwd)) for p in paths] or ["*"]
             if paths:
                 data["file_path"] = data["changes"][0]
         else:
@@ -4782,9 +4799,9 @@ class ToolEvents:
             data["query"] = mask_secrets(query[:600])[:300]
 
     def _command(self, event: SessionEvent, command: Any, cwd: Any) -> None:
-        effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
+        effects = _masked(shell_effects(command, cwd if isinstance(cwd, str) else self.cwd))
         text = command if isinstance(command, str) else " ".join(map(str, command))
-        event.data["command"] = mask_secrets(text[:1000].split("<<", 1)[0])[:300]  # a here-document is file content
+        event.data["command"] = mask_secrets(_HERE.split(text[:1000], 1)[0])[:300]
         event.data["operation"] = digest_of(" ".join(text.split()))
         event.data["changes"] = effects.changes
         kind = effects.kind
@@ -4809,12 +4826,15 @@ class ToolEvents:
 
     def _search(self, event: SessionEvent, arguments: Dict[str, Any], path: str) -> None:
         event.event_type = EventType.SEARCH
-        query = next((arguments[key] for key in ("pattern", "query", "url", "prompt") if arguments.get(key)), path)
+        query = next((arguments[key] for key in ("pattern", "query", "url") if arguments.get(key)), path)
+        if not query and arguments.get("prompt"):
+            query = f"prompt {digest_of(arguments['prompt'])}"
         event.data["query"] = mask_secrets(str(query)[:600])[:300]
-        scope = {key: value if key in _SCOPE_KEYS and len(str(value)) <= 80 else digest_of(value)
+        scope = {key: value if key in _SCOPE_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 80
+                 else digest_of(value)
                  for key, value in sorted(arguments.items()) if value not in (None, query) and key != "description"}
         if path and path != query:
-            event.data["file_path"] = canonical_path(path, self.cwd)
+            event.data["file_path"] = mask_secrets(canonical_path(path, self.cwd))
             scope.update((key, event.data["file_path"]) for key in scope if arguments[key] == path)
         if scope:
             event.data["scope"] = mask_secrets(json.dumps(scope))[:600]
@@ -4879,9 +4899,18 @@ _TOOL_KINDS = {tool: kind for kind, tools in (
     ("shell", _SHELL_TOOLS)) for tool in tools}
 
 
+_HERE = _Pattern(r"<<|@['\"]|\*\*\* Begin Patch")  # what follows in a command is file content
+
 # Where a search looks and how it shows what it finds: kept as given. What else it is told may be a prompt: kept as a hash.
 _SCOPE_KEYS = ("path", "dir_path", "glob", "type", "include", "output_mode", "head_limit", "offset", "limit", "max_results",
                "multiline", "context", "-i", "-n", "-A", "-B", "-C", "case_sensitive", "respect_git_ignore")
+
+
+def _masked(effects: ShellEffects) -> ShellEffects:
+    """The effects with what looks like a secret masked in their paths."""
+    effects.reads = [(mask_secrets(path), first, last) for path, first, last in effects.reads]
+    effects.writes, effects.changes = [[mask_secrets(path) for path in paths] for paths in (effects.writes, effects.changes)]
+    return effects
 
 
 def _path_argument(arguments: Dict[str, Any]) -> str:
@@ -4964,7 +4993,7 @@ class ClaudeCodeReader(TranscriptReader):
         for path in paths:
             if _is_agent_file(path):
                 folder = os.path.dirname(path)
-                above = folder.split(os.sep + "subagents")[0] if os.sep + "subagents" in folder else ""
+                above = (folder + os.sep).rpartition(f"{os.sep}subagents{os.sep}")[0]
                 main = mains.get(above) or by_session.get((folder, _session_id_in(path)))
                 units.setdefault(main or path, [] if main else [path])
                 if main:
@@ -4976,7 +5005,7 @@ class ClaudeCodeReader(TranscriptReader):
 
 
 def _is_agent_file(path: str) -> bool:
-    return os.path.basename(path).startswith("agent-") and (os.sep + "subagents" in path or b'"isSidechain":true' in
+    return os.path.basename(path).startswith("agent-") and (f"{os.sep}subagents{os.sep}" in path or b'"isSidechain":true' in
                                                             _head_of(path, 4096).replace(b": ", b":"))
 
 
@@ -4996,7 +5025,8 @@ def _head_of(path: str, size: int) -> bytes:
 _BOOKKEEPING = (b'{"type":"file-history-snapshot"', b'{"type":"queue-operation"', b'{"type":"last-prompt"',
                 b'{"type":"mode"', b'{"type":"custom-title"', b'{"type":"ai-title"', b'{"type":"permission-mode"',
                 b'{"type":"summary"')
-_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>", "<local-command-caveat>", "<bash-input>",
+_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>", "<local-command-stderr>",
+              "<bash-stderr>", "<local-command-caveat>", "<bash-input>",
               "<bash-stdout>", "<task-notification>", "<system-reminder>", "<ide_opened_file>", "<ide_selection>",
               "[Request interrupted by user", "Caveat: The messages below")
 _PLACEHOLDERS_FROM = (2, 1, 8)  # the first version that writes responses whose output is never filled in
@@ -6754,7 +6784,8 @@ class TranscriptScan:
     """
 
     def __init__(self, state: Optional[Dict[str, Any]], settings: str = "", again: bool = False):
-        state = state if isinstance(state, dict) and isinstance(state.get("units"), dict) else {}
+        state = state if isinstance(state, dict) and state.get("version") == 1 and isinstance(state.get("units"), dict) \
+            and isinstance(state.get("files"), dict) else {}
         self.files: Dict[str, List[Any]] = state.get("files", {})
         self.units: Dict[str, Dict[str, Any]] = state.get("units", {})
         self.settings, self.again = settings, again
@@ -6844,7 +6875,8 @@ class TranscriptScan:
         gone |= leaning
         waiting = [(self.units[name]["order"], name) for name in leaning.union(self.changed)]
         heapify(waiting)
-        self.owners = {key: name for key, name in (owners or {}).items() if name not in gone}
+        known = owners if isinstance(owners, dict) else {}
+        self.owners = {key: name for key, name in known.items() if name not in gone}
         while waiting:
             _, name = heappop(waiting)
             losers: set = set()
@@ -7203,6 +7235,8 @@ class _Sessions:
         return self._refreshed(session_id)
 
     def _refreshed(self, session_id: str) -> Optional[Session]:
+        if not isinstance(session_id, str):
+            return None
         session, mark = self._sessions.get(session_id), self._marks.get(session_id)
         try:
             news = self.store.tail(session_id, mark) if session is not None and mark else None
@@ -7246,9 +7280,9 @@ class _Sessions:
         """Sessions, newest first, at most ``limit``. ``since`` is a datetime (without a zone: local). Reads the ends of the
         files only; a damaged one is named in a warning and left out."""
         wanted = None if status is None else _status(status).value
-        if since is not None and not hasattr(since, "isoformat") or limit.__class__ is not int:
-            raise InvalidValue(f"since is {since!r} and limit {limit!r}: give a datetime and a whole number")
-        after = seconds_of(since.isoformat()) if since else None
+        if limit.__class__ is not int or agent is not None and not isinstance(agent, str):
+            raise InvalidValue(f"agent is {agent!r} and limit {limit!r}: give a text and a whole number")
+        after = _since(since)
         rows = []
         for session_id, head in self.store.starts():
             whole = None if head else self._readable_head(session_id)
@@ -7280,7 +7314,8 @@ class _Sessions:
         live = self._sessions.get(session_id)
         if live is not None and session_id in self._marks:
             return self._refreshed(session_id) or live
-        session = _ListedSession(session_id, str(head.get("agent")), str(head.get("task")), _status(head["status"]),
+        session = _ListedSession(session_id, str(head.get("agent")), str(head.get("task")),
+                                 _status(head.get("status", "ACTIVE")),
                                  str(head.get("started_at") or ""), str(head.get("ended_at") or ""),
                                  model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
         for name in ("total_tokens_input", "total_tokens_output", "total_duration_ms"):
@@ -7291,6 +7326,8 @@ class _Sessions:
     def delete_session(self, session_id: str) -> bool:
         """Remove a session and its report; False when there is none. An imported one stays away from later scans until
         they are told otherwise (``scan(again=True)``)."""
+        if not isinstance(session_id, str):
+            return False
         session = self._sessions.get(session_id) or self._head_of(session_id)
         try:
             deleted = self.store.delete(session_id)
@@ -7388,7 +7425,8 @@ class _Transcripts(_Sessions):
             if scan.files.get(path) and not scan.files[path][2]:
                 scan.skipped[path] = [[path, 0, scan.files[path][4]]]  # somebody named it, so it is not left out in silence
         before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
-        deleted = set(self.store.read_json("deleted") or []) if store else set()
+        gone = self.store.read_json("deleted") if store else None
+        deleted = set(gone) if isinstance(gone, list) else set()
         for unit in scan.scope if deleted else ():
             scan.units[unit]["rows"] = [row for row in scan.units[unit]["rows"] if row["id"] not in deleted]
         if scan.changed or scan.dropped:
@@ -7514,7 +7552,8 @@ class _Transcripts(_Sessions):
         for analyzer in self.analyzers:
             cls = type(analyzer)
             parts.append(["" if cls in BUILT_IN_ANALYZERS else cls.__module__, cls.__qualname__,
-                          analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else sorted(vars(analyzer))])
+                          analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer)
+                          else sorted(getattr(analyzer, "__dict__", ()))])
         return digest_of(json.dumps(parts, sort_keys=True, default=str))
 
 
@@ -7615,7 +7654,7 @@ class SessionOptimizer(_Transcripts):
         ``{"error": ...}`` when fewer than two of them are found."""
         if isinstance(session_ids, str) or not hasattr(session_ids, "__iter__"):
             raise InvalidValue(f"session_ids is {session_ids!r}: give a list of ids")
-        reports = {session_id: self.analyze(session_id) for session_id in dict.fromkeys(session_ids)}
+        reports = {session_id: self.analyze(session_id) for session_id in dict.fromkeys(map(str, session_ids))}
         found = {session_id: report for session_id, report in reports.items() if report is not None}
         if len(found) < 2:
             missing = ", ".join(plain(i, 60) for i, report in reports.items() if report is None)
@@ -7638,8 +7677,8 @@ class SessionOptimizer(_Transcripts):
         """An agent's sessions of the last ``days``: tokens, USD, average efficiency (0–100), the five most frequent issues,
         and the trend of the second half against the first; with no sessions ``{"agent", "sessions": 0, "message"}``.
         Every session of the period counts; unchanged ones are not read again."""
-        if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days < 1e6:
-            raise InvalidValue(f"days is {days!r}: give a number of days")
+        if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
+            raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
         rows = [row for row in self.summaries(days=days) if row["agent"].upper() == str(agent).upper()]
         if not rows:
             return {"agent": agent, "sessions": 0, "message": f"No sessions found in the last {days} days"}
@@ -7721,7 +7760,7 @@ class SessionOptimizer(_Transcripts):
             if name not in limits or isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of {', '.join(limits)}")
             limits[name] = value
-        after = seconds_of(since.isoformat()) if since else None
+        after = _since(since)
         rows = [row for row in self.summaries() if (not agent or row["agent"].upper() == agent.upper())
                 and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
         found = [alert for row in rows for alert in alerts_of(row, limits)]
@@ -7762,6 +7801,15 @@ def _not_json(error: Exception, what: str) -> InvalidValue:
     return InvalidValue(f"{what} has no JSON form ({error}): use texts, finite numbers, lists and objects")
 
 
+def _since(moment: Optional[datetime]) -> Optional[float]:
+    """Seconds since 1970 of a datetime, None for none; InvalidValue for anything else."""
+    if moment is None:
+        return None
+    if not hasattr(moment, "isoformat"):
+        raise InvalidValue(f"since is {moment!r}: give a datetime")
+    return seconds_of(moment.isoformat())
+
+
 def _event_type(value: Union[EventType, str]) -> EventType:
     if value.__class__ is EventType:
         return value  # type: ignore[return-value]
@@ -7797,7 +7845,7 @@ def _lessons(best: str, good: OptimizationReport, worst: str, bad: OptimizationR
 
 def _scan_result(scan: TranscriptScan, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str,
                  first: bool) -> Dict[str, Any]:
-    after = seconds_of(since.isoformat()) if since else None
+    after = _since(since)
     names = {agent.lower(), agent.lower().replace(" ", "-")}
     rows = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
     chosen = [row for row in rows
@@ -8068,7 +8116,7 @@ def _session_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -
 
 
 def _report_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -> Dict[str, Any]:
-    limit = ("--fail-under", {"type": float, "metavar": "SCORE", "help": "status 3 when the score is below (0-100)"})
+    limit = ("--fail-under", {"type": _AMOUNT, "metavar": "SCORE", "help": "status 3 when the score is below (0-100)"})
     report = ("--format", {"choices": tuple(FORMATS), "default": "text", "help": f"one of {', '.join(FORMATS)}"})
     return {
         "analyze": (_analyze, "say what a session wasted", [
@@ -8231,6 +8279,10 @@ def _main(argv: List[str], first: str) -> int:
             return EXIT_FAILED
         except BrokenPipeError:
             return _flushed(EXIT_DONE)
+        except OSError as error:
+            print(f"sessionoptimizer: the output cannot be written: {error.strerror}; nothing stored is lost", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return EXIT_FAILED
         except KeyboardInterrupt:
             return 130
 
@@ -8245,6 +8297,8 @@ def _flushed(status: int) -> int:
 
 
 def _run(options: Any) -> int:
+    if sys.stdout is None or sys.stdin is None:  # closed by the caller
+        sys.stdout, sys.stdin = sys.stdout or open(os.devnull, "w"), sys.stdin or open(os.devnull)
     options.optimizer = SessionOptimizer(options.store)
     status = options.func(options)
     sys.stdout.flush()
@@ -8468,10 +8522,10 @@ def _compare(options: Any) -> int:
         return EXIT_DONE
     print(f"{'session':<40} {'tokens':>12} {'cost':>10} {'score':>6} {'issues':>6}")
     for row in result["sessions"]:
-        print(f"{plain(row['id'], 40):<40} {row['total_tokens']:>12,} {dollars(row['cost']):>10} "
+        _say(f"{plain(row['id'], 40):<40} {row['total_tokens']:>12,} {dollars(row['cost']):>10} "
               f"{row['efficiency_score']:>6.1f} {row['issue_count']:>6}")
     mean = result["averages"]
-    print(f"{'average':<40} {mean['tokens']:>12,.0f} {dollars(mean['cost']):>10} {mean['efficiency']:>6.1f} "
+    _say(f"{'average':<40} {mean['tokens']:>12,.0f} {dollars(mean['cost']):>10} {mean['efficiency']:>6.1f} "
           f"{mean['issues']:>6.1f}\nBest: {result['best_performer']}\nWorst: {result['worst_performer']}")
     for lesson in result["recommendations"]:
         _say(f"  * {plain(lesson, 300)}")
@@ -8487,7 +8541,7 @@ def _export(options: Any) -> int:
 
 
 def _write_out(text: str, path: Optional[str]) -> None:
-    """To a file, in one step so that a reader never sees half of it, or to standard output."""
+    """To a file or to standard output."""
     if not path:
         _say(text)
         return
@@ -8556,6 +8610,8 @@ def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
             raise CommandError(f"{path} cannot be read: {error}") from None
         return [session.id] if session else []
     result = optimizer.scan([path], again=True)
+    if not result["sessions"] and not result["skipped"]:
+        print(f"sessionoptimizer: {plain(path)}: holds no session or transcript", file=sys.stderr)
     for entry in result["skipped"]:
         print(f"sessionoptimizer: {plain(entry['path'])}:{entry['line']}: {plain(entry['reason'])}", file=sys.stderr)
     return [row["id"] for row in result["sessions"]]

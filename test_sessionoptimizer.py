@@ -3857,6 +3857,90 @@ def test_the_published_table_is_what_the_selftest_prints():
     assert so.selftest_report(so.run_labelled_cases()) in shown
 
 
+def test_two_thinking_blocks_of_one_response_are_one_event(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("think twice")
+    thought = {"type": "thinking", "thinking": "x" * 400, "signature": "s"}
+    for block in (thought, text(40), thought, text(40)):
+        transcript.answer("m1", (3, 1_000, 0, 1_000), block)
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    session = optimizer.get_session(row["id"])
+    assert session.total_tokens_output == row["tokens"]["output"] == 1_000
+    assert len({event.id for event in session.events}) == len(session.events)
+
+
+def test_what_a_counted_response_wrote_stays_when_the_next_is_counted_elsewhere(tmp_path, optimizer):
+    first, fork = Transcript(tmp_path), Transcript(tmp_path, name="22222222-2222-4333-8444-555555555555")
+    for transcript, own in ((first, False), (fork, True)):
+        transcript.prompt("go on")
+        transcript.answer("a", (3, 1_000, 0, 10), text(20))
+        if own:
+            transcript.answer("b", (3, 100, 1_003, 400), use("t1", "Write", file_path="/w/a.py", content="x" * 900))
+            transcript.result("t1", "File created")
+        transcript.answer("c", (3, 100, 1_106, 20), text(40))
+    first.save()
+    fork.save()
+    totals = optimizer.scan([str(tmp_path)])["totals"]
+    assert totals["tokens"]["output"] == 430 and totals["model_calls"] == 3
+    assert sum(session.total_tokens_output for session in optimizer.list_sessions()) == 430
+
+
+def test_a_project_below_a_folder_named_like_the_sub_agents(tmp_path, optimizer):
+    folder = tmp_path / "subagents-of-mine" / "proj"
+    main = tiny(folder).save()
+    session = os.path.splitext(os.path.basename(main))[0]
+    agent = Transcript(folder / session / "subagents", "agent-abc")
+    agent.session = session
+    agent.prompt("look", isSidechain=True, agentId="abc")
+    agent.answer("msg_sub", (3, 500, 0, 20), text(9), isSidechain=True, agentId="abc")
+    agent.save()
+    assert optimizer.scan([str(tmp_path)])["totals"]["sessions"] == 1
+
+
+def test_a_session_without_a_status_hides_no_other(optimizer):
+    optimizer.start_session("A", "t", session_id="good")
+    write(os.path.join(optimizer.store.sessions, "x.json"), b'{"id":"x","agent":"a","task":"t","events":[]}')
+    assert {session.id for session in optimizer.list_sessions()} == {"good", "x"}
+
+
+@pytest.mark.parametrize("data", [{"total_lines": "120"}, {"reads": [5]}, {"changes": [5]}, {"lines": "x"}, {"offset": "9"}])
+def test_event_data_of_a_wrong_kind_breaks_no_analyzer(optimizer, data):
+    optimizer.start_session("A", "t", session_id="s")
+    for _ in range(2):
+        optimizer.log_event("s", "FILE_READ", dict({"file_path": "a.py"}, **data), 100)
+    optimizer.log_event("s", "ERROR", {"error_hash": ["x"], "tool": "t"})
+    assert optimizer.analyze("s").analyzer_errors == []
+    optimizer.would_repeat("s", "FILE_READ", {"file_path": "a.py"})
+
+
+@pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1])])
+def test_state_files_that_hold_something_else_are_started_afresh(tmp_path, optimizer, name, value):
+    path = tiny(tmp_path / "t").save()
+    optimizer.store.write_json(name, value)
+    assert optimizer.scan([path])["totals"]["sessions"] == 1
+
+
+@pytest.mark.parametrize("secret", [
+    "SECRET_KEY_BASE=zebra77 rails s", "aws configure set aws_secret_access_key zebra77", "docker login -p zebra77 host",
+    "mysql -pzebra77 -e 'select 1'", "gh auth login --with-token zebra77", "az login --client-secret zebra77",
+    "curl -H 'Cookie: session=zebra77' http://h", "cat 'token=zebra77'", "rm '/p/token=zebra77'"])
+def test_secrets_of_commands_are_not_kept(tmp_path, optimizer, secret):
+    transcript = Transcript(tmp_path / "t")
+    transcript.prompt("run it")
+    transcript.answer("m1", (3, 1_000, 0, 10), use("t1", "Bash", command=secret))
+    transcript.result("t1", "done")
+    transcript.answer("m2", (3, 100, 1_003, 10), text(9))
+    optimizer.scan([transcript.save()])
+    assert b"zebra77" not in stored_bytes(optimizer.store.root)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_output_is_an_error_with_a_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, MODULE, "--store", str(tmp_path), "version"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr and done.stderr.count(b"\n") <= 1
+
+
 # -- alerts, live hooks and pictures, which cross the rooms
 
 def run(optimizer, *arguments, stdin=None):
