@@ -535,6 +535,7 @@ class SessionEvent(_Record):
     model: str = ""
     agent_id: str = ""
 
+    _usual = frozenset(("id", "timestamp", "event_type", "data", "tokens_input", "tokens_output", "duration_ms"))
     _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read", "model", "agent_id")
     _counts = ("tokens_input", "tokens_output", "duration_ms") + _rare[:3]
 
@@ -567,10 +568,14 @@ class SessionEvent(_Record):
         except (KeyError, TypeError) as error:
             kinds = ", ".join(EVENT_TYPES)
             raise InvalidValue(f"not an event ({error!r}): it needs an id and an event_type of {kinds}") from None
-        if len(data) > 7 or "duration_ms" not in data:
-            for name in cls._rare:
-                if name in data:
-                    setattr(event, name, data[name])
+        if data.keys() == cls._usual and event.data.__class__ is dict and event.id.__class__ is event.timestamp.__class__ is str \
+                and event.tokens_input.__class__ is event.tokens_output.__class__ is event.duration_ms.__class__ is int \
+                and 0 <= event.tokens_input <= MAX_TOKENS and 0 <= event.tokens_output <= MAX_TOKENS \
+                and 0 <= event.duration_ms <= MAX_TOKENS:
+            return event  # as most are written: there is nothing to mend
+        for name in cls._rare:
+            if name in data:
+                setattr(event, name, data[name])
         event._check()
         return event
 
@@ -1035,8 +1040,8 @@ class ContextMemory:
                                                                      for key in _REQUEST):
                 event.data["lines"] = data["lines"]
                 return
-            total = data.get("total_lines")
-            if _is_count(total) and first <= total < last:
+            total = data["total_lines"] if _is_count(data.get("total_lines")) else 0
+            if first <= total < last:
                 last = total
         event.data["lines"] = [first, last]
 
@@ -4567,10 +4572,11 @@ class WindowBuilder:
             if entry is None:
                 continue
             if not isinstance(entry, Call):
-                pending = [] if is_compaction(entry) else pending
+                compacts = is_compaction(entry)
+                pending = [] if compacts else pending
                 pending.append((entry, characters))
                 events.append(entry)
-                if is_compaction(entry):
+                if compacts:
                     previous, before, start = None, 0, len(events)
                 continue
             context = entry.uncached + entry.write + entry.read if entry.context is None else entry.context
@@ -4588,7 +4594,7 @@ class WindowBuilder:
             previous, before, pending = entry, context, []
             events += self._answer(entry)
             start = len(events)
-        for event in events:
+        for event in events if self.agent_id or self.overhead else ():
             event.agent_id = self.agent_id
             if self.overhead:
                 event.data["overhead"] = self.overhead
@@ -4628,12 +4634,14 @@ class WindowBuilder:
     def _capped(total: int, sizes: List[int]) -> List[int]:
         """Shares of ``total`` in proportion to the sizes, none above half its size (characters to tokens)."""
         shares = share_out(total, sizes)
+        if len(sizes) < 2:
+            return shares  # the total is no more than half the sizes
         spare = 0
         for index, size in enumerate(sizes):
             if shares[index] > size // 2:
                 spare += shares[index] - size // 2
                 shares[index] = size // 2
-        for index, size in enumerate(sizes):
+        for index, size in enumerate(sizes) if spare else ():
             if spare and shares[index] < size // 2:
                 more = min(spare, size // 2 - shares[index])
                 shares[index] += more
@@ -4649,15 +4657,16 @@ class WindowBuilder:
     def _bill(call: Call, laid: List[Tuple[SessionEvent, int]]) -> None:
         """Book the tokens, and the call's cache writes on them in proportion."""
         call.event.tokens_cache_read += call.read
-        tokens = [count for _, count in laid]
+        tokens, model = [count for _, count in laid], call.event.model
         writes = tokens if not call.uncached else share_out(call.write, tokens)
         hours = writes if call.write_1h == call.write else share_out(call.write_1h, writes)
         for (event, count), write, write_1h in zip(laid, writes, hours):
             if not event.model or not event.tokens_output and event.event_type is not EventType.AI_RESPONSE:
-                event.model = call.event.model  # who takes it in pays for it
+                event.model = model  # who takes it in pays for it
             event.tokens_input += count
             event.tokens_cache_write += write
-            event.tokens_cache_write_1h += write_1h
+            if write_1h:
+                event.tokens_cache_write_1h += write_1h
 
 
 def join_windows(builders: Iterable[WindowBuilder]) -> List[SessionEvent]:
@@ -4666,7 +4675,8 @@ def join_windows(builders: Iterable[WindowBuilder]) -> List[SessionEvent]:
     for builder in builders:
         latest = ""
         for event in builder.finish():
-            latest = max(latest, event.timestamp)
+            if event.timestamp > latest:
+                latest = event.timestamp
             keyed.append((latest, event))
     keyed.sort(key=lambda pair: pair[0])
     events = [event for _, event in keyed]
@@ -7708,7 +7718,8 @@ class SessionOptimizer(_Transcripts):
         for session_id, info in self.store.files():
             row = known.get(session_id)
             if row is None or row["stamp"] != [info.st_size, info.st_mtime_ns] or "spike" not in row:
-                row, news = self._summary(session_id, info), True
+                with _CollectorPaused():
+                    row, news = self._summary(session_id, info), True
             if row is not None:
                 rows[session_id] = row
         if news or len(rows) != len(known):

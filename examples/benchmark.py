@@ -1,200 +1,250 @@
 #!/usr/bin/env python3
 """Time SessionOptimizer against the least any Python program could do, on data made here.
 
-    python3 examples/benchmark.py                    # a table of ratios, the target beside each; about ten minutes
+    python3 examples/benchmark.py                    # a table of ratios, the target beside each
     python3 examples/benchmark.py --quick --json     # small data, as JSON
-    python3 examples/benchmark.py --svg cost.svg     # how cost grows with events, sessions and megabytes
-    python3 examples/benchmark.py --against FILE     # another module with this API, beside ours
+    python3 examples/benchmark.py --svg FILE         # also draw how cost grows with events, sessions and megabytes
+    python3 examples/benchmark.py --against FILE     # another module with this API, run in turn with ours
 
-Machines differ, and one machine from hour to hour: only the ratios say something. Each is the median over rounds in
-which ours and its floor ran in turn; times are CPU time. docs/performance.md shows a whole run.
+Only ratios say something: each is the median over rounds in which ours and its floor ran in turn. Times are CPU time,
+child processes included (not on Windows: it needs the module ``resource``). docs/performance.md shows a whole run.
 """
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.util
 import json
 import os
 import py_compile
 import random
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FULL = {"rounds": 5, "starts": 15, "events": 100_000, "sessions": 10_000, "megabytes": 50, "logged": 10_000}
 QUICK = {"rounds": 1, "starts": 2, "events": 2_000, "sessions": 100, "megabytes": 1, "logged": 300}
-Row = Dict[str, Any]
-READ = {"file_path": "src/module.py"}
+READ, BEGIN = {"file_path": "src/module.py"}, 1_770_000_000  # the file read, and when
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def load(path: str, name: str) -> Any:
-    """A module from its file."""
+    """A module from its file, and a compiled copy of it in ``folder`` to run as ``python -m subject``."""
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.folder = tempfile.mkdtemp()
+    py_compile.compile(shutil.copy(path, os.path.join(module.folder, "subject.py")))
     return module
 
 
-# data
+def stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(seconds))
+
 
 def make_event(chance: random.Random, number: int) -> Dict[str, Any]:
-    """One event of a hand-logged session."""
     kind, data = chance.choice([
-        ("FILE_READ", {"file_path": f"src/package_{chance.randrange(10)}/module_{chance.randrange(400)}.py"}),
-        ("FILE_WRITE", {"file_path": f"src/package_{chance.randrange(10)}/module_{chance.randrange(400)}.py"}),
-        ("SEARCH", {"query": f"def name_{chance.randrange(300)}"}), ("AI_RESPONSE", {}), ("THINKING", {}),
+        (kind, {"file_path": f"src/module_{chance.randrange(4000)}.py"}) for kind in ("FILE_READ", "FILE_WRITE")] + [
+        ("AI_RESPONSE", {}), ("THINKING", {}), ("SEARCH", {"query": f"def name_{chance.randrange(300)}"}),
         ("TOOL_CALL", {"tool": "bash", "command": f"pytest -q tests/test_{chance.randrange(30)}.py"}),
         ("ERROR", {"tool": "bash", "message": f"AssertionError: expected 3 got {chance.randrange(9)}"})])
-    stamp = f"2026-03-{1 + number // 86400 % 28:02d}T{number // 3600 % 24:02d}:{number // 60 % 60:02d}:{number % 60:02d}.000000+00:00"
-    return {"id": f"e{number}", "timestamp": stamp, "event_type": kind, "data": data,
-            "tokens_input": chance.randrange(3000), "tokens_output": chance.randrange(500), "duration_ms": 20}
+    return {"id": f"e{number}", "timestamp": stamp(BEGIN + number), "event_type": kind, "data": data, "duration_ms": 20,
+            "tokens_input": chance.randrange(3000), "tokens_output": chance.randrange(500)}
 
 
-def make_sessions(module: Any, root: str, sessions: int, events: int) -> str:
-    """A store with sessions of an agent BENCH that began within the last minutes."""
-    optimizer, chance = module.SessionOptimizer(root), random.Random(1)
+def make_store(module: Any, sessions: int, events: int) -> str:
+    """A store with sessions of an agent BENCH, one begun every second up to now."""
+    root, chance = tempfile.mkdtemp(), random.Random(1)
+    os.makedirs(os.path.join(root, "sessions"))
     for number in range(sessions):
-        started = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time.time() - number)) + ".000000+00:00"
-        optimizer.import_session({
-            "id": f"bench-{number}", "agent": "BENCH", "task": "measure", "status": "COMPLETED", "started_at": started,
-            "ended_at": started, "model": "sonnet", "metadata": {}, "total_tokens_input": 0, "total_tokens_output": 0,
-            "total_duration_ms": 0, "events": [make_event(chance, n) for n in range(events)]})
-        optimizer.sessions_held = None
+        session = {
+            "id": f"bench-{number}", "agent": "BENCH", "task": "measure", "status": "ACTIVE", "metadata": {}, "ended_at": "",
+            "started_at": stamp(time.time() - number), "model": "sonnet", "total_tokens_input": 0, "total_tokens_output": 0,
+            "total_duration_ms": 0, "events": [make_event(chance, number) for number in range(events)]}
+        Path(root, "sessions", f"bench-{number}.json").write_text(json.dumps(session, indent=2))  # the first release's layout
+        if hasattr(module, "Store"):
+            module.SessionOptimizer(Path(root)).import_session(session)
     return root
 
 
-def make_transcripts(root: str, megabytes: float) -> str:
-    """Transcripts in Claude Code's format: responses over several lines, a tool call each, results of a few KB."""
-    chance, session, size = random.Random(2), 0, 0
-    words = [chance.choice(["loader", "index", "parse", "the", "of", "scan", "report", "file"]) for _ in range(500)]
-    os.makedirs(os.path.join(root, "projects"))
+def make_transcripts(megabytes: float) -> str:
+    """Transcripts in Claude Code's format: a text and a tool call per response, results of a few KB."""
+    root, chance, session, size = tempfile.mkdtemp(), random.Random(2), 0, 0
     while size < megabytes * 1e6:
         session += 1
-        path = os.path.join(root, "projects", f"{session:08d}-0000-4000-8000-000000000000.jsonl")
-        with open(path, "w", encoding="utf-8") as file:
-            for line in transcript_lines(chance, session, words):
-                size += file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        with open(os.path.join(root, f"{session:08d}-0000-4000-8000-000000000000.jsonl"), "w") as file:
+            for number, (kind, message) in enumerate(messages(chance, session), 1):
+                size += file.write(json.dumps({
+                    "parentUuid": f"{session}-{number - 1}", "isSidechain": False, "cwd": "/home/dev/project",
+                    "sessionId": f"{session:08d}", "version": "2.0.14", "type": kind, "message": message,
+                    "uuid": f"{session}-{number}", "timestamp": stamp(BEGIN + 7 * number)},
+                    separators=(",", ":")) + "\n")
     return root
 
 
-def transcript_lines(chance: random.Random, session: int, words: List[str], turns: int = 60):
-    """The lines of one session."""
-    context, clock, parent = 20_000, 0, None
-
-    def line(kind: str, message: Dict[str, Any], **more: Any) -> Dict[str, Any]:
-        nonlocal clock, parent
-        clock += 7
-        uuid = f"{session:08d}-{clock:04d}-4000-8000-000000000000"
-        entry = {"parentUuid": parent, "isSidechain": False, "userType": "external", "cwd": "/home/dev/project",
-                 "sessionId": f"{session:08d}", "version": "2.0.14", "type": kind, "message": message, "uuid": uuid,
-                 "timestamp": f"2026-03-01T{clock // 3600:02d}:{clock // 60 % 60:02d}:{clock % 60:02d}.000Z", **more}
-        parent = uuid
-        return entry
-
-    yield line("user", {"role": "user", "content": "Make the loader tolerant of truncated files"})
+def messages(chance: random.Random, session: int, turns: int = 60) -> Iterator[Any]:
+    words, context = ["loader", "index", "parse", "the", "of", "scan", "report", "file"], 20_000
+    yield "user", {"role": "user", "content": "Make the loader tolerant of truncated files"}
     for turn in range(turns):
-        path = f"/home/dev/project/src/module_{chance.randrange(12)}.py"
-        call = chance.choice([("Read", {"file_path": path}), ("Grep", {"pattern": f"def name_{chance.randrange(9)}"}),
-                              ("Bash", {"command": f"cd /home/dev/project && pytest -q tests/test_{chance.randrange(60)}.py 2>&1 | tail -20"}),
-                              ("Edit", {"file_path": path, "old_string": "a = 1", "new_string": "a = 2"})])
-        written, entered = chance.randrange(50, 400), chance.randrange(300, 3000)
-        message = {"id": f"msg_{session}_{turn}", "type": "message", "role": "assistant", "model": "claude-sonnet-4-5",
-                   "stop_reason": "tool_use", "usage": {
-                       "input_tokens": 5, "cache_creation_input_tokens": entered, "cache_read_input_tokens": context,
-                       "output_tokens": written}}
+        path, entered = f"/home/dev/project/m{chance.randrange(12)}.py", chance.randrange(300, 3000)
+        identity = f"t{session}_{turn}"
+        name, arguments = chance.choice([
+            ("Read", {"file_path": path}), ("Grep", {"pattern": f"def name_{chance.randrange(9)}"}),
+            ("Bash", {"command": f"cd /home/dev/project && pytest -q tests/test_{chance.randrange(60)}.py 2>&1 | tail -20"}),
+            ("Edit", {"file_path": path, "old_string": "a = 1", "new_string": "a = 2"})])
+        for block in ({"type": "text", "text": " ".join(chance.choices(words, k=60))},
+                      {"type": "tool_use", "id": identity, "name": name, "input": arguments}):
+            yield "assistant", {
+                "id": f"msg_{session}_{turn}", "role": "assistant", "model": "claude-sonnet-4-5", "content": [block],
+                "stop_reason": "tool_use", "usage": {"input_tokens": 5, "cache_creation_input_tokens": entered,
+                                                     "cache_read_input_tokens": context, "output_tokens": 200}}
         context += entered
-        identity = f"toolu_{session}_{turn}"
-        for block in ({"type": "text", "text": " ".join(chance.sample(words, 40))},
-                      {"type": "tool_use", "id": identity, "name": call[0], "input": call[1]}):
-            yield line("assistant", dict(message, content=[block]), requestId=f"req_{turn}")
-        text = "\n".join(f"{n:6}\t{' '.join(chance.sample(words, 8))}" for n in range(1, chance.randrange(20, 180)))
-        yield line("user", {"role": "user", "content": [
-            {"tool_use_id": identity, "type": "tool_result", "content": text}]}, toolUseResult={"stdout": text})
+        text = "\n".join(f"{n:6}\t{' '.join(chance.choices(words, k=8))}" for n in range(chance.randrange(20, 180)))
+        yield "user", {"role": "user", "content": [{"tool_use_id": identity, "type": "tool_result", "content": text}]}
 
-
-# measuring
 
 def cpu(run: Callable[[], Any]) -> float:
     """CPU seconds of a call, its child processes included."""
-    before = os.times()
+    before = [sum(resource.getrusage(whose)[:2]) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     run()
-    after = os.times()
-    return sum(after[:4]) - sum(before[:4])
+    return sum(resource.getrusage(resource.RUSAGE_SELF)[:2] + resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - sum(before)
 
 
-def pairs(ours: Callable[[], Any], floor: Callable[[], Any], rounds: int) -> Tuple[float, float, float]:
-    """Medians of ours, of the floor, and of their ratio, run in turn."""
-    times = [(cpu(ours), cpu(floor)) for _ in range(rounds)]
-    return (statistics.median(one for one, _ in times), statistics.median(other for _, other in times),
-            statistics.median(one / max(other, 1e-9) for one, other in times))
+def python(*words: str, **options: Any) -> Callable[[], Any]:
+    return lambda: subprocess.run([sys.executable, *words], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, **options)
 
 
-def clean_environment() -> Dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+def command(module: Any, store: str, *words: str, **options: Any) -> Callable[[], Any]:
+    return python("-m", "subject", "--store", store, *words, cwd=module.folder, **options)
 
 
-class Command:
-    """The command line of a module, compiled, run in processes of its own."""
-
-    def __init__(self, path: str, work: str):
-        self.folder = tempfile.mkdtemp(dir=work)
-        with open(path, "rb") as source, open(os.path.join(self.folder, "subject.py"), "wb") as copy:
-            copy.write(source.read())
-        py_compile.compile(os.path.join(self.folder, "subject.py"))
-
-    def run(self, store: str, *words: str, **options: Any) -> None:
-        environment = dict(clean_environment(), SESSIONOPTIMIZER_HOME=store)
-        subprocess.run([sys.executable, "-m", "subject", *words], env=environment, cwd=self.folder, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-
-
-def python(code: str) -> Callable[[], Any]:
-    return lambda: subprocess.run([sys.executable, "-c", code], env=clean_environment(), check=True)
-
-
-def parse_lines(pattern: str) -> Callable[[], None]:
-    """The floor of reading: ``json.loads`` of every line of the files."""
+def parse(folder: str, whole: bool = False) -> Callable[[], None]:
+    """``json.loads`` of every line of the files in a folder, or of every ``whole`` file."""
     def run() -> None:
-        for path in glob.glob(pattern, recursive=True):
-            with open(path, "rb", buffering=1 << 20) as file:
-                for line in file:
-                    line = line.lstrip(b",")
-                    if line.startswith(b"{") and line.rstrip().endswith(b"}"):
-                        json.loads(line)
+        for path in Path(folder).glob("*.json*"):
+            with path.open("rb", buffering=1 << 20) as file:
+                for line in [file.read()] if whole else file:
+                    if whole or line.endswith(b"}\n") and line[:1] in b",{":
+                        json.loads(line.lstrip(b","))
     return run
 
 
-def parse_files(pattern: str) -> Callable[[], None]:
-    """The floor of statistics: ``json.load`` of every file."""
-    def run() -> None:
-        for path in glob.glob(pattern):
-            with open(path, "rb") as file:
-                json.load(file)
-    return run
+def logging(module: Any, size: int, count: int) -> Callable[[], None]:
+    log = module.SessionOptimizer(Path(make_store(module, 1, size))).log_event
+    return lambda: [log("bench-0", "FILE_READ", READ, 100) for _ in range(count)] and None
 
 
-def log_many(module: Any, root: str, size: int, count: int) -> float:
-    """Microseconds of ``log_event`` at the end of a session of this size."""
-    optimizer = module.SessionOptimizer(root)
-    session = optimizer.start_session("BENCH", "measure")
-    for _ in range(size):
-        optimizer.log_event(session.id, "FILE_READ", READ, 100)
-    return cpu(lambda: [optimizer.log_event(session.id, "FILE_READ", READ, 100) for _ in range(count)]) / count * 1e6
+def forget(path: Path, run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` without what an earlier run has saved."""
+    return lambda: (path.exists() and path.unlink(), run())
 
 
-def written_bytes(run: Callable[[], Any]) -> Optional[int]:
-    """Bytes this process hands to the system meanwhile; None where the system does not count."""
-    try:
-        with open("/proc/self/io", encoding="ascii") as file:
-            before = int(file.read().split("wchar: ")[1].split()[0])
-        run()
-        with open("/proc/self/io", encoding="ascii") as file:
-            return int(file.read().split("wchar: ")[1].split()[0]) - before
-    except OSError:
-        return None
+class Benchmark:
+    """Measures ours, the other module where there is one, and the floor in turn; collects the rows."""
+    def __init__(self, sizes: Dict[str, int], ours: Any, other: Any = None):
+        self.sizes, self.ours, self.other, self.rows = sizes, ours, other, []
+
+    def row(self, what: str, make: Callable[[Any], Any], floor: Optional[Callable[[], Any]], target: Optional[float], *,
+            rounds: int = 0, per: int = 0, alone: bool = True) -> None:
+        """``make`` gives what is timed of a module, of ours ``alone`` or of both. ``per``: microseconds per item."""
+        runs = [make(module) for module in ([self.ours] if alone or not self.other else [self.ours, self.other])]
+        times = [[cpu(run) for run in runs + [floor] * bool(floor)] for _ in range(rounds or self.sizes["rounds"])]
+        ours, last = statistics.median(row[0] for row in times), statistics.median(row[-1] for row in times)
+        figure, unit = (ours / per * 1e6, "us each") if per else (ours, "s")
+        if floor:
+            figure, unit = statistics.median(row[0] / row[-1] for row in times), "x floor"
+        other = statistics.median(row[0] / row[1] for row in times) if len(runs) > 1 else None
+        self.rows.append({"what": what, "unit": unit, "figure": figure, "target": target, "against": other, "ours_s": ours,
+                          "met": None if target is None else figure <= target, "floor_s": last if floor else None})
+
+    def run(self) -> None:
+        """Logging, listing, statistics, one long session, transcripts."""
+        sizes, count = self.sizes, self.sizes["logged"]
+        self.row("log_event, session of 10 events", lambda m: logging(m, 10, count // 10), None, 60, per=count // 10, alone=False)
+        self.row(f"log_event, session of {count:,} events (floor: of 10)", lambda m: logging(m, count, count // 10),
+                 logging(self.ours, 10, count // 10), 1.2)
+        stores = {m: make_store(m, sizes["sessions"], 50) for m in (self.ours, self.other) if m}
+        store = stores[self.ours]
+        self.row(f"log command, {sizes['sessions']:,} sessions (floor: python, dataclasses, json)",
+                 lambda m: command(m, store, "log", "bench-0", "FILE_READ", "--tokens-in", "9"),
+                 python("-c", "import dataclasses, json"), 1.35, rounds=sizes["starts"])
+        line = b'{"event_type": "FILE_READ", "data": {"file_path": "a.py"}, "tokens_input": 9}\n'
+        self.row("log -, a stream of events", lambda m: command(m, store, "log", "bench-1", "-", input=line * count),
+                 None, 80, per=count)
+        self.row(f"list, {sizes['sessions']:,} sessions (floor: python -c pass)", lambda m: command(m, store, "list"),
+                 python("-c", "pass"), 14)
+        loads = parse(os.path.join(store, "sessions"), whole=True)
+        again = lambda m: lambda: m.SessionOptimizer(Path(stores[m])).agent_statistics("BENCH")  # noqa: E731
+        self.row("stats, 50 events each (floor: json.load of all files)",
+                 lambda m: forget(Path(stores[m], "summaries.json"), again(m)), loads, None, rounds=1, alone=False)
+        self.row("stats again, nothing changed (same floor)", again, loads, None, alone=False)
+        long = {m: make_store(m, 1, sizes["events"]) for m in (self.ours, self.other) if m}
+        self.row(f"analyze, {sizes['events']:,} events (floor: json.loads of each line)",
+                 lambda m: lambda: m.SessionOptimizer(Path(long[m])).analyze("bench-0"),
+                 parse(os.path.join(long[self.ours], "sessions")), 1.5, alone=False)
+        tree, kept = make_transcripts(sizes["megabytes"]), tempfile.mkdtemp()
+        scan = command(self.ours, kept, "scan", tree)
+        self.row(f"scan, {sizes['megabytes']} MB (floor: json.loads of each line)",
+                 lambda m: forget(Path(kept, "scan.json"), scan), parse(tree), 1.0)
+        self.row("scan again, nothing changed", lambda m: scan, None, 0.3)
+
+
+def growth(module: Any, sizes: Dict[str, int]) -> Dict[str, List[Any]]:
+    """CPU seconds by size: a session's analysis, listing and statistics of a store, a scan. Making the data is not timed."""
+    curves: Dict[str, List[Any]] = {"analyze: events": [], "list: sessions": [], "stats: sessions": [], "scan: megabytes": []}
+    for step in (1, 2, 3, 4):
+        events, sessions, size = (sizes[name] * step / 4 for name in ("events", "sessions", "megabytes"))
+        long, many = (module.SessionOptimizer(make_store(module, *shape)) for shape in ((1, int(events)), (int(sessions), 5)))
+        tree = make_transcripts(size)
+        for curve, at, run, words in zip(curves.values(), (events, sessions, sessions, size),
+                                         (long.analyze, many.list_sessions, many.agent_statistics, many.scan),
+                                         (["bench-0"], [], ["BENCH"], [[tree]])):
+            curve.append((at, cpu(partial(run, *words))))
+    return curves
+
+
+def picture(curves: Dict[str, List[Any]]) -> str:
+    """One panel per curve, both axes from 0: a straight line is cost in proportion to size."""
+    parts = []
+    for number, (name, points) in enumerate(curves.items()):
+        most, width = max(cost for _, cost in points), max(size for size, _ in points) or 1
+        spots = " ".join(f"{size / width * 150:.1f},{130 - cost / most * 110:.1f}" for size, cost in [(0, 0.0)] + points)
+        parts.append(f'<g transform="translate({20 + number * 190},30)"><text y="-10">{name}</text>'
+                     f'<path d="M0,10V130H155" fill="none" stroke="#888"/><polyline points="{spots}" fill="none" stroke="#06c" '
+                     f'stroke-width="2"/><text x="150" y="146" text-anchor="end">{width:,.0f}</text>'
+                     f'<text x="4" y="14">{most:.2f} s</text></g>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 190" font-family="sans-serif" font-size="11"><title>'
+            f'CPU seconds by size</title><rect width="780" height="190" fill="#fff"/>{"".join(parts)}</svg>\n')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, settings in (("quick", {"action": "store_true"}), ("json", {"action": "store_true"}), ("against", {}), ("svg", {})):
+        parser.add_argument("--" + name, **settings)
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as work:
+        tempfile.tempdir = work  # everything made here goes with it
+        ours, sizes = load(os.path.join(ROOT, "sessionoptimizer.py"), "ours"), QUICK if options.quick else FULL
+        benchmark = Benchmark(sizes, ours, load(options.against, "other") if options.against else None)
+        benchmark.run()
+        if options.svg:
+            Path(options.svg).write_text(picture(growth(ours, sizes)), encoding="utf-8")
+        tempfile.tempdir = None
+    if options.json:
+        print(json.dumps({"python": sys.version.split()[0], "sizes": sizes, "rows": benchmark.rows}, indent=2))
+    for row in [] if options.json else benchmark.rows:
+        goal = "" if row["target"] is None else f"target {row['target']:g}: " + ("met" if row["met"] else "missed")
+        other = "" if row["against"] is None else f"  {row['against']:.3f} of the other"
+        print(f"{row['what']:<70}{row['figure']:>8.2f} {row['unit']:<8} {goal}{other}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
