@@ -422,7 +422,7 @@ def time_text(moment: float) -> str:
     local = time.localtime(seconds)  # loading datetime takes as long as logging an event does
     minutes, rest = divmod(abs(local.tm_gmtoff), 60)
     offset = f"{'-' if local.tm_gmtoff < 0 else '+'}{minutes // 60:02d}:{minutes % 60:02d}" + (f":{rest:02d}" if rest else "")
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', local)}.{micros:06d}{offset}"
+    return "%04d-%02d-%02dT%02d:%02d:%02d.%06d%s" % (*local[:6], micros, offset)
 
 
 _TIME = _Pattern(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z|z|[+-]\d\d:?\d\d(?::?\d\d)?)?$")
@@ -509,7 +509,8 @@ class _Record:
     def __eq__(self, other: Any) -> Any:
         if other.__class__ is not self.__class__:
             return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        names = self.__dataclass_fields__  # type: ignore[attr-defined]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclass(eq=False, repr=False)
@@ -2866,7 +2867,7 @@ def _count(footer: dict, event: dict) -> None:
     footer["event_count"] += 1
     for total, key in _TOTALS.items():
         value = event.get(key, 0)
-        if _is_number(value):
+        if value and _is_number(value):
             footer[total] += value
 
 
