@@ -6767,6 +6767,12 @@ _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 _STAMP = _Pattern(rb'"(?:timestamp|startTime|startTimeUnixNano)"\s*:\s*"([^"]{4,40})"')
 
 
+def _unreadable(error: OSError) -> None:
+    """A folder that cannot be read is named, and the others are."""
+    place = _printable(str(error.filename))
+    _warn(f"{place} cannot be read ({error.strerror}): check its permissions; what it holds is left out")
+
+
 def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
     """Files that could be transcripts, as (path, size, mtime in ns): the files named, and .jsonl and .json files below
     the directories named (dot-directories too, links are not followed). A path that is not there raises StorageError."""
@@ -6778,7 +6784,7 @@ def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
                 info = os.stat(file)
                 yield os.path.abspath(file), info.st_size, info.st_mtime_ns
             continue
-        for folder, _, _ in os.walk(path):
+        for folder, _, _ in os.walk(path, onerror=_unreadable):
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.endswith((".jsonl", ".json")) and entry.is_file(follow_symlinks=False):
@@ -8292,7 +8298,8 @@ def _main(argv: List[str], first: str) -> int:
         except BrokenPipeError:
             return _flushed(EXIT_DONE)
         except OSError as error:
-            print(f"sessionoptimizer: the output cannot be written: {error.strerror}; nothing stored is lost", file=sys.stderr)
+            place = plain(error.filename or "the output", 300)
+            print(f"sessionoptimizer: {place} cannot be used: {error.strerror}; nothing stored is lost", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return EXIT_FAILED
         except KeyboardInterrupt:

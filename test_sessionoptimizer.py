@@ -3941,6 +3941,21 @@ def test_a_full_output_is_an_error_with_a_line(tmp_path):
     assert done.returncode == 1 and b"Traceback" not in done.stderr and done.stderr.count(b"\n") <= 1
 
 
+def test_a_folder_that_cannot_be_read_is_named_and_hides_no_other(tmp_path, optimizer, monkeypatch):
+    tiny(tmp_path / "open").save()
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(path="."):  # the superuser may read everything
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.warns(SessionOptimizerWarning, match="locked.*check its permissions"):
+        assert optimizer.scan([str(tmp_path)])["totals"]["sessions"] == 1
+
+
 # -- alerts, live hooks and pictures, which cross the rooms
 
 def run(optimizer, *arguments, stdin=None):
