@@ -30,10 +30,16 @@ The rooms of this module, in order:
     Prices              what models cost, and how a model's name finds its price
     Errors              what goes wrong, one class per remedy
     Records             events, sessions, issues, reports
+    Secrets             what is masked before anything is kept
+    Shell               what a command line reads and changes
+    Context             what a context window still holds
+    Accounting          one charge per token, the score
     Analyzers           what counts as waste, one class per kind
-    Reports             one charge per token, the score, the renderers
+    Reports             the renderers
     Store               session files that survive parallel writers and crashes
-    Transcripts         one reader per agent format, and what a shell command reads and changes
+    Recorder            what a reader says happened, laid out as events
+    Readers             one per agent format
+    Scan                which files, which units, who owns a response
     SessionOptimizer    the facade
     Quick functions     the same on a default instance
     Command line        the same from a shell
@@ -97,9 +103,9 @@ class _CollectorPaused:
             gc.enable()
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Vocabulary
-# ======================================================================================================
+# ==================================================================================================
 
 class SessionStatus(Enum):
     """Where a session stands. Everything but ACTIVE has ended."""
@@ -175,9 +181,9 @@ class Severity(Enum):
 EVENT_TYPES = {member.value: member for member in EventType}
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Prices
-# ======================================================================================================
+# ==================================================================================================
 
 # USD per 1,000 tokens: input, output, cache read, 5-minute cache write, 1-hour cache write.
 # Source of the named models: LiteLLM model_prices_and_context_window as released in litellm 1.109.1, read
@@ -356,9 +362,9 @@ class PriceList:
         return (self._own.get("default") or aliases["default"])._replace(exact=False)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Errors
-# ======================================================================================================
+# ==================================================================================================
 
 class SessionOptimizerError(Exception):
     """Base of every error this module raises on purpose; the message names the value and the remedy."""
@@ -403,9 +409,9 @@ def _warn(message: str) -> None:
     warnings.warn(message, SessionOptimizerWarning, stacklevel=3)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Records
-# ======================================================================================================
+# ==================================================================================================
 
 IDLE_GAP = 600       # seconds without an event after which the session was idle
 MAX_TOKENS = 10**15  # of one event: more is a mistake, and larger numbers lose digits in JSON readers
@@ -848,2671 +854,44 @@ class OptimizationReport(_Record):
             raise InvalidValue(f"not a report: {error!r}") from None
 
 
-# ======================================================================================================
-# Analyzers
-# ======================================================================================================
-
-TO_THE_END = 10**9  # last line of a read whose end is not known
-
-# What a tool may change, by its name in lower case: nothing, the files it names, or (not listed) who knows.
-_READ_TOOLS = ("read", "read_file", "read_many_files", "view", "view_image", "cat", "notebookread")
-_SEARCH_TOOLS = ("grep", "glob", "ls", "search", "rg", "find", "websearch", "webfetch", "toolsearch", "web_search",
-                 "list_directory", "search_files", "search_file_content", "grep_search", "google_web_search", "web_fetch")
-_WRITE_TOOLS = ("edit", "multiedit", "write", "notebookedit", "write_file", "replace", "apply_patch", "create",
-                "str_replace", "edit_file", "delete_file")
-_HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
-    "todowrite", "todoread", "taskcreate", "taskupdate", "tasklist", "taskget", "taskoutput", "taskstop", "skill",
-    "bashoutput", "killshell", "killbash", "askuserquestion", "exitplanmode", "enterplanmode", "sendmessage",
-    "update_plan", "write_todos", "save_memory", "write_stdin", "wait", "monitor", "schedulewakeup", "listmcpresources",
-    "readmcpresource", "request_user_input", "slashcommand")
-
-_DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
-                       r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
-_TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
-
-
-def failure_kind(data: Dict[str, Any]) -> str:
-    """Why a failure is not the agent's: "declined", "transient", "collateral" or "interrupted"; "" when it is."""
-    if data.get("kind"):
-        return str(data["kind"])
-    message = str(data.get("message") or data.get("error") or "")[:1000]
-    if _DECLINED.search(message):
-        return "declined"
-    code = data.get("status_code", data.get("code"))
-    return "transient" if code in (429, 503, 529) or _TRANSIENT.search(message) else ""
-
-
-def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
-    """Paths the event may have changed; ["*"]: anything; ["?"]: not known; []: nothing."""
-    data = event.data
-    if "changes" in data:
-        changes = data["changes"]
-        return changes if isinstance(changes, list) and all(path.__class__ is str for path in changes) else ["?"]
-    kind = event.event_type
-    if kind is EventType.FILE_WRITE:
-        return [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
-    if kind is not EventType.TOOL_CALL and kind is not EventType.ERROR:
-        return []
-    command = _command_of(data)
-    if command:
-        return _changes_by_command(command, cwd)
-    tool = str(data.get("tool") or data.get("name") or "").lower()
-    if not tool or tool in _HARMLESS_TOOLS:
-        return []
-    if tool in _WRITE_TOOLS:
-        return [] if kind is EventType.ERROR else [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
-    return ["?"]
-
-
-_CHANGES: Dict[Tuple[str, str], List[str]] = {}  # by command and directory: agents run few commands many times
-
-
-def _changes_by_command(command: str, cwd: str) -> List[str]:
-    changes = _CHANGES.get((command, cwd))
-    if changes is None:
-        changes = shell_effects(command, cwd).changes
-        if len(_CHANGES) > 10_000:
-            _CHANGES.clear()
-        if len(command) < 500:
-            _CHANGES[command, cwd] = changes
-    return changes
-
-
-def _command_of(data: Dict[str, Any]) -> str:
-    arguments: Dict[str, Any] = data["args"] if isinstance(data.get("args"), dict) else {}
-    command = data.get("command") or arguments.get("command") or ""
-    return command if isinstance(command, str) else ""
-
-
-def _is_imported(data: Dict[str, Any]) -> bool:
-    """Whether a reader made the event: then ``line`` and ``path`` are its place in the transcript."""
-    return "line" in data and "response_id" in data
-
-
-def _paths_of(data: Dict[str, Any]) -> List[str]:
-    """The files an event names. In an imported event ``path`` is the transcript's."""
-    path = data.get("file_path") or data.get("file") or ("" if _is_imported(data) else data.get("path")) or ""
-    paths = data.get("file_paths") or [path]
-    return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
-
-
-def line_range(data: Dict[str, Any]) -> Tuple[int, int]:
-    """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are (-n, -1)."""
-    first: Any
-    last: Any
-    given = data.get("lines") or data.get("line_range") or data.get("view_range")
-    if isinstance(given, str) and re.match(r"\d+\s*[-:,]\s*\d+$", given):
-        given = [int(number) for number in re.findall(r"\d+", given)]
-    if isinstance(given, (list, tuple)) and len(given) == 2:
-        first, last = given
-    elif "start_line" in data or "end_line" in data:
-        first, last = data.get("start_line"), data.get("end_line")
-    else:
-        first, limit = data.get("offset") or 1, data.get("limit")
-        last = first + limit - 1 if _is_count(first) and _is_count(limit) and limit else None
-    first = first if _is_count(first) else 1
-    if first < 0:
-        return first, -1
-    last = last if _is_count(last) and last > 0 else data.get("total_lines")
-    return max(first, 1), last if _is_count(last) and last >= first else TO_THE_END
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-Repeat = namedtuple("Repeat", "earlier covered total")
-Repeat.__doc__ = """What of a read or search its window holds already: the event that brought it, and how many of
-how many lines (1 of 1 for a search)."""
-
-
-class _Held:
-    """One read that a window still holds."""
-
-    __slots__ = ("first", "last", "digest", "clock", "event")
-
-    def __init__(self, first: int, last: int, digest: str, clock: int, event: SessionEvent):
-        self.first, self.last, self.digest, self.clock, self.event = first, last, digest, clock, event
-
-
-class ContextMemory:
-    """What every context window of a session still holds unchanged, followed event by event.
-
-    Windows belong to one agent and end at a compaction. The files on disk are shared: a write by one agent makes
-    the copies in every window stale. A command that is not recognised ends all searches, and leaves a read
-    repeated only if its content is known to be the same.
-    """
-
-    def __init__(self, cwd: str = ""):
-        self.cwd = cwd
-        self._reads: Dict[str, Dict[str, List[_Held]]] = {}
-        self._searches: Dict[str, Dict[Any, SessionEvent]] = {}
-        self._folders: set = set()  # those above every path that was read
-        self._clock = 0
-        self._doubt = 0  # clock of the last command that was not recognised
-
-    def observe(self, event: SessionEvent) -> Optional[Repeat]:
-        """What of this event its window held already (None: nothing), and take the event in."""
-        self._clock += 1
-        kind = event.event_type
-        if kind is EventType.AI_RESPONSE and "changes" not in event.data:
-            return None
-        changes = changes_of(event, self.cwd)
-        if changes:
-            self._forget(changes)  # a command line that changes and reads shows what it has changed
-        if kind is EventType.FILE_READ:
-            reads = self._ranges(event)
-            repeat = self._repeated_read(event, reads)
-            self._keep(event, reads)
-            return repeat
-        if kind is EventType.SEARCH:
-            repeat = self._repeated_search(event)
-            self._keep(event, [])
-            return repeat
-        if is_compaction(event):
-            self._reads.pop(event.agent_id, None)
-            self._searches.pop(event.agent_id, None)
-        return None
-
-    def repeats(self, event: SessionEvent) -> Optional[Repeat]:
-        """What of this event its window holds, without taking the event in; None when nothing."""
-        if event.event_type is EventType.SEARCH:
-            return self._repeated_search(event)
-        return self._repeated_read(event, self._ranges(event)) if event.event_type is EventType.FILE_READ else None
-
-    def _repeated_read(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> Optional[Repeat]:
-        if event.data.get("unchanged"):
-            return None
-        found = [self._covered(event, *read) for read in reads]
-        if not found or None in found or len(found) > 1 and any(r.covered < r.total for r in found if r):
-            return None  # of several files in one result, the share of each is not known
-        return found[0]
-
-    def foresee(self, event: SessionEvent) -> None:
-        """Give a read that has not run yet the lines it will bring: those the same request brought before, else as many as
-        the file is known to have."""
-        reads = self._ranges(event) if event.event_type is EventType.FILE_READ else []
-        if len(reads) != 1 or "reads" in event.data:
-            return
-        path, first, last = reads[0]
-        for old in reversed(self._reads.get(event.agent_id, {}).get(path, ())):
-            data = old.event.data
-            if data.get("content_hash") and data.get("lines") and all(data.get(key) == event.data.get(key)
-                                                                     for key in _REQUEST):
-                event.data["lines"] = data["lines"]
-                return
-            total = data["total_lines"] if _is_count(data.get("total_lines")) else 0
-            if first <= total < last:
-                last = total
-        event.data["lines"] = [first, last]
-
-    def held_since(self, event: SessionEvent) -> Optional[float]:
-        """When the oldest read of the event's files that its window holds was, in seconds since 1970; None: not known."""
-        window = self._reads.get(event.agent_id, {})
-        times = [seconds_of(old.event.timestamp) for path, _, _ in self._ranges(event) for old in window.get(path, ())]
-        known = [moment for moment in times if moment is not None]
-        return min(known) if known and len(known) == len(times) else None
-
-    def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
-        several = event.data.get("reads")
-        if isinstance(several, list) and all(isinstance(read, (list, tuple)) and len(read) == 3 for read in several):
-            return [(canonical_path(str(read[0]), self.cwd), *line_range({"lines": read[1:]})) for read in several]
-        first, last = line_range(event.data)
-        pages = f"#pages={event.data['pages']}" if event.data.get("pages") else ""
-        return [(canonical_path(path, self.cwd) + pages, first, last) for path in _paths_of(event.data)[:1]]
-
-    def _covered(self, event: SessionEvent, path: str, first: int, last: int) -> Optional[Repeat]:
-        held = self._reads.get(event.agent_id, {}).get(path)
-        content = event.data.get("content")
-        if not held or content == "changed":
-            return None
-        digest = event.data.get("content_hash")
-        if digest and first < 0:  # the end of a file may be another one each time: only the same answer repeats
-            held = [old for old in held if old.digest == digest and old.first == first]
-        for old in held:
-            if digest and old.digest and (old.first, old.last) == (first, last) and content != "same":
-                if old.digest != digest:
-                    return None
-                content = "same"
-        spans = sorted(((max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
-                        if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first),
-                       key=lambda span: span[:3])
-        covered, end = 0, first - 1
-        for start, stop, _, _ in spans:
-            covered += max(0, stop - max(start, end + 1) + 1)
-            end = max(end, stop)
-        return Repeat(spans[0][3], covered, last - first + 1) if covered else None
-
-    def _repeated_search(self, event: SessionEvent) -> Optional[Repeat]:
-        earlier = self._searches.get(event.agent_id, {}).get(search_key(event.data))
-        if earlier is None:
-            return None
-        old, new = earlier.data.get("content_hash"), event.data.get("content_hash")
-        return None if old and new and old != new else Repeat(earlier, 1, 1)
-
-    def _keep(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> None:
-        if event.event_type is EventType.SEARCH:
-            key = search_key(event.data)
-            if key and not event.data.get("truncated"):
-                self._searches.setdefault(event.agent_id, {})[key] = event
-            return
-        if event.data.get("unchanged") or event.data.get("truncated"):
-            return
-        window = self._reads.setdefault(event.agent_id, {})
-        digest = event.data.get("content_hash") or ""
-        for path, first, last in reads:
-            held = window.get(path)
-            if held is None:
-                held = window[path] = []
-                self._note_folders(path)
-            if self._stale(held, event, first, last, digest):
-                held[:] = []
-            if self._tells_nothing_new(held, event, first, last, digest):
-                continue
-            held.append(_Held(first, last, digest, self._clock, event))
-            total = event.data.get("total_lines")
-            if first == 1 and last >= (total if _is_count(total) and total else TO_THE_END):
-                held.append(_Held(-last, -1, "", self._clock, event))
-
-    def _note_folders(self, path: str) -> None:
-        while "/" in path:
-            path = path.rpartition("/")[0]
-            if path in self._folders:
-                return
-            self._folders.add(path)
-
-    def _tells_nothing_new(self, held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
-        """Whether an earlier read that is as good says the same: a file that is polled is not kept a thousand times."""
-        data = event.data
-        return any((old.first, old.last, old.digest) == (first, last, digest) and old.clock > self._doubt and all(
-            data.get(key) == old.event.data.get(key) for key in _SAME_READ) for old in held)
-
-    @staticmethod
-    def _stale(held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
-        """True when what came back shows that the file is another than the window holds."""
-        content = event.data.get("content")
-        return content == "changed" or content != "same" and digest != "" and any(
-            old.digest and old.digest != digest and (old.first, old.last) == (first, last) for old in held)
-
-    def _forget(self, changes: List[str]) -> None:
-        self._searches.clear()
-        if "*" in changes:
-            self._reads.clear()
-        elif "?" in changes:
-            self._doubt = self._clock
-        below = any(place.rstrip("/") in self._folders for place in changes)
-        for window in self._reads.values():
-            for place in changes:
-                window.pop(place, None)
-            if below:
-                for path in [held for held in window if _is_within(held, changes)]:
-                    del window[path]
-
-
-_REQUEST = ("tool", "operation", "offset", "limit", "pages")  # what makes two reads of a file the same request
-_SAME_READ = _REQUEST + ("lines", "total_lines", "content")
-
-
-def _is_within(path: str, places: List[str]) -> bool:
-    """Whether a path is one of the places or below one that is a directory."""
-    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
-
-
-def search_key(data: Dict[str, Any]) -> Optional[Tuple[str, str, str]]:
-    """Tool, query and scope with case and space folded; None without a query."""
-    query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
-    if not query:
-        return None
-    names = ("scope", "file_path", "glob", "type", "include") + (() if _is_imported(data) else ("path",))
-    scope = " ".join(f"{name}={data[name]}" for name in names if data.get(name))
-    return str(data.get("tool") or "").lower(), query, " ".join(scope.split())
-
-
-def _cwd_of(session: Session) -> str:
-    source = session.metadata.get("source")
-    cwd = source.get("cwd") if isinstance(source, dict) else session.metadata.get("cwd")
-    return cwd if isinstance(cwd, str) else ""
-
-
-def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
-    """The reads and searches of a session that brought what their window held already, in order; computed once while the
-    session's events stay the same."""
-    known = session.__dict__.get("_repeats")
-    if known is None or known[0] != len(session.events):
-        memory = ContextMemory(_cwd_of(session))
-        pairs = [(event, memory.observe(event)) for event in session.events]
-        known = session.__dict__["_repeats"] = (len(pairs), [(e, r) for e, r in pairs if r is not None])
-    return known[1]
-
-
-class BaseAnalyzer:
-    """One kind of waste. A subclass gives ``issue_type``, thresholds as class attributes, and ``find(session)``
-    yielding issues made by ``self.issue(...)``; or it overrides ``analyze`` and makes its issues itself.
-
-    Thresholds may be given to the constructor; an unknown name raises InvalidValue.
-    """
-
-    issue_type = IssueType.INEFFICIENT_TOOL_USE
-
-    def __init__(self, **thresholds: Any):
-        for name, value in thresholds.items():
-            if name not in self.thresholds():
-                known = ", ".join(sorted(self.thresholds())) or "none"
-                raise InvalidValue(f"{type(self).__name__} has no threshold {name!r}; it has: {known}")
-            setattr(self, name, value)
-
-    def thresholds(self) -> Dict[str, Any]:
-        """The thresholds in force, by name."""
-        names = [name for cls in type(self).__mro__ for name, value in vars(cls).items()
-                 if isinstance(value, (int, float)) and not name.startswith("_")]
-        return {name: getattr(self, name) for name in names}
-
-    def analyze(self, session: Session) -> List[EfficiencyIssue]:
-        """The issues of this kind in a session, most wasteful first, with tokens and USD."""
-        issues = list(self.find(session))
-        for issue in issues:
-            price_issue(session, issue)
-        return sorted(issues, key=lambda issue: -issue.estimated_waste_tokens)
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        """Yield the issues; what a subclass defines."""
-        raise NotImplementedError(f"{type(self).__name__} needs find(session) or analyze(session)")
-
-    def issue(self, severity: Severity, description: str, suggestion: str, *, events: Iterable[SessionEvent] = (),
-              claims: Optional[Dict[str, Any]] = None, waste_tokens: int = 0, measured: bool = False,
-              **metadata: Any) -> EfficiencyIssue:
-        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens; ``waste_tokens`` alone
-        is shared by ``events`` or, where there are none, by the session."""
-        ids = [event.id for event in events]
-        name = f"{self.issue_type.value.lower()}_{ids[0] if ids else 'session'}"
-        total = sum(sum(claim) for claim in claims.values()) if claims else waste_tokens
-        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids, metadata,
-                               claims or {}, measured)
-
-
-class RepeatedFileReadAnalyzer(BaseAnalyzer):
-    """The agent read lines that its context window already held, unchanged.
-
-    Counts when the lines are still in the window: no write to the file, no command that could have changed it, no
-    compaction in between. Charged: the input tokens of the repeated share of every read after the first.
-    """
-
-    issue_type = IssueType.REPEATED_FILE_READ
-    high_from = 3         # reads of one file
-    minimum_share = 0.1   # of a read's lines; pages that overlap by a few lines are pages
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        cwd, window, runs = _cwd_of(session), {}, {}  # type: Tuple[str, Dict[str, str], Dict[Any, Any]]
-        for event, repeat in repeats_in(session):
-            if event.event_type is EventType.FILE_READ and repeat.covered >= repeat.total * self.minimum_share:
-                path = canonical_path(_paths_of(event.data)[0], cwd)
-                # One finding per file and window: a repeat belongs to the finding that holds the read it repeats.
-                key = window.get(repeat.earlier.id) or event.id
-                window[event.id] = window[repeat.earlier.id] = key
-                runs.setdefault((key, path), []).append((repeat, event))
-        for (_, path), repeats in runs.items():
-            yield self._finding(path, repeats)
-
-    def _finding(self, path: str, repeats: List[Tuple[Repeat, SessionEvent]]) -> EfficiencyIssue:
-        claims = {event.id: (event.tokens_input * repeat.covered // repeat.total, 0) for repeat, event in repeats}
-        events = {repeats[0][0].earlier.id: repeats[0][0].earlier}
-        events.update((event.id, event) for _, event in repeats)
-        count = len(repeats) + 1
-        name = path.rsplit("/", 1)[-1]
-        return self.issue(
-            Severity.HIGH if count >= self.high_from else Severity.MEDIUM,
-            f"File '{name}' was read {count} times while its content was still in the context",
-            "Cache what was read: the lines are still in the context; read again only after a change or a compaction",
-            events=events.values(), claims=claims, measured=True, file_path=path, read_count=count)
-
-
-class RepeatedSearchAnalyzer(BaseAnalyzer):
-    """The same search was run again in one context window with nothing written in between.
-
-    Same tool, query and scope, case and space folded; a search whose answer differs is not repeated. Charged: the
-    input and output tokens of every run after the first.
-    """
-
-    issue_type = IssueType.REPEATED_SEARCH
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        runs: Dict[str, List[SessionEvent]] = {}
-        for event, repeat in repeats_in(session):
-            if event.event_type is EventType.SEARCH:
-                runs[event.id] = runs.pop(repeat.earlier.id, []) or [repeat.earlier]
-                runs[event.id].append(event)
-        for first, *again in runs.values():
-            query = " ".join(str(first.data.get("query") or first.data.get("pattern")).split())
-            yield self.issue(
-                Severity.MEDIUM, f"Search run {len(again) + 1} times with nothing changed in between: '{query[:60]}'",
-                "Cache the result or widen the first search: its answer is still in the context",
-                events=[first] + again, claims={e.id: (e.tokens_input, e.tokens_output) for e in again},
-                measured=True, query=query, search_count=len(again) + 1)
-
-
-class LargeFileAnalyzer(BaseAnalyzer):
-    """One read brought a very large file into the context.
-
-    Counts reads at or above the limit that are not marked ``compressed``. Charged, as an estimate: the share that a
-    targeted read (a line range, a search, an outline) usually saves.
-    """
-
-    issue_type = IssueType.LARGE_FILE_UNCOMPRESSED
-    limit = 10_000        # tokens of one read
-    saving_percent = 60   # of the read
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        for event in session.events:
-            if (event.event_type is EventType.FILE_READ and event.tokens_input >= self.limit
-                    and not event.data.get("compressed") and not event.data.get("reads")):  # of several, none may be large
-                path = (_paths_of(event.data) or [""])[0]
-                yield self.issue(
-                    Severity.HIGH, f"Large file read whole ({event.tokens_input:,} tokens): '{path.rsplit('/', 1)[-1]}'",
-                    "Read the part that is needed (a line range, a search first) or compress the file before loading it",
-                    events=[event], claims={event.id: (event.tokens_input * self.saving_percent // 100, 0)},
-                    file_path=path, tokens=event.tokens_input, saving_percent=self.saving_percent)
-
-
-class ExcessiveThinkingAnalyzer(BaseAnalyzer):
-    """Thinking is most of what the model wrote.
-
-    Counts above the threshold share of all output; where a provider hides the size of thinking there are no THINKING
-    events, and where a transcript holds placeholders for the output no share is known: this analyzer is silent. Charged,
-    as an estimate: what exceeds the acceptable share.
-    """
-
-    issue_type = IssueType.EXCESSIVE_THINKING
-    threshold_percent = 40   # of output
-    acceptable_percent = 30  # of output
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        if session.metadata.get("output_lower_bound_calls"):
-            return  # shares of a placeholder say nothing
-        events = [e for e in session.events if e.event_type is EventType.THINKING and e.tokens_output]
-        thinking, output = sum(e.tokens_output for e in events), session.total_tokens_output
-        if not output or thinking * 100 <= output * self.threshold_percent:
-            return
-        percent = 100 * thinking / output
-        shares = share_out(thinking - output * self.acceptable_percent // 100, [e.tokens_output for e in events])
-        yield self.issue(
-            Severity.MEDIUM, f"Thinking is {percent:.1f}% of the output (threshold {self.threshold_percent}%)",
-            "State the task more precisely or lower the thinking budget for routine work", events=events,
-            claims={e.id: (0, share) for e, share in zip(events, shares) if share},
-            thinking_percent=percent, thinking_tokens=thinking, total_output=output)
-
-
-_ENDING = (EventType.FILE_READ, EventType.CONTEXT_LOAD)  # events without a tool that may end a run of failures
-
-
-class FailedRetryAnalyzer(BaseAnalyzer):
-    """The same operation failed again in the same way although nothing had been changed.
-
-    The key is (tool or command, normalised message). A write, a look at the file that could not be written, a command that
-    is not recognised, a success of the same operation, ``recovered: true`` or a compaction ends a run; declined, transient
-    and collateral failures and calls of one response do not count. Charged: input and output of every failure after the
-    first.
-    """
-
-    issue_type = IssueType.FAILED_RETRY
-    minimum = 2  # failures
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        cwd = _cwd_of(session)
-        runs: Dict[Tuple[str, str, str], List[SessionEvent]] = {}
-        ended: List[List[SessionEvent]] = []
-        for event in session.events:
-            failed = event.event_type is EventType.ERROR
-            if not failed and not runs:
-                continue
-            key = self._key(event)
-            if failed and event.data.get("recovered"):
-                ended.append(runs.pop(key, []))
-                continue
-            if runs:
-                changed = bool(changes_of(event, cwd))
-                for old in list(runs) if changed or not failed and (key[1] or event.event_type in _ENDING) else ():
-                    if self._ends(old, key, event, changed, runs[old]):
-                        ended.append(runs.pop(old))
-            if failed and any(key[1:]) and not failure_kind(event.data):
-                run = runs.setdefault(key, [])
-                if not (run and self._batch(event) and self._batch(event) == self._batch(run[-1])):
-                    run.append(event)
-        for run in ended + list(runs.values()):
-            if len(run) >= self.minimum:
-                yield self._finding(run)
-
-    @staticmethod
-    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool,
-              failures: List[SessionEvent]) -> bool:
-        """Whether an event ends a run of failures: by a change, a look at the file that could not be written, a compaction of
-        its window, or a success."""
-        if event.event_type is EventType.ERROR:
-            return changed and run != key
-        if event.event_type is EventType.FILE_READ and failures:
-            written = failures[-1].data.get("file_path")
-            if written and written in _paths_of(event.data):
-                return True
-        return changed or (is_compaction(event) and run[0] == event.agent_id) or bool(key[1]) and run[:2] == key[:2]
-
-    @staticmethod
-    def _batch(event: SessionEvent) -> Any:
-        return event.data.get("response_id") or event.data.get("batch_id")
-
-    @staticmethod
-    def _key(event: SessionEvent) -> Tuple[str, str, str]:
-        data = event.data
-        operation = data.get("operation") or _command_of(data) or data.get("tool") or data.get("name") or ""
-        message = str(data.get("error_hash") or "") or normal_message(data.get("message") or data.get("error") or "")
-        return event.agent_id, " ".join(str(operation).split()), message
-
-    def _finding(self, run: List[SessionEvent]) -> EfficiencyIssue:
-        what = _command_of(run[0].data) or run[0].data.get("tool") or run[0].data.get("message") or "operation"
-        return self.issue(
-            Severity.HIGH, f"Failed {len(run)} times with nothing changed in between: '{' '.join(str(what).split())[:60]}'",
-            "Read the first error and change something before trying again", events=run,
-            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=True, retry_count=len(run))
-
-
-def normal_message(message: Any) -> str:
-    """An error text with numbers, addresses and space folded, so that two of a kind are equal."""
-    if message == "":
-        return ""
-    text = _VARYING.sub("#", str(message)[:2000].lower())
-    return " ".join(text.split())[:300]
-
-
-_VARYING = _Pattern(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+")
-
-
-class LongSessionAnalyzer(BaseAnalyzer):
-    """The session ran long; a long context is sent again with every call. Often legitimate, so an estimate.
-
-    Charged: 10% of the session's tokens per 30 minutes over the limit, at most 30%, spread over all events.
-    """
-
-    issue_type = IssueType.LONG_SESSION
-    limit_minutes = 60
-    high_minutes = 120
-    percent_per_step = 10  # of the session's tokens
-    step_minutes = 30
-    most_percent = 30
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        minutes = session.duration_seconds / 60
-        if minutes <= self.limit_minutes:
-            return
-        percent = min(self.most_percent, (minutes - self.limit_minutes) / self.step_minutes * self.percent_per_step)
-        yield self.issue(
-            Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
-            f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
-            "If the work fell into separate tasks, a fresh session for each would have carried less context",
-            waste_tokens=int(session.total_tokens * percent / 100), duration_minutes=minutes,
-            threshold_minutes=self.limit_minutes)
-
-
-class HighErrorRateAnalyzer(BaseAnalyzer):
-    """Much of what the agent tried failed: the task or the environment was not clear to it.
-
-    Counts errors among all events, not declined permissions, overload answers or collateral failures of a parallel
-    call. Charged, as an estimate: the tokens of the error events.
-    """
-
-    issue_type = IssueType.HIGH_ERROR_RATE
-    threshold_percent = 20  # of the events
-    high_percent = 40
-    more_than = 5           # events
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        errors = [e for e in session.events if e.event_type is EventType.ERROR and not failure_kind(e.data)]
-        count = len(session.events)
-        if count <= self.more_than or len(errors) * 100 <= count * self.threshold_percent:
-            return
-        rate = 100 * len(errors) / count
-        yield self.issue(
-            Severity.HIGH if rate > self.high_percent else Severity.MEDIUM,
-            f"{len(errors)} of {count} events are errors ({rate:.1f}%)",
-            "Check the task's wording and the environment (paths, dependencies, permissions) before the next run",
-            events=errors, claims={e.id: (e.tokens_input, e.tokens_output) for e in errors if e.tokens},
-            error_rate=rate, error_count=len(errors), total_events=count)
-
-
-class TokenSpikeAnalyzer(BaseAnalyzer):
-    """Single events far above the usual size. Often legitimate: a place to look.
-
-    Compared with the others of the same type (with all others where there are fewer than 10); CONTEXT_LOAD never counts.
-    Charged, as an estimate: what exceeds 1.5 times that average; nothing for imported sessions.
-    """
-
-    issue_type = IssueType.TOKEN_SPIKE
-    times = 3.0         # the average of the others
-    acceptable = 1.5    # times that average
-    enough = 10         # events of one type that make an average of their own
-    minimum_events = 3  # with tokens
-
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        spikes = [spike for spike in self.ratios(session, self.times) if spike[2].tokens > self.times * spike[1]]
-        if spikes:
-            yield self._finding(session, sorted(spikes, key=lambda spike: -spike[2].tokens))
-
-    def ratios(self, session: Session, least: float = 0.0) -> Iterator[Tuple[float, float, SessionEvent]]:
-        """Of the events with tokens: how many times the average of the others, that average, and the event. Those well
-        below ``least`` times the average are left out."""
-        by_type: Dict[str, List[Tuple[int, int]]] = {}
-        for at, event in enumerate(session.events):
-            tokens = event.tokens_input + event.tokens_output
-            if tokens and event.event_type is not EventType.CONTEXT_LOAD:
-                by_type.setdefault(event.event_type._value_, []).append((at, tokens))
-        sums = [(len(sizes), sum(tokens for _, tokens in sizes)) for sizes in by_type.values()]
-        everything = sum(count for count, _ in sums), sum(total for _, total in sums)
-        if everything[0] < self.minimum_events:
-            return
-        found = []
-        for sizes, own in zip(by_type.values(), sums):
-            count, total = own if own[0] >= self.enough else everything
-            enough = least * total / (count - 1 + least) * 0.999 - 1 if count > 1 else 0  # to be on the safe side of rounding
-            found += [(at, tokens, (total - tokens) / (count - 1)) for at, tokens in sizes if tokens > enough]
-        for at, tokens, average in sorted(found):
-            yield tokens / average if average else float(tokens), average, session.events[at]
-
-    def _finding(self, session: Session, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
-        multiplier, average, worst = spikes[0]
-        claims = {} if session.imported else {
-            event.id: split_like(event, event.tokens - int(self.acceptable * mean)) for _, mean, event in spikes}
-        more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
-        return self.issue(
-            Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is {multiplier:.1f} times the "
-            f"average of {average:,.0f}{more}",
-            "A place to look: a large output may be what was wanted, or a query that returned too much",
-            events=[event for _, _, event in spikes], claims=claims, multiplier=multiplier,
-            event_tokens=worst.tokens, average_tokens=average, spikes=len(spikes))
-
-
-BUILT_IN_ANALYZERS = (
-    RepeatedFileReadAnalyzer, RepeatedSearchAnalyzer, LargeFileAnalyzer, ExcessiveThinkingAnalyzer,
-    FailedRetryAnalyzer, LongSessionAnalyzer, HighErrorRateAnalyzer, TokenSpikeAnalyzer)
-
-
-# ======================================================================================================
-# Reports
-# ======================================================================================================
-
-def share_out(total: int, weights: List[int]) -> List[int]:
-    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder, then order)."""
-    if len(weights) == 1:
-        return [total]
-    whole = sum(weights)
-    if not whole or not total:
-        return [0] * len(weights)
-    shares = [total * weight // whole for weight in weights]
-    missing = total - sum(shares)
-    if missing:
-        remainders = [total * weight % whole for weight in weights]
-        by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True) \
-            if missing > 1 else [remainders.index(max(remainders))]
-        for index in by_remainder[:missing]:
-            shares[index] += 1
-    return shares
-
-
-def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
-    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it has."""
-    tokens = max(0, min(tokens, event.tokens))
-    entered, written = share_out(tokens, [event.tokens_input, event.tokens_output]) if tokens else (0, 0)
-    return entered, written
-
-
-def _claimable(event: SessionEvent) -> bool:
-    return event.event_type is not EventType.CONTEXT_LOAD or event.data.get("source") != "unattributed"
-
-
-def _events_of(session: Session) -> List[SessionEvent]:
-    """The session's events; totals without events count as one."""
-    if session.events or not session.total_tokens:
-        return session.events
-    return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input, session.total_tokens_output)]
-
-
-def _events_by_id(session: Session) -> Dict[str, SessionEvent]:
-    """What `_events_of` returns by id, made once while the session's events stay the same."""
-    known = session.__dict__.get("_by_id")
-    if known is None or known[0] != len(session.events) or not session.events:
-        known = session.__dict__["_by_id"] = (len(session.events), {event.id: event for event in _events_of(session)})
-    return known[1]
-
-
-class UnitCosts:
-    """USD per input and per output token of every event of a session.
-
-    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with every later call
-    of its window, at the cache-read price, while that call's cache read reaches its position in the context.
-    """
-
-    def __init__(self, session: Session):
-        self.prices, self.model = session.prices, session.model  # not the session, which would never be freed by itself
-        self.count = len(session.events)
-        self._carry: Dict[int, float] = {}
-        if any(event.tokens_cache_read for event in session.events):
-            for window in session.windows():
-                self._carry_window(window)
-
-    def _price(self, event: SessionEvent) -> Price:
-        return self.prices.lookup(event.model or self.model)
-
-    def of(self, event: SessionEvent) -> Tuple[float, float]:
-        """USD per wasted input token (carry included) and per wasted output token of this event."""
-        price, entered = self._price(event), event.tokens_input
-        if not entered:
-            return 0.0, price.output / 1000
-        write, write_1h = event.tokens_cache_write, event.tokens_cache_write_1h
-        billed = ((entered - write) * price.input + (write - write_1h) * price.cache_write
-                  + write_1h * price.cache_write_1h)
-        return (billed + self._carry.get(id(event), 0.0)) / entered / 1000, price.output / 1000
-
-    def _carry_window(self, window: List[SessionEvent]) -> None:
-        """Follow the context call by call: what a call's cache read covers is paid again, what entered lies at the context's
-        end, what the context lost is gone. Tokens written again after the cache expired take no place of their own."""
-        held = _HeldContext(self._carry)
-        pending: List[SessionEvent] = []
-        answer: Optional[SessionEvent] = None
-        for event in window:
-            if event.event_type is not EventType.AI_RESPONSE:
-                pending.append(event)
-                continue
-            entered = ([answer] if answer else []) + [e for e in pending if e.data.get("source") != "cache rebuild"]
-            rebuilt = sum(e.tokens_input for e in pending) + (answer.tokens_input if answer else 0)
-            growth = sum(e.tokens_input for e in entered)
-            held.cut(event.tokens_cache_read + rebuilt - growth)
-            held.read(event.tokens_cache_read, self._price(event).cache_read)
-            held.enter(event.tokens_cache_read + rebuilt - growth, entered)
-            pending, answer = [], event
-        held.cut(-1)
-
-
-class _HeldContext:
-    """The events that make up a context, by position, and what sending them again has cost (USD per 1,000 tokens times tokens).
-
-    A read covers a prefix, so it is noted at the last event it covers whole; an event that leaves hands what was noted at
-    it to the one before, which was covered too.
-    """
-
-    def __init__(self, costs: Dict[int, float]):
-        self.costs = costs
-        self._events: List[SessionEvent] = []
-        self._starts: List[int] = []
-        self._ends: List[int] = []
-        self._whole: List[float] = []  # price of the reads whose last whole event this is
-
-    def enter(self, position: int, events: List[SessionEvent]) -> None:
-        """Events enter one after the other from ``position`` on (tokens)."""
-        for event in events:
-            if event.tokens_input:
-                self._events.append(event)
-                self._starts.append(position)
-                position += event.tokens_input
-                self._ends.append(position)
-                self._whole.append(0.0)
-
-    def read(self, tokens: int, price: float) -> None:
-        """The first ``tokens`` of the context are sent again."""
-        index = bisect_right(self._ends, tokens)
-        if index:
-            self._whole[index - 1] += price
-        if index < len(self._ends) and tokens > self._starts[index]:
-            self._add(index, price * (tokens - self._starts[index]))
-
-    def cut(self, length: int) -> None:
-        """The context holds no more than ``length`` tokens: what lay beyond is gone."""
-        while self._ends and self._ends[-1] > length:
-            price, start = self._whole[-1], self._starts[-1]
-            self._add(-1, price * (self._ends[-1] - start))
-            if len(self._whole) > 1:
-                self._whole[-2] += price
-            if start < length:
-                self._whole[-1], self._ends[-1] = 0.0, length
-                return
-            for column in (self._events, self._starts, self._ends, self._whole):
-                column.pop()
-
-    def _add(self, index: int, cost: float) -> None:
-        key = id(self._events[index])
-        self.costs[key] = self.costs.get(key, 0.0) + cost
-
-
-def _unit_costs(session: Session) -> UnitCosts:
-    """The session's unit costs, computed once while its events stay the same."""
-    costs = session.__dict__.get("_unit_costs")
-    if costs is None or costs.count != len(session.events):
-        costs = session.__dict__["_unit_costs"] = UnitCosts(session)
-    return costs
-
-
-def claims_of(session: Session, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
-    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's own
-    proportion; without claims the waste is shared by the events involved, or by all where none is named."""
-    if issue.claims:
-        by_id = _events_by_id(session)
-        pairs = [(by_id[key], claim) for key, claim in issue.claims.items() if key in by_id]
-        return {event.id: _cut(event, claim) for event, claim in pairs if _claimable(event)}
-    if not issue.estimated_waste_tokens:
-        return {}
-    events, involved = _events_of(session), set(issue.events_involved)
-    named = [event for event in events if _claimable(event) and (not involved or event.id in involved)]
-    tokens = min(int(issue.estimated_waste_tokens), sum(event.tokens for event in named))
-    shares = share_out(tokens, [event.tokens for event in named])
-    return {event.id: split_like(event, share) for event, share in zip(named, shares) if share}
-
-
-def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
-    if isinstance(claim, (int, float)):
-        return split_like(event, int(claim))
-    return max(0, min(int(claim[0]), event.tokens_input)), max(0, min(int(claim[1]), event.tokens_output))
-
-
-def price_issue(session: Session, issue: EfficiencyIssue) -> None:
-    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
-    claims = claims_of(session, issue)
-    if issue.claims:
-        issue.estimated_waste_tokens = sum(map(sum, claims.values()))
-    if not issue.estimated_waste_cost and claims:
-        costs, events = _unit_costs(session), _events_by_id(session)
-        issue.estimated_waste_cost = sum(
-            entered * unit[0] + written * unit[1]
-            for unit, (entered, written) in ((costs.of(events[key]), claim) for key, claim in claims.items()))
-
-
-class ClaimsLedger:
-    """Charges every token once: an event pays its largest measured claim, then only what its largest estimated claim
-    adds, never more than it has; of equal claims the first in registry order wins. ``tokens`` and ``cost`` are
-    {True: measured, False: estimated}; the issues carry their part, and the parts add up."""
-
-    def __init__(self, session: Session, issues: List[EfficiencyIssue]):
-        self.tokens = {True: 0, False: 0}
-        self.cost = {True: 0.0, False: 0.0}
-        self.by_event: Dict[str, int] = {}  # tokens charged
-        best: Dict[str, Dict[bool, Any]] = {}
-        for issue in issues:
-            issue.charged_tokens, issue.charged_cost = 0, 0.0
-            for key, claim in claims_of(session, issue).items():
-                held = best.setdefault(key, {}).get(issue.measured)
-                if sum(claim) > (sum(held[0]) if held else 0):
-                    best[key][issue.measured] = (claim, issue)
-        if best:
-            costs = _unit_costs(session)
-            for event in _events_of(session):
-                if event.id in best:
-                    self.by_event[event.id] = self._charge(best.pop(event.id), costs.of(event))
-
-    def _charge(self, claims: Dict[bool, Any], unit: Tuple[float, float]) -> int:
-        paid, total = (0, 0), 0
-        for measured in (True, False):
-            if measured in claims:
-                (entered, written), issue = claims[measured]
-                entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
-                cost = entered * unit[0] + written * unit[1]
-                issue.charged_tokens += entered + written
-                issue.charged_cost += cost
-                self.tokens[measured] += entered + written
-                self.cost[measured] += cost
-                paid, total = (entered, written), total + entered + written
-        return total
-
-
-def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
-    """Run the analyzers and charge what they claim. One that raises is named in the report, the others count."""
-    report = charged_report(session, analyzers)
-    report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
-    report.notes, report.recommendations = report_notes(session), recommendations(report)
-    return report
-
-
-def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
-    """The findings of a report and its figures, without what only a reader wants: all that a summary needs."""
-    issues, failures = [], []
-    for name in ("_unit_costs", "_repeats", "_by_id"):
-        session.__dict__.pop(name, None)  # the events may have been changed in place since
-    for analyzer in analyzers:
-        try:
-            found = [_sound(issue) for issue in analyzer.analyze(session) or []]
-            if type(analyzer).analyze is not BaseAnalyzer.analyze:  # it made its issues itself
-                found = list({id(issue): issue for issue in found}.values())
-                for issue in found:
-                    price_issue(session, issue)
-                    if session.total_tokens:
-                        issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, session.total_tokens)
-            issues += found
-        except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
-            failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
-    ledger = ClaimsLedger(session, issues)
-    issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
-    waste = sum(ledger.tokens.values())
-    total = sum(event.tokens for event in session.events) if session.events else session.total_tokens
-    cost = session.estimated_cost
-    return OptimizationReport(
-        session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost),
-        100.0 * (1 - waste / total) if total else 100.0, measured_waste_tokens=ledger.tokens[True],
-        measured_waste_cost=min(ledger.cost[True], cost), total_tokens=total, estimated_cost=cost, analyzer_errors=failures)
-
-
-def _sound(issue: Any) -> EfficiencyIssue:
-    """An issue as an analyzer gave it, or the ValueError or TypeError that says what it lacks."""
-    if not isinstance(issue, EfficiencyIssue):
-        raise TypeError(f"an EfficiencyIssue was expected, not a {type(issue).__name__}")
-    issue.severity = Severity(getattr(issue.severity, "value", issue.severity))
-    issue.issue_type = IssueType(getattr(issue.issue_type, "value", issue.issue_type))
-    issue.description, issue.suggestion = str(issue.description), str(issue.suggestion)
-    issue.estimated_waste_tokens = max(0, int(issue.estimated_waste_tokens or 0))
-    issue.estimated_waste_cost = max(0.0, float(issue.estimated_waste_cost or 0.0))
-    issue.events_involved, issue.claims = list(issue.events_involved or []), dict(issue.claims or {})
-    return issue
-
-
-def token_breakdown(session: Session) -> Dict[str, int]:
-    """Tokens by event type, and the totals."""
-    breakdown: Dict[str, int] = {}
-    for event in session.events:
-        name = event.event_type._value_  # `value` is a property, and this loop is over all events
-        breakdown[name] = breakdown.get(name, 0) + event.tokens_input + event.tokens_output
-    breakdown.update(TOTAL_INPUT=session.total_tokens_input, TOTAL_OUTPUT=session.total_tokens_output,
-                     TOTAL=session.total_tokens)
-    return breakdown
-
-
-_CONTEXT_NAMES = {"system": "context load", "": "context load", "compaction": "context after compaction"}
-
-
-def token_use(session: Session) -> Dict[str, int]:
-    """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool, written. The
-    parts add up to the session's total tokens."""
-    use: Dict[str, int] = {}
-    for event in session.events:
-        data, kind = event.data, event.event_type
-        if kind is EventType.CONTEXT_LOAD:
-            source = str(data.get("source") or "")
-            entered, written = _CONTEXT_NAMES.get(source, source), "other output"
-        elif kind is EventType.USER_MESSAGE:
-            entered, written = "prompts", "other output"
-        elif kind is EventType.AI_RESPONSE:
-            entered, written = "answers kept in context", "answers written"
-        elif kind is EventType.THINKING:
-            entered, written = "thinking kept in context", "thinking"
-        else:
-            tool = str(data.get("tool") or kind.value.lower())
-            entered, written = f"results of {tool}", "tool calls written"
-        if event.tokens_input:
-            use[entered] = use.get(entered, 0) + event.tokens_input
-        if event.tokens_output:
-            use[written] = use.get(written, 0) + event.tokens_output
-    return dict(sorted(use.items(), key=lambda item: -item[1]))
-
-
-def report_notes(session: Session) -> List[str]:
-    """What limits the figures of this session, in words."""
-    notes = []
-    models = sorted({event.model or session.model for event in session.events} or {session.model})
-    for model in models:
-        price = session.prices.lookup(model)
-        if not price.exact:
-            notes.append(f"no price for model {model!r}: priced as {price.model}")
-        elif model == "default" and session.imported and session.total_tokens:
-            notes.append("no price for a model that the transcript does not name: priced as default")
-    for count, text in ((session.metadata.get("output_lower_bound_calls"),
-                         "responses have only a placeholder for their output: output tokens and cost are a lower bound"),
-                        (session.metadata.get("redacted_thinking_calls"),
-                         "responses hide the size of their thinking: it counts as their visible output"),
-                        (session.metadata.get("damaged_lines"), "damaged transcript lines were skipped"),
-                        (sum(event.data.get("estimated") is True for event in session.events),
-                         "events were logged live with tokens estimated from their size: scan replaces them by the real counts"),
-                        (session.metadata.get("calls_elsewhere"),
-                         "responses repeat an earlier session and are counted there")):
-        if count:
-            notes.append(f"{count} {text}")
-    return notes
-
-
-_LABELS = {Severity.CRITICAL: "CRITICAL", Severity.HIGH: "HIGH PRIORITY", Severity.MEDIUM: "RECOMMENDED",
-           Severity.LOW: "OPTIONAL"}
-
-
-def recommendations(report: OptimizationReport) -> List[str]:
-    """What to do, one line per suggestion, the one with most waste charged first."""
-    by_advice: Dict[str, List[EfficiencyIssue]] = {}
-    for issue in report.issues:
-        by_advice.setdefault(issue.suggestion, []).append(issue)
-    ranked = sorted(by_advice.items(), key=lambda item: (-max(i.severity.rank for i in item[1]),
-                                                         -sum(i.charged_tokens for i in item[1])))
-    lines = [f"[{_LABELS[max(i.severity for i in issues)]}] {advice}" for advice, issues in ranked]
-    return [f"[INCOMPLETE] An analyzer failed, so its waste is missing: {failure}"
-            for failure in report.analyzer_errors] + lines
-
-
-_CONTROL = _Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
-
-
-def plain(text: Any, limit: int = 200) -> str:
-    """Text from outside on one line that cannot steer a terminal: control and direction characters become spaces, more
-    than ``limit`` characters are cut."""
-    line = " ".join(_CONTROL.sub(" ", str(text)).split())
-    return line if len(line) <= limit else line[:limit - 1] + "…"
-
-
-def markdown_text(text: Any, limit: int = 200) -> str:
-    """Text from outside that cannot break a markdown table, open a link or become HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~!&$])", r"\\\1", plain(text, limit)).replace("\\&", "&amp;").replace(
-        "\\<", "&lt;").replace("\\>", "&gt;")
-
-
-def short_number(count: float) -> str:
-    """1,234 as it is, larger ones as 12.3k, 4.5M, 6.7G."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(count) >= size:
-            return f"{count / (1e3 if unit == 'k' else size):,.1f}{unit}"
-    return f"{count:,.0f}"
-
-
-def waste_range(measured: float, total: float, show: Callable[[float], str]) -> str:
-    """A lower and an upper bound as a range; one figure where they are equal."""
-    return show(total) if show(measured) == show(total) else f"{show(measured)} to {show(total)}"
-
-
-def share_text(part: float, whole: float) -> str:
-    """A share in percent with one decimal; "0.0%" of nothing."""
-    return f"{100 * part / whole if whole else 0.0:.1f}%"
-
-
-def dollars(amount: float) -> str:
-    """USD with cents, small amounts with four decimals."""
-    return f"${amount:,.2f}" if abs(amount) >= 1 else f"${amount:.4f}"
-
-
-def bar(part: float, whole: float, width: int = 24) -> str:
-    """A bar of plain characters, ``width`` long where ``part`` is the whole."""
-    return "#" * (max(1, round(width * part / whole)) if part > 0 and whole else 0)
-
-
-def _waste_lines(report: OptimizationReport) -> List[Tuple[str, str]]:
-    """The summary both readable reports show: label and value."""
-    tokens = waste_range(report.measured_waste_tokens, report.total_waste_tokens, lambda n: f"{n:,.0f}")
-    cost = waste_range(report.measured_waste_cost, report.total_waste_cost, dollars)
-    return [("Efficiency Score", f"{report.efficiency_score:.1f}/100" + (
-                " (incomplete: an analyzer failed)" if report.analyzer_errors else "")),
-            ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,} "
-                                   f"({share_text(report.total_waste_tokens, report.total_tokens)})"),
-            ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices "
-                                 f"({share_text(report.total_waste_cost, report.estimated_cost)})"),
-            ("Issues Found", str(len(report.issues)))]
-
-
-def _header_lines(session: Session, report: OptimizationReport) -> List[Tuple[str, str]]:
-    return [("Session ID", report.session_id), ("Generated", report.generated_at), ("Agent", session.agent),
-            ("Task", session.task), ("Model", session.model), ("Status", session.status.value),
-            ("Duration", f"{session.duration_seconds / 60:.1f} minutes active")]
-
-
-def _issue_waste(issue: EfficiencyIssue) -> str:
-    kind = "measured" if issue.measured else "estimated"
-    charged = "" if issue.charged_tokens == issue.estimated_waste_tokens else f", {issue.charged_tokens:,} charged"
-    return f"{issue.estimated_waste_tokens:,} tokens ({dollars(issue.estimated_waste_cost)}), {kind}{charged}"
-
-
-def text_report(session: Session, report: OptimizationReport) -> str:
-    """The report as plain text."""
-    lines = ["=" * 72, "SESSION OPTIMIZATION REPORT", "=" * 72, ""]
-    lines += [f"{label + ':':<12}{plain(value)}" for label, value in _header_lines(session, report)]
-    lines += _section("SUMMARY") + [f"{label + ':':<20}{value}" for label, value in _waste_lines(report)]
-    if report.issues:
-        lines += _section("ISSUES (by severity, then waste)")
-        for number, issue in enumerate(report.issues, 1):
-            lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}", f"   {plain(issue.description)}",
-                      f"   Waste:      {_issue_waste(issue)}", f"   Events:     {_event_list(issue)}",
-                      f"   Suggestion: {plain(issue.suggestion)}"]
-    if report.token_use:
-        most = max(report.token_use.values())
-        lines += _section("WHERE ALL TOKENS WENT")
-        lines += [f"{plain(name, 30):<30} {tokens:>12,} {share_text(tokens, report.total_tokens):>6} {bar(tokens, most)}"
-                  for name, tokens in report.token_use.items()]
-    for title, entries in (("RECOMMENDATIONS", report.recommendations), ("NOTES", report.notes)):
-        if entries:
-            lines += _section(title) + [f"  * {plain(entry, 300)}" for entry in entries]
-    return "\n".join(lines)
-
-
-def _section(title: str) -> List[str]:
-    return ["", "-" * 72, title, "-" * 72]
-
-
-def _event_list(issue: EfficiencyIssue, most: int = 8) -> str:
-    if not issue.events_involved:
-        return "the whole session"
-    more = len(issue.events_involved) - most
-    return ", ".join(plain(event, 60) for event in issue.events_involved[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def markdown_report(session: Session, report: OptimizationReport) -> str:
-    """The report as markdown."""
-    lines = ["# Session Optimization Report", ""]
-    lines += [f"- **{label}:** {markdown_text(value)}" for label, value in _header_lines(session, report)]
-    lines += ["", "## Summary", ""] + [f"- **{label}:** {value}" for label, value in _waste_lines(report)]
-    lines += ["", "## Token Breakdown", "", "| Category | Tokens |", "|---|---:|"]
-    lines += [f"| {markdown_text(name)} | {tokens:,} |" for name, tokens in report.token_breakdown.items()]
-    if report.token_use:
-        lines += ["", "## Where All Tokens Went", "", "| Purpose | Tokens | Share |", "|---|---:|---:|"]
-        lines += [f"| {markdown_text(name)} | {tokens:,} | {share_text(tokens, report.total_tokens)} |"
-                  for name, tokens in report.token_use.items()]
-    if report.issues:
-        lines += ["", "## Issues Detected", ""]
-        for issue in report.issues:
-            lines += [f"### {issue.issue_type.value} [{issue.severity.value}]", "",
-                      f"- **Description:** {markdown_text(issue.description)}", f"- **Waste:** {_issue_waste(issue)}",
-                      f"- **Events:** {markdown_text(_event_list(issue))}",
-                      f"- **Suggestion:** {markdown_text(issue.suggestion)}", ""]
-    for title, entries in (("Recommendations", report.recommendations), ("Notes", report.notes)):
-        if entries:
-            lines += ["", f"## {title}", ""] + [f"- {markdown_text(entry, 300)}" for entry in entries]
-    return "\n".join(lines) + "\n"
-
-
-def json_report(session: Session, report: OptimizationReport) -> str:
-    """The report's fields as JSON."""
-    return json.dumps(report.to_dict(), indent=2, default=str)
-
-
-# -- pictures: one file each, drawn without a script
-
-MOST_COLUMNS = 120   # of a picture: more would be thinner than a pixel on a phone
-_MOST_SHOWN = 60     # findings of a page, and events of a finding; what is left out is counted
-GOOD_SCORE, FAIR_SCORE = 85, 70  # from here a score is shown as good, from there as fair
-
-_KINDS = {  # how a timeline groups events: colour class, name, event types
-    "k1": ("Context loaded", (EventType.CONTEXT_LOAD,)), "k2": ("Prompts", (EventType.USER_MESSAGE,)),
-    "k3": ("Files read", (EventType.FILE_READ,)), "k4": ("Searches", (EventType.SEARCH,)),
-    "k5": ("Other tools", (EventType.TOOL_CALL, EventType.FILE_WRITE)), "k6": ("Errors", (EventType.ERROR,)),
-    "k7": ("Answers", (EventType.AI_RESPONSE,)), "k8": ("Thinking", (EventType.THINKING,)),
-    "k9": ("Other", (EventType.CUSTOM, EventType.TOKEN_USAGE, EventType.SESSION_START, EventType.SESSION_END))}
-_KIND_OF = {event_type: kind for kind, (_, event_types) in _KINDS.items() for event_type in event_types}
-
-_STYLE = """
-:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#5b6577;--line:#e3e7ed;--track:#edf0f4;
---bad:#d9363e;--fair:#b26a00;--good:#1f8a4c;--link:#2459c4;--carry:#c3cede;
---k1:#a3aec0;--k2:#7b61e0;--k3:#3b82e6;--k4:#14a3b5;--k5:#57b58a;--k6:#e3a008;--k7:#44546c;--k8:#c490d8;--k9:#cbb79a}
-@media (prefers-color-scheme:dark){:root{--page:#0e1218;--card:#171d26;--ink:#e8ecf2;--soft:#98a4b6;--line:#28313e;
---track:#222b37;--bad:#ff6b70;--fair:#f0b04a;--good:#4cc982;--link:#8db4ff;--carry:#3c4a5f;
---k1:#5f6d82;--k2:#9a86f5;--k3:#5b9bf3;--k4:#2fb9c9;--k5:#63c79a;--k6:#e6b53c;--k7:#c3cedd;--k8:#cf9fe2;--k9:#8f7f66}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
-h1{font-size:26px;line-height:1.25;margin:2px 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font-size:16px;margin:0 0 4px}h3{font-size:15px;margin:0 0 2px;overflow-wrap:anywhere}
-p{margin:0 0 8px}a{color:var(--link)}
-.brand{font-size:12px;font-weight:600;letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}
-.soft{color:var(--soft);font-size:13px}.wrap{overflow-wrap:anywhere}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin-top:16px}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:16px;margin-top:18px}
-.facts .card{margin:0;padding:16px 18px}
-.fact{display:block;font-size:24px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
-.score{display:flex;align-items:center;gap:14px}.score svg{width:64px;height:64px;flex:none}
-.good{color:var(--good)}.fair{color:var(--fair)}.bad{color:var(--bad)}
-.two{display:grid;grid-template-columns:1fr 1fr;gap:0 16px}.two>div{min-width:0}
-svg{display:block}.chart{width:100%;shape-rendering:crispEdges}
-.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
-.plot{margin:10px 0 2px}.plot .chart{border-bottom:1px solid var(--line)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px;font-size:13px;color:var(--soft)}
-.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
-.k1{fill:var(--k1);background:var(--k1)}.k2{fill:var(--k2);background:var(--k2)}.k3{fill:var(--k3);background:var(--k3)}
-.k4{fill:var(--k4);background:var(--k4)}.k5{fill:var(--k5);background:var(--k5)}.k6{fill:var(--k6);background:var(--k6)}
-.k7{fill:var(--k7);background:var(--k7)}.k8{fill:var(--k8);background:var(--k8)}.k9{fill:var(--k9);background:var(--k9)}
-.waste{fill:var(--bad);background:var(--bad)}.carry{fill:var(--carry);background:var(--carry)}
-g:hover{opacity:.7}
-.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:7px 12px;align-items:center;
-font-size:14px;margin-top:10px}
-.bars>div{display:contents}.bars span{min-width:0;overflow-wrap:anywhere}
-.bars>div>span:last-child{text-align:right;font-variant-numeric:tabular-nums}
-.track{height:10px;border-radius:5px;background:var(--track);overflow:hidden}
-.chip{display:inline-block;border-radius:999px;padding:1px 9px;font-size:11px;font-weight:650;letter-spacing:.03em;
-border:1px solid currentColor;white-space:nowrap;vertical-align:1px}
-.critical,.high{color:var(--bad)}.medium{color:var(--fair)}.low{color:var(--soft)}
-details{border-top:1px solid var(--line);padding:10px 0}details:last-child{padding-bottom:0}
-summary{cursor:pointer;list-style-position:outside;margin-left:18px}
-summary b{font-weight:600;overflow-wrap:anywhere}details>:not(summary){margin-left:18px}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}
-th{font-weight:600;color:var(--soft);text-align:left;border-bottom:1px solid var(--line);padding:4px 12px 4px 0}
-td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-tr:last-child td{border-bottom:0}td.wide,th.n,td.n{white-space:nowrap}
-th.n,td.n{text-align:right;font-variant-numeric:tabular-nums}
-td.n:last-child,th.n:last-child{padding-right:0}
-code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-ol,ul{margin:6px 0 0;padding-left:22px}li{margin:4px 0}
-footer{margin-top:22px;color:var(--soft);font-size:12px}
-@media (max-width:720px){main{padding:18px 12px 32px}.two{grid-template-columns:1fr}h1{font-size:21px}
-.card{padding:14px}.facts{grid-template-columns:1fr 1fr;gap:10px}.facts .card{padding:12px}.fact{font-size:19px}
-.facts .card:first-child{grid-column:1/-1}.bars{display:block}
-.bars>div{display:grid;grid-template-columns:1fr max-content;gap:2px 10px;margin-bottom:9px}
-.bars .track{grid-column:1/-1;grid-row:2}.wide{display:none}}
-@media print{body{background:#fff}.card{break-inside:avoid}}
-"""
-
-
-def _escaped(text: Any, limit: int = 200) -> str:
-    """Text from outside that is text in a page, too."""
-    import html
-    return html.escape(plain(text, limit))
-
-
-def _page(title: str, *parts: str) -> str:
-    """A whole HTML document in ASCII, which no encoding on its way can damage."""
-    text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
-            + "\n".join(filter(None, parts))
-            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
-              "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact "
-              "repeats, estimated waste assumes a share.</footer>\n</main></body></html>\n")
-    return text.encode("ascii", "xmlcharrefreplace").decode()
-
-
-def _card(title: str, body: str, hint: str = "") -> str:
-    soft = f'<p class="soft">{hint}</p>' if hint else ""
-    return f'<section class="card"><h2>{title}</h2>{soft}{body}</section>' if body else ""
-
-
-def _chart(columns: List[Tuple[str, List[Tuple[str, int]]]], height: int, label: str, *, down: bool = False) -> str:
-    """Stacked columns as an SVG that stretches to its place: (what pointing at it says, [(colour class, amount)])."""
-    most = max((sum(amount for _, amount in parts) for _, parts in columns), default=0)
-    if not most:
-        return ""
-    drawn = []
-    for index, (says, parts) in enumerate(columns):
-        place, rects = 0.0, []
-        for kind, amount in parts:
-            size = amount * 100 / most
-            if amount:
-                top = place if down else 100 - place - size
-                rects.append(
-                    f'<rect class="{kind}" x="{index * 10 + 1}" y="{top:.2f}" width="8" height="{size:.2f}"/>')
-            place += size
-        drawn.append(f'<g><title>{says}</title><rect x="{index * 10}" width="10" height="100" fill="transparent"/>'
-                     f'{"".join(rects)}</g>')
-    width = max(10, len(columns) * 10)
-    return (f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width} 100" '
-            f'preserveAspectRatio="none" style="height:{height}px">{"".join(drawn)}</svg>')
-
-
-def _plots(columns: int, *parts: str) -> str:
-    """Charts and what stands above and below them, no wider than their columns deserve."""
-    return f'<div style="max-width:{max(6, columns) * 56}px">{"".join(parts)}</div>'
-
-
-def _axis(*texts: str) -> str:
-    return '<div class="axis">' + "".join(f"<span>{text}</span>" for text in texts) + "</div>"
-
-
-def _bars(rows: List[Tuple[str, float, float, str]], kind: str = "k3") -> str:
-    """Lying bars: (label in HTML, amount, the wasted part of it, what stands at the end in HTML)."""
-    most = max((amount for _, amount, _, _ in rows), default=0)
-    return '<div class="bars">' + "".join(
-        f'<div><span>{label}</span><span class="track"><svg width="100%" height="10" aria-hidden="true">'
-        f'<rect class="{kind}" width="{100 * amount / most if most else 0:.2f}%" height="10"/>'
-        f'<rect class="waste" width="{100 * wasted / most if most else 0:.2f}%" height="10"/></svg></span>'
-        f'<span>{end}</span></div>'
-        for label, amount, wasted, end in rows) + "</div>" if rows else ""
-
-
-def _legend(entries: List[Tuple[str, str]]) -> str:
-    named = "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries)
-    return f'<div class="legend">{named}</div>'
-
-
-def _score_fact(score: float) -> str:
-    """A score as a ring with its number."""
-    kind = "good" if score >= GOOD_SCORE else "fair" if score >= FAIR_SCORE else "bad"
-    return (f'<div class="card score"><svg class="{kind}" viewBox="0 0 36 36" aria-hidden="true">'
-            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="var(--track)" stroke-width="4"/>'
-            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" '
-            f'stroke-linecap="round" stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" '
-            'transform="rotate(-90 18 18)"/></svg>'
-            f'<div><span class="soft">Efficiency</span><span class="fact {kind}">{score:.1f}</span></div></div>')
-
-
-def _fact(name: str, value: str, more: str, kind: str = "") -> str:
-    return (f'<div class="card"><span class="soft">{name}</span><span class="fact {kind}">{value}</span>'
-            f'<span class="soft">{more}</span></div>')
-
-
-def _facts(score: float, waste: Tuple[float, float], wasted_cost: Tuple[float, float], tokens: int, cost: float,
-           used: str) -> str:
-    """The row of figures a page begins with; waste and its cost as (measured, total)."""
-    return '<div class="facts">' + _score_fact(score) + _fact(
-        "Wasted tokens", short_number(waste[1]),
-        f"{share_text(waste[1], tokens)} of all, {short_number(waste[0])} measured", "bad" if waste[1] else "") + _fact(
-        "Wasted cost", dollars(wasted_cost[1]), f"{share_text(wasted_cost[1], cost)} of the cost, "
-        f"{dollars(wasted_cost[0])} measured", "bad" if waste[1] else "") + _fact(
-        "Tokens", short_number(tokens), used) + _fact("Cost", dollars(cost), "at API prices") + "</div>"
-
-
-def _columns_of(session: Session) -> Tuple[List[List[SessionEvent]], str]:
-    """The events of each column of a timeline, and what a column is: a model call where there are several, else an
-    event with tokens, or some of them where they are many."""
-    groups: List[List[SessionEvent]] = [[]]
-    by_call = sum(event.event_type is EventType.AI_RESPONSE for event in session.events) > 1
-    for event in session.events:
-        groups[-1].append(event)
-        if event.event_type is EventType.AI_RESPONSE if by_call else event.tokens or event.tokens_cache_read:
-            groups.append([])
-    groups = [group for group in groups if group]
-    size = -(-len(groups) // MOST_COLUMNS) or 1
-    name = "model call" if by_call else "event"
-    columns = [sum(groups[at:at + size], []) for at in range(0, len(groups), size)]
-    return columns, f"{size} {name}s" if size > 1 else name
-
-
-def _column(events: List[SessionEvent], charged: Dict[str, int]) -> Tuple[str, List[Tuple[str, int]], int]:
-    """One column: what it says, its tokens by kind with the wasted ones last, and what was sent again."""
-    parts, wasted = {kind: 0 for kind in _KINDS}, sum(charged.get(event.id, 0) for event in events)
-    for event in events:
-        parts[_KIND_OF[event.event_type]] += event.tokens - charged.get(event.id, 0)
-    again = sum(event.tokens_cache_read for event in events)
-    says = [f"{events[0].timestamp[11:16]}: {sum(e.tokens for e in events):,} tokens", f"{wasted:,} wasted"]
-    says += [f"{again:,} sent again"] * bool(again)
-    kinds = ", ".join(f"{_KINDS[kind][0].lower()} {amount:,}" for kind, amount in parts.items() if amount)
-    return _escaped(f"{', '.join(says)}; {kinds}", 300), [*parts.items(), ("waste", wasted)], again
-
-
-def _timeline(session: Session, charged: Dict[str, int]) -> str:
-    """The session from left to right: new tokens by kind upwards, what was sent again downwards."""
-    groups, per = _columns_of(session)
-    columns = [_column(events, charged) for events in groups]
-    chart = _chart([(says, parts) for says, parts, _ in columns], 190,
-                   "New tokens over the session, the wasted part in red")
-    if not chart:
-        return ""
-    carried = _chart([(says, [("carry", again)]) for says, _, again in columns], 70,
-                     "Context sent again over the session", down=True)
-    times = [_escaped(groups[at][0].timestamp[11:16]) for at in sorted({0, len(groups) // 2, len(groups) - 1})]
-    most = max(sum(amount for _, amount in parts) for _, parts, _ in columns)
-    plots = [_axis(f"up to {short_number(most)} new tokens per {per}"), f'<div class="plot">{chart}</div>',
-             _axis(*times)]
-    used = {kind for _, parts, _ in columns for kind, amount in parts if amount}
-    legend = [(kind, name) for kind, (name, _) in _KINDS.items() if kind in used] + [("waste", "Wasted")]
-    if carried:
-        most = max(again for _, _, again in columns)
-        plots += [f'<div class="plot">{carried}</div>',
-                  _axis(f"up to {short_number(most)} tokens of context sent again per {per}")]
-        legend.append(("carry", "Context sent again (cache reads)"))
-    return _plots(len(columns), *plots) + _legend(legend)
-
-
-def _two(left: str, right: str) -> str:
-    return f'<div class="two"><div>{left}</div><div>{right}</div></div>'
-
-
-def _kinds_card(issues: Iterable[Dict[str, Any]]) -> str:
-    """Waste by kind, of issues as dicts."""
-    kinds: Dict[str, List[float]] = {}
-    for issue in issues:
-        entry = kinds.setdefault(issue["issue_type"], [0, 0, 0.0])
-        entry[0] += issue["charged_tokens"]
-        entry[1] += 1
-        entry[2] += issue["charged_cost"]
-    rows = _bars([(f"{_kind_name(kind)} <span class=\"soft\">&times;{count:,}</span>", tokens, tokens,
-                   f"{short_number(tokens)} <span class=\"soft\">{dollars(cost)}</span>")
-                  for kind, (tokens, count, cost) in sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))])
-    return _card("Waste by kind", rows or "<p>None found.</p>")
-
-
-def _kind_name(kind: str) -> str:
-    return _escaped(str(kind).replace("_", " ").capitalize())
-
-
-def _use_bars(use: Dict[str, int], most: int = 8) -> str:
-    total, ranked = sum(use.values()), sorted(use.items(), key=lambda item: -item[1])
-    rest = sum(tokens for _, tokens in ranked[most:])
-    return _bars([(_escaped(name, 40), tokens, 0, f"{short_number(tokens)} <span class=\"soft\">"
-                   f"{share_text(tokens, total)}</span>")
-                  for name, tokens in ranked[:most] + [("everything else", rest)] * bool(rest)])
-
-
-def _finding(issue: EfficiencyIssue, session: Session, events: Dict[str, SessionEvent], is_open: bool) -> str:
-    """One finding with the events it rests on."""
-    rows = []
-    for event in [events[key] for key in issue.events_involved if key in events][:_MOST_SHOWN]:
-        claim = issue.claims.get(event.id)
-        wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim or 0
-        place = event_place(session, event)
-        own = event.data.get("line") and not event.data.get("path")
-        near = f"line {event.data['line']}" if own else _last_part(place)
-        rows.append(f'<tr><td><code title="{_escaped(place, 400)}">{_escaped(near, 80)}</code></td>'
-                    f"<td>{_escaped(event_extract(session, event))}</td>"
-                    f'<td class="n wide">{event.tokens_input:,}</td><td class="n wide">{event.tokens_output:,}</td>'
-                    f'<td class="n">{wasted:,}</td></tr>')
-    left = len(issue.events_involved) - _MOST_SHOWN
-    table = '<div class="scroll"><table><tr><th>Where</th><th>What</th><th class="n wide">In</th>' \
-        f'<th class="n wide">Out</th><th class="n">Wasted</th></tr>{"".join(rows)}</table></div>' \
-        if rows else '<p class="soft">The whole session.</p>'
-    return (f'<details{" open" * is_open}><summary>{_chip(issue.severity.value)} '
-            f'<b>{_escaped(issue.description)}</b> <span class="soft">{_escaped(_issue_waste(issue))}</span></summary>'
-            f'<p>{_escaped(issue.suggestion)}.</p>{table}'
-            + (f'<p class="soft">and {left:,} more events</p>' if left > 0 else "") + "</details>")
-
-
-def _chip(severity: str) -> str:
-    return f'<span class="chip {_escaped(severity.lower())}">{_escaped(severity)}</span>'
-
-
-def _advice(entry: str) -> str:
-    """A line of text whose [LABEL] in front becomes a chip."""
-    label, text = re.match(r"(?:\[([A-Z ]+)\] )?(.*)", entry, re.S).groups()  # type: ignore[union-attr]
-    kinds = {name: severity.value.lower() for severity, name in _LABELS.items()}
-    return (f'<span class="chip {kinds.get(label, "high")}">{label}</span> ' if label else "") + _escaped(text, 400)
-
-
-def _list_of(entries: Iterable[str], tag: str = "ul") -> str:
-    items = "".join(f"<li>{_advice(entry)}</li>" for entry in entries)
-    return f"<{tag}>{items}</{tag}>" if items else ""
-
-
-def html_report(session: Session, report: OptimizationReport) -> str:
-    """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what
-    to do."""
-    charged, events = ClaimsLedger(session, report.issues).by_event, {event.id: event for event in session.events}
-    source = session.metadata.get("source")
-    about = [session.agent, session.model, session.status.value.lower(), session.started_at[:16].replace("T", " "),
-             f"{session.duration_seconds / 60:.1f} minutes active"]
-    cached = sum(event.tokens_cache_read for event in session.events)
-    used = f"{short_number(session.total_tokens_input)} in, {short_number(session.total_tokens_output)} out" + (
-        f"; {short_number(cached)} sent again" if cached else "")
-    shown = "".join(_finding(issue, session, events, number < 2)
-                    for number, issue in enumerate(report.issues[:_MOST_SHOWN]))
-    left = len(report.issues) - _MOST_SHOWN
-    return _page(
-        f"{session.task or session.id} - session report",
-        f'<header><div class="brand">Session report</div><h1>{_escaped(session.task or session.id)}</h1>'
-        f'<p class="soft wrap">{_escaped(" · ".join(filter(None, about)), 400)}<br>{_escaped(session.id)}'
-        + (f"<br>{_escaped(source.get('path'), 400)}" if isinstance(source, dict) else "") + "</p></header>",
-        _facts(report.efficiency_score, (report.measured_waste_tokens, report.total_waste_tokens),
-               (report.measured_waste_cost, report.total_waste_cost), report.total_tokens, report.estimated_cost,
-               used),
-        _card("Where the tokens went, from start to end", _timeline(session, charged)),
-        _card("What to do", _list_of(report.recommendations, "ol")),
-        _two(_kinds_card(issue.to_dict() for issue in report.issues),
-             _card("All tokens by purpose", _use_bars(report.token_use))),
-        _card(f"Findings ({len(report.issues):,})", shown,
-              "Each with the events it rests on. Of tokens that several findings name only the largest claim is charged."
-              + (f" {left:,} smaller ones are left out." if left > 0 else "")),
-        _card("Notes", _list_of(report.notes)))
-
-
-def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
-    """What a scan found as one HTML file: by day, agent, project and kind, and the worst sessions with a section
-    each."""
-    rows, totals = result["sessions"], result["totals"]
-    tokens, waste = totals["tokens"], totals["waste"]
-    new = sum(tokens.values()) - tokens["cache_read"]
-    worst = sorted((row for row in rows if row["waste"]["tokens"]),
-                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
-    use: Dict[str, int] = {}
-    for row in rows:
-        for name, count in row["token_use"].items():
-            use[name] = use.get(name, 0) + count
-    steps = [line.split(". ", 1)[1] for line in _first_steps(rows)[4:]]
-    days = sorted(row["started_at"][:10] for row in rows if row["started_at"])
-    span = f"{days[0]} to {days[-1]}" if days else ""
-    header = (f'<header><div class="brand">Scan of agent transcripts</div><h1>{totals["sessions"]:,} sessions, '
-              f'{totals["model_calls"]:,} model calls</h1><p class="soft">{_escaped(span)}</p></header>')
-    if not rows:
-        skipped = _escaped(_skipped_text(result["skipped"]))
-        return _page("Scan report", header, _card("No sessions found", f"<p>{skipped}</p>"))
-    return _page(
-        "Scan report", header,
-        _facts(100.0 * (1 - waste["tokens"] / new) if new else 100.0, (waste["measured_tokens"], waste["tokens"]),
-               (waste["measured_cost"], waste["cost"]), new, totals["estimated_cost"],
-               f"{short_number(new - tokens['output'])} in, {short_number(tokens['output'])} out; "
-               f"{short_number(tokens['cache_read'])} sent again"),
-        _card("By day", _days(rows)), _card("What to do first", _list_of(steps, "ol")),
-        _two(_card("By agent", _group_bars(rows, "agent"))
-             + _kinds_card(issue for row in rows for issue in row["issues"]),
-             _card("By project", _group_bars(rows, "project", 6)) + _card("All tokens by purpose", _use_bars(use))),
-        _card("Worst sessions", _worst_table(worst)),
-        *(_session_section(number, row) for number, row in enumerate(worst, 1)),
-        _card("Notes", _list_of([line.strip(" *") for line in _scan_notes(rows)[4:]]
-                                + [_skipped_text(result["skipped"]).strip()] * bool(result["skipped"]))))
-
-
-def _new_tokens(row: Dict[str, Any]) -> int:
-    return sum(row["tokens"].values()) - row["tokens"]["cache_read"]
-
-
-def _days(rows: List[Dict[str, Any]]) -> str:
-    """New tokens by the day a session began, the wasted part in red; several days share a column where they are
-    many."""
-    began = [(parse_time(row["started_at"][:10]), row) for row in rows]
-    dated = [(moment.toordinal(), row) for moment, row in began if moment is not None]
-    if not dated:
-        return ""
-    first, last = min(day for day, _ in dated), max(day for day, _ in dated)
-    size = -(-(last - first + 1) // MOST_COLUMNS)
-    sums = [[0, 0, 0] for _ in range((last - first) // size + 1)]
-    for day, row in dated:
-        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], 1)):
-            sums[(day - first) // size][index] += amount
-    from datetime import date
-    names = [date.fromordinal(first + size * at).isoformat() for at in range(len(sums))]
-    chart = _chart([(f"{name}: {sessions:,} sessions, {new:,} new tokens, {wasted:,} wasted",
-                     [("k3", new - wasted), ("waste", wasted)])
-                    for name, (new, wasted, sessions) in zip(names, sums)],
-                   160, "New tokens by day, the wasted part in red")
-    if not chart:
-        return ""
-    per = f"{size} days" if size > 1 else "day"
-    ends = [names[0], date.fromordinal(last).isoformat()]
-    return _plots(len(sums), _axis(f"up to {short_number(max(new for new, _, _ in sums))} new tokens per {per}"),
-                  f'<div class="plot">{chart}</div>', _axis(*ends[:1 + (last > first)])) + _legend(
-                      [("k3", "New input and output"), ("waste", "Wasted")])
-
-
-def _group_bars(rows: List[Dict[str, Any]], key: str, most: int = 10) -> str:
-    """New tokens, waste and cost by an agent's or a project's name."""
-    groups: Dict[str, List[float]] = {}
-    for row in rows:
-        entry = groups.setdefault(str(row[key] or "unknown"), [0, 0, 0.0])
-        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], row["estimated_cost"])):
-            entry[index] += amount
-    ranked = sorted(groups.items(), key=lambda item: -item[1][0])
-    shown = [(f'<span title="{_escaped(name, 300)}">{_escaped(_last_part(name), 40)}</span>', amounts)
-             for name, amounts in ranked[:most]]
-    if ranked[most:]:
-        rest = [amounts for _, amounts in ranked[most:]]
-        shown.append((f"{len(rest):,} others", [sum(column) for column in zip(*rest)]))
-    return _bars([(label, new, wasted, f"{short_number(new)} <span class=\"soft\">{share_text(wasted, new)} wasted, "
-                   f"{dollars(cost)}</span>") for label, (new, wasted, cost) in shown])
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
-
-
-def _worst_table(worst: List[Dict[str, Any]]) -> str:
-    rows = "".join(
-        f'<tr><td><a href="#s{number}">{_escaped(row["task"] or row["id"], 90)}</a></td>'
-        f'<td class="wide">{_escaped(row["agent"], 20)}</td>'
-        f'<td class="wide n">{_escaped(row["started_at"][:10])}</td>'
-        f'<td class="n">{row["efficiency_score"]:.1f}</td><td class="n">{short_number(row["waste"]["tokens"])}</td>'
-        f'<td class="n">{dollars(row["waste"]["cost"])}</td></tr>' for number, row in enumerate(worst, 1))
-    head = ('<tr><th>Session</th><th class="wide">Agent</th><th class="wide n">Began</th><th class="n">Score</th>'
-            '<th class="n">Wasted</th><th class="n">Cost</th></tr>')
-    return f'<div class="scroll"><table>{head}{rows}</table></div>' if rows else ""
-
-
-def _session_section(number: int, row: Dict[str, Any], most: int = 5) -> str:
-    """One session of a scan in short."""
-    issues = sorted(row["issues"], key=lambda issue: -issue["charged_tokens"])
-    findings = "".join(
-        f"<li>{_chip(issue['severity'])} {_escaped(issue['description'])} <span class=\"soft\">"
-        f"{issue['charged_tokens']:,} tokens, {dollars(issue['charged_cost'])}, "
-        f"{'measured' if issue['measured'] else 'estimated'}</span></li>" for issue in issues[:most])
-    more = f"<li class=\"soft\">and {len(issues) - most} more</li>" if len(issues) > most else ""
-    command = f"sessionoptimizer export {row['id']} --format html --output report.html"
-    return (f'<section class="card" id="s{number}"><h3>{_escaped(row["task"] or row["id"])}</h3>'
-            f'<p class="soft wrap">{_escaped(row["agent"])} &middot; {_escaped(row["model"])} &middot; '
-            f'{_escaped(row["started_at"][:16].replace("T", " "))} &middot; '
-            f'score {row["efficiency_score"]:.1f} &middot; '
-            f'{short_number(_new_tokens(row))} new tokens, {short_number(row["waste"]["tokens"])} wasted &middot; '
-            f'{dollars(row["estimated_cost"])}, {dollars(row["waste"]["cost"])} wasted<br>'
-            f'{_escaped(row["path"], 400)}</p><ul>{findings}{more}</ul><p class="soft wrap" style="margin-top:8px">'
-            f"The whole report: <code>{_escaped(command, 300)}</code></p></section>")
-
-
-_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
-                "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
-                "command", "tool", "line")
-
-
-def csv_report(session: Session, report: OptimizationReport) -> str:
-    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report calls wasted of
-    each. No text in it can be taken for a formula."""
-    import csv
-    import io
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    charged = ClaimsLedger(session, report.issues).by_event
-    for event in session.events:
-        data = dict(event.data, file_path=(_paths_of(event.data) or [""])[0], command=_command_of(event.data),
-                    query=event.data.get("query") or event.data.get("pattern") or "")
-        known = dict(vars(event), event_type=event.event_type.value, charged_tokens=charged.get(event.id, 0),
-                     model=event.model or session.model)
-        writer.writerow([_cell(known[name] if name in known else data.get(name, "")) for name in _CSV_COLUMNS])
-    return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """A value for a spreadsheet: numbers as they are, texts without control characters, none of them a formula."""
-    if isinstance(value, (int, float)):
-        return value
-    text = str(value)
-    return ("'" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + plain(text, 32_000)
-
-
-FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report, "html": html_report,
-           "csv": csv_report}
-
-
-def evidence_text(session: Session, report: OptimizationReport) -> str:
-    """Every finding with its events: where each stands in the transcript, its tokens, and a one-line extract of it."""
-    events = {event.id: event for event in session.events}
-    lines = _section("EVIDENCE")
-    for number, issue in enumerate(report.issues, 1):
-        lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description, 120)}"]
-        for event_id in issue.events_involved:
-            event = events.get(event_id)
-            if event is not None:
-                claim = issue.claims.get(event_id)
-                wasted = f", {sum(claim) if isinstance(claim, (list, tuple)) else claim:,} wasted" if claim else ""
-                lines.append(f"   {event_place(session, event)}  {event.event_type.value}  {event.tokens_input:,} in, "
-                             f"{event.tokens_output:,} out{wasted}")
-                lines.append(f"      {event_extract(session, event)}")
-        if not issue.events_involved:
-            lines.append("   the whole session")
-    return "\n".join(lines)
-
-
-def event_place(session: Session, event: SessionEvent) -> str:
-    """path:line of an imported event; the id and time of one logged by hand."""
-    source = session.metadata.get("source")
-    if isinstance(source, dict) and event.data.get("line"):
-        return f"{plain(event.data.get('path') or source.get('path'), 300)}:{event.data['line']}"
-    return f"{plain(event.id, 80)} {plain(event.timestamp, 40)}"
-
-
-def event_extract(session: Session, event: SessionEvent, most: int = 100) -> str:
-    """One line that shows what the event was: command, path, query, message, or the transcript's own line."""
-    data = event.data
-    for key in ("command", "query", "file_path", "file", "message", "tool"):
-        if data.get(key):
-            extra = f" lines {data['lines'][0]}-{data['lines'][-1]}" if key == "file_path" and isinstance(
-                data.get("lines"), list) and data["lines"] else ""
-            return plain(f"{data.get('tool', '')} {data[key]}" if key != "tool" else data[key], most) + extra
-    return plain(data.get("source") or event.event_type.value.lower(), most)
-
-
-def scan_report(result: Dict[str, Any], most: int = 8) -> str:
-    """What a scan found, as plain text: totals, waste by kind, where all tokens went, worst sessions, what to do first."""
-    rows, totals = result["sessions"], result["totals"]
-    if not rows:
-        return "No sessions found." + _skipped_text(result["skipped"])
-    tokens, waste = totals["tokens"], totals["waste"]
-    fresh = tokens["uncached_input"] + tokens["cache_write"]
-    agents = ", ".join(sorted({row["agent"] for row in rows}))
-    lines = ["=" * 78, "SESSIONOPTIMIZER SCAN", "=" * 78, "",
-             f"Sessions   {totals['sessions']:,} ({plain(agents, 60)}), {totals['model_calls']:,} model calls",
-             f"Tokens     {short_number(fresh)} new input ({short_number(tokens['cache_write'])} of it cache writes), "
-             f"{short_number(tokens['output'])} output; {short_number(tokens['cache_read'])} sent again from the cache",
-             f"Cost       {dollars(totals['estimated_cost'])} at API prices",
-             f"Waste      {waste_range(waste['measured_tokens'], waste['tokens'], short_number)} tokens "
-             f"({share_text(waste['tokens'], fresh + tokens['output'])} of new input and output), "
-             f"{waste_range(waste['measured_cost'], waste['cost'], dollars)} "
-             f"({share_text(waste['cost'], totals['estimated_cost'])} of the cost)"]
-    if result.get("changes"):
-        lines.append(f"Changed    {result['changes']}")
-    lines += _waste_by_kind(rows) + _use_lines(rows, most + 6) + _worst_sessions(rows, most) + _first_steps(rows)
-    lines += _most_read(rows, most) + _scan_notes(rows)
-    return "\n".join(lines) + _skipped_text(result["skipped"])
-
-
-def _waste_by_kind(rows: List[Dict[str, Any]]) -> List[str]:
-    kinds: Dict[Tuple[str, bool], List[float]] = {}
-    for row in rows:
-        for issue in row["issues"]:
-            entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0, 0, 0.0])
-            entry[0] += 1
-            entry[1] += issue["charged_tokens"]
-            entry[2] += issue["charged_cost"]
-    if not kinds:
-        return _section("WASTE BY KIND") + ["None found."]
-    lines = _section("WASTE BY KIND (each token charged once)")
-    lines.append(f"{'':<28}{'findings':>9}{'tokens':>12}{'cost':>12}  ")
-    for (kind, measured), (count, tokens, cost) in sorted(kinds.items(), key=lambda item: (-item[1][2], -item[1][1])):
-        lines.append(f"{kind:<28}{count:>9,}{tokens:>12,}{dollars(cost):>12}  {'measured' if measured else 'estimated'}")
-    return lines
-
-
-def _use_lines(rows: List[Dict[str, Any]], most: int) -> List[str]:
-    use: Dict[str, int] = {}
-    for row in rows:
-        for name, tokens in row["token_use"].items():
-            use[name] = use.get(name, 0) + tokens
-    if not use:
-        return []
-    ranked = sorted(use.items(), key=lambda item: -item[1])
-    total, largest = sum(use.values()), ranked[0][1]
-    rest = sum(tokens for name, tokens in ranked[most:] if name != "unattributed")
-    shown = ranked[:most] + ([("everything else", rest)] if rest else [])
-    if "unattributed" not in dict(shown):
-        shown.append(("unattributed", use.get("unattributed", 0)))
-    return _section("WHERE ALL TOKENS WENT (new input and output)") + [
-        f"{plain(name, 30):<30}{tokens:>14,} {share_text(tokens, total):>6}  {bar(tokens, largest)}"
-        for name, tokens in shown]
-
-
-def _worst_sessions(rows: List[Dict[str, Any]], most: int) -> List[str]:
-    worst = sorted((row for row in rows if row["waste"]["tokens"]),
-                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
-    if not worst:
-        return []
-    lines = _section("WORST SESSIONS (sessionoptimizer analyze ID --evidence shows why)")
-    lines.append(f"{'id':<38}{'score':>6}{'waste':>9}{'cost':>10}  task")
-    for row in worst:
-        lines.append(f"{plain(row['id'], 37):<38}{row['efficiency_score']:>6.1f}{short_number(row['waste']['tokens']):>9}"
-                     f"{dollars(row['waste']['cost']):>10}  {plain(row['task'], 60)}")
-    return lines
-
-
-def _first_steps(rows: List[Dict[str, Any]], most: int = 4) -> List[str]:
-    steps: Dict[str, List[float]] = {}
-    for row in rows:
-        for issue in row["issues"]:
-            entry = steps.setdefault(issue["suggestion"], [0, 0.0])
-            entry[0] += issue["charged_tokens"]
-            entry[1] += issue["charged_cost"]
-    ranked = sorted(((c, t, s) for s, (t, c) in steps.items() if t), reverse=True)[:most]
-    return _section("WHAT TO DO FIRST") + [
-        f"{number}. {plain(advice, 140)} ({short_number(tokens)} tokens, {dollars(cost)})"
-        for number, (cost, tokens, advice) in enumerate(ranked, 1)] if ranked else []
-
-
-def _most_read(rows: List[Dict[str, Any]], most: int) -> List[str]:
-    reads: Dict[str, List[int]] = {}
-    for row in rows:
-        for path, count in row["most_read"].items():
-            if not path.startswith(("/", "~")) and path[1:2] != ":":
-                continue  # of a project that is not known
-            entry = reads.setdefault(path, [0, 0])
-            entry[0] += count
-            entry[1] += 1
-    ranked = sorted(((count, sessions, path) for path, (count, sessions) in reads.items() if sessions > 1),
-                    reverse=True)[:most]
-    return _section("READ MOST OFTEN ACROSS SESSIONS") + [
-        f"{count:>5} reads in {sessions:>3} sessions  {plain(path, 90)}" for count, sessions, path in ranked] if ranked else []
-
-
-def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
-    notes: Dict[str, int] = {}
-    for row in rows:
-        for note in row["notes"]:
-            match = re.match(r"(\d+) (.*)", note)
-            text, count = (match.group(2), int(match.group(1))) if match else (note, 1)
-            notes[text] = notes.get(text, 0) + count
-    lines = [f"  * {plain(text, 200)} ({count} sessions)" if text.startswith(("no price", "analyzer"))
-             else f"  * {count:,} {plain(text, 200)}" for text, count in notes.items()]
-    return _section("NOTES") + lines if lines else []
-
-
-def _skipped_text(skipped: List[Dict[str, Any]]) -> str:
-    if not skipped:
-        return ""
-    lines = [entry for entry in skipped if entry["line"]]
-    files = [entry for entry in skipped if not entry["line"]]
-    parts = ([f"{len(lines):,} damaged lines in {len({e['path'] for e in lines}):,} files"] if lines else []) + \
-        ([f"{len(files):,} file{'s that hold' if len(files) > 1 else ' that holds'} no session"] if files else [])
-    return "\n\nSkipped: " + " and ".join(parts) + " (--format json names each with the reason)."
-
-
-AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action")
-AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is called, the figure of a
-``summaries()`` row, how urgent, the limit and its unit, and what to do."""
-
-ALERT_RULES = (
-    AlertRule("efficiency", "LOW_EFFICIENCY", "efficiency", Severity.HIGH, 70, "%",
-              "Analyze the session: its findings name the tokens that bought nothing"),
-    AlertRule("waste", "HIGH_WASTE", "waste_tokens", Severity.MEDIUM, 5_000, "tokens",
-              "Follow the report's first recommendation"),
-    AlertRule("minutes", "LONG_SESSION", "minutes", Severity.MEDIUM, 60, "minutes",
-              "Start a new session for the next task: this one's context is sent again with every call"),
-    AlertRule("error_rate", "HIGH_ERROR_RATE", "error_rate", Severity.HIGH, 30, "% of the events",
-              "Read the first errors and check paths, dependencies and permissions before going on"),
-    AlertRule("spike", "TOKEN_SPIKE", "spike", Severity.LOW, 3, "times the average event",
-              "Look at the largest event: a narrower read or query may have been enough"),
-)
-
-
-def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[str, Any]]:
-    """The alerts of one ``summaries()`` row. An efficiency alerts below its limit, everything else above."""
-    for rule in ALERT_RULES:
-        value, limit = row[rule.figure], limits[rule.name]
-        low = rule.name == "efficiency"
-        if value < limit if low else value > limit:
-            unit = rule.unit if rule.unit.startswith("%") else f" {rule.unit}"
-            shown = f"{value:,.0f}" if rule.name == "waste" else f"{value:,.1f}"
-            yield {"id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
-                   "session_id": row["id"], "agent": row["agent"],
-                   "message": f"{rule.kind.lower().replace('_', ' ').capitalize()}: {shown}{unit} "
-                              f"({'below' if low else 'above'} {limit:g})",
-                   "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
-
-
-# ======================================================================================================
-# Store
-# ======================================================================================================
-
-# One JSON document per session, laid out so that an append touches only its end:
-#
-#     {"id":...,"agent":...,"metadata":{...},"events": [           header
-#     {"id":... }                                                  one event per line
-#     ,{"id":... }
-#     ], "status":"ACTIVE",...,"event_count":2,...,"layout":2}     footer
-#
-# An append writes `,event + footer` over the old footer. Only at the end of an event does a space stand
-# before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer closes it.
-
-_ID = _Pattern(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
-_DEVICE = _Pattern(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?\Z", re.IGNORECASE)  # of Windows
-_ID_LENGTH = 200  # characters
-_SLUG_LENGTH = 100  # characters: leaves room for a date and a counter in an id
-
-_HEADER_END = b'"events": ['
-_FOOTER_START = b"\n], "
-_FOOTER_END = b'"layout":2}\n'
-_FOOTER_SIZE = 1024  # bytes read from the end of a file; a footer is shorter
-_PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the header is wanted
-_START = 1024  # bytes that hold most headers
-_FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
-
-_TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
-           "total_duration_ms": "duration_ms"}
-_STATE = ("status", "ended_at")
-_FOOTER_KEYS = (*_STATE, "event_count", *_TOTALS, "lost_events", "layout")
-_HEADER_TEXTS = ("id", "agent", "task", *_STATE, "started_at", "model")
-
-_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_READ = os.O_RDONLY | _SAFE  # O_NONBLOCK: opening a named pipe must not wait for its writer
-_CHANGE = os.O_RDWR | _SAFE
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE
-
-_ELSEWHERE = "choose another directory with --store or SESSIONOPTIMIZER_HOME"
-_YOURS = f"make it yours (chown, chmod u+rwX) or {_ELSEWHERE}"
-_FULL = "make room and repeat; what was stored before is intact"
-_LINKED = ("a symbolic link, which the store does not follow", "replace it by what it points to")
-_REASONS = {
-    errno.ENOTDIR: ("part of this path is a file, not a directory", _ELSEWHERE),
-    errno.EEXIST: ("a file, not a directory", _ELSEWHERE),
-    errno.EISDIR: ("a directory where a file should be", "move it out of the store"),
-    errno.ELOOP: _LINKED,
-    errno.EACCES: ("no permission", _YOURS),
-    errno.EPERM: ("not permitted", _YOURS),
-    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
-    errno.EFBIG: ("the size limit of files is reached (ulimit -f)", _FULL),
-    getattr(errno, "EDQUOT", 0): ("the disk quota is used up", _FULL),
-    errno.ENOSPC: ("the disk is full", _FULL),
-}
-
-
-def check_id(session_id: str) -> str:
-    """The id itself; InvalidSessionId when it could not safely name a file on every system."""
-    if isinstance(session_id, str) and _ID.match(session_id) and not _DEVICE.match(session_id):
-        return session_id
-    shown = ascii(session_id)
-    shown = shown if len(shown) <= 60 else shown[:60] + "..."
-    raise InvalidSessionId(
-        f"invalid session id {shown}: use 1 to {_ID_LENGTH} of the characters A-Z a-z 0-9 . _ -, "
-        "no dot in front, and no device name of Windows (CON, NUL, COM1, ...)")
-
-
-def slug(text: str) -> str:
-    """`text` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by '-'."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", str(text))[:_SLUG_LENGTH]
-    # A leading '-' would read as an option on a command line.
-    return "_" + name[1 - _SLUG_LENGTH:] if name[:1] in ("", ".", "-") or _DEVICE.match(name) else name
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _stem(path: str) -> str:
-    return os.path.basename(path)[:-len(".json")]
-
-
-def _damaged(path: str, reason: str) -> DamagedSession:
-    return DamagedSession(path, f"not a readable session ({reason})", "restore it from a backup or delete it")
-
-
-class _naming:
-    """Context in which an OSError becomes a StorageError that names `path`."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            unknown = (error.strerror or str(error), "check the path and the disk")
-            reason, remedy = _REASONS.get(error.errno, unknown)
-            one = DamagedSession if error.errno in (errno.ELOOP, errno.EISDIR) else StorageError
-            raise one(self.path, reason, remedy) from error
-
-
-# -- from dicts to bytes and back
-
-def _reject(constant: str):
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    return value if value - value == 0 else _reject(digits)
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-_DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
-_raw_decode = _DECODER.raw_decode
-_quote = json.encoder.encode_basestring_ascii
-# What _ENCODER makes anew at every call, which takes as long as encoding an event does. It detects no circles: they are
-# nested too deeply.
-_make_chunks = getattr(json.encoder, "c_make_encoder", None)
-_chunks = _make_chunks and _make_chunks(None, _ENCODER.default, _quote, None, ":", ",", False, False, False)
-
-
-def _encode(value) -> str:
-    """Compact ASCII JSON. TypeError or ValueError: the value has no JSON form."""
-    try:
-        return "".join(_chunks(value, 0)) if _chunks else _ENCODER.encode(value)
-    except RecursionError:
-        raise ValueError("nested too deeply to be stored") from None
-
-
-def _encode_event(event: dict) -> str:
-    return _encode(event)[:-1] + " }"
-
-
-def _encode_footer(footer: dict, room: int = 0) -> bytes:
-    """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one behind."""
-    lost = footer.get("lost_events")
-    text = '], "status":%s,"ended_at":%s,"event_count":%d,"total_tokens_input":%r,' \
-           '"total_tokens_output":%r,"total_duration_ms":%r,%s' % (
-               _quote(footer["status"]), _quote(footer["ended_at"]), footer["event_count"],
-               footer["total_tokens_input"], footer["total_tokens_output"], footer["total_duration_ms"],
-               '"lost_events":%d,' % lost if lost else "")
-    if len(text) + len(_FOOTER_END) >= _FOOTER_SIZE:
-        raise ValueError("status, end and totals of a session must fit in 1 KB")
-    return text.ljust(room - len(_FOOTER_END)).encode() + _FOOTER_END
-
-
-def _parse_footer(tail: bytes):
-    """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole footer."""
-    start = tail.rfind(_FOOTER_START) + 1
-    if start and tail.endswith(_FOOTER_END):
-        try:
-            footer, end = _raw_decode("{" + tail[start + 3:].decode())
-        except ValueError:
-            return None, 0
-        if start + 2 + end == len(tail) - 1 and _has_footer(footer):
-            return footer, start
-    return None, 0
-
-
-def _is_number(value) -> bool:
-    return type(value) is int or type(value) is float
-
-
-def _has_footer(doc: dict) -> bool:
-    get = doc.get
-    return (type(get("status")) is type(get("ended_at")) is str and _is_number(get("total_duration_ms"))
-            and _is_number(get("total_tokens_input")) and _is_number(get("total_tokens_output"))
-            and type(get("event_count")) is type(get("lost_events", 0)) is int)
-
-
-def _count(footer: dict, event: dict) -> None:
-    footer["event_count"] += 1
-    for total, key in _TOTALS.items():
-        value = event.get(key, 0)
-        if value and _is_number(value):
-            footer[total] += value
-
-
-def _derive_footer(events: list) -> dict:
-    """The footer as the events alone tell it; status and end come from the last SESSION_END."""
-    footer = {"status": "ACTIVE", "ended_at": "", "event_count": len(events)}
-    for total, key in _TOTALS.items():
-        footer[total] = sum(filter(_is_number, [event.get(key, 0) for event in events]))
-    for event in events:
-        if event.get("event_type") == "SESSION_END":
-            data = event.get("data")
-            status, ended = isinstance(data, dict) and data.get("status"), event.get("timestamp")
-            footer["status"] = status if isinstance(status, str) else "COMPLETED"
-            footer["ended_at"] = ended if isinstance(ended, str) else ""
-    return footer
-
-
-def _lay_out(doc: dict) -> bytes:
-    """The file of a session. What the document lacks of the footer comes from its events."""
-    events = doc["events"]
-    header = {key: value for key, value in doc.items() if key != "events" and key not in _FOOTER_KEYS}
-    footer = _derive_footer(events)
-    # Without events the totals are kept: a session may be known by its totals alone.
-    footer.update((key, doc[key]) for key in (_STATE if events else (*_STATE, *_TOTALS)) if key in doc)
-    footer["lost_events"] = doc.get("lost_events", 0)
-    footer["event_count"] += footer["lost_events"]
-    lines = "\n,".join(map(_encode_event, events)) + "\n" if events else ""
-    return f'{_encode(header)[:-1]},"events": [\n{lines}'.encode() + _encode_footer(footer)
-
-
-def _fault(doc) -> str:
-    """What keeps a parsed document from being a session ("" when it is one)."""
-    if type(doc) is not dict:
-        return f"a JSON {type(doc).__name__} instead of an object"
-    for key in _HEADER_TEXTS:
-        value = doc.get(key, "")
-        if type(value) is not str:
-            if value is not None:
-                return f"{key} is not text"
-            doc[key] = ""
-    if not doc.get("id"):
-        return "no id"
-    if type(doc.get("metadata", {})) is not dict:
-        return "metadata is not an object"
-    if type(doc.get("events")) is not list:
-        return "no list of events"
-    for total in _TOTALS:
-        if not _is_number(doc.get(total, 0)):
-            return f"{total} is not a number"
-    return ""
-
-
-def _parse(data: bytes, path: str) -> dict:
-    """A whole session from the bytes of its file; DamagedSession when they are not one."""
-    try:
-        doc = _DECODER.decode(data.decode("utf-8-sig"))
-        fault = _fault(doc)
-    except ValueError as error:
-        fault = f"{error}" if data.strip() else "empty"
-    except RecursionError:
-        fault = "nested too deeply"
-    if not fault and any(type(event) is not dict for event in doc["events"]):
-        fault = "an event is not an object"
-    if not fault and data.endswith(_FOOTER_END):
-        if not _has_footer(doc) or doc["event_count"] != len(doc["events"]) + doc.get("lost_events", 0):
-            fault = "the footer does not fit the events"
-    if fault:
-        raise _damaged(path, fault)
-    doc.setdefault("event_count", len(doc["events"]))
-    return doc
-
-
-def _parse_ends(first: bytes, last: bytes):
-    """Header and footer in one dict from the ends of a file, or None when they do not look like it."""
-    end, cut = first.find(b"\n"), last.rfind(_FOOTER_START) + 1
-    if cut and last.endswith(_FOOTER_END) and first.endswith(_HEADER_END, 0, end):
-        head, _ = _raw_decode((first[:end] + last[cut:]).decode())
-        return head if _has_footer(head) else None
-    # The older layout, indented by two: only its events are left out.
-    start, end = first.find(b'\n  "events": [\n'), first.rfind(b'\n  ],\n  "total_tokens_input"')
-    if start < 0 or end < 0:
-        return None
-    head = _DECODER.decode((first[:start] + b'"events": [' + first[end:]).decode())
-    head.setdefault("event_count", first.count(b"\n    },\n    {\n", start, end) + 1)
-    return head
-
-
-# -- repair
-
-def _parse_event(line: bytes):
-    """The event at the start of a line, or None when there is no whole one."""
-    text = line[line.find(b"{", 0, 2):].decode("utf-8", "replace")
-    try:
-        event, end = _raw_decode(text)
-    except ValueError:
-        return None
-    whole = type(event) is dict and text.endswith(" }", 0, end) and "\ufffd" not in text[:end]
-    return event if whole else None
-
-
-def _salvage(data: bytes, path: str):
-    """(document, numbers of damaged lines, bytes dropped at the end) from a file that does not parse.
-
-    DamagedSession when it was not written line by line or no line tells whose session it is."""
-    first, *lines = data.split(b"\n")
-    footer = _parse_footer(data[-_FOOTER_SIZE:])[0]
-    while lines and (not lines[-1] or footer and lines[-1].startswith(b"], ")):
-        lines.pop()
-    try:
-        found = [_parse_event(line) for line in lines]
-        header = _DECODER.decode(first.decode("utf-8-sig") + "]}") if first.endswith(_HEADER_END) else None
-    except ValueError:
-        header = None
-    except RecursionError:
-        raise _damaged(path, "nested too deeply") from None
-    damaged = [number for number, event in enumerate(found, 2) if event is None]
-    dropped = len(lines[damaged.pop() - 2]) if found and found[-1] is None and not footer else 0
-    events, lost, state = [event for event in found if event is not None], len(damaged), {}
-    if footer:
-        lost = max(lost, footer["event_count"] - len(events))
-        state = {key: footer[key] for key in _STATE}
-    if header is None or _fault(header):
-        header = _derive_header(events, path)
-        damaged.insert(0, 1)
-    return {**header, **state, "events": events, "lost_events": lost}, damaged, dropped
-
-
-def _derive_header(events: list, path: str) -> dict:
-    start = next((event for event in events if isinstance(event.get("event_type"), str)), None)
-    if start is None:
-        raise _damaged(path, "neither a header nor events")
-    data = start.get("data") if isinstance(start.get("data"), dict) else {}
-    texts = {key: data[key] for key in ("agent", "task", "model") if isinstance(data.get(key), str)}
-    return {"id": _stem(path), "agent": "", "task": "", "started_at": str(start.get("timestamp", "")),
-            "model": "", "metadata": {}, **texts}
-
-
-def _restore(data: bytes, path: str):
-    """(document, what was repaired or "", whether lines were lost); DamagedSession when it is hopeless."""
-    try:
-        return _parse(data, path), "", False
-    except DamagedSession as error:
-        try:
-            doc, damaged, dropped = _salvage(data, path)
-        except DamagedSession:
-            raise error from None  # the first reason says what is wrong with the file
-    name = _printable(path)
-    remark = f"{name}: repaired: kept {len(doc['events'])} events"
-    if dropped:
-        remark += f"; dropped {dropped} bytes of an unfinished write"
-    if damaged:
-        more = ", ..." if len(damaged) > 5 else ""
-        places = ", ".join(f"{name}:{number}" for number in damaged[:5])
-        remark += f"; {len(damaged)} damaged lines ({places}{more})"
-    return doc, remark, bool(damaged)
-
-
-# -- files
-
-def _pread(fd: int, count: int, offset: int) -> bytes:
-    os.lseek(fd, offset, os.SEEK_SET)
-    return os.read(fd, count)
-
-
-def _pwrite(fd: int, data: bytes, offset: int) -> int:
-    os.lseek(fd, offset, os.SEEK_SET)
-    return os.write(fd, data)
-
-
-if hasattr(os, "pread"):
-    _pread, _pwrite = os.pread, os.pwrite  # type: ignore[assignment]
-
-
-def _read(fd: int, start: int, end: int) -> bytes:
-    data = _pread(fd, end - start, start)
-    while start + len(data) < end:  # one call reads 2 GB at most
-        more = _pread(fd, end - start - len(data), start + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-def _overwrite(fd: int, data: bytes, offset: int, old: bytes) -> None:
-    """Write `data` over `old`, the end of the file; when that fails put `old` back."""
-    done = 0
-    try:
-        while done < len(data):
-            done += _pwrite(fd, data[done:], offset + done)
-    except OSError:
-        _pwrite(fd, old, offset)  # its blocks are still the file's, so it fits on a full disk
-        os.ftruncate(fd, offset + len(old))
-        raise
-
-
-def _lock(fd: int, exclusive: bool) -> None:
-    if fcntl:
-        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-    else:
-        import msvcrt
-        os.lseek(fd, 1 << 30, os.SEEK_SET)  # a byte past the data: what msvcrt locks nobody else can read
-        msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
-
-
-def _release(fd: int) -> None:
-    # Closing alone would leave the lock to a child forked meanwhile, which shares the open file.
-    if fcntl:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
-
-
-def _open_locked(path: str, exclusive: bool):
-    """(descriptor, stat) of a session file; the caller releases it."""
-    while True:
-        fd = os.open(path, _CHANGE if exclusive else _READ)
-        try:
-            _lock(fd, exclusive)
-            info, named = os.fstat(fd), os.lstat(path)
-            if not stat.S_ISREG(info.st_mode):
-                raise _damaged(path, "not a regular file")
-            # Another process may have replaced the file while we waited: then we hold the lock of a dead one.
-            if named.st_ino == info.st_ino and named.st_dev == info.st_dev:
-                return fd, info
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _write_temp(directory: str, data: bytes, sync: bool) -> str:
-    path = os.path.join(directory, f".{os.urandom(8).hex()}.tmp")
-    with _naming(directory):
-        try:
-            fd = os.open(path, _CREATE, 0o600)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-            fd = os.open(path, _CREATE, 0o600)
-        try:
-            _overwrite(fd, data, 0, b"")
-            if sync:
-                os.fsync(fd)
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
-    return path
-
-
-def _replace(path: str, data: bytes, *, sync: bool) -> None:
-    """Give `path` new content in one step; a session must be locked meanwhile."""
-    temp = _write_temp(os.path.dirname(path), data, sync)
-    with _naming(path):
-        try:
-            os.replace(temp, path)
-        except BaseException:
-            os.unlink(temp)
-            raise
-
-
-def _publish(path: str, data: bytes, *, sync: bool) -> bool:
-    """Create `path` with this content in one step; False when the name is taken."""
-    temp = _write_temp(os.path.dirname(path), data, sync)
-    try:
-        with _naming(path):
-            try:
-                os.link(temp, path)
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without hard links: claim the name, then fill it
-                if os.path.lexists(path):
-                    return False
-                os.close(os.open(path, _CREATE, 0o600))
-                os.replace(temp, path)
-            return True
-    finally:
-        if os.path.lexists(temp):
-            os.unlink(temp)
-
-
-class _Directory:
-    """The directories of a store, the names in them, and its small files: reports and state."""
-
-    def __init__(self, root: str, *, warn=None):
-        self.root = os.path.abspath(os.fspath(root))
-        self.sessions = os.path.join(self.root, "sessions")
-        self.reports = os.path.join(self.root, "reports")
-        self.warnings: List[str] = []
-        self._warn = warn or (lambda message: None)
-        self._checked = False
-
-    def prepare(self) -> None:
-        """Create the directories of the store; StorageError where that is not possible."""
-        for directory in (self.root, self.sessions, self.reports):
-            with _naming(directory):
-                os.makedirs(directory, mode=0o700, exist_ok=True)
-
-    def files(self):
-        """Yield (id, stat) of every session file, without opening any."""
-        with _naming(self.sessions):
-            try:
-                entries = os.scandir(self.sessions)
-            except FileNotFoundError:
-                return
-            with entries:
-                for entry in entries:
-                    if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
-                        yield entry.name[:-len(".json")], entry.stat(follow_symlinks=False)
-
-    def find(self, session_id: str) -> str:
-        """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule, unless an
-        older store holds exactly this name."""
-        self._refuse_links()
-        try:
-            return f"{self.sessions}{os.sep}{check_id(session_id)}.json"
-        except InvalidSessionId:
-            # A name that comes out of the directory cannot lead out of it.
-            if isinstance(session_id, str) and f"{session_id}.json" in self._names():
-                return os.path.join(self.sessions, f"{session_id}.json")
-            raise
-
-    def _refuse_links(self) -> None:
-        if self._checked:
-            return
-        for directory in (self.sessions, self.reports):
-            if os.path.islink(directory):
-                raise StorageError(directory, *_LINKED)
-        self._checked = True
-
-    def _names(self) -> list:
-        with _naming(self.sessions):
-            try:
-                return os.listdir(self.sessions)
-            except FileNotFoundError:
-                return []
-
-    def _report_path(self, session_id: str) -> str:
-        return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
-
-    def _state_path(self, name: str) -> str:
-        return os.path.join(self.root, check_id(name) + ".json")
-
-    def write_report(self, session_id: str, report: dict) -> None:
-        """Save a report in one step. It can be computed again, so it is not forced to the disk."""
-        _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
-
-    def read_report(self, session_id: str):
-        """The saved report, or None when it is missing or damaged."""
-        report = _read_json(self._report_path(session_id))
-        return report if isinstance(report, dict) else None
-
-    def write_json(self, name: str, value) -> None:
-        """Save a small state file of the store in one step."""
-        _replace(self._state_path(name), _encode(value).encode(), sync=False)
-
-    def read_json(self, name: str):
-        """What `write_json` saved under this name, or None when it is missing or damaged."""
-        return _read_json(self._state_path(name))
-
-
-class Store(_Directory):
-    """Session files under `root`, safe against parallel writers, crashes and damaged files.
-
-    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
-    each). No file stays open between calls, so threads and forked processes may share a Store."""
-
-    def _open(self, path: str, *, exclusive: bool):
-        with _naming(path):
-            try:
-                return _open_locked(path, exclusive)
-            except FileNotFoundError:
-                raise SessionNotFound(f"no session {_printable(_stem(path))} in {_printable(self.root)}; "
-                                      "`list` shows what is there") from None
-
-    def _read_whole(self, path: str):
-        fd, info = self._open(path, exclusive=False)
-        try:
-            with _naming(path):
-                return _read(fd, 0, info.st_size), info
-        finally:
-            _release(fd)
-
-    def create(self, header: dict, events: list, footer: dict, *, replace=False, sync=True) -> None:
-        """Store a session. SessionExists when its id is taken, unless `replace`.
-
-        Status and end that `footer` leaves out come from the events, counts and totals always do (without
-        events the totals given stay). `sync=False` leaves it to the system when the file reaches the disk."""
-        path = self.find(check_id(header["id"]))
-        data = _lay_out({**header, **footer, "events": events})
-        while not _publish(path, data, sync=sync):
-            if not replace:
-                raise SessionExists(f"session {header['id']} is already in {_printable(self.root)}; "
-                                    "choose another id or delete it first")
-            try:
-                fd, _ = self._open(path, exclusive=True)
-            except SessionNotFound:
-                continue
-            try:
-                return _replace(path, data, sync=sync)
-            finally:
-                _release(fd)
-
-    def append(self, session_id: str, make_event, *, sync: bool = False):
-        """Add an event in constant time; (event, footer, mark for `tail`).
-
-        `make_event(footer)` is called under the lock and returns (event, changes to the footer); its
-        `event_count` was never given out before, count and totals follow from the event. A None event changes
-        only the footer. TypeError or ValueError when the event has no JSON form: nothing is written then."""
-        path = self.find(session_id)
-        while True:
-            fd, info = self._open(path, exclusive=True)
-            try:
-                start = max(info.st_size - _FOOTER_SIZE, 0)
-                with _naming(path):
-                    tail = _read(fd, start, info.st_size)
-                footer, cut = _parse_footer(tail)
-                if footer:
-                    return self._extend(fd, info, path, tail, cut, footer, make_event, sync)
-                self._rewrite(fd, info, path)
-            finally:
-                _release(fd)
-
-    def _extend(self, fd, info, path, tail, cut, footer, make_event, sync):
-        event, changes = make_event(footer)
-        line = b""
-        if event is not None:
-            _count(footer, event)
-            comma = "" if tail.endswith(b"[\n", 0, cut) else ","
-            line = f"{comma}{_encode_event(event)}\n".encode()
-        footer.update(changes)
-        offset, old = info.st_size - len(tail) + cut, tail[cut:]
-        new = line + _encode_footer(footer, len(old) - len(line))
-        with _naming(path):
-            _overwrite(fd, new, offset, old)
-            if sync:
-                os.fsync(fd)
-        return event, footer, self._mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
-
-    @staticmethod
-    def _mark(info, before: bytes, offset: int, count: int) -> tuple:
-        return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
-
-    def load(self, session_id: str) -> dict:
-        """The session as one dict, events included; a damaged file is repaired first."""
-        return self.load_marked(session_id)[0]
-
-    def load_marked(self, session_id: str):
-        """(the session as one dict, mark for `tail`)."""
-        return self._load(self.find(session_id))
-
-    def _load(self, path: str):
-        data, info = self._read_whole(path)
-        try:
-            doc = _parse(data, path)
-        except DamagedSession:
-            data, info = self._repair(path)
-            doc = _parse(data, path)
-        start = data.rfind(_FOOTER_START) + 1
-        return doc, self._mark(info, data[:start][-_FINGERPRINT:], start, doc["event_count"])
-
-    def tail(self, session_id: str, mark: tuple):
-        """(events since `mark`, footer, new mark), reading only those; None when the file was replaced."""
-        path = self.find(session_id)
-        device, inode, offset, count, before = mark
-        fd, info = self._open(path, exclusive=False)
-        try:
-            if (info.st_dev, info.st_ino) != (device, inode) or info.st_size < offset:
-                return None
-            with _naming(path):
-                data = _read(fd, offset - len(before), info.st_size)
-        finally:
-            _release(fd)
-        footer, cut = _parse_footer(data)
-        if not footer or not data.startswith(before) or cut < len(before):
-            return None
-        try:
-            events = _DECODER.decode(f"[{data[len(before):cut].decode().lstrip(',')}]")
-        except ValueError:
-            return None
-        if footer["event_count"] != count + len(events):
-            return None
-        return events, footer, self._mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
-
-    def heads(self):
-        """Yield (id, header and footer as one dict, stat, None) per session, or (id, None, None, error).
-
-        The id is the one that addresses the session; the dict's own may differ. In no particular order."""
-        self._refuse_links()
-        for name in self._names():
-            if name.endswith(".json"):
-                try:
-                    yield (name[:-len(".json")], *self._peek(self.sessions + os.sep + name), None)
-                except SessionNotFound:
-                    pass  # deleted since the listing
-                except SessionOptimizerError as error:
-                    yield name[:-len(".json")], None, None, error
-
-    def head(self, session_id: str) -> dict:
-        """Header and footer of a session as one dict, from the ends of its file."""
-        return self._peek(self.find(session_id))[0]
-
-    def starts(self):
-        """Yield (id, header) of every session by the first line of its file alone; the header is None where that does
-        not tell: in the older layout, and where it is damaged."""
-        self._refuse_links()
-        for name in self._names():
-            if name.endswith(".json"):
-                yield name[:-len(".json")], self._start(self.sessions + os.sep + name)
-
-    @staticmethod
-    def _start(path: str):
-        try:
-            fd = os.open(path, _READ)
-            try:
-                first = _pread(fd, _START, 0)
-            finally:
-                os.close(fd)
-            end = first.find(b"\n")
-            if first.startswith(b'{"') and first.endswith(_HEADER_END, 0, end):
-                return _raw_decode(first[:end].decode() + "]}")[0]
-        except (OSError, ValueError, RecursionError):
-            pass  # reading all of it will say what it is
-        return None
-
-    def _peek(self, path: str):
-        """(header and footer, stat) from the ends of a file; from all of it when they do not fit."""
-        try:
-            fd = os.open(path, _READ)
-            try:
-                info = os.fstat(fd)
-                first = last = _pread(fd, _PEEK, 0)
-                if info.st_size > _PEEK:
-                    last = _pread(fd, _FOOTER_SIZE, info.st_size - _FOOTER_SIZE)
-                    if first.startswith(b"{\n"):
-                        first += _read(fd, _PEEK, info.st_size)
-                    elif b"\n" not in first:
-                        first += _pread(fd, _LONG_PEEK, _PEEK)
-            finally:
-                os.close(fd)
-            head = _parse_ends(first, last)
-        except (OSError, ValueError, RecursionError):
-            head = None  # damaged, or read without a lock in the middle of an append
-        if not head or _fault(head):
-            head = self._load(path)[0]
-            with _naming(path):
-                info = os.lstat(path)
-        del head["events"]
-        return head, info
-
-    def archive(self, session_id: str) -> str:
-        """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written inside."""
-        path = self.find(check_id(session_id))
-        fd, info = self._open(path, exclusive=True)
-        try:
-            with _naming(path):
-                doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
-                number, stored = 0, False
-                while not stored:
-                    number += 1
-                    doc["id"] = f"{session_id[:_ID_LENGTH - len(str(number)) - 1]}.{number}"
-                    target = self.find(doc["id"])
-                    stored = not os.path.lexists(target) and _publish(target, _lay_out(doc), sync=True)
-                os.unlink(path)
-        except ValueError as error:
-            raise _damaged(path, f"{error}") from error
-        finally:
-            _release(fd)
-        self._report_repair(remark)
-        return doc["id"]
-
-    def delete(self, session_id: str) -> bool:
-        """Remove a session, readable or not, and its report; False when there is none."""
-        path, fd = self.find(session_id), None
-        report = self._report_path(session_id)
-        try:
-            fd, _ = self._open(path, exclusive=True)
-        except SessionNotFound:
-            return False
-        except DamagedSession:
-            pass  # a link or a pipe: there is nothing to lock, and only the name goes
-        try:
-            with _naming(path):
-                os.unlink(path)
-                if os.path.lexists(report):
-                    os.unlink(report)
-        finally:
-            if fd is not None:
-                _release(fd)
-        return True
-
-    def _rewrite(self, fd: int, info, path: str) -> None:
-        """Bring the file of a locked session into the present layout: converted if older, else repaired."""
-        with _naming(path):
-            data = _read(fd, 0, info.st_size)
-        doc, remark, lost = _restore(data, path)
-        try:
-            whole = _lay_out(doc)
-        except ValueError as error:
-            raise _damaged(path, f"{error}") from error
-        if lost:
-            number = 1
-            while not _publish(f"{path}.damaged-{number}", data, sync=True):
-                number += 1
-            remark += f"; the damaged file is kept as {_printable(path)}.damaged-{number}"
-        _replace(path, whole, sync=True)
-        self._report_repair(remark)
-
-    def _repair(self, path: str):
-        """(content, stat) of a session file after repair; in memory only where it cannot be written."""
-        try:
-            fd, info = self._open(path, exclusive=True)
-            try:
-                self._rewrite(fd, info, path)
-            finally:
-                _release(fd)
-            return self._read_whole(path)
-        except DamagedSession:
-            raise
-        except StorageError:
-            data, info = self._read_whole(path)
-            doc, remark, _ = _restore(data, path)
-            self._report_repair(remark and remark + " (in memory: the store cannot be written)")
-            return _lay_out(doc), info
-
-    def _report_repair(self, remark: str) -> None:
-        if remark:
-            self.warnings.append(remark)
-            self._warn(remark)
-
-
-def _read_json(path: str):
-    try:
-        fd = os.open(path, _READ)
-        try:
-            return _DECODER.decode(_read(fd, 0, os.fstat(fd).st_size).decode())
-        finally:
-            os.close(fd)
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-# ======================================================================================================
-# Transcripts
-# ======================================================================================================
+# ==================================================================================================
+# Secrets
+# ==================================================================================================
+
+_SECRET_HINTS = ("k-", "k_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "akia", "asia", "xox",
+                 "aiza", "eyj", "glpat-", "npm_", "hf_", "token", "secret", "passw", "passphrase", "pwd",
+                 "key", "bearer", "basic", "cookie", "mysql", "login", "openssl", "authorization", "://", "sshpass", "-u ")
+_SECRETS = _Pattern(r"""(?xis)
+  -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY-----.*?(?:-----END[^\n]{0,50}|\Z)
+| \b(?:[spr]k[-_](?:live_|test_|ant-|proj-)?[\w-]{16,200} | gh[pousr]_\w{20,255} | github_pat_\w{20,255}
+    | (?:AKIA|ASIA)[0-9A-Z]{16} | xox[abprs]-[\w-]{10,200} | AIza[\w-]{30,50}
+    | eyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]{0,2000}
+    | glpat-[\w-]{16,100} | npm_\w{30,60} | hf_\w{30,60})
+| (?P<kept>
+      (?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|passphrase|\bpwd|\bkey_base)[\w-]{0,20}["']?\s{0,3}[=:]\s{0,3}["']?
+    | --(?:with-|client-)?(?:password|passwd|token|api-key|secret)(?:=|\s{1,3})["']?
+    | \b(?:aws_)?secret_access_key\s{1,3}["']? | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}=
+    | \b(?:login|mysql|mysqldump|psql|enc)\b[^\n|;&]{0,80}\s-[pk]\s{0,3}["']?
+    | authorization["']?\s{0,3}[:=]\s{0,3}["']?(?:(?:bearer|basic|token)\s{1,3})?
+    | \b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{16})
+    | ://[^\s/@:'"]{0,200}:(?=[^\s/@]{1,200}@)
+    | \bsshpass\s{1,3}-p\s{0,3}["']?
+    | \s-u\s{1,3}["']?[\w.@-]{1,100}:(?!/)
+  )[^\s"'$&|;,)}@<>\\*]{1,2000}
+""")
+
+
+def mask_secrets(text: str) -> str:
+    """Return the text with what looks like a key, a token or a password replaced by `***`."""
+    lower = text.lower()
+    if not any(map(lower.__contains__, _SECRET_HINTS)):
+        return text
+    return _SECRETS.sub(lambda match: (match.group("kept") or "") + "***", text)
+
+
+# ==================================================================================================
+# Shell
+# ==================================================================================================
 
 _PARSED_CHARS = 20_000  # characters of one command that are looked at, here-documents apart
 _NESTED_SHELLS = 6  # levels of bash -c, $( ) and the like
@@ -4419,64 +1798,2680 @@ _FAMILIES = (
 )
 _COMMANDS = {name: handler for handler, names in _FAMILIES for name in names.split()}
 
-_SECRET_HINTS = ("k-", "k_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "akia", "asia", "xox",
-                 "aiza", "eyj", "glpat-", "npm_", "hf_", "token", "secret", "passw", "passphrase", "pwd",
-                 "key", "bearer", "basic", "cookie", "mysql", "login", "openssl", "authorization", "://", "sshpass", "-u ")
-_SECRETS = _Pattern(r"""(?xis)
-  -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY-----.*?(?:-----END[^\n]{0,50}|\Z)
-| \b(?:[spr]k[-_](?:live_|test_|ant-|proj-)?[\w-]{16,200} | gh[pousr]_\w{20,255} | github_pat_\w{20,255}
-    | (?:AKIA|ASIA)[0-9A-Z]{16} | xox[abprs]-[\w-]{10,200} | AIza[\w-]{30,50}
-    | eyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]{0,2000}
-    | glpat-[\w-]{16,100} | npm_\w{30,60} | hf_\w{30,60})
-| (?P<kept>
-      (?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|passphrase|\bpwd|\bkey_base)[\w-]{0,20}["']?\s{0,3}[=:]\s{0,3}["']?
-    | --(?:with-|client-)?(?:password|passwd|token|api-key|secret)(?:=|\s{1,3})["']?
-    | \b(?:aws_)?secret_access_key\s{1,3}["']? | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}=
-    | \b(?:login|mysql|mysqldump|psql|enc)\b[^\n|;&]{0,80}\s-[pk]\s{0,3}["']?
-    | authorization["']?\s{0,3}[:=]\s{0,3}["']?(?:(?:bearer|basic|token)\s{1,3})?
-    | \b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{16})
-    | ://[^\s/@:'"]{0,200}:(?=[^\s/@]{1,200}@)
-    | \bsshpass\s{1,3}-p\s{0,3}["']?
-    | \s-u\s{1,3}["']?[\w.@-]{1,100}:(?!/)
-  )[^\s"'$&|;,)}@<>\\*]{1,2000}
-""")
+
+# ==================================================================================================
+# Context
+# ==================================================================================================
+
+TO_THE_END = 10**9  # last line of a read whose end is not known
+
+# What a tool may change, by its name in lower case: nothing, the files it names, or (not listed) who knows.
+_READ_TOOLS = ("read", "read_file", "read_many_files", "view", "view_image", "cat", "notebookread")
+_SEARCH_TOOLS = ("grep", "glob", "ls", "search", "rg", "find", "websearch", "webfetch", "toolsearch", "web_search",
+                 "list_directory", "search_files", "search_file_content", "grep_search", "google_web_search", "web_fetch")
+_WRITE_TOOLS = ("edit", "multiedit", "write", "notebookedit", "write_file", "replace", "apply_patch", "create",
+                "str_replace", "edit_file", "delete_file")
+_HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
+    "todowrite", "todoread", "taskcreate", "taskupdate", "tasklist", "taskget", "taskoutput", "taskstop", "skill",
+    "bashoutput", "killshell", "killbash", "askuserquestion", "exitplanmode", "enterplanmode", "sendmessage",
+    "update_plan", "write_todos", "save_memory", "write_stdin", "wait", "monitor", "schedulewakeup", "listmcpresources",
+    "readmcpresource", "request_user_input", "slashcommand")
+
+_DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
+                       r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
+_TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
 
 
-def mask_secrets(text: str) -> str:
-    """Return the text with what looks like a key, a token or a password replaced by `***`."""
-    lower = text.lower()
-    if not any(map(lower.__contains__, _SECRET_HINTS)):
-        return text
-    return _SECRETS.sub(lambda match: (match.group("kept") or "") + "***", text)
+def failure_kind(data: Dict[str, Any]) -> str:
+    """Why a failure is not the agent's: "declined", "transient", "collateral" or "interrupted"; "" when it is."""
+    if data.get("kind"):
+        return str(data["kind"])
+    message = str(data.get("message") or data.get("error") or "")[:1000]
+    if _DECLINED.search(message):
+        return "declined"
+    code = data.get("status_code", data.get("code"))
+    return "transient" if code in (429, 503, 529) or _TRANSIENT.search(message) else ""
 
 
-class TranscriptReader:
-    """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new format is a subclass with
-    ``detect`` and ``read``, added to READERS."""
-
-    name = agent = ""
-
-    def roots(self) -> List[str]:
-        """Directories where the agent keeps its transcripts; none by default."""
+def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
+    """Paths the event may have changed; ["*"]: anything; ["?"]: not known; []: nothing."""
+    data = event.data
+    if "changes" in data:
+        changes = data["changes"]
+        return changes if isinstance(changes, list) and all(path.__class__ is str for path in changes) else ["?"]
+    kind = event.event_type
+    if kind is EventType.FILE_WRITE:
+        return [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
+    if kind is not EventType.TOOL_CALL and kind is not EventType.ERROR:
         return []
-
-    def detect(self, path: str, head: bytes) -> bool:
-        """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this format."""
-        raise NotImplementedError
-
-    def companions(self, path: str) -> List[str]:
-        """Further files that belong to the session of a file somebody named; none by default."""
+    command = _command_of(data)
+    if command:
+        return _changes_by_command(command, cwd)
+    tool = str(data.get("tool") or data.get("name") or "").lower()
+    if not tool or tool in _HARMLESS_TOOLS:
         return []
+    if tool in _WRITE_TOOLS:
+        return [] if kind is EventType.ERROR else [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
+    return ["?"]
 
-    def group(self, paths: List[str]) -> List[List[str]]:
-        """Which files are read together; each alone by default."""
-        return [[path] for path in paths]
 
-    def read(self, paths: List[str], claim: Callable[[str], bool], skip: Callable[[str, int, str], None]) -> List[Session]:
-        """The sessions of one group. ``claim(key)`` is True when the response of that id counts here; ``skip(path, line,
-        reason)`` names what is damaged. OSError when a file cannot be opened; nothing else is raised, whatever it holds."""
-        raise NotImplementedError
+_CHANGES: Dict[Tuple[str, str], List[str]] = {}  # by command and directory: agents run few commands many times
 
+
+def _changes_by_command(command: str, cwd: str) -> List[str]:
+    changes = _CHANGES.get((command, cwd))
+    if changes is None:
+        changes = shell_effects(command, cwd).changes
+        if len(_CHANGES) > 10_000:
+            _CHANGES.clear()
+        if len(command) < 500:
+            _CHANGES[command, cwd] = changes
+    return changes
+
+
+def _command_of(data: Dict[str, Any]) -> str:
+    arguments: Dict[str, Any] = data["args"] if isinstance(data.get("args"), dict) else {}
+    command = data.get("command") or arguments.get("command") or ""
+    return command if isinstance(command, str) else ""
+
+
+def _is_imported(data: Dict[str, Any]) -> bool:
+    """Whether a reader made the event: then ``line`` and ``path`` are its place in the transcript."""
+    return "line" in data and "response_id" in data
+
+
+def _paths_of(data: Dict[str, Any]) -> List[str]:
+    """The files an event names. In an imported event ``path`` is the transcript's."""
+    path = data.get("file_path") or data.get("file") or ("" if _is_imported(data) else data.get("path")) or ""
+    paths = data.get("file_paths") or [path]
+    return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
+
+
+def line_range(data: Dict[str, Any]) -> Tuple[int, int]:
+    """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are (-n, -1)."""
+    first: Any
+    last: Any
+    given = data.get("lines") or data.get("line_range") or data.get("view_range")
+    if isinstance(given, str) and re.match(r"\d+\s*[-:,]\s*\d+$", given):
+        given = [int(number) for number in re.findall(r"\d+", given)]
+    if isinstance(given, (list, tuple)) and len(given) == 2:
+        first, last = given
+    elif "start_line" in data or "end_line" in data:
+        first, last = data.get("start_line"), data.get("end_line")
+    else:
+        first, limit = data.get("offset") or 1, data.get("limit")
+        last = first + limit - 1 if _is_count(first) and _is_count(limit) and limit else None
+    first = first if _is_count(first) else 1
+    if first < 0:
+        return first, -1
+    last = last if _is_count(last) and last > 0 else data.get("total_lines")
+    return max(first, 1), last if _is_count(last) and last >= first else TO_THE_END
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Repeat = namedtuple("Repeat", "earlier covered total")
+Repeat.__doc__ = """What of a read or search its window holds already: the event that brought it, and how many of
+how many lines (1 of 1 for a search)."""
+
+
+class _Held:
+    """One read that a window still holds."""
+
+    __slots__ = ("first", "last", "digest", "clock", "event")
+
+    def __init__(self, first: int, last: int, digest: str, clock: int, event: SessionEvent):
+        self.first, self.last, self.digest, self.clock, self.event = first, last, digest, clock, event
+
+
+class ContextMemory:
+    """What every context window of a session still holds unchanged, followed event by event.
+
+    Windows belong to one agent and end at a compaction. The files on disk are shared: a write by one agent makes
+    the copies in every window stale. A command that is not recognised ends all searches, and leaves a read
+    repeated only if its content is known to be the same.
+    """
+
+    def __init__(self, cwd: str = ""):
+        self.cwd = cwd
+        self._reads: Dict[str, Dict[str, List[_Held]]] = {}
+        self._searches: Dict[str, Dict[Any, SessionEvent]] = {}
+        self._folders: set = set()  # those above every path that was read
+        self._clock = 0
+        self._doubt = 0  # clock of the last command that was not recognised
+
+    def observe(self, event: SessionEvent) -> Optional[Repeat]:
+        """What of this event its window held already (None: nothing), and take the event in."""
+        self._clock += 1
+        kind = event.event_type
+        if kind is EventType.AI_RESPONSE and "changes" not in event.data:
+            return None
+        changes = changes_of(event, self.cwd)
+        if changes:
+            self._forget(changes)  # a command line that changes and reads shows what it has changed
+        if kind is EventType.FILE_READ:
+            reads = self._ranges(event)
+            repeat = self._repeated_read(event, reads)
+            self._keep(event, reads)
+            return repeat
+        if kind is EventType.SEARCH:
+            repeat = self._repeated_search(event)
+            self._keep(event, [])
+            return repeat
+        if is_compaction(event):
+            self._reads.pop(event.agent_id, None)
+            self._searches.pop(event.agent_id, None)
+        return None
+
+    def repeats(self, event: SessionEvent) -> Optional[Repeat]:
+        """What of this event its window holds, without taking the event in; None when nothing."""
+        if event.event_type is EventType.SEARCH:
+            return self._repeated_search(event)
+        return self._repeated_read(event, self._ranges(event)) if event.event_type is EventType.FILE_READ else None
+
+    def _repeated_read(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> Optional[Repeat]:
+        if event.data.get("unchanged"):
+            return None
+        found = [self._covered(event, *read) for read in reads]
+        if not found or None in found or len(found) > 1 and any(r.covered < r.total for r in found if r):
+            return None  # of several files in one result, the share of each is not known
+        return found[0]
+
+    def foresee(self, event: SessionEvent) -> None:
+        """Give a read that has not run yet the lines it will bring: those the same request brought before, else as many as
+        the file is known to have."""
+        reads = self._ranges(event) if event.event_type is EventType.FILE_READ else []
+        if len(reads) != 1 or "reads" in event.data:
+            return
+        path, first, last = reads[0]
+        for old in reversed(self._reads.get(event.agent_id, {}).get(path, ())):
+            data = old.event.data
+            if data.get("content_hash") and data.get("lines") and all(data.get(key) == event.data.get(key)
+                                                                     for key in _REQUEST):
+                event.data["lines"] = data["lines"]
+                return
+            total = data["total_lines"] if _is_count(data.get("total_lines")) else 0
+            if first <= total < last:
+                last = total
+        event.data["lines"] = [first, last]
+
+    def held_since(self, event: SessionEvent) -> Optional[float]:
+        """When the oldest read of the event's files that its window holds was, in seconds since 1970; None: not known."""
+        window = self._reads.get(event.agent_id, {})
+        times = [seconds_of(old.event.timestamp) for path, _, _ in self._ranges(event) for old in window.get(path, ())]
+        known = [moment for moment in times if moment is not None]
+        return min(known) if known and len(known) == len(times) else None
+
+    def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
+        several = event.data.get("reads")
+        if isinstance(several, list) and all(isinstance(read, (list, tuple)) and len(read) == 3 for read in several):
+            return [(canonical_path(str(read[0]), self.cwd), *line_range({"lines": read[1:]})) for read in several]
+        first, last = line_range(event.data)
+        pages = f"#pages={event.data['pages']}" if event.data.get("pages") else ""
+        return [(canonical_path(path, self.cwd) + pages, first, last) for path in _paths_of(event.data)[:1]]
+
+    def _covered(self, event: SessionEvent, path: str, first: int, last: int) -> Optional[Repeat]:
+        held = self._reads.get(event.agent_id, {}).get(path)
+        content = event.data.get("content")
+        if not held or content == "changed":
+            return None
+        digest = event.data.get("content_hash")
+        if digest and first < 0:  # the end of a file may be another one each time: only the same answer repeats
+            held = [old for old in held if old.digest == digest and old.first == first]
+        for old in held:
+            if digest and old.digest and (old.first, old.last) == (first, last) and content != "same":
+                if old.digest != digest:
+                    return None
+                content = "same"
+        spans = sorted(((max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
+                        if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first),
+                       key=lambda span: span[:3])
+        covered, end = 0, first - 1
+        for start, stop, _, _ in spans:
+            covered += max(0, stop - max(start, end + 1) + 1)
+            end = max(end, stop)
+        return Repeat(spans[0][3], covered, last - first + 1) if covered else None
+
+    def _repeated_search(self, event: SessionEvent) -> Optional[Repeat]:
+        earlier = self._searches.get(event.agent_id, {}).get(search_key(event.data))
+        if earlier is None:
+            return None
+        old, new = earlier.data.get("content_hash"), event.data.get("content_hash")
+        return None if old and new and old != new else Repeat(earlier, 1, 1)
+
+    def _keep(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> None:
+        if event.event_type is EventType.SEARCH:
+            key = search_key(event.data)
+            if key and not event.data.get("truncated"):
+                self._searches.setdefault(event.agent_id, {})[key] = event
+            return
+        if event.data.get("unchanged") or event.data.get("truncated"):
+            return
+        window = self._reads.setdefault(event.agent_id, {})
+        digest = event.data.get("content_hash") or ""
+        for path, first, last in reads:
+            held = window.get(path)
+            if held is None:
+                held = window[path] = []
+                self._note_folders(path)
+            if self._stale(held, event, first, last, digest):
+                held[:] = []
+            if self._tells_nothing_new(held, event, first, last, digest):
+                continue
+            held.append(_Held(first, last, digest, self._clock, event))
+            total = event.data.get("total_lines")
+            if first == 1 and last >= (total if _is_count(total) and total else TO_THE_END):
+                held.append(_Held(-last, -1, "", self._clock, event))
+
+    def _note_folders(self, path: str) -> None:
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            if path in self._folders:
+                return
+            self._folders.add(path)
+
+    def _tells_nothing_new(self, held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
+        """Whether an earlier read that is as good says the same: a file that is polled is not kept a thousand times."""
+        data = event.data
+        return any((old.first, old.last, old.digest) == (first, last, digest) and old.clock > self._doubt and all(
+            data.get(key) == old.event.data.get(key) for key in _SAME_READ) for old in held)
+
+    @staticmethod
+    def _stale(held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
+        """True when what came back shows that the file is another than the window holds."""
+        content = event.data.get("content")
+        return content == "changed" or content != "same" and digest != "" and any(
+            old.digest and old.digest != digest and (old.first, old.last) == (first, last) for old in held)
+
+    def _forget(self, changes: List[str]) -> None:
+        self._searches.clear()
+        if "*" in changes:
+            self._reads.clear()
+        elif "?" in changes:
+            self._doubt = self._clock
+        below = any(place.rstrip("/") in self._folders for place in changes)
+        for window in self._reads.values():
+            for place in changes:
+                window.pop(place, None)
+            if below:
+                for path in [held for held in window if _is_within(held, changes)]:
+                    del window[path]
+
+
+_REQUEST = ("tool", "operation", "offset", "limit", "pages")  # what makes two reads of a file the same request
+_SAME_READ = _REQUEST + ("lines", "total_lines", "content")
+
+
+def _is_within(path: str, places: List[str]) -> bool:
+    """Whether a path is one of the places or below one that is a directory."""
+    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
+
+
+def search_key(data: Dict[str, Any]) -> Optional[Tuple[str, str, str]]:
+    """Tool, query and scope with case and space folded; None without a query."""
+    query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
+    if not query:
+        return None
+    names = ("scope", "file_path", "glob", "type", "include") + (() if _is_imported(data) else ("path",))
+    scope = " ".join(f"{name}={data[name]}" for name in names if data.get(name))
+    return str(data.get("tool") or "").lower(), query, " ".join(scope.split())
+
+
+def _cwd_of(session: Session) -> str:
+    source = session.metadata.get("source")
+    cwd = source.get("cwd") if isinstance(source, dict) else session.metadata.get("cwd")
+    return cwd if isinstance(cwd, str) else ""
+
+
+def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
+    """The reads and searches of a session that brought what their window held already, in order; computed once while the
+    session's events stay the same."""
+    known = session.__dict__.get("_repeats")
+    if known is None or known[0] != len(session.events):
+        memory = ContextMemory(_cwd_of(session))
+        pairs = [(event, memory.observe(event)) for event in session.events]
+        known = session.__dict__["_repeats"] = (len(pairs), [(e, r) for e, r in pairs if r is not None])
+    return known[1]
+
+
+# ==================================================================================================
+# Accounting
+# ==================================================================================================
+
+def share_out(total: int, weights: List[int]) -> List[int]:
+    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder, then order)."""
+    if len(weights) == 1:
+        return [total]
+    whole = sum(weights)
+    if not whole or not total:
+        return [0] * len(weights)
+    shares = [total * weight // whole for weight in weights]
+    missing = total - sum(shares)
+    if missing:
+        remainders = [total * weight % whole for weight in weights]
+        by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True) \
+            if missing > 1 else [remainders.index(max(remainders))]
+        for index in by_remainder[:missing]:
+            shares[index] += 1
+    return shares
+
+
+def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
+    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it has."""
+    tokens = max(0, min(tokens, event.tokens))
+    entered, written = share_out(tokens, [event.tokens_input, event.tokens_output]) if tokens else (0, 0)
+    return entered, written
+
+
+def _claimable(event: SessionEvent) -> bool:
+    return event.event_type is not EventType.CONTEXT_LOAD or event.data.get("source") != "unattributed"
+
+
+def _events_of(session: Session) -> List[SessionEvent]:
+    """The session's events; totals without events count as one."""
+    if session.events or not session.total_tokens:
+        return session.events
+    return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input, session.total_tokens_output)]
+
+
+def _events_by_id(session: Session) -> Dict[str, SessionEvent]:
+    """What `_events_of` returns by id, made once while the session's events stay the same."""
+    known = session.__dict__.get("_by_id")
+    if known is None or known[0] != len(session.events) or not session.events:
+        known = session.__dict__["_by_id"] = (len(session.events), {event.id: event for event in _events_of(session)})
+    return known[1]
+
+
+class UnitCosts:
+    """USD per input and per output token of every event of a session.
+
+    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with every later call
+    of its window, at the cache-read price, while that call's cache read reaches its position in the context.
+    """
+
+    def __init__(self, session: Session):
+        self.prices, self.model = session.prices, session.model  # not the session, which would never be freed by itself
+        self.count = len(session.events)
+        self._carry: Dict[int, float] = {}
+        if any(event.tokens_cache_read for event in session.events):
+            for window in session.windows():
+                self._carry_window(window)
+
+    def _price(self, event: SessionEvent) -> Price:
+        return self.prices.lookup(event.model or self.model)
+
+    def of(self, event: SessionEvent) -> Tuple[float, float]:
+        """USD per wasted input token (carry included) and per wasted output token of this event."""
+        price, entered = self._price(event), event.tokens_input
+        if not entered:
+            return 0.0, price.output / 1000
+        write, write_1h = event.tokens_cache_write, event.tokens_cache_write_1h
+        billed = ((entered - write) * price.input + (write - write_1h) * price.cache_write
+                  + write_1h * price.cache_write_1h)
+        return (billed + self._carry.get(id(event), 0.0)) / entered / 1000, price.output / 1000
+
+    def _carry_window(self, window: List[SessionEvent]) -> None:
+        """Follow the context call by call: what a call's cache read covers is paid again, what entered lies at the context's
+        end, what the context lost is gone. Tokens written again after the cache expired take no place of their own."""
+        held = _HeldContext(self._carry)
+        pending: List[SessionEvent] = []
+        answer: Optional[SessionEvent] = None
+        for event in window:
+            if event.event_type is not EventType.AI_RESPONSE:
+                pending.append(event)
+                continue
+            entered = ([answer] if answer else []) + [e for e in pending if e.data.get("source") != "cache rebuild"]
+            rebuilt = sum(e.tokens_input for e in pending) + (answer.tokens_input if answer else 0)
+            growth = sum(e.tokens_input for e in entered)
+            held.cut(event.tokens_cache_read + rebuilt - growth)
+            held.read(event.tokens_cache_read, self._price(event).cache_read)
+            held.enter(event.tokens_cache_read + rebuilt - growth, entered)
+            pending, answer = [], event
+        held.cut(-1)
+
+
+class _HeldContext:
+    """The events that make up a context, by position, and what sending them again has cost (USD per 1,000 tokens times tokens).
+
+    A read covers a prefix, so it is noted at the last event it covers whole; an event that leaves hands what was noted at
+    it to the one before, which was covered too.
+    """
+
+    def __init__(self, costs: Dict[int, float]):
+        self.costs = costs
+        self._events: List[SessionEvent] = []
+        self._starts: List[int] = []
+        self._ends: List[int] = []
+        self._whole: List[float] = []  # price of the reads whose last whole event this is
+
+    def enter(self, position: int, events: List[SessionEvent]) -> None:
+        """Events enter one after the other from ``position`` on (tokens)."""
+        for event in events:
+            if event.tokens_input:
+                self._events.append(event)
+                self._starts.append(position)
+                position += event.tokens_input
+                self._ends.append(position)
+                self._whole.append(0.0)
+
+    def read(self, tokens: int, price: float) -> None:
+        """The first ``tokens`` of the context are sent again."""
+        index = bisect_right(self._ends, tokens)
+        if index:
+            self._whole[index - 1] += price
+        if index < len(self._ends) and tokens > self._starts[index]:
+            self._add(index, price * (tokens - self._starts[index]))
+
+    def cut(self, length: int) -> None:
+        """The context holds no more than ``length`` tokens: what lay beyond is gone."""
+        while self._ends and self._ends[-1] > length:
+            price, start = self._whole[-1], self._starts[-1]
+            self._add(-1, price * (self._ends[-1] - start))
+            if len(self._whole) > 1:
+                self._whole[-2] += price
+            if start < length:
+                self._whole[-1], self._ends[-1] = 0.0, length
+                return
+            for column in (self._events, self._starts, self._ends, self._whole):
+                column.pop()
+
+    def _add(self, index: int, cost: float) -> None:
+        key = id(self._events[index])
+        self.costs[key] = self.costs.get(key, 0.0) + cost
+
+
+def _unit_costs(session: Session) -> UnitCosts:
+    """The session's unit costs, computed once while its events stay the same."""
+    costs = session.__dict__.get("_unit_costs")
+    if costs is None or costs.count != len(session.events):
+        costs = session.__dict__["_unit_costs"] = UnitCosts(session)
+    return costs
+
+
+def claims_of(session: Session, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
+    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's own
+    proportion; without claims the waste is shared by the events involved, or by all where none is named."""
+    if issue.claims:
+        by_id = _events_by_id(session)
+        pairs = [(by_id[key], claim) for key, claim in issue.claims.items() if key in by_id]
+        return {event.id: _cut(event, claim) for event, claim in pairs if _claimable(event)}
+    if not issue.estimated_waste_tokens:
+        return {}
+    events, involved = _events_of(session), set(issue.events_involved)
+    named = [event for event in events if _claimable(event) and (not involved or event.id in involved)]
+    tokens = min(int(issue.estimated_waste_tokens), sum(event.tokens for event in named))
+    shares = share_out(tokens, [event.tokens for event in named])
+    return {event.id: split_like(event, share) for event, share in zip(named, shares) if share}
+
+
+def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
+    if isinstance(claim, (int, float)):
+        return split_like(event, int(claim))
+    return max(0, min(int(claim[0]), event.tokens_input)), max(0, min(int(claim[1]), event.tokens_output))
+
+
+def price_issue(session: Session, issue: EfficiencyIssue) -> None:
+    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
+    claims = claims_of(session, issue)
+    if issue.claims:
+        issue.estimated_waste_tokens = sum(map(sum, claims.values()))
+    if not issue.estimated_waste_cost and claims:
+        costs, events = _unit_costs(session), _events_by_id(session)
+        issue.estimated_waste_cost = sum(
+            entered * unit[0] + written * unit[1]
+            for unit, (entered, written) in ((costs.of(events[key]), claim) for key, claim in claims.items()))
+
+
+class ClaimsLedger:
+    """Charges every token once: an event pays its largest measured claim, then only what its largest estimated claim
+    adds, never more than it has; of equal claims the first in registry order wins. ``tokens`` and ``cost`` are
+    {True: measured, False: estimated}; the issues carry their part, and the parts add up."""
+
+    def __init__(self, session: Session, issues: List[EfficiencyIssue]):
+        self.tokens = {True: 0, False: 0}
+        self.cost = {True: 0.0, False: 0.0}
+        self.by_event: Dict[str, int] = {}  # tokens charged
+        best: Dict[str, Dict[bool, Any]] = {}
+        for issue in issues:
+            issue.charged_tokens, issue.charged_cost = 0, 0.0
+            for key, claim in claims_of(session, issue).items():
+                held = best.setdefault(key, {}).get(issue.measured)
+                if sum(claim) > (sum(held[0]) if held else 0):
+                    best[key][issue.measured] = (claim, issue)
+        if best:
+            costs = _unit_costs(session)
+            for event in _events_of(session):
+                if event.id in best:
+                    self.by_event[event.id] = self._charge(best.pop(event.id), costs.of(event))
+
+    def _charge(self, claims: Dict[bool, Any], unit: Tuple[float, float]) -> int:
+        paid, total = (0, 0), 0
+        for measured in (True, False):
+            if measured in claims:
+                (entered, written), issue = claims[measured]
+                entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
+                cost = entered * unit[0] + written * unit[1]
+                issue.charged_tokens += entered + written
+                issue.charged_cost += cost
+                self.tokens[measured] += entered + written
+                self.cost[measured] += cost
+                paid, total = (entered, written), total + entered + written
+        return total
+
+
+def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+    """Run the analyzers and charge what they claim. One that raises is named in the report, the others count."""
+    report = charged_report(session, analyzers)
+    report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
+    report.notes, report.recommendations = report_notes(session), recommendations(report)
+    return report
+
+
+def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+    """The findings of a report and its figures, without what only a reader wants: all that a summary needs."""
+    issues, failures = [], []
+    for name in ("_unit_costs", "_repeats", "_by_id"):
+        session.__dict__.pop(name, None)  # the events may have been changed in place since
+    for analyzer in analyzers:
+        try:
+            found = [_sound(issue) for issue in analyzer.analyze(session) or []]
+            if type(analyzer).analyze is not BaseAnalyzer.analyze:  # it made its issues itself
+                found = list({id(issue): issue for issue in found}.values())
+                for issue in found:
+                    price_issue(session, issue)
+                    if session.total_tokens:
+                        issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, session.total_tokens)
+            issues += found
+        except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
+            failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
+    ledger = ClaimsLedger(session, issues)
+    issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
+    waste = sum(ledger.tokens.values())
+    total = sum(event.tokens for event in session.events) if session.events else session.total_tokens
+    cost = session.estimated_cost
+    return OptimizationReport(
+        session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost),
+        100.0 * (1 - waste / total) if total else 100.0, measured_waste_tokens=ledger.tokens[True],
+        measured_waste_cost=min(ledger.cost[True], cost), total_tokens=total, estimated_cost=cost, analyzer_errors=failures)
+
+
+def _sound(issue: Any) -> EfficiencyIssue:
+    """An issue as an analyzer gave it, or the ValueError or TypeError that says what it lacks."""
+    if not isinstance(issue, EfficiencyIssue):
+        raise TypeError(f"an EfficiencyIssue was expected, not a {type(issue).__name__}")
+    issue.severity = Severity(getattr(issue.severity, "value", issue.severity))
+    issue.issue_type = IssueType(getattr(issue.issue_type, "value", issue.issue_type))
+    issue.description, issue.suggestion = str(issue.description), str(issue.suggestion)
+    issue.estimated_waste_tokens = max(0, int(issue.estimated_waste_tokens or 0))
+    issue.estimated_waste_cost = max(0.0, float(issue.estimated_waste_cost or 0.0))
+    issue.events_involved, issue.claims = list(issue.events_involved or []), dict(issue.claims or {})
+    return issue
+
+
+def token_breakdown(session: Session) -> Dict[str, int]:
+    """Tokens by event type, and the totals."""
+    breakdown: Dict[str, int] = {}
+    for event in session.events:
+        name = event.event_type._value_  # `value` is a property, and this loop is over all events
+        breakdown[name] = breakdown.get(name, 0) + event.tokens_input + event.tokens_output
+    breakdown.update(TOTAL_INPUT=session.total_tokens_input, TOTAL_OUTPUT=session.total_tokens_output,
+                     TOTAL=session.total_tokens)
+    return breakdown
+
+
+_CONTEXT_NAMES = {"system": "context load", "": "context load", "compaction": "context after compaction"}
+
+
+def token_use(session: Session) -> Dict[str, int]:
+    """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool, written. The
+    parts add up to the session's total tokens."""
+    use: Dict[str, int] = {}
+    for event in session.events:
+        data, kind = event.data, event.event_type
+        if kind is EventType.CONTEXT_LOAD:
+            source = str(data.get("source") or "")
+            entered, written = _CONTEXT_NAMES.get(source, source), "other output"
+        elif kind is EventType.USER_MESSAGE:
+            entered, written = "prompts", "other output"
+        elif kind is EventType.AI_RESPONSE:
+            entered, written = "answers kept in context", "answers written"
+        elif kind is EventType.THINKING:
+            entered, written = "thinking kept in context", "thinking"
+        else:
+            tool = str(data.get("tool") or kind.value.lower())
+            entered, written = f"results of {tool}", "tool calls written"
+        if event.tokens_input:
+            use[entered] = use.get(entered, 0) + event.tokens_input
+        if event.tokens_output:
+            use[written] = use.get(written, 0) + event.tokens_output
+    return dict(sorted(use.items(), key=lambda item: -item[1]))
+
+
+def report_notes(session: Session) -> List[str]:
+    """What limits the figures of this session, in words."""
+    notes = []
+    models = sorted({event.model or session.model for event in session.events} or {session.model})
+    for model in models:
+        price = session.prices.lookup(model)
+        if not price.exact:
+            notes.append(f"no price for model {model!r}: priced as {price.model}")
+        elif model == "default" and session.imported and session.total_tokens:
+            notes.append("no price for a model that the transcript does not name: priced as default")
+    for count, text in ((session.metadata.get("output_lower_bound_calls"),
+                         "responses have only a placeholder for their output: output tokens and cost are a lower bound"),
+                        (session.metadata.get("redacted_thinking_calls"),
+                         "responses hide the size of their thinking: it counts as their visible output"),
+                        (session.metadata.get("damaged_lines"), "damaged transcript lines were skipped"),
+                        (sum(event.data.get("estimated") is True for event in session.events),
+                         "events were logged live with tokens estimated from their size: scan replaces them by the real counts"),
+                        (session.metadata.get("calls_elsewhere"),
+                         "responses repeat an earlier session and are counted there")):
+        if count:
+            notes.append(f"{count} {text}")
+    return notes
+
+
+_LABELS = {Severity.CRITICAL: "CRITICAL", Severity.HIGH: "HIGH PRIORITY", Severity.MEDIUM: "RECOMMENDED",
+           Severity.LOW: "OPTIONAL"}
+
+
+def recommendations(report: OptimizationReport) -> List[str]:
+    """What to do, one line per suggestion, the one with most waste charged first."""
+    by_advice: Dict[str, List[EfficiencyIssue]] = {}
+    for issue in report.issues:
+        by_advice.setdefault(issue.suggestion, []).append(issue)
+    ranked = sorted(by_advice.items(), key=lambda item: (-max(i.severity.rank for i in item[1]),
+                                                         -sum(i.charged_tokens for i in item[1])))
+    lines = [f"[{_LABELS[max(i.severity for i in issues)]}] {advice}" for advice, issues in ranked]
+    return [f"[INCOMPLETE] An analyzer failed, so its waste is missing: {failure}"
+            for failure in report.analyzer_errors] + lines
+
+
+# ==================================================================================================
+# Analyzers
+# ==================================================================================================
+
+class BaseAnalyzer:
+    """One kind of waste. A subclass gives ``issue_type``, thresholds as class attributes, and ``find(session)``
+    yielding issues made by ``self.issue(...)``; or it overrides ``analyze`` and makes its issues itself.
+
+    Thresholds may be given to the constructor; an unknown name raises InvalidValue.
+    """
+
+    issue_type = IssueType.INEFFICIENT_TOOL_USE
+
+    def __init__(self, **thresholds: Any):
+        for name, value in thresholds.items():
+            if name not in self.thresholds():
+                known = ", ".join(sorted(self.thresholds())) or "none"
+                raise InvalidValue(f"{type(self).__name__} has no threshold {name!r}; it has: {known}")
+            setattr(self, name, value)
+
+    def thresholds(self) -> Dict[str, Any]:
+        """The thresholds in force, by name."""
+        names = [name for cls in type(self).__mro__ for name, value in vars(cls).items()
+                 if isinstance(value, (int, float)) and not name.startswith("_")]
+        return {name: getattr(self, name) for name in names}
+
+    def analyze(self, session: Session) -> List[EfficiencyIssue]:
+        """The issues of this kind in a session, most wasteful first, with tokens and USD."""
+        issues = list(self.find(session))
+        for issue in issues:
+            price_issue(session, issue)
+        return sorted(issues, key=lambda issue: -issue.estimated_waste_tokens)
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        """Yield the issues; what a subclass defines."""
+        raise NotImplementedError(f"{type(self).__name__} needs find(session) or analyze(session)")
+
+    def issue(self, severity: Severity, description: str, suggestion: str, *, events: Iterable[SessionEvent] = (),
+              claims: Optional[Dict[str, Any]] = None, waste_tokens: int = 0, measured: bool = False,
+              **metadata: Any) -> EfficiencyIssue:
+        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens; ``waste_tokens`` alone
+        is shared by ``events`` or, where there are none, by the session."""
+        ids = [event.id for event in events]
+        name = f"{self.issue_type.value.lower()}_{ids[0] if ids else 'session'}"
+        total = sum(sum(claim) for claim in claims.values()) if claims else waste_tokens
+        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids, metadata,
+                               claims or {}, measured)
+
+
+class RepeatedFileReadAnalyzer(BaseAnalyzer):
+    """The agent read lines that its context window already held, unchanged.
+
+    Counts when the lines are still in the window: no write to the file, no command that could have changed it, no
+    compaction in between. Charged: the input tokens of the repeated share of every read after the first.
+    """
+
+    issue_type = IssueType.REPEATED_FILE_READ
+    high_from = 3         # reads of one file
+    minimum_share = 0.1   # of a read's lines; pages that overlap by a few lines are pages
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        cwd, window, runs = _cwd_of(session), {}, {}  # type: Tuple[str, Dict[str, str], Dict[Any, Any]]
+        for event, repeat in repeats_in(session):
+            if event.event_type is EventType.FILE_READ and repeat.covered >= repeat.total * self.minimum_share:
+                path = canonical_path(_paths_of(event.data)[0], cwd)
+                # One finding per file and window: a repeat belongs to the finding that holds the read it repeats.
+                key = window.get(repeat.earlier.id) or event.id
+                window[event.id] = window[repeat.earlier.id] = key
+                runs.setdefault((key, path), []).append((repeat, event))
+        for (_, path), repeats in runs.items():
+            yield self._finding(path, repeats)
+
+    def _finding(self, path: str, repeats: List[Tuple[Repeat, SessionEvent]]) -> EfficiencyIssue:
+        claims = {event.id: (event.tokens_input * repeat.covered // repeat.total, 0) for repeat, event in repeats}
+        events = {repeats[0][0].earlier.id: repeats[0][0].earlier}
+        events.update((event.id, event) for _, event in repeats)
+        count = len(repeats) + 1
+        name = path.rsplit("/", 1)[-1]
+        return self.issue(
+            Severity.HIGH if count >= self.high_from else Severity.MEDIUM,
+            f"File '{name}' was read {count} times while its content was still in the context",
+            "Cache what was read: the lines are still in the context; read again only after a change or a compaction",
+            events=events.values(), claims=claims, measured=True, file_path=path, read_count=count)
+
+
+class RepeatedSearchAnalyzer(BaseAnalyzer):
+    """The same search was run again in one context window with nothing written in between.
+
+    Same tool, query and scope, case and space folded; a search whose answer differs is not repeated. Charged: the
+    input and output tokens of every run after the first.
+    """
+
+    issue_type = IssueType.REPEATED_SEARCH
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        runs: Dict[str, List[SessionEvent]] = {}
+        for event, repeat in repeats_in(session):
+            if event.event_type is EventType.SEARCH:
+                runs[event.id] = runs.pop(repeat.earlier.id, []) or [repeat.earlier]
+                runs[event.id].append(event)
+        for first, *again in runs.values():
+            query = " ".join(str(first.data.get("query") or first.data.get("pattern")).split())
+            yield self.issue(
+                Severity.MEDIUM, f"Search run {len(again) + 1} times with nothing changed in between: '{query[:60]}'",
+                "Cache the result or widen the first search: its answer is still in the context",
+                events=[first] + again, claims={e.id: (e.tokens_input, e.tokens_output) for e in again},
+                measured=True, query=query, search_count=len(again) + 1)
+
+
+class LargeFileAnalyzer(BaseAnalyzer):
+    """One read brought a very large file into the context.
+
+    Counts reads at or above the limit that are not marked ``compressed``. Charged, as an estimate: the share that a
+    targeted read (a line range, a search, an outline) usually saves.
+    """
+
+    issue_type = IssueType.LARGE_FILE_UNCOMPRESSED
+    limit = 10_000        # tokens of one read
+    saving_percent = 60   # of the read
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        for event in session.events:
+            if (event.event_type is EventType.FILE_READ and event.tokens_input >= self.limit
+                    and not event.data.get("compressed") and not event.data.get("reads")):  # of several, none may be large
+                path = (_paths_of(event.data) or [""])[0]
+                yield self.issue(
+                    Severity.HIGH, f"Large file read whole ({event.tokens_input:,} tokens): '{path.rsplit('/', 1)[-1]}'",
+                    "Read the part that is needed (a line range, a search first) or compress the file before loading it",
+                    events=[event], claims={event.id: (event.tokens_input * self.saving_percent // 100, 0)},
+                    file_path=path, tokens=event.tokens_input, saving_percent=self.saving_percent)
+
+
+class ExcessiveThinkingAnalyzer(BaseAnalyzer):
+    """Thinking is most of what the model wrote.
+
+    Counts above the threshold share of all output; where a provider hides the size of thinking there are no THINKING
+    events, and where a transcript holds placeholders for the output no share is known: this analyzer is silent. Charged,
+    as an estimate: what exceeds the acceptable share.
+    """
+
+    issue_type = IssueType.EXCESSIVE_THINKING
+    threshold_percent = 40   # of output
+    acceptable_percent = 30  # of output
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        if session.metadata.get("output_lower_bound_calls"):
+            return  # shares of a placeholder say nothing
+        events = [e for e in session.events if e.event_type is EventType.THINKING and e.tokens_output]
+        thinking, output = sum(e.tokens_output for e in events), session.total_tokens_output
+        if not output or thinking * 100 <= output * self.threshold_percent:
+            return
+        percent = 100 * thinking / output
+        shares = share_out(thinking - output * self.acceptable_percent // 100, [e.tokens_output for e in events])
+        yield self.issue(
+            Severity.MEDIUM, f"Thinking is {percent:.1f}% of the output (threshold {self.threshold_percent}%)",
+            "State the task more precisely or lower the thinking budget for routine work", events=events,
+            claims={e.id: (0, share) for e, share in zip(events, shares) if share},
+            thinking_percent=percent, thinking_tokens=thinking, total_output=output)
+
+
+_ENDING = (EventType.FILE_READ, EventType.CONTEXT_LOAD)  # events without a tool that may end a run of failures
+
+
+class FailedRetryAnalyzer(BaseAnalyzer):
+    """The same operation failed again in the same way although nothing had been changed.
+
+    The key is (tool or command, normalised message). A write, a look at the file that could not be written, a command that
+    is not recognised, a success of the same operation, ``recovered: true`` or a compaction ends a run; declined, transient
+    and collateral failures and calls of one response do not count. Charged: input and output of every failure after the
+    first.
+    """
+
+    issue_type = IssueType.FAILED_RETRY
+    minimum = 2  # failures
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        cwd = _cwd_of(session)
+        runs: Dict[Tuple[str, str, str], List[SessionEvent]] = {}
+        ended: List[List[SessionEvent]] = []
+        for event in session.events:
+            failed = event.event_type is EventType.ERROR
+            if not failed and not runs:
+                continue
+            key = self._key(event)
+            if failed and event.data.get("recovered"):
+                ended.append(runs.pop(key, []))
+                continue
+            if runs:
+                changed = bool(changes_of(event, cwd))
+                for old in list(runs) if changed or not failed and (key[1] or event.event_type in _ENDING) else ():
+                    if self._ends(old, key, event, changed, runs[old]):
+                        ended.append(runs.pop(old))
+            if failed and any(key[1:]) and not failure_kind(event.data):
+                run = runs.setdefault(key, [])
+                if not (run and self._batch(event) and self._batch(event) == self._batch(run[-1])):
+                    run.append(event)
+        for run in ended + list(runs.values()):
+            if len(run) >= self.minimum:
+                yield self._finding(run)
+
+    @staticmethod
+    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool,
+              failures: List[SessionEvent]) -> bool:
+        """Whether an event ends a run of failures: by a change, a look at the file that could not be written, a compaction of
+        its window, or a success."""
+        if event.event_type is EventType.ERROR:
+            return changed and run != key
+        if event.event_type is EventType.FILE_READ and failures:
+            written = failures[-1].data.get("file_path")
+            if written and written in _paths_of(event.data):
+                return True
+        return changed or (is_compaction(event) and run[0] == event.agent_id) or bool(key[1]) and run[:2] == key[:2]
+
+    @staticmethod
+    def _batch(event: SessionEvent) -> Any:
+        return event.data.get("response_id") or event.data.get("batch_id")
+
+    @staticmethod
+    def _key(event: SessionEvent) -> Tuple[str, str, str]:
+        data = event.data
+        operation = data.get("operation") or _command_of(data) or data.get("tool") or data.get("name") or ""
+        message = str(data.get("error_hash") or "") or normal_message(data.get("message") or data.get("error") or "")
+        return event.agent_id, " ".join(str(operation).split()), message
+
+    def _finding(self, run: List[SessionEvent]) -> EfficiencyIssue:
+        what = _command_of(run[0].data) or run[0].data.get("tool") or run[0].data.get("message") or "operation"
+        return self.issue(
+            Severity.HIGH, f"Failed {len(run)} times with nothing changed in between: '{' '.join(str(what).split())[:60]}'",
+            "Read the first error and change something before trying again", events=run,
+            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=True, retry_count=len(run))
+
+
+def normal_message(message: Any) -> str:
+    """An error text with numbers, addresses and space folded, so that two of a kind are equal."""
+    if message == "":
+        return ""
+    text = _VARYING.sub("#", str(message)[:2000].lower())
+    return " ".join(text.split())[:300]
+
+
+_VARYING = _Pattern(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+")
+
+
+class LongSessionAnalyzer(BaseAnalyzer):
+    """The session ran long; a long context is sent again with every call. Often legitimate, so an estimate.
+
+    Charged: 10% of the session's tokens per 30 minutes over the limit, at most 30%, spread over all events.
+    """
+
+    issue_type = IssueType.LONG_SESSION
+    limit_minutes = 60
+    high_minutes = 120
+    percent_per_step = 10  # of the session's tokens
+    step_minutes = 30
+    most_percent = 30
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        minutes = session.duration_seconds / 60
+        if minutes <= self.limit_minutes:
+            return
+        percent = min(self.most_percent, (minutes - self.limit_minutes) / self.step_minutes * self.percent_per_step)
+        yield self.issue(
+            Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
+            f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
+            "If the work fell into separate tasks, a fresh session for each would have carried less context",
+            waste_tokens=int(session.total_tokens * percent / 100), duration_minutes=minutes,
+            threshold_minutes=self.limit_minutes)
+
+
+class HighErrorRateAnalyzer(BaseAnalyzer):
+    """Much of what the agent tried failed: the task or the environment was not clear to it.
+
+    Counts errors among all events, not declined permissions, overload answers or collateral failures of a parallel
+    call. Charged, as an estimate: the tokens of the error events.
+    """
+
+    issue_type = IssueType.HIGH_ERROR_RATE
+    threshold_percent = 20  # of the events
+    high_percent = 40
+    more_than = 5           # events
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        errors = [e for e in session.events if e.event_type is EventType.ERROR and not failure_kind(e.data)]
+        count = len(session.events)
+        if count <= self.more_than or len(errors) * 100 <= count * self.threshold_percent:
+            return
+        rate = 100 * len(errors) / count
+        yield self.issue(
+            Severity.HIGH if rate > self.high_percent else Severity.MEDIUM,
+            f"{len(errors)} of {count} events are errors ({rate:.1f}%)",
+            "Check the task's wording and the environment (paths, dependencies, permissions) before the next run",
+            events=errors, claims={e.id: (e.tokens_input, e.tokens_output) for e in errors if e.tokens},
+            error_rate=rate, error_count=len(errors), total_events=count)
+
+
+class TokenSpikeAnalyzer(BaseAnalyzer):
+    """Single events far above the usual size. Often legitimate: a place to look.
+
+    Compared with the others of the same type (with all others where there are fewer than 10); CONTEXT_LOAD never counts.
+    Charged, as an estimate: what exceeds 1.5 times that average; nothing for imported sessions.
+    """
+
+    issue_type = IssueType.TOKEN_SPIKE
+    times = 3.0         # the average of the others
+    acceptable = 1.5    # times that average
+    enough = 10         # events of one type that make an average of their own
+    minimum_events = 3  # with tokens
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        spikes = [spike for spike in self.ratios(session, self.times) if spike[2].tokens > self.times * spike[1]]
+        if spikes:
+            yield self._finding(session, sorted(spikes, key=lambda spike: -spike[2].tokens))
+
+    def ratios(self, session: Session, least: float = 0.0) -> Iterator[Tuple[float, float, SessionEvent]]:
+        """Of the events with tokens: how many times the average of the others, that average, and the event. Those well
+        below ``least`` times the average are left out."""
+        by_type: Dict[str, List[Tuple[int, int]]] = {}
+        for at, event in enumerate(session.events):
+            tokens = event.tokens_input + event.tokens_output
+            if tokens and event.event_type is not EventType.CONTEXT_LOAD:
+                by_type.setdefault(event.event_type._value_, []).append((at, tokens))
+        sums = [(len(sizes), sum(tokens for _, tokens in sizes)) for sizes in by_type.values()]
+        everything = sum(count for count, _ in sums), sum(total for _, total in sums)
+        if everything[0] < self.minimum_events:
+            return
+        found = []
+        for sizes, own in zip(by_type.values(), sums):
+            count, total = own if own[0] >= self.enough else everything
+            enough = least * total / (count - 1 + least) * 0.999 - 1 if count > 1 else 0  # to be on the safe side of rounding
+            found += [(at, tokens, (total - tokens) / (count - 1)) for at, tokens in sizes if tokens > enough]
+        for at, tokens, average in sorted(found):
+            yield tokens / average if average else float(tokens), average, session.events[at]
+
+    def _finding(self, session: Session, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
+        multiplier, average, worst = spikes[0]
+        claims = {} if session.imported else {
+            event.id: split_like(event, event.tokens - int(self.acceptable * mean)) for _, mean, event in spikes}
+        more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
+        return self.issue(
+            Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is {multiplier:.1f} times the "
+            f"average of {average:,.0f}{more}",
+            "A place to look: a large output may be what was wanted, or a query that returned too much",
+            events=[event for _, _, event in spikes], claims=claims, multiplier=multiplier,
+            event_tokens=worst.tokens, average_tokens=average, spikes=len(spikes))
+
+
+BUILT_IN_ANALYZERS = (
+    RepeatedFileReadAnalyzer, RepeatedSearchAnalyzer, LargeFileAnalyzer, ExcessiveThinkingAnalyzer,
+    FailedRetryAnalyzer, LongSessionAnalyzer, HighErrorRateAnalyzer, TokenSpikeAnalyzer)
+
+
+# ==================================================================================================
+# Reports
+# ==================================================================================================
+
+_CONTROL = _Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+
+
+def plain(text: Any, limit: int = 200) -> str:
+    """Text from outside on one line that cannot steer a terminal: control and direction characters become spaces, more
+    than ``limit`` characters are cut."""
+    line = " ".join(_CONTROL.sub(" ", str(text)).split())
+    return line if len(line) <= limit else line[:limit - 1] + "…"
+
+
+def markdown_text(text: Any, limit: int = 200) -> str:
+    """Text from outside that cannot break a markdown table, open a link or become HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~!&$])", r"\\\1", plain(text, limit)).replace("\\&", "&amp;").replace(
+        "\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def short_number(count: float) -> str:
+    """1,234 as it is, larger ones as 12.3k, 4.5M, 6.7G."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(count) >= size:
+            return f"{count / (1e3 if unit == 'k' else size):,.1f}{unit}"
+    return f"{count:,.0f}"
+
+
+def waste_range(measured: float, total: float, show: Callable[[float], str]) -> str:
+    """A lower and an upper bound as a range; one figure where they are equal."""
+    return show(total) if show(measured) == show(total) else f"{show(measured)} to {show(total)}"
+
+
+def share_text(part: float, whole: float) -> str:
+    """A share in percent with one decimal; "0.0%" of nothing."""
+    return f"{100 * part / whole if whole else 0.0:.1f}%"
+
+
+def dollars(amount: float) -> str:
+    """USD with cents, small amounts with four decimals."""
+    return f"${amount:,.2f}" if abs(amount) >= 1 else f"${amount:.4f}"
+
+
+def bar(part: float, whole: float, width: int = 24) -> str:
+    """A bar of plain characters, ``width`` long where ``part`` is the whole."""
+    return "#" * (max(1, round(width * part / whole)) if part > 0 and whole else 0)
+
+
+def _waste_lines(report: OptimizationReport) -> List[Tuple[str, str]]:
+    """The summary both readable reports show: label and value."""
+    tokens = waste_range(report.measured_waste_tokens, report.total_waste_tokens, lambda n: f"{n:,.0f}")
+    cost = waste_range(report.measured_waste_cost, report.total_waste_cost, dollars)
+    return [("Efficiency Score", f"{report.efficiency_score:.1f}/100" + (
+                " (incomplete: an analyzer failed)" if report.analyzer_errors else "")),
+            ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,} "
+                                   f"({share_text(report.total_waste_tokens, report.total_tokens)})"),
+            ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices "
+                                 f"({share_text(report.total_waste_cost, report.estimated_cost)})"),
+            ("Issues Found", str(len(report.issues)))]
+
+
+def _header_lines(session: Session, report: OptimizationReport) -> List[Tuple[str, str]]:
+    return [("Session ID", report.session_id), ("Generated", report.generated_at), ("Agent", session.agent),
+            ("Task", session.task), ("Model", session.model), ("Status", session.status.value),
+            ("Duration", f"{session.duration_seconds / 60:.1f} minutes active")]
+
+
+def _issue_waste(issue: EfficiencyIssue) -> str:
+    kind = "measured" if issue.measured else "estimated"
+    charged = "" if issue.charged_tokens == issue.estimated_waste_tokens else f", {issue.charged_tokens:,} charged"
+    return f"{issue.estimated_waste_tokens:,} tokens ({dollars(issue.estimated_waste_cost)}), {kind}{charged}"
+
+
+def text_report(session: Session, report: OptimizationReport) -> str:
+    """The report as plain text."""
+    lines = ["=" * 72, "SESSION OPTIMIZATION REPORT", "=" * 72, ""]
+    lines += [f"{label + ':':<12}{plain(value)}" for label, value in _header_lines(session, report)]
+    lines += _section("SUMMARY") + [f"{label + ':':<20}{value}" for label, value in _waste_lines(report)]
+    if report.issues:
+        lines += _section("ISSUES (by severity, then waste)")
+        for number, issue in enumerate(report.issues, 1):
+            lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}", f"   {plain(issue.description)}",
+                      f"   Waste:      {_issue_waste(issue)}", f"   Events:     {_event_list(issue)}",
+                      f"   Suggestion: {plain(issue.suggestion)}"]
+    if report.token_use:
+        most = max(report.token_use.values())
+        lines += _section("WHERE ALL TOKENS WENT")
+        lines += [f"{plain(name, 30):<30} {tokens:>12,} {share_text(tokens, report.total_tokens):>6} {bar(tokens, most)}"
+                  for name, tokens in report.token_use.items()]
+    for title, entries in (("RECOMMENDATIONS", report.recommendations), ("NOTES", report.notes)):
+        if entries:
+            lines += _section(title) + [f"  * {plain(entry, 300)}" for entry in entries]
+    return "\n".join(lines)
+
+
+def _section(title: str) -> List[str]:
+    return ["", "-" * 72, title, "-" * 72]
+
+
+def _event_list(issue: EfficiencyIssue, most: int = 8) -> str:
+    if not issue.events_involved:
+        return "the whole session"
+    more = len(issue.events_involved) - most
+    return ", ".join(plain(event, 60) for event in issue.events_involved[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def markdown_report(session: Session, report: OptimizationReport) -> str:
+    """The report as markdown."""
+    lines = ["# Session Optimization Report", ""]
+    lines += [f"- **{label}:** {markdown_text(value)}" for label, value in _header_lines(session, report)]
+    lines += ["", "## Summary", ""] + [f"- **{label}:** {value}" for label, value in _waste_lines(report)]
+    lines += ["", "## Token Breakdown", "", "| Category | Tokens |", "|---|---:|"]
+    lines += [f"| {markdown_text(name)} | {tokens:,} |" for name, tokens in report.token_breakdown.items()]
+    if report.token_use:
+        lines += ["", "## Where All Tokens Went", "", "| Purpose | Tokens | Share |", "|---|---:|---:|"]
+        lines += [f"| {markdown_text(name)} | {tokens:,} | {share_text(tokens, report.total_tokens)} |"
+                  for name, tokens in report.token_use.items()]
+    if report.issues:
+        lines += ["", "## Issues Detected", ""]
+        for issue in report.issues:
+            lines += [f"### {issue.issue_type.value} [{issue.severity.value}]", "",
+                      f"- **Description:** {markdown_text(issue.description)}", f"- **Waste:** {_issue_waste(issue)}",
+                      f"- **Events:** {markdown_text(_event_list(issue))}",
+                      f"- **Suggestion:** {markdown_text(issue.suggestion)}", ""]
+    for title, entries in (("Recommendations", report.recommendations), ("Notes", report.notes)):
+        if entries:
+            lines += ["", f"## {title}", ""] + [f"- {markdown_text(entry, 300)}" for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+def json_report(session: Session, report: OptimizationReport) -> str:
+    """The report's fields as JSON."""
+    return json.dumps(report.to_dict(), indent=2, default=str)
+
+
+# -- pictures: one file each, drawn without a script
+
+MOST_COLUMNS = 120   # of a picture: more would be thinner than a pixel on a phone
+_MOST_SHOWN = 60     # findings of a page, and events of a finding; what is left out is counted
+GOOD_SCORE, FAIR_SCORE = 85, 70  # from here a score is shown as good, from there as fair
+
+_KINDS = {  # how a timeline groups events: colour class, name, event types
+    "k1": ("Context loaded", (EventType.CONTEXT_LOAD,)), "k2": ("Prompts", (EventType.USER_MESSAGE,)),
+    "k3": ("Files read", (EventType.FILE_READ,)), "k4": ("Searches", (EventType.SEARCH,)),
+    "k5": ("Other tools", (EventType.TOOL_CALL, EventType.FILE_WRITE)), "k6": ("Errors", (EventType.ERROR,)),
+    "k7": ("Answers", (EventType.AI_RESPONSE,)), "k8": ("Thinking", (EventType.THINKING,)),
+    "k9": ("Other", (EventType.CUSTOM, EventType.TOKEN_USAGE, EventType.SESSION_START, EventType.SESSION_END))}
+_KIND_OF = {event_type: kind for kind, (_, event_types) in _KINDS.items() for event_type in event_types}
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#5b6577;--line:#e3e7ed;--track:#edf0f4;
+--bad:#d9363e;--fair:#b26a00;--good:#1f8a4c;--link:#2459c4;--carry:#c3cede;
+--k1:#a3aec0;--k2:#7b61e0;--k3:#3b82e6;--k4:#14a3b5;--k5:#57b58a;--k6:#e3a008;--k7:#44546c;--k8:#c490d8;--k9:#cbb79a}
+@media (prefers-color-scheme:dark){:root{--page:#0e1218;--card:#171d26;--ink:#e8ecf2;--soft:#98a4b6;--line:#28313e;
+--track:#222b37;--bad:#ff6b70;--fair:#f0b04a;--good:#4cc982;--link:#8db4ff;--carry:#3c4a5f;
+--k1:#5f6d82;--k2:#9a86f5;--k3:#5b9bf3;--k4:#2fb9c9;--k5:#63c79a;--k6:#e6b53c;--k7:#c3cedd;--k8:#cf9fe2;--k9:#8f7f66}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
+h1{font-size:26px;line-height:1.25;margin:2px 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
+h2{font-size:16px;margin:0 0 4px}h3{font-size:15px;margin:0 0 2px;overflow-wrap:anywhere}
+p{margin:0 0 8px}a{color:var(--link)}
+.brand{font-size:12px;font-weight:600;letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}
+.soft{color:var(--soft);font-size:13px}.wrap{overflow-wrap:anywhere}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin-top:16px}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:16px;margin-top:18px}
+.facts .card{margin:0;padding:16px 18px}
+.fact{display:block;font-size:24px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
+.score{display:flex;align-items:center;gap:14px}.score svg{width:64px;height:64px;flex:none}
+.good{color:var(--good)}.fair{color:var(--fair)}.bad{color:var(--bad)}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:0 16px}.two>div{min-width:0}
+svg{display:block}.chart{width:100%;shape-rendering:crispEdges}
+.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
+.plot{margin:10px 0 2px}.plot .chart{border-bottom:1px solid var(--line)}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px;font-size:13px;color:var(--soft)}
+.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
+.k1{fill:var(--k1);background:var(--k1)}.k2{fill:var(--k2);background:var(--k2)}.k3{fill:var(--k3);background:var(--k3)}
+.k4{fill:var(--k4);background:var(--k4)}.k5{fill:var(--k5);background:var(--k5)}.k6{fill:var(--k6);background:var(--k6)}
+.k7{fill:var(--k7);background:var(--k7)}.k8{fill:var(--k8);background:var(--k8)}.k9{fill:var(--k9);background:var(--k9)}
+.waste{fill:var(--bad);background:var(--bad)}.carry{fill:var(--carry);background:var(--carry)}
+g:hover{opacity:.7}
+.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:7px 12px;align-items:center;
+font-size:14px;margin-top:10px}
+.bars>div{display:contents}.bars span{min-width:0;overflow-wrap:anywhere}
+.bars>div>span:last-child{text-align:right;font-variant-numeric:tabular-nums}
+.track{height:10px;border-radius:5px;background:var(--track);overflow:hidden}
+.chip{display:inline-block;border-radius:999px;padding:1px 9px;font-size:11px;font-weight:650;letter-spacing:.03em;
+border:1px solid currentColor;white-space:nowrap;vertical-align:1px}
+.critical,.high{color:var(--bad)}.medium{color:var(--fair)}.low{color:var(--soft)}
+details{border-top:1px solid var(--line);padding:10px 0}details:last-child{padding-bottom:0}
+summary{cursor:pointer;list-style-position:outside;margin-left:18px}
+summary b{font-weight:600;overflow-wrap:anywhere}details>:not(summary){margin-left:18px}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}
+th{font-weight:600;color:var(--soft);text-align:left;border-bottom:1px solid var(--line);padding:4px 12px 4px 0}
+td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
+tr:last-child td{border-bottom:0}td.wide,th.n,td.n{white-space:nowrap}
+th.n,td.n{text-align:right;font-variant-numeric:tabular-nums}
+td.n:last-child,th.n:last-child{padding-right:0}
+code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+ol,ul{margin:6px 0 0;padding-left:22px}li{margin:4px 0}
+footer{margin-top:22px;color:var(--soft);font-size:12px}
+@media (max-width:720px){main{padding:18px 12px 32px}.two{grid-template-columns:1fr}h1{font-size:21px}
+.card{padding:14px}.facts{grid-template-columns:1fr 1fr;gap:10px}.facts .card{padding:12px}.fact{font-size:19px}
+.facts .card:first-child{grid-column:1/-1}.bars{display:block}
+.bars>div{display:grid;grid-template-columns:1fr max-content;gap:2px 10px;margin-bottom:9px}
+.bars .track{grid-column:1/-1;grid-row:2}.wide{display:none}}
+@media print{body{background:#fff}.card{break-inside:avoid}}
+"""
+
+
+def _escaped(text: Any, limit: int = 200) -> str:
+    """Text from outside that is text in a page, too."""
+    import html
+    return html.escape(plain(text, limit))
+
+
+def _page(title: str, *parts: str) -> str:
+    """A whole HTML document in ASCII, which no encoding on its way can damage."""
+    text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+            + "\n".join(filter(None, parts))
+            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
+              "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact "
+              "repeats, estimated waste assumes a share.</footer>\n</main></body></html>\n")
+    return text.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _card(title: str, body: str, hint: str = "") -> str:
+    soft = f'<p class="soft">{hint}</p>' if hint else ""
+    return f'<section class="card"><h2>{title}</h2>{soft}{body}</section>' if body else ""
+
+
+def _chart(columns: List[Tuple[str, List[Tuple[str, int]]]], height: int, label: str, *, down: bool = False) -> str:
+    """Stacked columns as an SVG that stretches to its place: (what pointing at it says, [(colour class, amount)])."""
+    most = max((sum(amount for _, amount in parts) for _, parts in columns), default=0)
+    if not most:
+        return ""
+    drawn = []
+    for index, (says, parts) in enumerate(columns):
+        place, rects = 0.0, []
+        for kind, amount in parts:
+            size = amount * 100 / most
+            if amount:
+                top = place if down else 100 - place - size
+                rects.append(
+                    f'<rect class="{kind}" x="{index * 10 + 1}" y="{top:.2f}" width="8" height="{size:.2f}"/>')
+            place += size
+        drawn.append(f'<g><title>{says}</title><rect x="{index * 10}" width="10" height="100" fill="transparent"/>'
+                     f'{"".join(rects)}</g>')
+    width = max(10, len(columns) * 10)
+    return (f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width} 100" '
+            f'preserveAspectRatio="none" style="height:{height}px">{"".join(drawn)}</svg>')
+
+
+def _plots(columns: int, *parts: str) -> str:
+    """Charts and what stands above and below them, no wider than their columns deserve."""
+    return f'<div style="max-width:{max(6, columns) * 56}px">{"".join(parts)}</div>'
+
+
+def _axis(*texts: str) -> str:
+    return '<div class="axis">' + "".join(f"<span>{text}</span>" for text in texts) + "</div>"
+
+
+def _bars(rows: List[Tuple[str, float, float, str]], kind: str = "k3") -> str:
+    """Lying bars: (label in HTML, amount, the wasted part of it, what stands at the end in HTML)."""
+    most = max((amount for _, amount, _, _ in rows), default=0)
+    return '<div class="bars">' + "".join(
+        f'<div><span>{label}</span><span class="track"><svg width="100%" height="10" aria-hidden="true">'
+        f'<rect class="{kind}" width="{100 * amount / most if most else 0:.2f}%" height="10"/>'
+        f'<rect class="waste" width="{100 * wasted / most if most else 0:.2f}%" height="10"/></svg></span>'
+        f'<span>{end}</span></div>'
+        for label, amount, wasted, end in rows) + "</div>" if rows else ""
+
+
+def _legend(entries: List[Tuple[str, str]]) -> str:
+    named = "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries)
+    return f'<div class="legend">{named}</div>'
+
+
+def _score_fact(score: float) -> str:
+    """A score as a ring with its number."""
+    kind = "good" if score >= GOOD_SCORE else "fair" if score >= FAIR_SCORE else "bad"
+    return (f'<div class="card score"><svg class="{kind}" viewBox="0 0 36 36" aria-hidden="true">'
+            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="var(--track)" stroke-width="4"/>'
+            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" '
+            f'stroke-linecap="round" stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" '
+            'transform="rotate(-90 18 18)"/></svg>'
+            f'<div><span class="soft">Efficiency</span><span class="fact {kind}">{score:.1f}</span></div></div>')
+
+
+def _fact(name: str, value: str, more: str, kind: str = "") -> str:
+    return (f'<div class="card"><span class="soft">{name}</span><span class="fact {kind}">{value}</span>'
+            f'<span class="soft">{more}</span></div>')
+
+
+def _facts(score: float, waste: Tuple[float, float], wasted_cost: Tuple[float, float], tokens: int, cost: float,
+           used: str) -> str:
+    """The row of figures a page begins with; waste and its cost as (measured, total)."""
+    return '<div class="facts">' + _score_fact(score) + _fact(
+        "Wasted tokens", short_number(waste[1]),
+        f"{share_text(waste[1], tokens)} of all, {short_number(waste[0])} measured", "bad" if waste[1] else "") + _fact(
+        "Wasted cost", dollars(wasted_cost[1]), f"{share_text(wasted_cost[1], cost)} of the cost, "
+        f"{dollars(wasted_cost[0])} measured", "bad" if waste[1] else "") + _fact(
+        "Tokens", short_number(tokens), used) + _fact("Cost", dollars(cost), "at API prices") + "</div>"
+
+
+def _columns_of(session: Session) -> Tuple[List[List[SessionEvent]], str]:
+    """The events of each column of a timeline, and what a column is: a model call where there are several, else an
+    event with tokens, or some of them where they are many."""
+    groups: List[List[SessionEvent]] = [[]]
+    by_call = sum(event.event_type is EventType.AI_RESPONSE for event in session.events) > 1
+    for event in session.events:
+        groups[-1].append(event)
+        if event.event_type is EventType.AI_RESPONSE if by_call else event.tokens or event.tokens_cache_read:
+            groups.append([])
+    groups = [group for group in groups if group]
+    size = -(-len(groups) // MOST_COLUMNS) or 1
+    name = "model call" if by_call else "event"
+    columns = [sum(groups[at:at + size], []) for at in range(0, len(groups), size)]
+    return columns, f"{size} {name}s" if size > 1 else name
+
+
+def _column(events: List[SessionEvent], charged: Dict[str, int]) -> Tuple[str, List[Tuple[str, int]], int]:
+    """One column: what it says, its tokens by kind with the wasted ones last, and what was sent again."""
+    parts, wasted = {kind: 0 for kind in _KINDS}, sum(charged.get(event.id, 0) for event in events)
+    for event in events:
+        parts[_KIND_OF[event.event_type]] += event.tokens - charged.get(event.id, 0)
+    again = sum(event.tokens_cache_read for event in events)
+    says = [f"{events[0].timestamp[11:16]}: {sum(e.tokens for e in events):,} tokens", f"{wasted:,} wasted"]
+    says += [f"{again:,} sent again"] * bool(again)
+    kinds = ", ".join(f"{_KINDS[kind][0].lower()} {amount:,}" for kind, amount in parts.items() if amount)
+    return _escaped(f"{', '.join(says)}; {kinds}", 300), [*parts.items(), ("waste", wasted)], again
+
+
+def _timeline(session: Session, charged: Dict[str, int]) -> str:
+    """The session from left to right: new tokens by kind upwards, what was sent again downwards."""
+    groups, per = _columns_of(session)
+    columns = [_column(events, charged) for events in groups]
+    chart = _chart([(says, parts) for says, parts, _ in columns], 190,
+                   "New tokens over the session, the wasted part in red")
+    if not chart:
+        return ""
+    carried = _chart([(says, [("carry", again)]) for says, _, again in columns], 70,
+                     "Context sent again over the session", down=True)
+    times = [_escaped(groups[at][0].timestamp[11:16]) for at in sorted({0, len(groups) // 2, len(groups) - 1})]
+    most = max(sum(amount for _, amount in parts) for _, parts, _ in columns)
+    plots = [_axis(f"up to {short_number(most)} new tokens per {per}"), f'<div class="plot">{chart}</div>',
+             _axis(*times)]
+    used = {kind for _, parts, _ in columns for kind, amount in parts if amount}
+    legend = [(kind, name) for kind, (name, _) in _KINDS.items() if kind in used] + [("waste", "Wasted")]
+    if carried:
+        most = max(again for _, _, again in columns)
+        plots += [f'<div class="plot">{carried}</div>',
+                  _axis(f"up to {short_number(most)} tokens of context sent again per {per}")]
+        legend.append(("carry", "Context sent again (cache reads)"))
+    return _plots(len(columns), *plots) + _legend(legend)
+
+
+def _two(left: str, right: str) -> str:
+    return f'<div class="two"><div>{left}</div><div>{right}</div></div>'
+
+
+def _kinds_card(issues: Iterable[Dict[str, Any]]) -> str:
+    """Waste by kind, of issues as dicts."""
+    kinds: Dict[str, List[float]] = {}
+    for issue in issues:
+        entry = kinds.setdefault(issue["issue_type"], [0, 0, 0.0])
+        entry[0] += issue["charged_tokens"]
+        entry[1] += 1
+        entry[2] += issue["charged_cost"]
+    rows = _bars([(f"{_kind_name(kind)} <span class=\"soft\">&times;{count:,}</span>", tokens, tokens,
+                   f"{short_number(tokens)} <span class=\"soft\">{dollars(cost)}</span>")
+                  for kind, (tokens, count, cost) in sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))])
+    return _card("Waste by kind", rows or "<p>None found.</p>")
+
+
+def _kind_name(kind: str) -> str:
+    return _escaped(str(kind).replace("_", " ").capitalize())
+
+
+def _use_bars(use: Dict[str, int], most: int = 8) -> str:
+    total, ranked = sum(use.values()), sorted(use.items(), key=lambda item: -item[1])
+    rest = sum(tokens for _, tokens in ranked[most:])
+    return _bars([(_escaped(name, 40), tokens, 0, f"{short_number(tokens)} <span class=\"soft\">"
+                   f"{share_text(tokens, total)}</span>")
+                  for name, tokens in ranked[:most] + [("everything else", rest)] * bool(rest)])
+
+
+def _finding(issue: EfficiencyIssue, session: Session, events: Dict[str, SessionEvent], is_open: bool) -> str:
+    """One finding with the events it rests on."""
+    rows = []
+    for event in [events[key] for key in issue.events_involved if key in events][:_MOST_SHOWN]:
+        claim = issue.claims.get(event.id)
+        wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim or 0
+        place = event_place(session, event)
+        own = event.data.get("line") and not event.data.get("path")
+        near = f"line {event.data['line']}" if own else _last_part(place)
+        rows.append(f'<tr><td><code title="{_escaped(place, 400)}">{_escaped(near, 80)}</code></td>'
+                    f"<td>{_escaped(event_extract(session, event))}</td>"
+                    f'<td class="n wide">{event.tokens_input:,}</td><td class="n wide">{event.tokens_output:,}</td>'
+                    f'<td class="n">{wasted:,}</td></tr>')
+    left = len(issue.events_involved) - _MOST_SHOWN
+    table = '<div class="scroll"><table><tr><th>Where</th><th>What</th><th class="n wide">In</th>' \
+        f'<th class="n wide">Out</th><th class="n">Wasted</th></tr>{"".join(rows)}</table></div>' \
+        if rows else '<p class="soft">The whole session.</p>'
+    return (f'<details{" open" * is_open}><summary>{_chip(issue.severity.value)} '
+            f'<b>{_escaped(issue.description)}</b> <span class="soft">{_escaped(_issue_waste(issue))}</span></summary>'
+            f'<p>{_escaped(issue.suggestion)}.</p>{table}'
+            + (f'<p class="soft">and {left:,} more events</p>' if left > 0 else "") + "</details>")
+
+
+def _chip(severity: str) -> str:
+    return f'<span class="chip {_escaped(severity.lower())}">{_escaped(severity)}</span>'
+
+
+def _advice(entry: str) -> str:
+    """A line of text whose [LABEL] in front becomes a chip."""
+    label, text = re.match(r"(?:\[([A-Z ]+)\] )?(.*)", entry, re.S).groups()  # type: ignore[union-attr]
+    kinds = {name: severity.value.lower() for severity, name in _LABELS.items()}
+    return (f'<span class="chip {kinds.get(label, "high")}">{label}</span> ' if label else "") + _escaped(text, 400)
+
+
+def _list_of(entries: Iterable[str], tag: str = "ul") -> str:
+    items = "".join(f"<li>{_advice(entry)}</li>" for entry in entries)
+    return f"<{tag}>{items}</{tag}>" if items else ""
+
+
+def html_report(session: Session, report: OptimizationReport) -> str:
+    """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what
+    to do."""
+    charged, events = ClaimsLedger(session, report.issues).by_event, {event.id: event for event in session.events}
+    source = session.metadata.get("source")
+    about = [session.agent, session.model, session.status.value.lower(), session.started_at[:16].replace("T", " "),
+             f"{session.duration_seconds / 60:.1f} minutes active"]
+    cached = sum(event.tokens_cache_read for event in session.events)
+    used = f"{short_number(session.total_tokens_input)} in, {short_number(session.total_tokens_output)} out" + (
+        f"; {short_number(cached)} sent again" if cached else "")
+    shown = "".join(_finding(issue, session, events, number < 2)
+                    for number, issue in enumerate(report.issues[:_MOST_SHOWN]))
+    left = len(report.issues) - _MOST_SHOWN
+    return _page(
+        f"{session.task or session.id} - session report",
+        f'<header><div class="brand">Session report</div><h1>{_escaped(session.task or session.id)}</h1>'
+        f'<p class="soft wrap">{_escaped(" · ".join(filter(None, about)), 400)}<br>{_escaped(session.id)}'
+        + (f"<br>{_escaped(source.get('path'), 400)}" if isinstance(source, dict) else "") + "</p></header>",
+        _facts(report.efficiency_score, (report.measured_waste_tokens, report.total_waste_tokens),
+               (report.measured_waste_cost, report.total_waste_cost), report.total_tokens, report.estimated_cost,
+               used),
+        _card("Where the tokens went, from start to end", _timeline(session, charged)),
+        _card("What to do", _list_of(report.recommendations, "ol")),
+        _two(_kinds_card(issue.to_dict() for issue in report.issues),
+             _card("All tokens by purpose", _use_bars(report.token_use))),
+        _card(f"Findings ({len(report.issues):,})", shown,
+              "Each with the events it rests on. Of tokens that several findings name only the largest claim is charged."
+              + (f" {left:,} smaller ones are left out." if left > 0 else "")),
+        _card("Notes", _list_of(report.notes)))
+
+
+def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
+    """What a scan found as one HTML file: by day, agent, project and kind, and the worst sessions with a section
+    each."""
+    rows, totals = result["sessions"], result["totals"]
+    tokens, waste = totals["tokens"], totals["waste"]
+    new = sum(tokens.values()) - tokens["cache_read"]
+    worst = sorted((row for row in rows if row["waste"]["tokens"]),
+                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
+    use: Dict[str, int] = {}
+    for row in rows:
+        for name, count in row["token_use"].items():
+            use[name] = use.get(name, 0) + count
+    steps = [line.split(". ", 1)[1] for line in _first_steps(rows)[4:]]
+    days = sorted(row["started_at"][:10] for row in rows if row["started_at"])
+    span = f"{days[0]} to {days[-1]}" if days else ""
+    header = (f'<header><div class="brand">Scan of agent transcripts</div><h1>{totals["sessions"]:,} sessions, '
+              f'{totals["model_calls"]:,} model calls</h1><p class="soft">{_escaped(span)}</p></header>')
+    if not rows:
+        skipped = _escaped(_skipped_text(result["skipped"]))
+        return _page("Scan report", header, _card("No sessions found", f"<p>{skipped}</p>"))
+    return _page(
+        "Scan report", header,
+        _facts(100.0 * (1 - waste["tokens"] / new) if new else 100.0, (waste["measured_tokens"], waste["tokens"]),
+               (waste["measured_cost"], waste["cost"]), new, totals["estimated_cost"],
+               f"{short_number(new - tokens['output'])} in, {short_number(tokens['output'])} out; "
+               f"{short_number(tokens['cache_read'])} sent again"),
+        _card("By day", _days(rows)), _card("What to do first", _list_of(steps, "ol")),
+        _two(_card("By agent", _group_bars(rows, "agent"))
+             + _kinds_card(issue for row in rows for issue in row["issues"]),
+             _card("By project", _group_bars(rows, "project", 6)) + _card("All tokens by purpose", _use_bars(use))),
+        _card("Worst sessions", _worst_table(worst)),
+        *(_session_section(number, row) for number, row in enumerate(worst, 1)),
+        _card("Notes", _list_of([line.strip(" *") for line in _scan_notes(rows)[4:]]
+                                + [_skipped_text(result["skipped"]).strip()] * bool(result["skipped"]))))
+
+
+def _new_tokens(row: Dict[str, Any]) -> int:
+    return sum(row["tokens"].values()) - row["tokens"]["cache_read"]
+
+
+def _days(rows: List[Dict[str, Any]]) -> str:
+    """New tokens by the day a session began, the wasted part in red; several days share a column where they are
+    many."""
+    began = [(parse_time(row["started_at"][:10]), row) for row in rows]
+    dated = [(moment.toordinal(), row) for moment, row in began if moment is not None]
+    if not dated:
+        return ""
+    first, last = min(day for day, _ in dated), max(day for day, _ in dated)
+    size = -(-(last - first + 1) // MOST_COLUMNS)
+    sums = [[0, 0, 0] for _ in range((last - first) // size + 1)]
+    for day, row in dated:
+        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], 1)):
+            sums[(day - first) // size][index] += amount
+    from datetime import date
+    names = [date.fromordinal(first + size * at).isoformat() for at in range(len(sums))]
+    chart = _chart([(f"{name}: {sessions:,} sessions, {new:,} new tokens, {wasted:,} wasted",
+                     [("k3", new - wasted), ("waste", wasted)])
+                    for name, (new, wasted, sessions) in zip(names, sums)],
+                   160, "New tokens by day, the wasted part in red")
+    if not chart:
+        return ""
+    per = f"{size} days" if size > 1 else "day"
+    ends = [names[0], date.fromordinal(last).isoformat()]
+    return _plots(len(sums), _axis(f"up to {short_number(max(new for new, _, _ in sums))} new tokens per {per}"),
+                  f'<div class="plot">{chart}</div>', _axis(*ends[:1 + (last > first)])) + _legend(
+                      [("k3", "New input and output"), ("waste", "Wasted")])
+
+
+def _group_bars(rows: List[Dict[str, Any]], key: str, most: int = 10) -> str:
+    """New tokens, waste and cost by an agent's or a project's name."""
+    groups: Dict[str, List[float]] = {}
+    for row in rows:
+        entry = groups.setdefault(str(row[key] or "unknown"), [0, 0, 0.0])
+        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], row["estimated_cost"])):
+            entry[index] += amount
+    ranked = sorted(groups.items(), key=lambda item: -item[1][0])
+    shown = [(f'<span title="{_escaped(name, 300)}">{_escaped(_last_part(name), 40)}</span>', amounts)
+             for name, amounts in ranked[:most]]
+    if ranked[most:]:
+        rest = [amounts for _, amounts in ranked[most:]]
+        shown.append((f"{len(rest):,} others", [sum(column) for column in zip(*rest)]))
+    return _bars([(label, new, wasted, f"{short_number(new)} <span class=\"soft\">{share_text(wasted, new)} wasted, "
+                   f"{dollars(cost)}</span>") for label, (new, wasted, cost) in shown])
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
+
+
+def _worst_table(worst: List[Dict[str, Any]]) -> str:
+    rows = "".join(
+        f'<tr><td><a href="#s{number}">{_escaped(row["task"] or row["id"], 90)}</a></td>'
+        f'<td class="wide">{_escaped(row["agent"], 20)}</td>'
+        f'<td class="wide n">{_escaped(row["started_at"][:10])}</td>'
+        f'<td class="n">{row["efficiency_score"]:.1f}</td><td class="n">{short_number(row["waste"]["tokens"])}</td>'
+        f'<td class="n">{dollars(row["waste"]["cost"])}</td></tr>' for number, row in enumerate(worst, 1))
+    head = ('<tr><th>Session</th><th class="wide">Agent</th><th class="wide n">Began</th><th class="n">Score</th>'
+            '<th class="n">Wasted</th><th class="n">Cost</th></tr>')
+    return f'<div class="scroll"><table>{head}{rows}</table></div>' if rows else ""
+
+
+def _session_section(number: int, row: Dict[str, Any], most: int = 5) -> str:
+    """One session of a scan in short."""
+    issues = sorted(row["issues"], key=lambda issue: -issue["charged_tokens"])
+    findings = "".join(
+        f"<li>{_chip(issue['severity'])} {_escaped(issue['description'])} <span class=\"soft\">"
+        f"{issue['charged_tokens']:,} tokens, {dollars(issue['charged_cost'])}, "
+        f"{'measured' if issue['measured'] else 'estimated'}</span></li>" for issue in issues[:most])
+    more = f"<li class=\"soft\">and {len(issues) - most} more</li>" if len(issues) > most else ""
+    command = f"sessionoptimizer export {row['id']} --format html --output report.html"
+    return (f'<section class="card" id="s{number}"><h3>{_escaped(row["task"] or row["id"])}</h3>'
+            f'<p class="soft wrap">{_escaped(row["agent"])} &middot; {_escaped(row["model"])} &middot; '
+            f'{_escaped(row["started_at"][:16].replace("T", " "))} &middot; '
+            f'score {row["efficiency_score"]:.1f} &middot; '
+            f'{short_number(_new_tokens(row))} new tokens, {short_number(row["waste"]["tokens"])} wasted &middot; '
+            f'{dollars(row["estimated_cost"])}, {dollars(row["waste"]["cost"])} wasted<br>'
+            f'{_escaped(row["path"], 400)}</p><ul>{findings}{more}</ul><p class="soft wrap" style="margin-top:8px">'
+            f"The whole report: <code>{_escaped(command, 300)}</code></p></section>")
+
+
+_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
+                "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
+                "command", "tool", "line")
+
+
+def csv_report(session: Session, report: OptimizationReport) -> str:
+    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report calls wasted of
+    each. No text in it can be taken for a formula."""
+    import csv
+    import io
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    charged = ClaimsLedger(session, report.issues).by_event
+    for event in session.events:
+        data = dict(event.data, file_path=(_paths_of(event.data) or [""])[0], command=_command_of(event.data),
+                    query=event.data.get("query") or event.data.get("pattern") or "")
+        known = dict(vars(event), event_type=event.event_type.value, charged_tokens=charged.get(event.id, 0),
+                     model=event.model or session.model)
+        writer.writerow([_cell(known[name] if name in known else data.get(name, "")) for name in _CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value for a spreadsheet: numbers as they are, texts without control characters, none of them a formula."""
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return ("'" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + plain(text, 32_000)
+
+
+FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report, "html": html_report,
+           "csv": csv_report}
+
+
+def evidence_text(session: Session, report: OptimizationReport) -> str:
+    """Every finding with its events: where each stands in the transcript, its tokens, and a one-line extract of it."""
+    events = {event.id: event for event in session.events}
+    lines = _section("EVIDENCE")
+    for number, issue in enumerate(report.issues, 1):
+        lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description, 120)}"]
+        for event_id in issue.events_involved:
+            event = events.get(event_id)
+            if event is not None:
+                claim = issue.claims.get(event_id)
+                wasted = f", {sum(claim) if isinstance(claim, (list, tuple)) else claim:,} wasted" if claim else ""
+                lines.append(f"   {event_place(session, event)}  {event.event_type.value}  {event.tokens_input:,} in, "
+                             f"{event.tokens_output:,} out{wasted}")
+                lines.append(f"      {event_extract(session, event)}")
+        if not issue.events_involved:
+            lines.append("   the whole session")
+    return "\n".join(lines)
+
+
+def event_place(session: Session, event: SessionEvent) -> str:
+    """path:line of an imported event; the id and time of one logged by hand."""
+    source = session.metadata.get("source")
+    if isinstance(source, dict) and event.data.get("line"):
+        return f"{plain(event.data.get('path') or source.get('path'), 300)}:{event.data['line']}"
+    return f"{plain(event.id, 80)} {plain(event.timestamp, 40)}"
+
+
+def event_extract(session: Session, event: SessionEvent, most: int = 100) -> str:
+    """One line that shows what the event was: command, path, query, message, or the transcript's own line."""
+    data = event.data
+    for key in ("command", "query", "file_path", "file", "message", "tool"):
+        if data.get(key):
+            extra = f" lines {data['lines'][0]}-{data['lines'][-1]}" if key == "file_path" and isinstance(
+                data.get("lines"), list) and data["lines"] else ""
+            return plain(f"{data.get('tool', '')} {data[key]}" if key != "tool" else data[key], most) + extra
+    return plain(data.get("source") or event.event_type.value.lower(), most)
+
+
+def scan_report(result: Dict[str, Any], most: int = 8) -> str:
+    """What a scan found, as plain text: totals, waste by kind, where all tokens went, worst sessions, what to do first."""
+    rows, totals = result["sessions"], result["totals"]
+    if not rows:
+        return "No sessions found." + _skipped_text(result["skipped"])
+    tokens, waste = totals["tokens"], totals["waste"]
+    fresh = tokens["uncached_input"] + tokens["cache_write"]
+    agents = ", ".join(sorted({row["agent"] for row in rows}))
+    lines = ["=" * 78, "SESSIONOPTIMIZER SCAN", "=" * 78, "",
+             f"Sessions   {totals['sessions']:,} ({plain(agents, 60)}), {totals['model_calls']:,} model calls",
+             f"Tokens     {short_number(fresh)} new input ({short_number(tokens['cache_write'])} of it cache writes), "
+             f"{short_number(tokens['output'])} output; {short_number(tokens['cache_read'])} sent again from the cache",
+             f"Cost       {dollars(totals['estimated_cost'])} at API prices",
+             f"Waste      {waste_range(waste['measured_tokens'], waste['tokens'], short_number)} tokens "
+             f"({share_text(waste['tokens'], fresh + tokens['output'])} of new input and output), "
+             f"{waste_range(waste['measured_cost'], waste['cost'], dollars)} "
+             f"({share_text(waste['cost'], totals['estimated_cost'])} of the cost)"]
+    if result.get("changes"):
+        lines.append(f"Changed    {result['changes']}")
+    lines += _waste_by_kind(rows) + _use_lines(rows, most + 6) + _worst_sessions(rows, most) + _first_steps(rows)
+    lines += _most_read(rows, most) + _scan_notes(rows)
+    return "\n".join(lines) + _skipped_text(result["skipped"])
+
+
+def _waste_by_kind(rows: List[Dict[str, Any]]) -> List[str]:
+    kinds: Dict[Tuple[str, bool], List[float]] = {}
+    for row in rows:
+        for issue in row["issues"]:
+            entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0, 0, 0.0])
+            entry[0] += 1
+            entry[1] += issue["charged_tokens"]
+            entry[2] += issue["charged_cost"]
+    if not kinds:
+        return _section("WASTE BY KIND") + ["None found."]
+    lines = _section("WASTE BY KIND (each token charged once)")
+    lines.append(f"{'':<28}{'findings':>9}{'tokens':>12}{'cost':>12}  ")
+    for (kind, measured), (count, tokens, cost) in sorted(kinds.items(), key=lambda item: (-item[1][2], -item[1][1])):
+        lines.append(f"{kind:<28}{count:>9,}{tokens:>12,}{dollars(cost):>12}  {'measured' if measured else 'estimated'}")
+    return lines
+
+
+def _use_lines(rows: List[Dict[str, Any]], most: int) -> List[str]:
+    use: Dict[str, int] = {}
+    for row in rows:
+        for name, tokens in row["token_use"].items():
+            use[name] = use.get(name, 0) + tokens
+    if not use:
+        return []
+    ranked = sorted(use.items(), key=lambda item: -item[1])
+    total, largest = sum(use.values()), ranked[0][1]
+    rest = sum(tokens for name, tokens in ranked[most:] if name != "unattributed")
+    shown = ranked[:most] + ([("everything else", rest)] if rest else [])
+    if "unattributed" not in dict(shown):
+        shown.append(("unattributed", use.get("unattributed", 0)))
+    return _section("WHERE ALL TOKENS WENT (new input and output)") + [
+        f"{plain(name, 30):<30}{tokens:>14,} {share_text(tokens, total):>6}  {bar(tokens, largest)}"
+        for name, tokens in shown]
+
+
+def _worst_sessions(rows: List[Dict[str, Any]], most: int) -> List[str]:
+    worst = sorted((row for row in rows if row["waste"]["tokens"]),
+                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
+    if not worst:
+        return []
+    lines = _section("WORST SESSIONS (sessionoptimizer analyze ID --evidence shows why)")
+    lines.append(f"{'id':<38}{'score':>6}{'waste':>9}{'cost':>10}  task")
+    for row in worst:
+        lines.append(f"{plain(row['id'], 37):<38}{row['efficiency_score']:>6.1f}{short_number(row['waste']['tokens']):>9}"
+                     f"{dollars(row['waste']['cost']):>10}  {plain(row['task'], 60)}")
+    return lines
+
+
+def _first_steps(rows: List[Dict[str, Any]], most: int = 4) -> List[str]:
+    steps: Dict[str, List[float]] = {}
+    for row in rows:
+        for issue in row["issues"]:
+            entry = steps.setdefault(issue["suggestion"], [0, 0.0])
+            entry[0] += issue["charged_tokens"]
+            entry[1] += issue["charged_cost"]
+    ranked = sorted(((c, t, s) for s, (t, c) in steps.items() if t), reverse=True)[:most]
+    return _section("WHAT TO DO FIRST") + [
+        f"{number}. {plain(advice, 140)} ({short_number(tokens)} tokens, {dollars(cost)})"
+        for number, (cost, tokens, advice) in enumerate(ranked, 1)] if ranked else []
+
+
+def _most_read(rows: List[Dict[str, Any]], most: int) -> List[str]:
+    reads: Dict[str, List[int]] = {}
+    for row in rows:
+        for path, count in row["most_read"].items():
+            if not path.startswith(("/", "~")) and path[1:2] != ":":
+                continue  # of a project that is not known
+            entry = reads.setdefault(path, [0, 0])
+            entry[0] += count
+            entry[1] += 1
+    ranked = sorted(((count, sessions, path) for path, (count, sessions) in reads.items() if sessions > 1),
+                    reverse=True)[:most]
+    return _section("READ MOST OFTEN ACROSS SESSIONS") + [
+        f"{count:>5} reads in {sessions:>3} sessions  {plain(path, 90)}" for count, sessions, path in ranked] if ranked else []
+
+
+def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
+    notes: Dict[str, int] = {}
+    for row in rows:
+        for note in row["notes"]:
+            match = re.match(r"(\d+) (.*)", note)
+            text, count = (match.group(2), int(match.group(1))) if match else (note, 1)
+            notes[text] = notes.get(text, 0) + count
+    lines = [f"  * {plain(text, 200)} ({count} sessions)" if text.startswith(("no price", "analyzer"))
+             else f"  * {count:,} {plain(text, 200)}" for text, count in notes.items()]
+    return _section("NOTES") + lines if lines else []
+
+
+def _skipped_text(skipped: List[Dict[str, Any]]) -> str:
+    if not skipped:
+        return ""
+    lines = [entry for entry in skipped if entry["line"]]
+    files = [entry for entry in skipped if not entry["line"]]
+    parts = ([f"{len(lines):,} damaged lines in {len({e['path'] for e in lines}):,} files"] if lines else []) + \
+        ([f"{len(files):,} file{'s that hold' if len(files) > 1 else ' that holds'} no session"] if files else [])
+    return "\n\nSkipped: " + " and ".join(parts) + " (--format json names each with the reason)."
+
+
+AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action")
+AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is called, the figure of a
+``summaries()`` row, how urgent, the limit and its unit, and what to do."""
+
+ALERT_RULES = (
+    AlertRule("efficiency", "LOW_EFFICIENCY", "efficiency", Severity.HIGH, 70, "%",
+              "Analyze the session: its findings name the tokens that bought nothing"),
+    AlertRule("waste", "HIGH_WASTE", "waste_tokens", Severity.MEDIUM, 5_000, "tokens",
+              "Follow the report's first recommendation"),
+    AlertRule("minutes", "LONG_SESSION", "minutes", Severity.MEDIUM, 60, "minutes",
+              "Start a new session for the next task: this one's context is sent again with every call"),
+    AlertRule("error_rate", "HIGH_ERROR_RATE", "error_rate", Severity.HIGH, 30, "% of the events",
+              "Read the first errors and check paths, dependencies and permissions before going on"),
+    AlertRule("spike", "TOKEN_SPIKE", "spike", Severity.LOW, 3, "times the average event",
+              "Look at the largest event: a narrower read or query may have been enough"),
+)
+
+
+def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[str, Any]]:
+    """The alerts of one ``summaries()`` row. An efficiency alerts below its limit, everything else above."""
+    for rule in ALERT_RULES:
+        value, limit = row[rule.figure], limits[rule.name]
+        low = rule.name == "efficiency"
+        if value < limit if low else value > limit:
+            unit = rule.unit if rule.unit.startswith("%") else f" {rule.unit}"
+            shown = f"{value:,.0f}" if rule.name == "waste" else f"{value:,.1f}"
+            yield {"id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
+                   "session_id": row["id"], "agent": row["agent"],
+                   "message": f"{rule.kind.lower().replace('_', ' ').capitalize()}: {shown}{unit} "
+                              f"({'below' if low else 'above'} {limit:g})",
+                   "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
+
+
+# ==================================================================================================
+# Store
+# ==================================================================================================
+
+# One JSON document per session, laid out so that an append touches only its end:
+#
+#     {"id":...,"agent":...,"metadata":{...},"events": [           header
+#     {"id":... }                                                  one event per line
+#     ,{"id":... }
+#     ], "status":"ACTIVE",...,"event_count":2,...,"layout":2}     footer
+#
+# An append writes `,event + footer` over the old footer. Only at the end of an event does a space stand
+# before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer closes it.
+
+_ID = _Pattern(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
+_DEVICE = _Pattern(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?\Z", re.IGNORECASE)  # of Windows
+_ID_LENGTH = 200  # characters
+_SLUG_LENGTH = 100  # characters: leaves room for a date and a counter in an id
+
+_HEADER_END = b'"events": ['
+_FOOTER_START = b"\n], "
+_FOOTER_END = b'"layout":2}\n'
+_FOOTER_SIZE = 1024  # bytes read from the end of a file; a footer is shorter
+_PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the header is wanted
+_START = 1024  # bytes that hold most headers
+_FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
+
+_TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
+           "total_duration_ms": "duration_ms"}
+_STATE = ("status", "ended_at")
+_FOOTER_KEYS = (*_STATE, "event_count", *_TOTALS, "lost_events", "layout")
+_HEADER_TEXTS = ("id", "agent", "task", *_STATE, "started_at", "model")
+
+_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_READ = os.O_RDONLY | _SAFE  # O_NONBLOCK: opening a named pipe must not wait for its writer
+_CHANGE = os.O_RDWR | _SAFE
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE
+
+_ELSEWHERE = "choose another directory with --store or SESSIONOPTIMIZER_HOME"
+_YOURS = f"make it yours (chown, chmod u+rwX) or {_ELSEWHERE}"
+_FULL = "make room and repeat; what was stored before is intact"
+_LINKED = ("a symbolic link, which the store does not follow", "replace it by what it points to")
+_REASONS = {
+    errno.ENOTDIR: ("part of this path is a file, not a directory", _ELSEWHERE),
+    errno.EEXIST: ("a file, not a directory", _ELSEWHERE),
+    errno.EISDIR: ("a directory where a file should be", "move it out of the store"),
+    errno.ELOOP: _LINKED,
+    errno.EACCES: ("no permission", _YOURS),
+    errno.EPERM: ("not permitted", _YOURS),
+    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
+    errno.EFBIG: ("the size limit of files is reached (ulimit -f)", _FULL),
+    getattr(errno, "EDQUOT", 0): ("the disk quota is used up", _FULL),
+    errno.ENOSPC: ("the disk is full", _FULL),
+}
+
+
+def check_id(session_id: str) -> str:
+    """The id itself; InvalidSessionId when it could not safely name a file on every system."""
+    if isinstance(session_id, str) and _ID.match(session_id) and not _DEVICE.match(session_id):
+        return session_id
+    shown = ascii(session_id)
+    shown = shown if len(shown) <= 60 else shown[:60] + "..."
+    raise InvalidSessionId(
+        f"invalid session id {shown}: use 1 to {_ID_LENGTH} of the characters A-Z a-z 0-9 . _ -, "
+        "no dot in front, and no device name of Windows (CON, NUL, COM1, ...)")
+
+
+def slug(text: str) -> str:
+    """`text` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by '-'."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", str(text))[:_SLUG_LENGTH]
+    # A leading '-' would read as an option on a command line.
+    return "_" + name[1 - _SLUG_LENGTH:] if name[:1] in ("", ".", "-") or _DEVICE.match(name) else name
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _stem(path: str) -> str:
+    return os.path.basename(path)[:-len(".json")]
+
+
+def _damaged(path: str, reason: str) -> DamagedSession:
+    return DamagedSession(path, f"not a readable session ({reason})", "restore it from a backup or delete it")
+
+
+class _naming:
+    """Context in which an OSError becomes a StorageError that names `path`."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError):
+            unknown = (error.strerror or str(error), "check the path and the disk")
+            reason, remedy = _REASONS.get(error.errno, unknown)
+            one = DamagedSession if error.errno in (errno.ELOOP, errno.EISDIR) else StorageError
+            raise one(self.path, reason, remedy) from error
+
+
+# -- from dicts to bytes and back
+
+def _reject(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if value - value == 0 else _reject(digits)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
+_raw_decode = _DECODER.raw_decode
+_quote = json.encoder.encode_basestring_ascii
+# What _ENCODER makes anew at every call, which takes as long as encoding an event does. It detects no circles: they are
+# nested too deeply.
+_make_chunks = getattr(json.encoder, "c_make_encoder", None)
+_chunks = _make_chunks and _make_chunks(None, _ENCODER.default, _quote, None, ":", ",", False, False, False)
+
+
+def _encode(value) -> str:
+    """Compact ASCII JSON. TypeError or ValueError: the value has no JSON form."""
+    try:
+        return "".join(_chunks(value, 0)) if _chunks else _ENCODER.encode(value)
+    except RecursionError:
+        raise ValueError("nested too deeply to be stored") from None
+
+
+def _encode_event(event: dict) -> str:
+    return _encode(event)[:-1] + " }"
+
+
+def _encode_footer(footer: dict, room: int = 0) -> bytes:
+    """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one behind."""
+    lost = footer.get("lost_events")
+    text = '], "status":%s,"ended_at":%s,"event_count":%d,"total_tokens_input":%r,' \
+           '"total_tokens_output":%r,"total_duration_ms":%r,%s' % (
+               _quote(footer["status"]), _quote(footer["ended_at"]), footer["event_count"],
+               footer["total_tokens_input"], footer["total_tokens_output"], footer["total_duration_ms"],
+               '"lost_events":%d,' % lost if lost else "")
+    if len(text) + len(_FOOTER_END) >= _FOOTER_SIZE:
+        raise ValueError("status, end and totals of a session must fit in 1 KB")
+    return text.ljust(room - len(_FOOTER_END)).encode() + _FOOTER_END
+
+
+def _parse_footer(tail: bytes):
+    """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole footer."""
+    start = tail.rfind(_FOOTER_START) + 1
+    if start and tail.endswith(_FOOTER_END):
+        try:
+            footer, end = _raw_decode("{" + tail[start + 3:].decode())
+        except ValueError:
+            return None, 0
+        if start + 2 + end == len(tail) - 1 and _has_footer(footer):
+            return footer, start
+    return None, 0
+
+
+def _is_number(value) -> bool:
+    return type(value) is int or type(value) is float
+
+
+def _has_footer(doc: dict) -> bool:
+    get = doc.get
+    return (type(get("status")) is type(get("ended_at")) is str and _is_number(get("total_duration_ms"))
+            and _is_number(get("total_tokens_input")) and _is_number(get("total_tokens_output"))
+            and type(get("event_count")) is type(get("lost_events", 0)) is int)
+
+
+def _count(footer: dict, event: dict) -> None:
+    footer["event_count"] += 1
+    for total, key in _TOTALS.items():
+        value = event.get(key, 0)
+        if value and _is_number(value):
+            footer[total] += value
+
+
+def _derive_footer(events: list) -> dict:
+    """The footer as the events alone tell it; status and end come from the last SESSION_END."""
+    footer = {"status": "ACTIVE", "ended_at": "", "event_count": len(events)}
+    for total, key in _TOTALS.items():
+        footer[total] = sum(filter(_is_number, [event.get(key, 0) for event in events]))
+    for event in events:
+        if event.get("event_type") == "SESSION_END":
+            data = event.get("data")
+            status, ended = isinstance(data, dict) and data.get("status"), event.get("timestamp")
+            footer["status"] = status if isinstance(status, str) else "COMPLETED"
+            footer["ended_at"] = ended if isinstance(ended, str) else ""
+    return footer
+
+
+def _lay_out(doc: dict) -> bytes:
+    """The file of a session. What the document lacks of the footer comes from its events."""
+    events = doc["events"]
+    header = {key: value for key, value in doc.items() if key != "events" and key not in _FOOTER_KEYS}
+    footer = _derive_footer(events)
+    # Without events the totals are kept: a session may be known by its totals alone.
+    footer.update((key, doc[key]) for key in (_STATE if events else (*_STATE, *_TOTALS)) if key in doc)
+    footer["lost_events"] = doc.get("lost_events", 0)
+    footer["event_count"] += footer["lost_events"]
+    lines = "\n,".join(map(_encode_event, events)) + "\n" if events else ""
+    return f'{_encode(header)[:-1]},"events": [\n{lines}'.encode() + _encode_footer(footer)
+
+
+def _fault(doc) -> str:
+    """What keeps a parsed document from being a session ("" when it is one)."""
+    if type(doc) is not dict:
+        return f"a JSON {type(doc).__name__} instead of an object"
+    for key in _HEADER_TEXTS:
+        value = doc.get(key, "")
+        if type(value) is not str:
+            if value is not None:
+                return f"{key} is not text"
+            doc[key] = ""
+    if not doc.get("id"):
+        return "no id"
+    if type(doc.get("metadata", {})) is not dict:
+        return "metadata is not an object"
+    if type(doc.get("events")) is not list:
+        return "no list of events"
+    for total in _TOTALS:
+        if not _is_number(doc.get(total, 0)):
+            return f"{total} is not a number"
+    return ""
+
+
+def _parse(data: bytes, path: str) -> dict:
+    """A whole session from the bytes of its file; DamagedSession when they are not one."""
+    try:
+        doc = _DECODER.decode(data.decode("utf-8-sig"))
+        fault = _fault(doc)
+    except ValueError as error:
+        fault = f"{error}" if data.strip() else "empty"
+    except RecursionError:
+        fault = "nested too deeply"
+    if not fault and any(type(event) is not dict for event in doc["events"]):
+        fault = "an event is not an object"
+    if not fault and data.endswith(_FOOTER_END):
+        if not _has_footer(doc) or doc["event_count"] != len(doc["events"]) + doc.get("lost_events", 0):
+            fault = "the footer does not fit the events"
+    if fault:
+        raise _damaged(path, fault)
+    doc.setdefault("event_count", len(doc["events"]))
+    return doc
+
+
+def _parse_ends(first: bytes, last: bytes):
+    """Header and footer in one dict from the ends of a file, or None when they do not look like it."""
+    end, cut = first.find(b"\n"), last.rfind(_FOOTER_START) + 1
+    if cut and last.endswith(_FOOTER_END) and first.endswith(_HEADER_END, 0, end):
+        head, _ = _raw_decode((first[:end] + last[cut:]).decode())
+        return head if _has_footer(head) else None
+    # The older layout, indented by two: only its events are left out.
+    start, end = first.find(b'\n  "events": [\n'), first.rfind(b'\n  ],\n  "total_tokens_input"')
+    if start < 0 or end < 0:
+        return None
+    head = _DECODER.decode((first[:start] + b'"events": [' + first[end:]).decode())
+    head.setdefault("event_count", first.count(b"\n    },\n    {\n", start, end) + 1)
+    return head
+
+
+# -- repair
+
+def _parse_event(line: bytes):
+    """The event at the start of a line, or None when there is no whole one."""
+    text = line[line.find(b"{", 0, 2):].decode("utf-8", "replace")
+    try:
+        event, end = _raw_decode(text)
+    except ValueError:
+        return None
+    whole = type(event) is dict and text.endswith(" }", 0, end) and "\ufffd" not in text[:end]
+    return event if whole else None
+
+
+def _salvage(data: bytes, path: str):
+    """(document, numbers of damaged lines, bytes dropped at the end) from a file that does not parse.
+
+    DamagedSession when it was not written line by line or no line tells whose session it is."""
+    first, *lines = data.split(b"\n")
+    footer = _parse_footer(data[-_FOOTER_SIZE:])[0]
+    while lines and (not lines[-1] or footer and lines[-1].startswith(b"], ")):
+        lines.pop()
+    try:
+        found = [_parse_event(line) for line in lines]
+        header = _DECODER.decode(first.decode("utf-8-sig") + "]}") if first.endswith(_HEADER_END) else None
+    except ValueError:
+        header = None
+    except RecursionError:
+        raise _damaged(path, "nested too deeply") from None
+    damaged = [number for number, event in enumerate(found, 2) if event is None]
+    dropped = len(lines[damaged.pop() - 2]) if found and found[-1] is None and not footer else 0
+    events, lost, state = [event for event in found if event is not None], len(damaged), {}
+    if footer:
+        lost = max(lost, footer["event_count"] - len(events))
+        state = {key: footer[key] for key in _STATE}
+    if header is None or _fault(header):
+        header = _derive_header(events, path)
+        damaged.insert(0, 1)
+    return {**header, **state, "events": events, "lost_events": lost}, damaged, dropped
+
+
+def _derive_header(events: list, path: str) -> dict:
+    start = next((event for event in events if isinstance(event.get("event_type"), str)), None)
+    if start is None:
+        raise _damaged(path, "neither a header nor events")
+    data = start.get("data") if isinstance(start.get("data"), dict) else {}
+    texts = {key: data[key] for key in ("agent", "task", "model") if isinstance(data.get(key), str)}
+    return {"id": _stem(path), "agent": "", "task": "", "started_at": str(start.get("timestamp", "")),
+            "model": "", "metadata": {}, **texts}
+
+
+def _restore(data: bytes, path: str):
+    """(document, what was repaired or "", whether lines were lost); DamagedSession when it is hopeless."""
+    try:
+        return _parse(data, path), "", False
+    except DamagedSession as error:
+        try:
+            doc, damaged, dropped = _salvage(data, path)
+        except DamagedSession:
+            raise error from None  # the first reason says what is wrong with the file
+    name = _printable(path)
+    remark = f"{name}: repaired: kept {len(doc['events'])} events"
+    if dropped:
+        remark += f"; dropped {dropped} bytes of an unfinished write"
+    if damaged:
+        more = ", ..." if len(damaged) > 5 else ""
+        places = ", ".join(f"{name}:{number}" for number in damaged[:5])
+        remark += f"; {len(damaged)} damaged lines ({places}{more})"
+    return doc, remark, bool(damaged)
+
+
+# -- files
+
+def _pread(fd: int, count: int, offset: int) -> bytes:
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+def _pwrite(fd: int, data: bytes, offset: int) -> int:
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.write(fd, data)
+
+
+if hasattr(os, "pread"):
+    _pread, _pwrite = os.pread, os.pwrite  # type: ignore[assignment]
+
+
+def _read(fd: int, start: int, end: int) -> bytes:
+    data = _pread(fd, end - start, start)
+    while start + len(data) < end:  # one call reads 2 GB at most
+        more = _pread(fd, end - start - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _overwrite(fd: int, data: bytes, offset: int, old: bytes) -> None:
+    """Write `data` over `old`, the end of the file; when that fails put `old` back."""
+    done = 0
+    try:
+        while done < len(data):
+            done += _pwrite(fd, data[done:], offset + done)
+    except OSError:
+        _pwrite(fd, old, offset)  # its blocks are still the file's, so it fits on a full disk
+        os.ftruncate(fd, offset + len(old))
+        raise
+
+
+def _lock(fd: int, exclusive: bool) -> None:
+    if fcntl:
+        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+    else:
+        import msvcrt
+        os.lseek(fd, 1 << 30, os.SEEK_SET)  # a byte past the data: what msvcrt locks nobody else can read
+        msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+
+
+def _release(fd: int) -> None:
+    # Closing alone would leave the lock to a child forked meanwhile, which shares the open file.
+    if fcntl:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _open_locked(path: str, exclusive: bool):
+    """(descriptor, stat) of a session file; the caller releases it."""
+    while True:
+        fd = os.open(path, _CHANGE if exclusive else _READ)
+        try:
+            _lock(fd, exclusive)
+            info, named = os.fstat(fd), os.lstat(path)
+            if not stat.S_ISREG(info.st_mode):
+                raise _damaged(path, "not a regular file")
+            # Another process may have replaced the file while we waited: then we hold the lock of a dead one.
+            if named.st_ino == info.st_ino and named.st_dev == info.st_dev:
+                return fd, info
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _write_temp(directory: str, data: bytes, sync: bool) -> str:
+    path = os.path.join(directory, f".{os.urandom(8).hex()}.tmp")
+    with _naming(directory):
+        try:
+            fd = os.open(path, _CREATE, 0o600)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            fd = os.open(path, _CREATE, 0o600)
+        try:
+            _overwrite(fd, data, 0, b"")
+            if sync:
+                os.fsync(fd)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    return path
+
+
+def _replace(path: str, data: bytes, *, sync: bool) -> None:
+    """Give `path` new content in one step; a session must be locked meanwhile."""
+    temp = _write_temp(os.path.dirname(path), data, sync)
+    with _naming(path):
+        try:
+            os.replace(temp, path)
+        except BaseException:
+            os.unlink(temp)
+            raise
+
+
+def _publish(path: str, data: bytes, *, sync: bool) -> bool:
+    """Create `path` with this content in one step; False when the name is taken."""
+    temp = _write_temp(os.path.dirname(path), data, sync)
+    try:
+        with _naming(path):
+            try:
+                os.link(temp, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links: claim the name, then fill it
+                if os.path.lexists(path):
+                    return False
+                os.close(os.open(path, _CREATE, 0o600))
+                os.replace(temp, path)
+            return True
+    finally:
+        if os.path.lexists(temp):
+            os.unlink(temp)
+
+
+class _Directory:
+    """The directories of a store, the names in them, and its small files: reports and state."""
+
+    def __init__(self, root: str, *, warn=None):
+        self.root = os.path.abspath(os.fspath(root))
+        self.sessions = os.path.join(self.root, "sessions")
+        self.reports = os.path.join(self.root, "reports")
+        self.warnings: List[str] = []
+        self._warn = warn or (lambda message: None)
+        self._checked = False
+
+    def prepare(self) -> None:
+        """Create the directories of the store; StorageError where that is not possible."""
+        for directory in (self.root, self.sessions, self.reports):
+            with _naming(directory):
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    def files(self):
+        """Yield (id, stat) of every session file, without opening any."""
+        with _naming(self.sessions):
+            try:
+                entries = os.scandir(self.sessions)
+            except FileNotFoundError:
+                return
+            with entries:
+                for entry in entries:
+                    if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
+                        yield entry.name[:-len(".json")], entry.stat(follow_symlinks=False)
+
+    def find(self, session_id: str) -> str:
+        """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule, unless an
+        older store holds exactly this name."""
+        self._refuse_links()
+        try:
+            return f"{self.sessions}{os.sep}{check_id(session_id)}.json"
+        except InvalidSessionId:
+            # A name that comes out of the directory cannot lead out of it.
+            if isinstance(session_id, str) and f"{session_id}.json" in self._names():
+                return os.path.join(self.sessions, f"{session_id}.json")
+            raise
+
+    def _refuse_links(self) -> None:
+        if self._checked:
+            return
+        for directory in (self.sessions, self.reports):
+            if os.path.islink(directory):
+                raise StorageError(directory, *_LINKED)
+        self._checked = True
+
+    def _names(self) -> list:
+        with _naming(self.sessions):
+            try:
+                return os.listdir(self.sessions)
+            except FileNotFoundError:
+                return []
+
+    def _report_path(self, session_id: str) -> str:
+        return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
+
+    def _state_path(self, name: str) -> str:
+        return os.path.join(self.root, check_id(name) + ".json")
+
+    def write_report(self, session_id: str, report: dict) -> None:
+        """Save a report in one step. It can be computed again, so it is not forced to the disk."""
+        _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
+
+    def read_report(self, session_id: str):
+        """The saved report, or None when it is missing or damaged."""
+        report = _read_json(self._report_path(session_id))
+        return report if isinstance(report, dict) else None
+
+    def write_json(self, name: str, value) -> None:
+        """Save a small state file of the store in one step."""
+        _replace(self._state_path(name), _encode(value).encode(), sync=False)
+
+    def read_json(self, name: str):
+        """What `write_json` saved under this name, or None when it is missing or damaged."""
+        return _read_json(self._state_path(name))
+
+
+class Store(_Directory):
+    """Session files under `root`, safe against parallel writers, crashes and damaged files.
+
+    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
+    each). No file stays open between calls, so threads and forked processes may share a Store."""
+
+    def _open(self, path: str, *, exclusive: bool):
+        with _naming(path):
+            try:
+                return _open_locked(path, exclusive)
+            except FileNotFoundError:
+                raise SessionNotFound(f"no session {_printable(_stem(path))} in {_printable(self.root)}; "
+                                      "`list` shows what is there") from None
+
+    def _read_whole(self, path: str):
+        fd, info = self._open(path, exclusive=False)
+        try:
+            with _naming(path):
+                return _read(fd, 0, info.st_size), info
+        finally:
+            _release(fd)
+
+    def create(self, header: dict, events: list, footer: dict, *, replace=False, sync=True) -> None:
+        """Store a session. SessionExists when its id is taken, unless `replace`.
+
+        Status and end that `footer` leaves out come from the events, counts and totals always do (without
+        events the totals given stay). `sync=False` leaves it to the system when the file reaches the disk."""
+        path = self.find(check_id(header["id"]))
+        data = _lay_out({**header, **footer, "events": events})
+        while not _publish(path, data, sync=sync):
+            if not replace:
+                raise SessionExists(f"session {header['id']} is already in {_printable(self.root)}; "
+                                    "choose another id or delete it first")
+            try:
+                fd, _ = self._open(path, exclusive=True)
+            except SessionNotFound:
+                continue
+            try:
+                return _replace(path, data, sync=sync)
+            finally:
+                _release(fd)
+
+    def append(self, session_id: str, make_event, *, sync: bool = False):
+        """Add an event in constant time; (event, footer, mark for `tail`).
+
+        `make_event(footer)` is called under the lock and returns (event, changes to the footer); its
+        `event_count` was never given out before, count and totals follow from the event. A None event changes
+        only the footer. TypeError or ValueError when the event has no JSON form: nothing is written then."""
+        path = self.find(session_id)
+        while True:
+            fd, info = self._open(path, exclusive=True)
+            try:
+                start = max(info.st_size - _FOOTER_SIZE, 0)
+                with _naming(path):
+                    tail = _read(fd, start, info.st_size)
+                footer, cut = _parse_footer(tail)
+                if footer:
+                    return self._extend(fd, info, path, tail, cut, footer, make_event, sync)
+                self._rewrite(fd, info, path)
+            finally:
+                _release(fd)
+
+    def _extend(self, fd, info, path, tail, cut, footer, make_event, sync):
+        event, changes = make_event(footer)
+        line = b""
+        if event is not None:
+            _count(footer, event)
+            comma = "" if tail.endswith(b"[\n", 0, cut) else ","
+            line = f"{comma}{_encode_event(event)}\n".encode()
+        footer.update(changes)
+        offset, old = info.st_size - len(tail) + cut, tail[cut:]
+        new = line + _encode_footer(footer, len(old) - len(line))
+        with _naming(path):
+            _overwrite(fd, new, offset, old)
+            if sync:
+                os.fsync(fd)
+        return event, footer, self._mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
+
+    @staticmethod
+    def _mark(info, before: bytes, offset: int, count: int) -> tuple:
+        return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
+
+    def load(self, session_id: str) -> dict:
+        """The session as one dict, events included; a damaged file is repaired first."""
+        return self.load_marked(session_id)[0]
+
+    def load_marked(self, session_id: str):
+        """(the session as one dict, mark for `tail`)."""
+        return self._load(self.find(session_id))
+
+    def _load(self, path: str):
+        data, info = self._read_whole(path)
+        try:
+            doc = _parse(data, path)
+        except DamagedSession:
+            data, info = self._repair(path)
+            doc = _parse(data, path)
+        start = data.rfind(_FOOTER_START) + 1
+        return doc, self._mark(info, data[:start][-_FINGERPRINT:], start, doc["event_count"])
+
+    def tail(self, session_id: str, mark: tuple):
+        """(events since `mark`, footer, new mark), reading only those; None when the file was replaced."""
+        path = self.find(session_id)
+        device, inode, offset, count, before = mark
+        fd, info = self._open(path, exclusive=False)
+        try:
+            if (info.st_dev, info.st_ino) != (device, inode) or info.st_size < offset:
+                return None
+            with _naming(path):
+                data = _read(fd, offset - len(before), info.st_size)
+        finally:
+            _release(fd)
+        footer, cut = _parse_footer(data)
+        if not footer or not data.startswith(before) or cut < len(before):
+            return None
+        try:
+            events = _DECODER.decode(f"[{data[len(before):cut].decode().lstrip(',')}]")
+        except ValueError:
+            return None
+        if footer["event_count"] != count + len(events):
+            return None
+        return events, footer, self._mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
+
+    def heads(self):
+        """Yield (id, header and footer as one dict, stat, None) per session, or (id, None, None, error).
+
+        The id is the one that addresses the session; the dict's own may differ. In no particular order."""
+        self._refuse_links()
+        for name in self._names():
+            if name.endswith(".json"):
+                try:
+                    yield (name[:-len(".json")], *self._peek(self.sessions + os.sep + name), None)
+                except SessionNotFound:
+                    pass  # deleted since the listing
+                except SessionOptimizerError as error:
+                    yield name[:-len(".json")], None, None, error
+
+    def head(self, session_id: str) -> dict:
+        """Header and footer of a session as one dict, from the ends of its file."""
+        return self._peek(self.find(session_id))[0]
+
+    def starts(self):
+        """Yield (id, header) of every session by the first line of its file alone; the header is None where that does
+        not tell: in the older layout, and where it is damaged."""
+        self._refuse_links()
+        for name in self._names():
+            if name.endswith(".json"):
+                yield name[:-len(".json")], self._start(self.sessions + os.sep + name)
+
+    @staticmethod
+    def _start(path: str):
+        try:
+            fd = os.open(path, _READ)
+            try:
+                first = _pread(fd, _START, 0)
+            finally:
+                os.close(fd)
+            end = first.find(b"\n")
+            if first.startswith(b'{"') and first.endswith(_HEADER_END, 0, end):
+                return _raw_decode(first[:end].decode() + "]}")[0]
+        except (OSError, ValueError, RecursionError):
+            pass  # reading all of it will say what it is
+        return None
+
+    def _peek(self, path: str):
+        """(header and footer, stat) from the ends of a file; from all of it when they do not fit."""
+        try:
+            fd = os.open(path, _READ)
+            try:
+                info = os.fstat(fd)
+                first = last = _pread(fd, _PEEK, 0)
+                if info.st_size > _PEEK:
+                    last = _pread(fd, _FOOTER_SIZE, info.st_size - _FOOTER_SIZE)
+                    if first.startswith(b"{\n"):
+                        first += _read(fd, _PEEK, info.st_size)
+                    elif b"\n" not in first:
+                        first += _pread(fd, _LONG_PEEK, _PEEK)
+            finally:
+                os.close(fd)
+            head = _parse_ends(first, last)
+        except (OSError, ValueError, RecursionError):
+            head = None  # damaged, or read without a lock in the middle of an append
+        if not head or _fault(head):
+            head = self._load(path)[0]
+            with _naming(path):
+                info = os.lstat(path)
+        del head["events"]
+        return head, info
+
+    def archive(self, session_id: str) -> str:
+        """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written inside."""
+        path = self.find(check_id(session_id))
+        fd, info = self._open(path, exclusive=True)
+        try:
+            with _naming(path):
+                doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
+                number, stored = 0, False
+                while not stored:
+                    number += 1
+                    doc["id"] = f"{session_id[:_ID_LENGTH - len(str(number)) - 1]}.{number}"
+                    target = self.find(doc["id"])
+                    stored = not os.path.lexists(target) and _publish(target, _lay_out(doc), sync=True)
+                os.unlink(path)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
+        finally:
+            _release(fd)
+        self._report_repair(remark)
+        return doc["id"]
+
+    def delete(self, session_id: str) -> bool:
+        """Remove a session, readable or not, and its report; False when there is none."""
+        path, fd = self.find(session_id), None
+        report = self._report_path(session_id)
+        try:
+            fd, _ = self._open(path, exclusive=True)
+        except SessionNotFound:
+            return False
+        except DamagedSession:
+            pass  # a link or a pipe: there is nothing to lock, and only the name goes
+        try:
+            with _naming(path):
+                os.unlink(path)
+                if os.path.lexists(report):
+                    os.unlink(report)
+        finally:
+            if fd is not None:
+                _release(fd)
+        return True
+
+    def _rewrite(self, fd: int, info, path: str) -> None:
+        """Bring the file of a locked session into the present layout: converted if older, else repaired."""
+        with _naming(path):
+            data = _read(fd, 0, info.st_size)
+        doc, remark, lost = _restore(data, path)
+        try:
+            whole = _lay_out(doc)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
+        if lost:
+            number = 1
+            while not _publish(f"{path}.damaged-{number}", data, sync=True):
+                number += 1
+            remark += f"; the damaged file is kept as {_printable(path)}.damaged-{number}"
+        _replace(path, whole, sync=True)
+        self._report_repair(remark)
+
+    def _repair(self, path: str):
+        """(content, stat) of a session file after repair; in memory only where it cannot be written."""
+        try:
+            fd, info = self._open(path, exclusive=True)
+            try:
+                self._rewrite(fd, info, path)
+            finally:
+                _release(fd)
+            return self._read_whole(path)
+        except DamagedSession:
+            raise
+        except StorageError:
+            data, info = self._read_whole(path)
+            doc, remark, _ = _restore(data, path)
+            self._report_repair(remark and remark + " (in memory: the store cannot be written)")
+            return _lay_out(doc), info
+
+    def _report_repair(self, remark: str) -> None:
+        if remark:
+            self.warnings.append(remark)
+            self._warn(remark)
+
+
+def _read_json(path: str):
+    try:
+        fd = os.open(path, _READ)
+        try:
+            return _DECODER.decode(_read(fd, 0, os.fstat(fd).st_size).decode())
+        finally:
+            os.close(fd)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+# ==================================================================================================
+# Recorder
+# ==================================================================================================
 
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
 SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for a window to end unmarked
@@ -4961,6 +4956,38 @@ def _failure_kind_of(message: str) -> str:
 def patched_paths(patch: str) -> List[str]:
     """The files an ``apply_patch`` text names."""
     return re.findall(r"^\*\*\* (?:(?:Update|Add|Delete) File|Move to): (.+?)\s*$", patch, re.M)
+
+
+# ==================================================================================================
+# Readers
+# ==================================================================================================
+
+class TranscriptReader:
+    """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new format is a subclass with
+    ``detect`` and ``read``, added to READERS."""
+
+    name = agent = ""
+
+    def roots(self) -> List[str]:
+        """Directories where the agent keeps its transcripts; none by default."""
+        return []
+
+    def detect(self, path: str, head: bytes) -> bool:
+        """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this format."""
+        raise NotImplementedError
+
+    def companions(self, path: str) -> List[str]:
+        """Further files that belong to the session of a file somebody named; none by default."""
+        return []
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """Which files are read together; each alone by default."""
+        return [[path] for path in paths]
+
+    def read(self, paths: List[str], claim: Callable[[str], bool], skip: Callable[[str, int, str], None]) -> List[Session]:
+        """The sessions of one group. ``claim(key)`` is True when the response of that id counts here; ``skip(path, line,
+        reason)`` names what is damaged. OSError when a file cannot be opened; nothing else is raised, whatever it holds."""
+        raise NotImplementedError
 
 
 class ClaudeCodeReader(TranscriptReader):
@@ -6767,6 +6794,123 @@ _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 _STAMP = _Pattern(rb'"(?:timestamp|startTime|startTimeUnixNano)"\s*:\s*"([^"]{4,40})"')
 
 
+# -- what an agent tells while it works: the hooks of Claude Code
+
+CHARACTERS_PER_TOKEN = 3.6  # over transcripts that record their output in full
+
+
+def estimated_tokens(characters: int) -> int:
+    """Tokens of a text that nobody has counted, by its length."""
+    return round(characters / CHARACTERS_PER_TOKEN)
+
+
+def hook_event(payload: Dict[str, Any]) -> Optional[SessionEvent]:
+    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No prompt and no output is
+    kept. Tokens are estimates (``data["estimated"]``): a hook knows texts, not usage."""
+    make = _HOOKS.get(_text(payload.get("hook_event_name")))
+    if make is None:
+        return None
+    event = make(payload)
+    event.timestamp, event.agent_id = now_text(), _text(payload.get("agent_id"))
+    event.duration_ms = _count_of(payload.get("duration_ms"))
+    if event.tokens:
+        event.data["estimated"] = True
+    return event
+
+
+def hook_call(payload: Dict[str, Any]) -> Tuple[ToolEvents, SessionEvent]:
+    """The tool call a hook tells of, as a scan would make it, and who can take in its result."""
+    tools, arguments = ToolEvents(_text(payload.get("cwd"))), payload.get("tool_input")
+    event = tools.call(_text(payload.get("tool_name")), arguments, "", "", 0)
+    del event.data["response_id"], event.data["line"]  # a hook knows neither
+    event.tokens_output = estimated_tokens(len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))))
+    return tools, event
+
+
+def _hook_prompt(payload: Dict[str, Any]) -> SessionEvent:
+    return SessionEvent("", "", EventType.USER_MESSAGE, {}, estimated_tokens(len(_text(payload.get("prompt")))))
+
+
+def _hook_answer(payload: Dict[str, Any]) -> SessionEvent:
+    return SessionEvent("", "", EventType.AI_RESPONSE, {}, 0, estimated_tokens(len(_text(payload.get("last_assistant_message")))))
+
+
+def _hook_subagent(payload: Dict[str, Any]) -> SessionEvent:
+    event = _hook_answer(payload)
+    event.event_type = EventType.CUSTOM
+    event.data.update(source="sub-agent", agent_type=_text(payload.get("agent_type"))[:80])
+    return event
+
+
+def _hook_compaction(payload: Dict[str, Any]) -> SessionEvent:
+    return SessionEvent("", "", EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": _text(payload.get("trigger"))[:20]})
+
+
+def _hook_result(payload: Dict[str, Any]) -> SessionEvent:
+    tools, event = hook_call(payload)
+    response = payload.get("tool_response")
+    text, characters = _response_text(response)
+    event.tokens_input = estimated_tokens(characters)
+    details = response if isinstance(response, dict) else {}
+    file: Dict[str, Any] = details["file"] if isinstance(details.get("file"), dict) else {}
+    if details.get("type") == "file_unchanged":
+        event.data["unchanged"] = True
+    else:
+        tools.result(event, text, *[_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")])
+    if details.get("persistedOutputPath") or details.get("interrupted") is True or details.get("truncated") is True:
+        event.data["truncated"] = True
+    if event.data["tool"] in ("Task", "Agent"):
+        event.data["changes"] = []  # what the sub-agent changed is in its own events
+    return event
+
+
+def _hook_failure(payload: Dict[str, Any]) -> SessionEvent:
+    tools, event = hook_call(payload)
+    message = _text(payload.get("error"))
+    tools.failure(event, message, payload.get("tool_input"))
+    event.tokens_input = estimated_tokens(len(message))
+    if payload.get("is_interrupt") is True:
+        event.data["kind"] = "interrupted"
+    return event
+
+
+_HOOKS: Dict[str, Callable[[Dict[str, Any]], SessionEvent]] = {
+    "UserPromptSubmit": _hook_prompt, "PostToolUse": _hook_result, "PostToolUseFailure": _hook_failure,
+    "SubagentStop": _hook_subagent, "PreCompact": _hook_compaction, "Stop": _hook_answer}
+
+_PERSISTED = 2_000  # characters of a large output that are shown, the rest is in a file
+
+
+def _response_text(response: Any) -> Tuple[str, int]:
+    """The text of a tool's structured response as near as can be to what the model is shown, and its size in characters."""
+    if isinstance(response, dict) and isinstance(response.get("content"), list):
+        response = response["content"]
+    if isinstance(response, (str, list)):
+        return _result_size(response)
+    if not isinstance(response, dict):
+        return "", 0
+    file: Dict[str, Any] = response["file"] if isinstance(response.get("file"), dict) else {}
+    if response.get("isImage") is True or "base64" in file:
+        return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
+    if "structuredPatch" in response:  # a write: the model is shown what changed, not the file
+        hunks = response["structuredPatch"] if isinstance(response["structuredPatch"], list) else []
+        text = "\n".join(_text(line) for hunk in hunks if isinstance(hunk, dict) for line in hunk.get("lines") or ())
+    elif "stdout" in response:
+        text = "\n".join(part for part in (_text(response["stdout"]), _text(response.get("stderr"))) if part)
+    else:
+        found = [file.get("content"), response.get("content"), response.get("result"), response.get("filenames")]
+        text = next((part for part in found if part and isinstance(part, str)), "")
+        if not text and isinstance(response.get("filenames"), list):
+            text = "\n".join(map(str, response["filenames"]))
+        elif not text and not file:
+            text = json.dumps({key: value for key, value in response.items() if not key.startswith("duration")}, default=str)
+    return text, min(len(text), _PERSISTED) if response.get("persistedOutputPath") else len(text)
+
+
+# ==================================================================================================
+# Scan
+# ==================================================================================================
+
 def _unreadable(error: OSError) -> None:
     """A folder that cannot be read is named, and the others are."""
     place = _printable(str(error.filename))
@@ -6993,122 +7137,9 @@ def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     return totals
 
 
-# -- what an agent tells while it works: the hooks of Claude Code
-
-CHARACTERS_PER_TOKEN = 3.6  # over transcripts that record their output in full
-
-
-def estimated_tokens(characters: int) -> int:
-    """Tokens of a text that nobody has counted, by its length."""
-    return round(characters / CHARACTERS_PER_TOKEN)
-
-
-def hook_event(payload: Dict[str, Any]) -> Optional[SessionEvent]:
-    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No prompt and no output is
-    kept. Tokens are estimates (``data["estimated"]``): a hook knows texts, not usage."""
-    make = _HOOKS.get(_text(payload.get("hook_event_name")))
-    if make is None:
-        return None
-    event = make(payload)
-    event.timestamp, event.agent_id = now_text(), _text(payload.get("agent_id"))
-    event.duration_ms = _count_of(payload.get("duration_ms"))
-    if event.tokens:
-        event.data["estimated"] = True
-    return event
-
-
-def hook_call(payload: Dict[str, Any]) -> Tuple[ToolEvents, SessionEvent]:
-    """The tool call a hook tells of, as a scan would make it, and who can take in its result."""
-    tools, arguments = ToolEvents(_text(payload.get("cwd"))), payload.get("tool_input")
-    event = tools.call(_text(payload.get("tool_name")), arguments, "", "", 0)
-    del event.data["response_id"], event.data["line"]  # a hook knows neither
-    event.tokens_output = estimated_tokens(len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))))
-    return tools, event
-
-
-def _hook_prompt(payload: Dict[str, Any]) -> SessionEvent:
-    return SessionEvent("", "", EventType.USER_MESSAGE, {}, estimated_tokens(len(_text(payload.get("prompt")))))
-
-
-def _hook_answer(payload: Dict[str, Any]) -> SessionEvent:
-    return SessionEvent("", "", EventType.AI_RESPONSE, {}, 0, estimated_tokens(len(_text(payload.get("last_assistant_message")))))
-
-
-def _hook_subagent(payload: Dict[str, Any]) -> SessionEvent:
-    event = _hook_answer(payload)
-    event.event_type = EventType.CUSTOM
-    event.data.update(source="sub-agent", agent_type=_text(payload.get("agent_type"))[:80])
-    return event
-
-
-def _hook_compaction(payload: Dict[str, Any]) -> SessionEvent:
-    return SessionEvent("", "", EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": _text(payload.get("trigger"))[:20]})
-
-
-def _hook_result(payload: Dict[str, Any]) -> SessionEvent:
-    tools, event = hook_call(payload)
-    response = payload.get("tool_response")
-    text, characters = _response_text(response)
-    event.tokens_input = estimated_tokens(characters)
-    details = response if isinstance(response, dict) else {}
-    file: Dict[str, Any] = details["file"] if isinstance(details.get("file"), dict) else {}
-    if details.get("type") == "file_unchanged":
-        event.data["unchanged"] = True
-    else:
-        tools.result(event, text, *[_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")])
-    if details.get("persistedOutputPath") or details.get("interrupted") is True or details.get("truncated") is True:
-        event.data["truncated"] = True
-    if event.data["tool"] in ("Task", "Agent"):
-        event.data["changes"] = []  # what the sub-agent changed is in its own events
-    return event
-
-
-def _hook_failure(payload: Dict[str, Any]) -> SessionEvent:
-    tools, event = hook_call(payload)
-    message = _text(payload.get("error"))
-    tools.failure(event, message, payload.get("tool_input"))
-    event.tokens_input = estimated_tokens(len(message))
-    if payload.get("is_interrupt") is True:
-        event.data["kind"] = "interrupted"
-    return event
-
-
-_HOOKS: Dict[str, Callable[[Dict[str, Any]], SessionEvent]] = {
-    "UserPromptSubmit": _hook_prompt, "PostToolUse": _hook_result, "PostToolUseFailure": _hook_failure,
-    "SubagentStop": _hook_subagent, "PreCompact": _hook_compaction, "Stop": _hook_answer}
-
-_PERSISTED = 2_000  # characters of a large output that are shown, the rest is in a file
-
-
-def _response_text(response: Any) -> Tuple[str, int]:
-    """The text of a tool's structured response as near as can be to what the model is shown, and its size in characters."""
-    if isinstance(response, dict) and isinstance(response.get("content"), list):
-        response = response["content"]
-    if isinstance(response, (str, list)):
-        return _result_size(response)
-    if not isinstance(response, dict):
-        return "", 0
-    file: Dict[str, Any] = response["file"] if isinstance(response.get("file"), dict) else {}
-    if response.get("isImage") is True or "base64" in file:
-        return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
-    if "structuredPatch" in response:  # a write: the model is shown what changed, not the file
-        hunks = response["structuredPatch"] if isinstance(response["structuredPatch"], list) else []
-        text = "\n".join(_text(line) for hunk in hunks if isinstance(hunk, dict) for line in hunk.get("lines") or ())
-    elif "stdout" in response:
-        text = "\n".join(part for part in (_text(response["stdout"]), _text(response.get("stderr"))) if part)
-    else:
-        found = [file.get("content"), response.get("content"), response.get("result"), response.get("filenames")]
-        text = next((part for part in found if part and isinstance(part, str)), "")
-        if not text and isinstance(response.get("filenames"), list):
-            text = "\n".join(map(str, response["filenames"]))
-        elif not text and not file:
-            text = json.dumps({key: value for key, value in response.items() if not key.startswith("duration")}, default=str)
-    return text, min(len(text), _PERSISTED) if response.get("persistedOutputPath") else len(text)
-
-
-# ======================================================================================================
+# ==================================================================================================
 # SessionOptimizer
-# ======================================================================================================
+# ==================================================================================================
 
 class _ListedSession(Session):
     """A session of which a listing has read the ends only; its events are read when they are asked for."""
@@ -7889,9 +7920,9 @@ def _changes_text(before: List[Dict[str, Any]], after: List[Dict[str, Any]]) -> 
             f"{new['estimated_cost'] - old['estimated_cost']:+.4f} USD")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Quick functions
-# ======================================================================================================
+# ==================================================================================================
 
 _default_optimizer: Optional[SessionOptimizer] = None
 
@@ -8012,9 +8043,9 @@ def selftest_report(result: Dict[str, Any]) -> str:
     return "\n".join(lines + [""] * bool(result["mistakes"]) + [f"WRONG {line}" for line in result["mistakes"]])
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Command line
-# ======================================================================================================
+# ==================================================================================================
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_LIMIT = 0, 1, 2, 3
 

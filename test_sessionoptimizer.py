@@ -134,9 +134,9 @@ def read(path):
         return file.read()
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Vocabulary
-# ======================================================================================================
+# ==================================================================================================
 
 def names(enum):
     return " ".join(member.name for member in enum)
@@ -169,9 +169,9 @@ def test_kinds_without_a_built_in_analyzer_are_said_to_be_for_the_users():
         assert kind.name in IssueType.__doc__
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Prices
-# ======================================================================================================
+# ==================================================================================================
 
 # USD per 1,000 tokens: input, output, cache read, 5-minute write, 1-hour write. Written down from the vendors' lists.
 PRICES = [
@@ -278,9 +278,9 @@ def test_a_price_that_had_to_be_guessed_is_reported(optimizer):
         assert (note or "a score") in optimizer.export_report(session.id, "text") or note is None
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Errors
-# ======================================================================================================
+# ==================================================================================================
 
 def test_errors_have_one_base_and_keep_the_built_in_ones():
     for cls, also in ((InvalidValue, ValueError), (InvalidSessionId, InvalidValue), (SessionExists, Exception),
@@ -305,9 +305,9 @@ def test_no_broad_except_but_around_a_users_analyzer_and_a_hook():
     assert sorted(around) == ["charged_report", "main"]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Records
-# ======================================================================================================
+# ==================================================================================================
 
 WHOLE_SESSION = {
     "id": "s", "agent": "FORGE", "task": "a task", "status": "FAILED", "started_at": "2026-03-01T10:00:00+00:00",
@@ -458,346 +458,362 @@ def test_windows_belong_to_one_agent_and_end_at_compactions():
     assert list(session_of().windows()) == []
 
 
-# ======================================================================================================
-# Analyzers
-# ======================================================================================================
-
-def found_by(analyzer, *events, **metadata):
-    return analyzer.analyze(session_of(*events, **metadata))
+def test_a_session_made_with_events_has_their_totals():
+    session = so.Session("s", "A", "t", events=[event_like("FILE_READ", {}, 70)])
+    assert session.total_tokens == 70 and so.build_report(session, []).efficiency_score == 100.0
 
 
-def check(issue, waste, severity, events, measured=True, **metadata):
-    """A finding: exact tokens, severity, the events it names, and the numbers behind it."""
-    assert (issue.estimated_waste_tokens, issue.severity.name) == (waste, severity)
-    assert issue.events_involved == events and issue.measured is measured
-    for name, value in metadata.items():
-        assert issue.metadata[name] == (pytest.approx(value) if isinstance(value, float) else value), name
-    assert issue.id and issue.description and issue.suggestion and json.dumps(issue.to_dict())
+def test_cache_writes_are_part_of_the_input():
+    with pytest.raises(InvalidValue, match="cache writes"):
+        so.SessionEvent.from_dict({"id": "e", "event_type": "CUSTOM", "tokens_input": 5, "tokens_cache_write": 6})
 
 
-COMPACTION = dict(source="compaction")
+# ==================================================================================================
+# Secrets
+# ==================================================================================================
+
+@pytest.mark.parametrize("text, masked", [
+    ("export K=sk-ant-abcdefghij0123456789", "export K=***"),
+    ("ghp_abcdefghijklmnopqrstuvwxyz0123456789", "***"),
+    ("AWS AKIAABCDEFGHIJKLMNOP x", "AWS *** x"),
+    ("curl -H 'Authorization: Bearer abc.def-123'", "curl -H 'Authorization: Bearer ***'"),
+    ("curl 'https://x.y/?token=abc123&z=1'", "curl 'https://x.y/?token=***&z=1'"),
+    ("login --password hunter2 now", "login --password *** now"),
+    ("password=hunter2", "password=***"),
+    ('{"api_key": "abc"}', '{"api_key": "***"}'),
+    ("git clone https://me:pw@host/x.git", "git clone https://me:***@host/x.git"),
+    ("curl -u me:pw http://x", "curl -u me:*** http://x"),
+    ("export TOKEN=$TOKEN", "export TOKEN=$TOKEN"),
+    ("monkey business, keyboard: 3", "monkey business, keyboard: 3"),
+    ("rg max_tokens src", "rg max_tokens src"),
+    ("cat secret/list.py", "cat secret/list.py"),
+    ("ssh git@host:22/x", "ssh git@host:22/x"),
+    ("plain text", "plain text"),
+])
+def test_mask_secrets(text, masked):
+    assert so.mask_secrets(text) == masked
 
 
-def bash(text, _kind="TOOL_CALL", **data):
-    return E(_kind, 10, 5, tool="Bash", command=text, **data)
+# ==================================================================================================
+# Shell
+# ==================================================================================================
+
+# What shell commands read, search and change: commands run in /w.
+
+W = "/w"
 
 
-REPEATED_READS = [  # name, events, (tokens, severity, ids of the events) of each finding
-    ("read twice", [read_of(), read_of()], [(1000, "MEDIUM", "e1 e2")]),
-    ("what the second brought counts", [read_of(), read_of(tokens=700)], [(700, "MEDIUM", "e1 e2")]),
-    ("three times", [read_of(), read_of(tokens=10), read_of(tokens=20)], [(30, "HIGH", "e1 e2 e3")]),
-    ("five times", [read_of()] + [read_of() for _ in range(4)], [(4000, "HIGH", "e1 e2 e3 e4 e5")]),
-    ("two files", [read_of(), read_of("b.py"), read_of(), read_of("b.py", 5)], [(1000, "MEDIUM", "e1 e3"), (5, "MEDIUM", "e2 e4")]),
-    ("spelled otherwise", [read_of("sub/../a.py"), read_of("./a.py"), read_of("/w/a.py")], [(2000, "HIGH", "e1 e2 e3")]),
-    ("other keys", [E("FILE_READ", 9, file="a.py"), E("FILE_READ", 9, path="a.py")], [(9, "MEDIUM", "e1 e2")]),
-    ("harmless command between", [read_of(), bash("git status"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
-    ("a search between", [read_of(), E("SEARCH", 5, query="x"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
-    ("a todo list between", [read_of(), E("TOOL_CALL", tool="TodoWrite"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
-    ("the user speaks between", [read_of(), E("USER_MESSAGE", 5), E("AI_RESPONSE"), read_of()], [(1000, "MEDIUM", "e1 e4")]),
-    ("another file is written between", [read_of(), E("FILE_WRITE", file_path="b.py"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
-    ("an unknown command, the same content", [read_of(content_hash="1"), bash("./go"), read_of(content_hash="1")],
-     [(1000, "MEDIUM", "e1 e3")]),
-    ("a page again", [read_of(lines=[1, 100]), read_of(lines=[1, 100])], [(1000, "MEDIUM", "e1 e2")]),
-    ("pages that overlap by half", [read_of(lines=[1, 100]), read_of(lines=[51, 150])], [(500, "MEDIUM", "e1 e2")]),
-    ("pages that overlap by a tenth", [read_of(lines=[1, 100]), read_of(lines=[91, 190])], [(100, "MEDIUM", "e1 e2")]),
-    ("two halves and the whole", [read_of(lines=[1, 50]), read_of(lines=[51, 100]), read_of(lines=[1, 100])],
-     [(1000, "MEDIUM", "e1 e3")]),
-    ("the middle of two overlapping pages", [read_of(lines=[1, 60]), read_of(lines=[40, 100]), read_of(lines=[31, 130])],
-     [(344 + 700, "HIGH", "e1 e2 e3")]),  # of e2's 61 lines 21 come again, 1000 * 21 // 61; of e3's 100 lines 70
-    ("a page of a whole file", [read_of(), read_of(tokens=90, lines=[10, 20])], [(90, "MEDIUM", "e1 e2")]),
-    ("the whole after half", [read_of(lines=[1, 50]), read_of(total_lines=100)], [(500, "MEDIUM", "e1 e2")]),
-    ("offset and limit", [read_of(offset=11, limit=10), read_of(lines=[16, 25])], [(500, "MEDIUM", "e1 e2")]),
-    ("line numbers by other names", [read_of(start_line=1, end_line=10), read_of(line_range="1-10")], [(1000, "MEDIUM", "e1 e2")]),
-    ("both windows", [read_of(), read_of(), E("CONTEXT_LOAD", **COMPACTION), read_of(), read_of()],
-     [(1000, "MEDIUM", "e1 e2"), (1000, "MEDIUM", "e4 e5")]),
-    ("each of two agents", [read_of(_agent="b"), read_of(_agent="b"), read_of(), read_of()],
-     [(1000, "MEDIUM", "e1 e2"), (1000, "MEDIUM", "e3 e4")]),
-    ("read, written, read twice", [read_of(), E("FILE_WRITE", file_path="a.py"), read_of(), read_of()], [(1000, "MEDIUM", "e3 e4")]),
-    ("a notice in between is no read", [read_of(), read_of(tokens=5, unchanged=True), read_of()], [(1000, "MEDIUM", "e1 e3")]),
-    # the innocent
-    ("one read", [read_of()], []),
-    ("nothing", [], []),
-    ("pages", [read_of(lines=[1, 100]), read_of(lines=[101, 200]), read_of(lines=[201, 300])], []),
-    ("pages by offset", [read_of(offset=1, limit=100), read_of(offset=101, limit=100)], []),
-    ("pages that overlap by a few lines", [read_of(lines=[1, 100]), read_of(lines=[92, 191])], []),
-    ("after a write", [read_of(), E("FILE_WRITE", file_path="a.py"), read_of()], []),
-    ("after a write spelled otherwise", [read_of("/w/a.py"), E("FILE_WRITE", file_path="./b/../a.py"), read_of()], []),
-    ("after a write that names nothing", [read_of(), E("FILE_WRITE"), read_of()], []),
-    ("after an edit by name", [read_of(), E("TOOL_CALL", tool="Edit", file_path="a.py"), read_of()], []),
-    ("after sed -i", [read_of(), bash("sed -i s/a/b/ a.py"), read_of()], []),
-    ("after git checkout", [read_of(), bash("git checkout main"), read_of()], []),
-    ("after a formatter", [read_of(), bash("black ."), read_of()], []),
-    ("after a failed command that wrote", [read_of(), bash("sed -i s/a/b/ a.py && false", "ERROR"), read_of()], []),
-    ("after another agent's write", [read_of(), E("FILE_WRITE", file_path="a.py", _agent="b"), read_of()], []),
-    ("after an unknown command", [read_of(), bash("./deploy"), read_of()], []),
-    ("after an unknown tool", [read_of(), E("TOOL_CALL", tool="mcp__x__apply"), read_of()], []),
-    ("after an unknown command, other content", [read_of(content_hash="1"), bash("./go"), read_of(content_hash="2")], []),
-    ("other content", [read_of(content_hash="1"), read_of(content_hash="2")], []),
-    ("content known to be changed", [read_of(), read_of(content="changed")], []),
-    ("after a compaction", [read_of(), E("CONTEXT_LOAD", **COMPACTION), read_of()], []),
-    ("in another agent's window", [read_of(), read_of(_agent="b")], []),
-    ("after a failed read", [E("ERROR", 9, tool="Read", file_path="a.py", message="no"), read_of()], []),
-    ("after a read that was cut off", [read_of(truncated=True), read_of()], []),
-    ("a notice that it is unchanged", [read_of(), read_of(tokens=20, unchanged=True)], []),
-    ("many blocks of one response", [read_of(), E("AI_RESPONSE", 0, 9), E("AI_RESPONSE", 0, 9)], []),
-    ("reads that name no file", [E("FILE_READ", 9), E("FILE_READ", 9)], []),
-]
-
-def copies(events):
-    return [so.SessionEvent.from_dict(dict(event.to_dict(), id="")) for event in events]
-
-
-@pytest.mark.parametrize("name, events, expected", REPEATED_READS, ids=[row[0] for row in REPEATED_READS])
-def test_repeated_file_reads(name, events, expected):
-    issues = found_by(so.RepeatedFileReadAnalyzer(), *copies(events), cwd="/w")
-    assert len(issues) == len(expected)
-    for issue, (tokens, severity, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
-        check(issue, tokens, severity, ids.split(), read_count=len(ids.split()))
-        assert issue.metadata["file_path"] in ("/w/a.py", "/w/b.py")
-        assert issue.issue_type is IssueType.REPEATED_FILE_READ and "cache" in issue.suggestion.lower()
-
-
-def search_of(query="needle", tokens=100, written=10, **data):
-    return E("SEARCH", tokens, written, query=query, **data)
-
-
-REPEATED_SEARCHES = [
-    ("run twice", [search_of(), search_of(tokens=70, written=7)], [(77, "e1 e2")]),
-    ("three times", [search_of(), search_of(), search_of()], [(220, "e1 e2 e3")]),
-    ("case and space", [search_of("Find  me"), search_of(" find\tME ")], [(110, "e1 e2")]),
-    ("a pattern", [E("SEARCH", 1, 1, pattern="x"), E("SEARCH", 2, 3, pattern="x")], [(5, "e1 e2")]),
-    ("the same scope", [search_of(path="src", glob="*.py"), search_of(path="src", glob="*.py")], [(110, "e1 e2")]),
-    ("a read between", [search_of(), read_of(), search_of()], [(110, "e1 e3")]),
-    ("a harmless command between", [search_of(), bash("git log -3"), search_of()], [(110, "e1 e3")]),
-    ("both sides of a write", [search_of(), search_of(), E("FILE_WRITE", file_path="b"), search_of(), search_of()],
-     [(110, "e1 e2"), (110, "e4 e5")]),
-    ("the same answer", [search_of(content_hash="1"), search_of(content_hash="1")], [(110, "e1 e2")]),
-    # the innocent
-    ("one", [search_of()], []),
-    ("another query", [search_of(), search_of("needles")], []),
-    ("another scope", [search_of(path="src"), search_of(path="docs")], []),
-    ("another scope by name", [search_of(scope="src"), search_of(scope="src/a")], []),
-    ("another tool", [search_of(tool="Grep"), search_of(tool="Glob")], []),
-    ("after a write", [search_of(), E("FILE_WRITE", file_path="b.py"), search_of()], []),
-    ("after another agent's write", [search_of(), E("FILE_WRITE", file_path="b.py", _agent="b"), search_of()], []),
-    ("after an unknown command", [search_of(), bash("./deploy"), search_of()], []),
-    ("after a compaction", [search_of(), E("CONTEXT_LOAD", **COMPACTION), search_of()], []),
-    ("in another agent's window", [search_of(), search_of(_agent="b")], []),
-    ("polling whose answer changed", [search_of(content_hash="1"), search_of(content_hash="2"), search_of(content_hash="3")], []),
-    ("after one that was cut off", [search_of(truncated=True), search_of()], []),
-    ("searches that name no query", [E("SEARCH", 9), E("SEARCH", 9)], []),
+READS = [  # command, reads, pure
+    ("cat a.py", [("/w/a.py", 1, None)], True),
+    ("cat ./sub/../a.py", [("/w/a.py", 1, None)], True),
+    ("cat /w/a.py", [("/w/a.py", 1, None)], True),
+    ("cat -n 'a b.py' c.py", [("/w/a b.py", 1, None), ("/w/c.py", 1, None)], True),
+    ("cat a\\ b.py # why", [("/w/a b.py", 1, None)], True),
+    ("head a.py", [("/w/a.py", 1, 10)], True),
+    ("head -50 a.py", [("/w/a.py", 1, 50)], True),
+    ("head -n 50 a.py", [("/w/a.py", 1, 50)], True),
+    ("head -n50 a.py 2>/dev/null", [("/w/a.py", 1, 50)], True),
+    ("head --lines=5 a.py", [("/w/a.py", 1, 5)], True),
+    ("tail -n 20 a.py", [("/w/a.py", -20, None)], True),
+    ("tail -n +20 a.py", [("/w/a.py", 20, None)], True),
+    ("head -c 100 a.py", [], False),
+    ("sed -n '1,80p' a.py", [("/w/a.py", 1, 80)], True),
+    ("sed -n 5p a.py", [("/w/a.py", 5, 5)], True),
+    ("sed -n '5,$p' a.py", [("/w/a.py", 5, None)], True),
+    ("sed -n '$p' a.py", [("/w/a.py", -1, None)], True),
+    ("sed -n '1,5p;8,9p' a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
+    ("sed -n -e 1,5p -e 8,9p a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
+    ("sed 20q a.py", [("/w/a.py", 1, 20)], True),
+    ("sed 's/a/b/' a.py", [], False),
+    ("awk 'NR>=3 && NR<=9' a.py", [("/w/a.py", 3, 9)], True),
+    ("awk 'NR==4{print}' a.py", [("/w/a.py", 4, 4)], True),
+    ("awk '{print $2}' a.py", [], False),
+    ("nl -ba a.py", [("/w/a.py", 1, None)], True),
+    ("nl -ba a.py | sed -n '10,20p'", [("/w/a.py", 10, 20)], True),
+    ("sed -n '1,80p' a.py | nl", [("/w/a.py", 1, 80)], True),
+    ("cat a.py | head -50", [("/w/a.py", 1, 50)], True),
+    ("head -100 a.py | tail -20", [("/w/a.py", 81, 100)], True),
+    ("tail -n +5 a.py | head -10", [("/w/a.py", 5, 14)], True),
+    ("cat a.py | wc -l", [], False),
+    ("cat a.py | python -", [], False),
+    ("cat a.py | jq .x", [], False),
+    ("cat a.py | sort | head -5", [], False),
+    ("cat < a.py", [("/w/a.py", 1, None)], True),
+    ("wc -l < a.py", [], False),
+    ("bat -r 3:9 a.py", [("/w/a.py", 3, 9)], True),
+    ("cat a.py && cat b.py", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ("cat a.py; git status", [("/w/a.py", 1, None)], False),
+    ("echo '== a'; cat a.py; printf '\\n'; cat b.py", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ("cat a.py || cat b.py", [("/w/a.py", 1, None)], False),
+    ("cat a.py 2>/dev/null || true", [("/w/a.py", 1, None)], True),
+    ("cd sub && cat a.py", [("/w/sub/a.py", 1, None)], True),
+    ("(cd sub; cat a.py); cat b.py", [("/w/sub/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ("pushd sub; cat a.py; popd; cat a.py", [("/w/sub/a.py", 1, None), ("/w/a.py", 1, None)], True),
+    ("cd $X && cat a.py", [], False),
+    ("cd $X && cat /w/a.py", [("/w/a.py", 1, None)], True),
+    ("for f in a b; do cat $f.py; done", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
+    ('for f in a.py b.py; do echo "== $f"; sed -n 1,3p "$f"; done', [("/w/a.py", 1, 3), ("/w/b.py", 1, 3)],
+         True),
+    ("for f in $(ls); do cat $f; done", [], False),
+    ("F=a.py; cat $F", [("/w/a.py", 1, None)], True),
+    ("cat $F", [], False),
+    ("cat $HOME/x ~/x", [("~/x", 1, None), ("~/x", 1, None)], True),
+    ("cat src/{a,b}.ts", [("/w/src/a.ts", 1, None), ("/w/src/b.ts", 1, None)], True),
+    ("cat src/*.ts", [("/w/src/*.ts", 1, None)], True),
+    ("bash -lc 'cat a.py'", [("/w/a.py", 1, None)], True),
+    ('bash -lc "cd sub && sed -n \'1,3p\' a.py"', [("/w/sub/a.py", 1, 3)], True),
+    (["bash", "-lc", "cat a.py"], [("/w/a.py", 1, None)], True),
+    (["cat", "a b.py"], [("/w/a b.py", 1, None)], True),
+    ("sudo -u root timeout 10 nice -n 5 cat a.py", [("/w/a.py", 1, None)], True),
+    ("A=1 env B=2 time cat a.py", [("/w/a.py", 1, None)], True),
+    ("find . | xargs cat", [], False),
+    ("if [ -f a.py ]; then cat a.py; fi", [("/w/a.py", 1, None)], False),
+    ("echo $(cat a.py)", [], False),
+    ("cat <<'EOF'\ncat a.py\nEOF", [], False),
+    ("cat <<EOF | head\nx\nEOF\ncat a.py", [("/w/a.py", 1, None)], False),
+    ("Get-Content a.py", [("/w/a.py", 1, None)], True),
+    ("Get-Content -Path 'a.py' -TotalCount 30", [("/w/a.py", 1, 30)], True),
+    ("Get-Content a.py -Tail 5", [("/w/a.py", -5, None)], True),
+    ("Get-Content .\\sub\\a.py | Select-Object -First 5", [("/w/sub/a.py", 1, 5)], True),
+    ("Get-Content a.py | Select-Object -Skip 10 -First 5", [("/w/a.py", 11, 15)], True),
+    ("powershell.exe -NoProfile -Command \"Get-Content 'sub\\a.py'\"", [("/w/sub/a.py", 1, None)], True),
+    ("pwsh -c 'gc a.py'", [("/w/a.py", 1, None)], True),
 ]
 
 
-@pytest.mark.parametrize("name, events, expected", REPEATED_SEARCHES, ids=[row[0] for row in REPEATED_SEARCHES])
-def test_repeated_searches(name, events, expected):
-    issues = found_by(so.RepeatedSearchAnalyzer(), *copies(events))
-    assert len(issues) == len(expected)
-    for issue, (tokens, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
-        check(issue, tokens, "MEDIUM", ids.split(), search_count=len(ids.split()))
-        assert issue.issue_type is IssueType.REPEATED_SEARCH and issue.metadata["query"]
-
-
-@pytest.mark.parametrize("event, waste", [
-    (read_of(tokens=10_000), 6_000), (read_of(tokens=10_001), 6_000), (read_of(tokens=25_000, compressed=False), 15_000),
-    (read_of(tokens=12_000, lines=[1, 2]), 7_200), (read_of(tokens=9_999), None), (read_of(tokens=50_000, compressed=True), None),
-    (E("FILE_READ", 9_999, 50_000, file_path="a.py"), None), (E("SEARCH", 50_000, query="x"), None),
-    (E("CONTEXT_LOAD", 50_000), None)], ids=lambda value: str(value)[:40])
-def test_large_files(event, waste):
-    issues = found_by(so.LargeFileAnalyzer(), *copies([event]))
-    assert len(issues) == (waste is not None)
-    for issue in issues:
-        check(issue, waste, "HIGH", ["e1"], measured=False, tokens=event.tokens_input, file_path="a.py")
-
-
-@pytest.mark.parametrize("thinking, text, shares", [
-    ([401], 599, [101]), ([600], 400, [300]), ([1000], 0, [700]), ([400, 200], 400, [200, 100]), ([300, 0, 300], 400, [150, 0, 150]),
-    ([400], 600, None), ([100], 900, None), ([], 1000, None), ([0], 0, None), ([], 0, None)], ids=str)
-def test_excessive_thinking(thinking, text, shares):
-    events = [E("THINKING", 0, tokens) for tokens in thinking] + [E("AI_RESPONSE", 5_000, text)]
-    issues = found_by(so.ExcessiveThinkingAnalyzer(), *events)
-    assert len(issues) == (shares is not None)
-    for issue in issues:
-        ids = ["e%d" % number for number, tokens in enumerate(thinking, 1) if tokens]
-        check(issue, sum(shares), "MEDIUM", ids, measured=False, thinking_percent=100.0 * sum(thinking) / (sum(thinking) + text))
-        assert {key: claim[1] for key, claim in issue.claims.items()} == dict(zip(ids, [s for s in shares if s]))
-
-
-def failure(message="boom", tokens=100, written=10, tool="Bash", **data):
-    return E("ERROR", tokens, written, tool=tool, message=message, **data)
-
-
-RETRIES = [
-    ("twice", [failure(), failure(tokens=30, written=3)], [(33, "e1 e2")]),
-    ("four times", [failure() for _ in range(4)], [(330, "e1 e2 e3 e4")]),
-    ("numbers and addresses differ", [failure("line 12 at 0xFF"), failure("line 7 at 0xab12")], [(110, "e1 e2")]),
-    ("a message without a tool", [E("ERROR", 5, message="m"), E("ERROR", 6, message="m")], [(6, "e1 e2")]),
-    ("a tool without a message", [E("ERROR", 5, tool="x"), E("ERROR", 6, tool="x")], [(6, "e1 e2")]),
-    ("the same command", [bash("pytest -q", "ERROR"), bash("pytest  -q", "ERROR")], [(15, "e1 e2")]),
-    ("other work between", [failure(), read_of(), search_of(), bash("git status"), failure()], [(110, "e1 e5")]),
-    ("different responses", [failure(response_id="1"), failure(response_id="2")], [(110, "e1 e2")]),
-    ("equal times are no batch", [failure(_at=1), failure(_at=1)], [(110, "e1 e2")]),
-    ("recovered after two", [failure(), failure(), failure(recovered=True), failure()], [(110, "e1 e2")]),
-    ("a write after two", [failure(), failure(), E("FILE_WRITE", file_path="a"), failure()], [(110, "e1 e2")]),
-    # the innocent
-    ("once", [failure()], []),
-    ("other messages", [failure("no file"), failure("no permission")], []),
-    ("other tools", [failure(tool="Bash"), failure(tool="Edit")], []),
-    ("other commands", [bash("pytest a", "ERROR"), bash("pytest b", "ERROR")], []),
-    ("neither tool nor message", [E("ERROR", 5), E("ERROR", 6)], []),
-    ("a write between", [failure(), E("FILE_WRITE", file_path="a.py"), failure()], []),
-    ("an unknown command between", [failure(), bash("./fix"), failure()], []),
-    ("a change by command between", [failure(), bash("git checkout main"), failure()], []),
-    ("it worked in between", [bash("pytest", "ERROR"), bash("pytest"), bash("pytest", "ERROR")], []),
-    ("a compaction between", [failure(), E("CONTEXT_LOAD", **COMPACTION), failure()], []),
-    ("another agent", [failure(), failure(_agent="b")], []),
-    ("one parallel batch", [failure(response_id="1"), failure(response_id="1"), failure(response_id="1")], []),
-    ("one batch by another name", [failure(batch_id="1"), failure(batch_id="1")], []),
-    ("several failures of one batch", [failure("a", response_id="1"), failure("b", response_id="1")], []),
-    ("recovered", [failure(), failure(recovered=True), failure()], []),
-    ("declined", [failure("The user doesn't want to proceed with this tool use.")] * 3, []),
-    ("denied", [failure("Permission to use Bash has been denied")] * 3, []),
-    ("too many requests", [failure("429 Too Many Requests")] * 3, []),
-    ("overloaded", [failure("Overloaded")] * 3, []),
-    ("unavailable", [failure("HTTP 503: service unavailable")] * 3, []),
-    ("unavailable by code", [failure("failed", status_code=503)] * 3, []),
-    ("collateral", [failure(kind="collateral")] * 3, []),
-    ("interrupted", [failure(kind="interrupted")] * 3, []),
+SEARCHES = [  # command, searches
+    ("rg -n 'foo bar' src", [("foo bar", "rg /w/src")]),
+    ("rg foo", [("foo", "rg /w")]),
+    ("rg foo .", [("foo", "rg /w")]),
+    ("rg --color=never -in foo src ./docs/", [("foo", "rg /w/docs /w/src -i")]),
+    ("rg foo -g '*.py' -C 3", [("foo", "rg /w -C3 -g*.py")]),
+    ("rg --files src", [("*", "rg /w/src --files")]),
+    ("grep -rn 'a|b' src | head -20", [("a|b", "grep /w/src -r | head -20")]),
+    ("grep -e a -e b x.py", [("a|b", "grep /w/x.py")]),
+    ("cat x.py | grep y", [("y", "grep /w/x.py")]),
+    ("sed -n 5,9p x.py | grep y", [("y", "grep /w/x.py:5-9")]),
+    ("git status | grep y", []),
+    ("grep y x.py > out", []),
+    ("git -C sub grep -n foo", [("foo", "git grep /w/sub")]),
+    ("git ls-files src", [("*", "git ls-files /w/src")]),
+    ("find . -name '*.py' -not -path './x/*'", [("-name *.py -not -path ./x/*", "find /w")]),
+    ("find . -type f | grep -v test | wc -l", [("-type f", "find /w | grep test -v | wc -l")]),
+    ("fd -e py foo src", [("foo", "fd /w/src -epy")]),
+    ("ls -la src", [("*", "ls /w/src -a -l")]),
+    ("ls", [("*", "ls /w")]),
+    ("tree -L 2 src", [("*", "tree /w/src -L2")]),
+    ("sed -n '/def x/,/return/p' a.py", [("/def x/,/return/p", "sed /w/a.py")]),
+    ("find . -name '*.py' | xargs grep -l foo", [("-name *.py", "find /w | xargs grep -l foo")]),
+    ("find . -name '*.py' -exec grep -l foo {} +", [("-name *.py -exec grep -l foo {} +", "find /w")]),
+    ("Select-String -Path src\\a.py -Pattern 'foo'", [("foo", "select-string /w/src/a.py")]),
+    ("Get-ChildItem src -Recurse", [("*", "ls /w/src -recurse")]),
+    ("findstr /i foo a.py", [("foo", "findstr /w/a.py -i")]),
 ]
 
 
-@pytest.mark.parametrize("name, events, expected", RETRIES, ids=[row[0] for row in RETRIES])
-def test_failed_retries(name, events, expected):
-    issues = found_by(so.FailedRetryAnalyzer(), *copies(events))
-    assert len(issues) == len(expected)
-    for issue, (tokens, ids) in zip(issues, expected):
-        check(issue, tokens, "HIGH", ids.split(), retry_count=len(ids.split()))
-
-
-LONG = [  # minutes, waste of 10,000 tokens, severity
-    (60, None, None), (60.001, 0, "MEDIUM"), (75, 500, "MEDIUM"), (90, 1_000, "MEDIUM"), (119, 1_966, "MEDIUM"), (120, 2_000, "HIGH"),
-    (150, 3_000, "HIGH"), (600, 3_000, "HIGH"), (0, None, None)]
-
-
-@pytest.mark.parametrize("minutes, waste, severity", LONG, ids=str)
-def test_long_sessions(minutes, waste, severity):
-    totals = so.Session("s", "A", "t", total_tokens_input=6_000, total_tokens_output=4_000, total_duration_ms=int(minutes * 60_000))
-    for session in (totals, session_of(E("CUSTOM", 6_000, 0, _ms=totals.total_duration_ms), E("CUSTOM", 0, 4_000))):
-        issues = so.LongSessionAnalyzer().analyze(session)
-        assert len(issues) == (severity is not None)
-        for issue in issues:
-            check(issue, waste, severity, [], measured=False, duration_minutes=float(minutes))
-            assert "if " in issue.suggestion.lower(), "often legitimate, so no blame"
-
-
-def test_idle_time_makes_no_session_long():
-    idle = [E("CUSTOM", 1_000, _at=at) for at in (0, 5, 100, 105, 300)]
-    assert found_by(so.LongSessionAnalyzer(), *idle) == []
-    busy = [E("CUSTOM", 1_000, _at=at) for at in range(0, 91, 9)] + [E("CUSTOM", 0, _at=500)]
-    issue, = found_by(so.LongSessionAnalyzer(), *busy)  # 90 minutes of 11,000 tokens
-    check(issue, 1_100, "MEDIUM", [], measured=False, duration_minutes=90.0)
-
-
-@pytest.mark.parametrize("errors, others, severity", [
-    (5, 0, None), (1, 5, "MEDIUM" if 1 * 100 > 6 * 20 else None), (2, 8, None), (2, 7, "MEDIUM"), (3, 7, "MEDIUM"), (4, 6, "MEDIUM"),
-    (5, 6, "HIGH"), (6, 0, "HIGH"), (0, 10, None)], ids=str)
-def test_high_error_rates(errors, others, severity):
-    events = [failure("m%s" % "abcdefgh"[number], 50, 5) for number in range(errors)] + [E("AI_RESPONSE", 0, 9) for _ in range(others)]
-    issues = found_by(so.HighErrorRateAnalyzer(), *events)
-    assert len(issues) == (severity is not None)
-    for issue in issues:
-        check(issue, 55 * errors, severity, ["e%d" % n for n in range(1, errors + 1)], measured=False,
-              error_rate=100.0 * errors / (errors + others))
-
-
-def test_failures_that_are_nobodys_fault_make_no_error_rate():
-    events = [failure("Overloaded"), failure(kind="declined"), failure(kind="collateral")] * 2 + [E("CUSTOM")]
-    assert found_by(so.HighErrorRateAnalyzer(), *copies(events)) == []
-    assert len(found_by(so.HighErrorRateAnalyzer(), *copies(events + [failure(), failure()]))) == 1  # 2 of 9
-
-
-SPIKES = [  # name, events, (tokens, ids, multiplier) or None
-    ("four times the others", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 400)], (250, "e3", 4.0)),
-    ("just above three times", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 200, 101)], (151, "e3", 3.01)),
-    ("its own type has ten", [E("SEARCH", 1_000) for _ in range(9)] + [E("SEARCH", 4_000)] + [E("CUSTOM", 5) for _ in range(9)],
-     (2_500, "e10", 4.0)),
-    ("worst first", [read_of("a", 100) for _ in range(20)] + [E("FILE_READ", 1_000), E("FILE_READ", 2_000)], None),
-    # the innocent
-    ("three times is not above", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 300)], ()),
-    ("two events", [E("CUSTOM", 1), E("CUSTOM", 1_000)], ()),
-    ("a context load", [E("CUSTOM", 100), E("CUSTOM", 100), E("CONTEXT_LOAD", 50_000)], ()),
-    ("usual for its type", [E("SEARCH", 1_000) for _ in range(10)] + [E("CUSTOM", 5) for _ in range(200)], ()),
-    ("no tokens", [E("CUSTOM"), E("CUSTOM"), E("CUSTOM"), E("CUSTOM", 5)], ()),
-    ("nothing", [], ()),
+CHANGES = [  # command, changes, kind
+    ("echo x > a.py", ["/w/a.py"], "write"),
+    ("echo x >> a.py 2>&1", ["/w/a.py"], "write"),
+    ("make_it &> out.log", ["?"], "other"),
+    ("cat a.py > b.py", ["/w/b.py"], "write"),
+    ("ls 2>/dev/null >/dev/null", [], "other"),
+    ("ls 2> err.log", ["/w/err.log"], "write"),
+    ("cat > f.py <<'EOF'\nrm -rf x; $(touch y)\nEOF", ["/w/f.py"], "write"),
+    ("cat <<-EOF >f.py\n\tx\n\tEOF\nrm g.py", ["/w/f.py", "/w/g.py"], "write"),
+    ("cat a.py | tee b.py c.py", ["/w/b.py", "/w/c.py"], "write"),
+    ("sed -i 's/a/b/' a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
+    ("sed -i.bak -e 's/a/b/' a.py && cat a.py", ["/w/a.py"], "write"),
+    ("sed -i '' 's/a/b/' a.py", ["/w/a.py"], "write"),
+    ("perl -pi -e 's/a/b/' a.py", ["/w/a.py"], "write"),
+    ("mv a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
+    ("cp a.py b.py", ["/w/b.py"], "write"),
+    ("rm -rf build dist", ["/w/build", "/w/dist"], "write"),
+    ("rm *.pyc", ["*"], "write"),
+    ("rm -rf .", ["*"], "write"),
+    ("echo x > $OUT", ["*"], "write"),
+    ("T=$(mktemp); echo x > $T", ["/tmp/mktemp"], "write"),
+    ("mkdir -p x/y && touch x/y/z", ["/w/x/y", "/w/x/y/z"], "write"),
+    ("truncate -s 0 a.log", ["/w/a.log"], "write"),
+    ("dd if=/dev/zero of=x.img bs=1", ["/w/x.img"], "write"),
+    ("patch -p1 < x.diff", ["*"], "write"),
+    ("patch -p1 <<'E'\n--- a/x.py\n+++ b/x.py\n@@\nE", ["/w/x.py"], "write"),
+    ("apply_patch <<'P'\n*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py\n*** Add File: c d.py\nP",
+     ["/w/a.py", "/w/b.py", "/w/c d.py"], "write"),
+    (["apply_patch", "*** Begin Patch\n*** Delete File: a.py\n*** End Patch"], ["/w/a.py"], "write"),
+    (["bash", "-lc", "*** Begin Patch\n*** Update File: a.py\n*** End Patch\n"], ["/w/a.py"], "write"),
+    (["bash", "-lc", "cd sub && apply_patch <<'P'\n*** Update File: a.py\nP\n"], ["/w/sub/a.py"], "write"),
+    ("git checkout main", ["*"], "write"),
+    ("git checkout -- a.py", ["/w/a.py"], "write"),
+    ("git checkout -b topic", [], "other"),
+    ("git restore a.py", ["/w/a.py"], "write"),
+    ("git restore --staged a.py", [], "other"),
+    ("git -C sub restore a.py", ["/w/sub/a.py"], "write"),
+    ("git reset --hard", ["*"], "write"),
+    ("git reset HEAD a.py", [], "other"),
+    ("git stash", ["*"], "write"),
+    ("git stash list", [], "other"),
+    ("git pull --rebase", ["*"], "write"),
+    ("git apply x.patch", ["*"], "write"),
+    ("git apply --check x.patch", [], "other"),
+    ("git rm a.py", ["/w/a.py"], "write"),
+    ("git add -A && git commit -m 'x > y; rm z' && git push", [], "other"),
+    ("git commit -m \"$(cat <<'EOF'\nit's (fine\n\nEOF\n)\"", [], "other"),
+    ("git status && git diff | cat", [], "other"),
+    ("git --no-pager log -3", [], "other"),
+    ("black a.py", ["/w/a.py"], "write"),
+    ("black .", ["*"], "write"),
+    ("black --check .", [], "other"),
+    ("ruff check src", [], "other"),
+    ("ruff check --fix src", ["/w/src"], "write"),
+    ("ruff format", ["*"], "write"),
+    ("npx prettier --write a.ts", ["/w/a.ts"], "write"),
+    ("npx eslint src", [], "other"),
+    ("eslint --fix src", ["/w/src"], "write"),
+    ("gofmt -w f.go", ["/w/f.go"], "write"),
+    ("gofmt -l .", [], "other"),
+    ("cargo fmt", ["*"], "write"),
+    ("cargo add serde", ["*"], "write"),
+    ("cargo clippy", [], "other"),
+    ("cargo clippy --fix", ["*"], "write"),
+    ("npm ci", ["*"], "write"),
+    ("yarn", ["*"], "write"),
+    ("npm run test:unit -- --watch=false", [], "other"),
+    ("npm run lint:fix", ["*"], "write"),
+    ("npm run build", ["?"], "other"),
+    ("npm ls", [], "other"),
+    ("pip install -r r.txt", ["*"], "write"),
+    ("uv pip install x", ["*"], "write"),
+    ("uv run pytest -q", [], "other"),
+    ("poetry run python x.py", ["?"], "other"),
+    ("python -m pytest tests -q 2>&1 | tail -5", [], "other"),
+    ("python3 -m unittest", [], "other"),
+    ("python -m black a.py", ["/w/a.py"], "write"),
+    ("python x.py", ["?"], "other"),
+    ("python --version", [], "other"),
+    ("python - <<'EOF'\nopen('x')\nEOF", ["?"], "other"),
+    ("node -e 'x'", ["?"], "other"),
+    ("npx tsc --noEmit", [], "other"),
+    ("go test ./...", [], "other"),
+    ("go mod tidy", ["*"], "write"),
+    ("make test", [], "other"),
+    ("make", ["?"], "other"),
+    ("pytest; mypy .; flake8", [], "other"),
+    ("frobnicate --now", ["?"], "other"),
+    ("frobnicate list", [], "other"),
+    ("./run.sh", ["?"], "other"),
+    ("bash run.sh", ["?"], "other"),
+    ("bash -n run.sh", [], "other"),
+    ("source .venv/bin/activate && pytest", [], "other"),
+    ("find . -name '*.pyc' -delete", ["*"], "write"),
+    ("find . -name '*.pyc' -exec rm {} \\;", ["*"], "write"),
+    ("find . | xargs rm -f", ["*"], "write"),
+    ("find . | xargs sed -i s/a/b/", ["*"], "write"),
+    ("rg -l a | xargs -I{} mv {} {}.bak", ["*"], "write"),
+    ("echo $(rm a.py)", ["/w/a.py"], "write"),
+    ("echo `rm a.py`", ["/w/a.py"], "write"),
+    ("echo '$(rm a.py)' \"a > b\"", [], "other"),
+    ("diff <(sort a) <(rm b)", ["/w/b"], "write"),
+    ("rm a.py; frobnicate", ["?"], "other"),
+    ("git stash; frobnicate; rm a", ["*"], "write"),
+    ("curl -s https://x.y/z | head", [], "other"),
+    ("curl -o f.zip https://x.y/z", ["/w/f.zip"], "write"),
+    ("awk '{print > \"x\"}' a", ["?"], "other"),
+    ("docker ps && gh pr view 3 && gh run list", [], "other"),
+    ("docker run x", ["?"], "other"),
+    ("sleep 5; date; pwd; env; which x; ps aux; du -sh .", [], "other"),
+    ("[ -f a ] && test -d b; [[ $x == y ]]", [], "other"),
+    ("for f in a b; do rm $f.py; done", ["/w/a.py", "/w/b.py"], "write"),
+    ("while read f; do rm \"$f\"; done < list", ["*"], "write"),
+    ("echo 'unbalanced", ["?"], "other"),
+    ("echo \"unbalanced $(", ["?"], "other"),
+    ("ssh host 'rm -rf x'", [], "other"),
+    ("Set-Content -Path a.txt -Value 'x'", ["/w/a.txt"], "write"),
+    ("Remove-Item 'a.txt','b.txt' -Force", ["/w/a.txt", "/w/b.txt"], "write"),
+    ("Copy-Item a.txt -Destination b.txt", ["/w/b.txt"], "write"),
+    ("Get-Process | Where-Object { $_.CPU -gt 5 } | Sort-Object CPU", [], "other"),
+    ("$x = Get-Item a; $x.Name", [], "other"),
+    ("", [], "other"),
 ]
 
 
-@pytest.mark.parametrize("name, events, expected", SPIKES, ids=[row[0] for row in SPIKES])
-def test_token_spikes(name, events, expected):
-    issues = found_by(so.TokenSpikeAnalyzer(), *copies(events))
-    assert len(issues) == (expected != ())
-    if name == "worst first":
-        # the others of e22: 20 of 100 and one of 1,000, on average 142.857, of which 1.5 are 214; those of e21: 190.476, 285
-        check(issues[0], (2_000 - 214) + (1_000 - 285), "MEDIUM", ["e22", "e21"], measured=False, multiplier=14.0)
-    elif expected:
-        tokens, ids, multiplier = expected
-        check(issues[0], tokens, "MEDIUM", ids.split(), measured=False, multiplier=multiplier)
-        imported = found_by(so.TokenSpikeAnalyzer(), *copies(events), source={"path": "x"})
-        check(imported[0], 0, "MEDIUM", ids.split(), measured=False, multiplier=multiplier)
-        assert "look" in issues[0].suggestion
+@pytest.mark.parametrize("command, reads, pure", READS, ids=lambda value: str(value)[:60])
+def test_what_a_command_reads(command, reads, pure):
+    effects = so.shell_effects(command, W)
+    assert (effects.reads, effects.pure) == (reads, pure)
+    assert effects.kind != "read" or reads
 
 
-def test_events_logged_by_hand_are_judged_alike(optimizer):
-    session = optimizer.start_session("forge", "t", model="opus")
-    for kind, data, entered in (("FILE_READ", {"file_path": "a.py"}, 10_000), ("FILE_READ", {"file_path": "./a.py"}, 9_000),
-                                ("SEARCH", {"query": "x"}, 100), ("SEARCH", {"query": "X"}, 100),
-                                ("error", {"tool": "t", "message": "m"}, 10), ("ERROR", {"tool": "t", "message": "m"}, 10)):
-        optimizer.log_event(session.id, kind, data, tokens_input=entered)
-    report = optimizer.analyze(session.id)
-    assert {issue.issue_type.name: issue.estimated_waste_tokens for issue in report.issues} == {
-        "LARGE_FILE_UNCOMPRESSED": 6_000, "REPEATED_FILE_READ": 9_000, "REPEATED_SEARCH": 100, "FAILED_RETRY": 10,
-        "TOKEN_SPIKE": 10_000 + 9_000 - 2_766 - 3_066, "HIGH_ERROR_RATE": 20}
-    # the spikes: the others' average is 9,220/5 = 1,844 for the first and 10,220/5 = 2,044 for the second read
+@pytest.mark.parametrize("command, searches", SEARCHES, ids=lambda value: str(value)[:60])
+def test_what_a_command_searches(command, searches):
+    effects = so.shell_effects(command, W)
+    assert effects.searches == searches and not effects.reads and not effects.pure
+    assert effects.kind == ("search" if searches else "write" if effects.changes else "other")
 
 
-def test_thresholds_are_given_to_the_instance_alone():
-    assert len(found_by(so.LargeFileAnalyzer(limit=500), read_of())) == 1 and so.LargeFileAnalyzer().limit == 10_000
-    assert so.LargeFileAnalyzer(limit=500).thresholds() == {"limit": 500, "saving_percent": 60}
-    with pytest.raises(InvalidValue, match="LargeFileAnalyzer has no threshold 'limits'.*limit, saving_percent"):
-        so.LargeFileAnalyzer(limits=5)
-    for cls in so.BUILT_IN_ANALYZERS:
-        assert cls().thresholds() == {name: getattr(cls, name) for name in cls().thresholds()}
+@pytest.mark.parametrize("command, changes, kind", CHANGES, ids=lambda value: str(value)[:60])
+def test_what_a_command_changes(command, changes, kind):
+    effects = so.shell_effects(command, W)
+    assert effects.changes == changes
+    if kind == "write" or changes:
+        assert effects.kind == ("other" if changes == ["?"] else "write")
 
 
-def all_subclasses(cls):
-    return [found for sub in cls.__subclasses__() for found in [sub] + all_subclasses(sub)]
+@pytest.mark.parametrize("path, cwd, expected", [
+    ("a.py", "", "a.py"), ("./x/../a.py", "", "a.py"), ("a.py", "/w/", "/w/a.py"), ("/a//b.py", "/w",
+    "/a/b.py"),
+    ("src\\a.py", "C:\\w", "C:/w/src/a.py"), ("C:\\w\\.\\a.py", "", "C:/w/a.py"), ("/c/w/a.py", "C:\\w",
+    "C:/w/a.py"),
+    ("~/a", "/w", "~/a"), ("..\\a.py", "C:/w/x", "C:/w/a.py"),
+])
+def test_canonical_path(path, cwd, expected):
+    assert so.canonical_path(path, cwd) == expected
 
 
-def test_every_analyzer_is_registered_documented_and_exercised():
-    own = [cls for cls in all_subclasses(so.BaseAnalyzer) if cls.__module__ == so.__name__]
-    assert sorted(cls.__name__ for cls in own) == sorted(cls.__name__ for cls in so.BUILT_IN_ANALYZERS)
-    assert [cls.__name__ for cls in so.BUILT_IN_ANALYZERS] == [
-        "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer", "ExcessiveThinkingAnalyzer",
-        "FailedRetryAnalyzer", "LongSessionAnalyzer", "HighErrorRateAnalyzer", "TokenSpikeAnalyzer"]
-    page, tests = read(os.path.join(HERE, "docs", "analyzers.md")).decode(), read(__file__).decode()
-    for cls in own:
-        assert cls.__name__ in page and cls.issue_type.name in page, cls.__name__
-        assert "so.%s(" % cls.__name__ in tests and cls.__doc__ and "analyze" not in vars(cls)
-        section, = [text for text in page.split("\n## ") if text.startswith(cls.__name__ + "\n")]
-        for name, value in cls().thresholds().items():
-            assert "`%s = %s`" % (name, "{:_}".format(value)) in section, "%s.%s" % (cls.__name__, name)
+def test_windows_folder():
+    assert so.shell_effects("cd sub && cat a.py", "C:\\w").reads == [("C:/w/sub/a.py", 1, None)]
+    assert so.shell_effects('cat "C:\\w\\a.py"', "C:\\w").reads == [("C:/w/a.py", 1, None)]
 
 
-def test_an_analyzer_without_find_says_so():
-    class Empty(so.BaseAnalyzer):
-        pass
-    report = so.build_report(session_of(E("CUSTOM", 5)), [Empty()])
-    assert "Empty" in report.analyzer_errors[0] and "find(session)" in report.analyzer_errors[0]
+@pytest.mark.parametrize("command", [
+    "\0", "a" * 1_000_000, "'" * 999_999, '"$(' * 300_000, "((((" * 250_000, "`" * 1_000_001,
+    "{a,b}" * 200_000,
+    "<<E\n" * 250_000, "cat " + "$x" * 400_000, "| " * 500_000, "sed -n '" + "1,2p;" * 200_000 + "' f",
+    "\\" * 999_999,
+    "$(" * 3_000 + ")" * 3_000, "for", "for x", ">", "<", "2>", "<<", "|", "bash -c", "xargs", "sed -i",
+    "git", "find",
+    "find -exec", "cat <(", "${", "env", "sudo", "timeout 5", "head -n", "grep", "Get-Content", "awk", "[",
+    "a=", ")" * 9,
+    "bash -c " * 50, "cd", "cd -", "popd", "find . -exec", "python -m", "dd", "tar", "\ud800 > \ud800",
+    "git -C", "sed -n p",
+], ids=lambda command: repr(command[:12]))
+def test_no_command_is_too_strange(command):
+    assert so.shell_effects(command, W).kind in ("read", "search", "write", "other")
+    assert so.shell_effects(command.split(" ")[:2000], W).kind in ("read", "search", "write", "other")
+    assert isinstance(so.mask_secrets(command), str)
 
 
-# ======================================================================================================
-# Reports
-# ======================================================================================================
+def test_no_random_text_is_too_strange():
+    parts = ["cat", "sed", "-n", "-i", "'", '"', "$(", ")", "`", "|", ">", "<", "<<E", "\n", "&&", ";",
+    "a.py", "1,2p", "$x",
+             "{", "}", "\\", "git", "find", "-exec", "xargs", "bash -c", "head", "-5", "for", "in", "do",
+             "done", "rg", "*",
+             "Get-Content", "-Tail", "powershell -c", "#", "=", "tee", "awk", "nl", " ", " ", " ", "é",
+             "\0", "cd", "-C"]
+    rng = random.Random(3)
+    for _ in range(20_000):
+        text = "".join(rng.choice(parts) + rng.choice(("", " ")) for _ in range(rng.randrange(1, 14)))
+        effects = so.shell_effects(text, W)
+        assert effects.kind in ("read", "search", "write", "other")
+
+
+def test_long_commands_are_cut_but_here_documents_are_not():
+    assert so.shell_effects("echo a; " * 5_000 + "rm x", W).changes == ["?"]
+    assert so.shell_effects("cat > a <<'E'\n" + "x\n" * 50_000 + "E\nrm b", W).changes == ["/w/a", "/w/b"]
+
+
+# ==================================================================================================
+# Accounting
+# ==================================================================================================
 
 class Claims(so.BaseAnalyzer):
     """An analyzer of the test's own: one issue with these claims."""
@@ -1036,6 +1052,409 @@ def test_issues_stand_by_severity_then_waste_and_advice_is_given_once():
     assert report.recommendations == ["[CRITICAL] do it"]
 
 
+@pytest.mark.parametrize("odd", [
+    {"severity": "HIGH"}, {"issue_type": "TOKEN_SPIKE"}, {"estimated_waste_tokens": None}, {"estimated_waste_tokens": -5},
+    {"suggestion": None}, {"events_involved": None}, {"claims": None}, {"estimated_waste_tokens": 10**20}])
+def test_odd_issues_of_a_users_analyzer_are_mended_or_named(odd):
+    class Odd(so.BaseAnalyzer):
+        def analyze(self, session):
+            values = dict({"id": "i", "issue_type": IssueType.UNUSED_CONTEXT, "severity": Severity.LOW, "description": "d",
+                           "suggestion": "s", "estimated_waste_tokens": 100}, **odd)
+            return [so.EfficiencyIssue(**values)]
+    report = so.build_report(session_of(read_of(), read_of("b.py")), [Odd()])
+    assert 0 <= report.total_waste_tokens <= report.total_tokens and 0 <= report.efficiency_score <= 100
+    assert report.issues or report.analyzer_errors
+
+
+def test_what_is_no_issue_is_named():
+    class Wrong(so.BaseAnalyzer):
+        def analyze(self, session):
+            return ["waste!"]
+    report = so.build_report(session_of(read_of()), [Wrong()])
+    assert "Wrong" in report.analyzer_errors[0] and "INCOMPLETE" in report.recommendations[0]
+
+
+# ==================================================================================================
+# Analyzers
+# ==================================================================================================
+
+def found_by(analyzer, *events, **metadata):
+    return analyzer.analyze(session_of(*events, **metadata))
+
+
+def check(issue, waste, severity, events, measured=True, **metadata):
+    """A finding: exact tokens, severity, the events it names, and the numbers behind it."""
+    assert (issue.estimated_waste_tokens, issue.severity.name) == (waste, severity)
+    assert issue.events_involved == events and issue.measured is measured
+    for name, value in metadata.items():
+        assert issue.metadata[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert issue.id and issue.description and issue.suggestion and json.dumps(issue.to_dict())
+
+
+COMPACTION = dict(source="compaction")
+
+
+def bash(text, _kind="TOOL_CALL", **data):
+    return E(_kind, 10, 5, tool="Bash", command=text, **data)
+
+
+REPEATED_READS = [  # name, events, (tokens, severity, ids of the events) of each finding
+    ("read twice", [read_of(), read_of()], [(1000, "MEDIUM", "e1 e2")]),
+    ("what the second brought counts", [read_of(), read_of(tokens=700)], [(700, "MEDIUM", "e1 e2")]),
+    ("three times", [read_of(), read_of(tokens=10), read_of(tokens=20)], [(30, "HIGH", "e1 e2 e3")]),
+    ("five times", [read_of()] + [read_of() for _ in range(4)], [(4000, "HIGH", "e1 e2 e3 e4 e5")]),
+    ("two files", [read_of(), read_of("b.py"), read_of(), read_of("b.py", 5)], [(1000, "MEDIUM", "e1 e3"), (5, "MEDIUM", "e2 e4")]),
+    ("spelled otherwise", [read_of("sub/../a.py"), read_of("./a.py"), read_of("/w/a.py")], [(2000, "HIGH", "e1 e2 e3")]),
+    ("other keys", [E("FILE_READ", 9, file="a.py"), E("FILE_READ", 9, path="a.py")], [(9, "MEDIUM", "e1 e2")]),
+    ("harmless command between", [read_of(), bash("git status"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("a search between", [read_of(), E("SEARCH", 5, query="x"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("a todo list between", [read_of(), E("TOOL_CALL", tool="TodoWrite"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("the user speaks between", [read_of(), E("USER_MESSAGE", 5), E("AI_RESPONSE"), read_of()], [(1000, "MEDIUM", "e1 e4")]),
+    ("another file is written between", [read_of(), E("FILE_WRITE", file_path="b.py"), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    ("an unknown command, the same content", [read_of(content_hash="1"), bash("./go"), read_of(content_hash="1")],
+     [(1000, "MEDIUM", "e1 e3")]),
+    ("a page again", [read_of(lines=[1, 100]), read_of(lines=[1, 100])], [(1000, "MEDIUM", "e1 e2")]),
+    ("pages that overlap by half", [read_of(lines=[1, 100]), read_of(lines=[51, 150])], [(500, "MEDIUM", "e1 e2")]),
+    ("pages that overlap by a tenth", [read_of(lines=[1, 100]), read_of(lines=[91, 190])], [(100, "MEDIUM", "e1 e2")]),
+    ("two halves and the whole", [read_of(lines=[1, 50]), read_of(lines=[51, 100]), read_of(lines=[1, 100])],
+     [(1000, "MEDIUM", "e1 e3")]),
+    ("the middle of two overlapping pages", [read_of(lines=[1, 60]), read_of(lines=[40, 100]), read_of(lines=[31, 130])],
+     [(344 + 700, "HIGH", "e1 e2 e3")]),  # of e2's 61 lines 21 come again, 1000 * 21 // 61; of e3's 100 lines 70
+    ("a page of a whole file", [read_of(), read_of(tokens=90, lines=[10, 20])], [(90, "MEDIUM", "e1 e2")]),
+    ("the whole after half", [read_of(lines=[1, 50]), read_of(total_lines=100)], [(500, "MEDIUM", "e1 e2")]),
+    ("offset and limit", [read_of(offset=11, limit=10), read_of(lines=[16, 25])], [(500, "MEDIUM", "e1 e2")]),
+    ("line numbers by other names", [read_of(start_line=1, end_line=10), read_of(line_range="1-10")], [(1000, "MEDIUM", "e1 e2")]),
+    ("both windows", [read_of(), read_of(), E("CONTEXT_LOAD", **COMPACTION), read_of(), read_of()],
+     [(1000, "MEDIUM", "e1 e2"), (1000, "MEDIUM", "e4 e5")]),
+    ("each of two agents", [read_of(_agent="b"), read_of(_agent="b"), read_of(), read_of()],
+     [(1000, "MEDIUM", "e1 e2"), (1000, "MEDIUM", "e3 e4")]),
+    ("read, written, read twice", [read_of(), E("FILE_WRITE", file_path="a.py"), read_of(), read_of()], [(1000, "MEDIUM", "e3 e4")]),
+    ("a notice in between is no read", [read_of(), read_of(tokens=5, unchanged=True), read_of()], [(1000, "MEDIUM", "e1 e3")]),
+    # the innocent
+    ("one read", [read_of()], []),
+    ("nothing", [], []),
+    ("pages", [read_of(lines=[1, 100]), read_of(lines=[101, 200]), read_of(lines=[201, 300])], []),
+    ("pages by offset", [read_of(offset=1, limit=100), read_of(offset=101, limit=100)], []),
+    ("pages that overlap by a few lines", [read_of(lines=[1, 100]), read_of(lines=[92, 191])], []),
+    ("after a write", [read_of(), E("FILE_WRITE", file_path="a.py"), read_of()], []),
+    ("after a write spelled otherwise", [read_of("/w/a.py"), E("FILE_WRITE", file_path="./b/../a.py"), read_of()], []),
+    ("after a write that names nothing", [read_of(), E("FILE_WRITE"), read_of()], []),
+    ("after an edit by name", [read_of(), E("TOOL_CALL", tool="Edit", file_path="a.py"), read_of()], []),
+    ("after sed -i", [read_of(), bash("sed -i s/a/b/ a.py"), read_of()], []),
+    ("after git checkout", [read_of(), bash("git checkout main"), read_of()], []),
+    ("after a formatter", [read_of(), bash("black ."), read_of()], []),
+    ("after a failed command that wrote", [read_of(), bash("sed -i s/a/b/ a.py && false", "ERROR"), read_of()], []),
+    ("after another agent's write", [read_of(), E("FILE_WRITE", file_path="a.py", _agent="b"), read_of()], []),
+    ("after an unknown command", [read_of(), bash("./deploy"), read_of()], []),
+    ("after an unknown tool", [read_of(), E("TOOL_CALL", tool="mcp__x__apply"), read_of()], []),
+    ("after an unknown command, other content", [read_of(content_hash="1"), bash("./go"), read_of(content_hash="2")], []),
+    ("other content", [read_of(content_hash="1"), read_of(content_hash="2")], []),
+    ("content known to be changed", [read_of(), read_of(content="changed")], []),
+    ("after a compaction", [read_of(), E("CONTEXT_LOAD", **COMPACTION), read_of()], []),
+    ("in another agent's window", [read_of(), read_of(_agent="b")], []),
+    ("after a failed read", [E("ERROR", 9, tool="Read", file_path="a.py", message="no"), read_of()], []),
+    ("after a read that was cut off", [read_of(truncated=True), read_of()], []),
+    ("a notice that it is unchanged", [read_of(), read_of(tokens=20, unchanged=True)], []),
+    ("many blocks of one response", [read_of(), E("AI_RESPONSE", 0, 9), E("AI_RESPONSE", 0, 9)], []),
+    ("reads that name no file", [E("FILE_READ", 9), E("FILE_READ", 9)], []),
+]
+
+
+def copies(events):
+    return [so.SessionEvent.from_dict(dict(event.to_dict(), id="")) for event in events]
+
+
+@pytest.mark.parametrize("name, events, expected", REPEATED_READS, ids=[row[0] for row in REPEATED_READS])
+def test_repeated_file_reads(name, events, expected):
+    issues = found_by(so.RepeatedFileReadAnalyzer(), *copies(events), cwd="/w")
+    assert len(issues) == len(expected)
+    for issue, (tokens, severity, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
+        check(issue, tokens, severity, ids.split(), read_count=len(ids.split()))
+        assert issue.metadata["file_path"] in ("/w/a.py", "/w/b.py")
+        assert issue.issue_type is IssueType.REPEATED_FILE_READ and "cache" in issue.suggestion.lower()
+
+
+def search_of(query="needle", tokens=100, written=10, **data):
+    return E("SEARCH", tokens, written, query=query, **data)
+
+
+REPEATED_SEARCHES = [
+    ("run twice", [search_of(), search_of(tokens=70, written=7)], [(77, "e1 e2")]),
+    ("three times", [search_of(), search_of(), search_of()], [(220, "e1 e2 e3")]),
+    ("case and space", [search_of("Find  me"), search_of(" find\tME ")], [(110, "e1 e2")]),
+    ("a pattern", [E("SEARCH", 1, 1, pattern="x"), E("SEARCH", 2, 3, pattern="x")], [(5, "e1 e2")]),
+    ("the same scope", [search_of(path="src", glob="*.py"), search_of(path="src", glob="*.py")], [(110, "e1 e2")]),
+    ("a read between", [search_of(), read_of(), search_of()], [(110, "e1 e3")]),
+    ("a harmless command between", [search_of(), bash("git log -3"), search_of()], [(110, "e1 e3")]),
+    ("both sides of a write", [search_of(), search_of(), E("FILE_WRITE", file_path="b"), search_of(), search_of()],
+     [(110, "e1 e2"), (110, "e4 e5")]),
+    ("the same answer", [search_of(content_hash="1"), search_of(content_hash="1")], [(110, "e1 e2")]),
+    # the innocent
+    ("one", [search_of()], []),
+    ("another query", [search_of(), search_of("needles")], []),
+    ("another scope", [search_of(path="src"), search_of(path="docs")], []),
+    ("another scope by name", [search_of(scope="src"), search_of(scope="src/a")], []),
+    ("another tool", [search_of(tool="Grep"), search_of(tool="Glob")], []),
+    ("after a write", [search_of(), E("FILE_WRITE", file_path="b.py"), search_of()], []),
+    ("after another agent's write", [search_of(), E("FILE_WRITE", file_path="b.py", _agent="b"), search_of()], []),
+    ("after an unknown command", [search_of(), bash("./deploy"), search_of()], []),
+    ("after a compaction", [search_of(), E("CONTEXT_LOAD", **COMPACTION), search_of()], []),
+    ("in another agent's window", [search_of(), search_of(_agent="b")], []),
+    ("polling whose answer changed", [search_of(content_hash="1"), search_of(content_hash="2"), search_of(content_hash="3")], []),
+    ("after one that was cut off", [search_of(truncated=True), search_of()], []),
+    ("searches that name no query", [E("SEARCH", 9), E("SEARCH", 9)], []),
+]
+
+
+@pytest.mark.parametrize("name, events, expected", REPEATED_SEARCHES, ids=[row[0] for row in REPEATED_SEARCHES])
+def test_repeated_searches(name, events, expected):
+    issues = found_by(so.RepeatedSearchAnalyzer(), *copies(events))
+    assert len(issues) == len(expected)
+    for issue, (tokens, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
+        check(issue, tokens, "MEDIUM", ids.split(), search_count=len(ids.split()))
+        assert issue.issue_type is IssueType.REPEATED_SEARCH and issue.metadata["query"]
+
+
+@pytest.mark.parametrize("event, waste", [
+    (read_of(tokens=10_000), 6_000), (read_of(tokens=10_001), 6_000), (read_of(tokens=25_000, compressed=False), 15_000),
+    (read_of(tokens=12_000, lines=[1, 2]), 7_200), (read_of(tokens=9_999), None), (read_of(tokens=50_000, compressed=True), None),
+    (E("FILE_READ", 9_999, 50_000, file_path="a.py"), None), (E("SEARCH", 50_000, query="x"), None),
+    (E("CONTEXT_LOAD", 50_000), None)], ids=lambda value: str(value)[:40])
+def test_large_files(event, waste):
+    issues = found_by(so.LargeFileAnalyzer(), *copies([event]))
+    assert len(issues) == (waste is not None)
+    for issue in issues:
+        check(issue, waste, "HIGH", ["e1"], measured=False, tokens=event.tokens_input, file_path="a.py")
+
+
+@pytest.mark.parametrize("thinking, text, shares", [
+    ([401], 599, [101]), ([600], 400, [300]), ([1000], 0, [700]), ([400, 200], 400, [200, 100]), ([300, 0, 300], 400, [150, 0, 150]),
+    ([400], 600, None), ([100], 900, None), ([], 1000, None), ([0], 0, None), ([], 0, None)], ids=str)
+def test_excessive_thinking(thinking, text, shares):
+    events = [E("THINKING", 0, tokens) for tokens in thinking] + [E("AI_RESPONSE", 5_000, text)]
+    issues = found_by(so.ExcessiveThinkingAnalyzer(), *events)
+    assert len(issues) == (shares is not None)
+    for issue in issues:
+        ids = ["e%d" % number for number, tokens in enumerate(thinking, 1) if tokens]
+        check(issue, sum(shares), "MEDIUM", ids, measured=False, thinking_percent=100.0 * sum(thinking) / (sum(thinking) + text))
+        assert {key: claim[1] for key, claim in issue.claims.items()} == dict(zip(ids, [s for s in shares if s]))
+
+
+def failure(message="boom", tokens=100, written=10, tool="Bash", **data):
+    return E("ERROR", tokens, written, tool=tool, message=message, **data)
+
+
+RETRIES = [
+    ("twice", [failure(), failure(tokens=30, written=3)], [(33, "e1 e2")]),
+    ("four times", [failure() for _ in range(4)], [(330, "e1 e2 e3 e4")]),
+    ("numbers and addresses differ", [failure("line 12 at 0xFF"), failure("line 7 at 0xab12")], [(110, "e1 e2")]),
+    ("a message without a tool", [E("ERROR", 5, message="m"), E("ERROR", 6, message="m")], [(6, "e1 e2")]),
+    ("a tool without a message", [E("ERROR", 5, tool="x"), E("ERROR", 6, tool="x")], [(6, "e1 e2")]),
+    ("the same command", [bash("pytest -q", "ERROR"), bash("pytest  -q", "ERROR")], [(15, "e1 e2")]),
+    ("other work between", [failure(), read_of(), search_of(), bash("git status"), failure()], [(110, "e1 e5")]),
+    ("different responses", [failure(response_id="1"), failure(response_id="2")], [(110, "e1 e2")]),
+    ("equal times are no batch", [failure(_at=1), failure(_at=1)], [(110, "e1 e2")]),
+    ("recovered after two", [failure(), failure(), failure(recovered=True), failure()], [(110, "e1 e2")]),
+    ("a write after two", [failure(), failure(), E("FILE_WRITE", file_path="a"), failure()], [(110, "e1 e2")]),
+    # the innocent
+    ("once", [failure()], []),
+    ("other messages", [failure("no file"), failure("no permission")], []),
+    ("other tools", [failure(tool="Bash"), failure(tool="Edit")], []),
+    ("other commands", [bash("pytest a", "ERROR"), bash("pytest b", "ERROR")], []),
+    ("neither tool nor message", [E("ERROR", 5), E("ERROR", 6)], []),
+    ("a write between", [failure(), E("FILE_WRITE", file_path="a.py"), failure()], []),
+    ("an unknown command between", [failure(), bash("./fix"), failure()], []),
+    ("a change by command between", [failure(), bash("git checkout main"), failure()], []),
+    ("it worked in between", [bash("pytest", "ERROR"), bash("pytest"), bash("pytest", "ERROR")], []),
+    ("a compaction between", [failure(), E("CONTEXT_LOAD", **COMPACTION), failure()], []),
+    ("another agent", [failure(), failure(_agent="b")], []),
+    ("one parallel batch", [failure(response_id="1"), failure(response_id="1"), failure(response_id="1")], []),
+    ("one batch by another name", [failure(batch_id="1"), failure(batch_id="1")], []),
+    ("several failures of one batch", [failure("a", response_id="1"), failure("b", response_id="1")], []),
+    ("recovered", [failure(), failure(recovered=True), failure()], []),
+    ("declined", [failure("The user doesn't want to proceed with this tool use.")] * 3, []),
+    ("denied", [failure("Permission to use Bash has been denied")] * 3, []),
+    ("too many requests", [failure("429 Too Many Requests")] * 3, []),
+    ("overloaded", [failure("Overloaded")] * 3, []),
+    ("unavailable", [failure("HTTP 503: service unavailable")] * 3, []),
+    ("unavailable by code", [failure("failed", status_code=503)] * 3, []),
+    ("collateral", [failure(kind="collateral")] * 3, []),
+    ("interrupted", [failure(kind="interrupted")] * 3, []),
+]
+
+
+@pytest.mark.parametrize("name, events, expected", RETRIES, ids=[row[0] for row in RETRIES])
+def test_failed_retries(name, events, expected):
+    issues = found_by(so.FailedRetryAnalyzer(), *copies(events))
+    assert len(issues) == len(expected)
+    for issue, (tokens, ids) in zip(issues, expected):
+        check(issue, tokens, "HIGH", ids.split(), retry_count=len(ids.split()))
+
+
+LONG = [  # minutes, waste of 10,000 tokens, severity
+    (60, None, None), (60.001, 0, "MEDIUM"), (75, 500, "MEDIUM"), (90, 1_000, "MEDIUM"), (119, 1_966, "MEDIUM"), (120, 2_000, "HIGH"),
+    (150, 3_000, "HIGH"), (600, 3_000, "HIGH"), (0, None, None)]
+
+
+@pytest.mark.parametrize("minutes, waste, severity", LONG, ids=str)
+def test_long_sessions(minutes, waste, severity):
+    totals = so.Session("s", "A", "t", total_tokens_input=6_000, total_tokens_output=4_000, total_duration_ms=int(minutes * 60_000))
+    for session in (totals, session_of(E("CUSTOM", 6_000, 0, _ms=totals.total_duration_ms), E("CUSTOM", 0, 4_000))):
+        issues = so.LongSessionAnalyzer().analyze(session)
+        assert len(issues) == (severity is not None)
+        for issue in issues:
+            check(issue, waste, severity, [], measured=False, duration_minutes=float(minutes))
+            assert "if " in issue.suggestion.lower(), "often legitimate, so no blame"
+
+
+def test_idle_time_makes_no_session_long():
+    idle = [E("CUSTOM", 1_000, _at=at) for at in (0, 5, 100, 105, 300)]
+    assert found_by(so.LongSessionAnalyzer(), *idle) == []
+    busy = [E("CUSTOM", 1_000, _at=at) for at in range(0, 91, 9)] + [E("CUSTOM", 0, _at=500)]
+    issue, = found_by(so.LongSessionAnalyzer(), *busy)  # 90 minutes of 11,000 tokens
+    check(issue, 1_100, "MEDIUM", [], measured=False, duration_minutes=90.0)
+
+
+@pytest.mark.parametrize("errors, others, severity", [
+    (5, 0, None), (1, 5, "MEDIUM" if 1 * 100 > 6 * 20 else None), (2, 8, None), (2, 7, "MEDIUM"), (3, 7, "MEDIUM"), (4, 6, "MEDIUM"),
+    (5, 6, "HIGH"), (6, 0, "HIGH"), (0, 10, None)], ids=str)
+def test_high_error_rates(errors, others, severity):
+    events = [failure("m%s" % "abcdefgh"[number], 50, 5) for number in range(errors)] + [E("AI_RESPONSE", 0, 9) for _ in range(others)]
+    issues = found_by(so.HighErrorRateAnalyzer(), *events)
+    assert len(issues) == (severity is not None)
+    for issue in issues:
+        check(issue, 55 * errors, severity, ["e%d" % n for n in range(1, errors + 1)], measured=False,
+              error_rate=100.0 * errors / (errors + others))
+
+
+def test_failures_that_are_nobodys_fault_make_no_error_rate():
+    events = [failure("Overloaded"), failure(kind="declined"), failure(kind="collateral")] * 2 + [E("CUSTOM")]
+    assert found_by(so.HighErrorRateAnalyzer(), *copies(events)) == []
+    assert len(found_by(so.HighErrorRateAnalyzer(), *copies(events + [failure(), failure()]))) == 1  # 2 of 9
+
+
+SPIKES = [  # name, events, (tokens, ids, multiplier) or None
+    ("four times the others", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 400)], (250, "e3", 4.0)),
+    ("just above three times", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 200, 101)], (151, "e3", 3.01)),
+    ("its own type has ten", [E("SEARCH", 1_000) for _ in range(9)] + [E("SEARCH", 4_000)] + [E("CUSTOM", 5) for _ in range(9)],
+     (2_500, "e10", 4.0)),
+    ("worst first", [read_of("a", 100) for _ in range(20)] + [E("FILE_READ", 1_000), E("FILE_READ", 2_000)], None),
+    # the innocent
+    ("three times is not above", [read_of("a", 100), read_of("b", 100), E("CUSTOM", 300)], ()),
+    ("two events", [E("CUSTOM", 1), E("CUSTOM", 1_000)], ()),
+    ("a context load", [E("CUSTOM", 100), E("CUSTOM", 100), E("CONTEXT_LOAD", 50_000)], ()),
+    ("usual for its type", [E("SEARCH", 1_000) for _ in range(10)] + [E("CUSTOM", 5) for _ in range(200)], ()),
+    ("no tokens", [E("CUSTOM"), E("CUSTOM"), E("CUSTOM"), E("CUSTOM", 5)], ()),
+    ("nothing", [], ()),
+]
+
+
+@pytest.mark.parametrize("name, events, expected", SPIKES, ids=[row[0] for row in SPIKES])
+def test_token_spikes(name, events, expected):
+    issues = found_by(so.TokenSpikeAnalyzer(), *copies(events))
+    assert len(issues) == (expected != ())
+    if name == "worst first":
+        # the others of e22: 20 of 100 and one of 1,000, on average 142.857, of which 1.5 are 214; those of e21: 190.476, 285
+        check(issues[0], (2_000 - 214) + (1_000 - 285), "MEDIUM", ["e22", "e21"], measured=False, multiplier=14.0)
+    elif expected:
+        tokens, ids, multiplier = expected
+        check(issues[0], tokens, "MEDIUM", ids.split(), measured=False, multiplier=multiplier)
+        imported = found_by(so.TokenSpikeAnalyzer(), *copies(events), source={"path": "x"})
+        check(imported[0], 0, "MEDIUM", ids.split(), measured=False, multiplier=multiplier)
+        assert "look" in issues[0].suggestion
+
+
+def test_events_logged_by_hand_are_judged_alike(optimizer):
+    session = optimizer.start_session("forge", "t", model="opus")
+    for kind, data, entered in (("FILE_READ", {"file_path": "a.py"}, 10_000), ("FILE_READ", {"file_path": "./a.py"}, 9_000),
+                                ("SEARCH", {"query": "x"}, 100), ("SEARCH", {"query": "X"}, 100),
+                                ("error", {"tool": "t", "message": "m"}, 10), ("ERROR", {"tool": "t", "message": "m"}, 10)):
+        optimizer.log_event(session.id, kind, data, tokens_input=entered)
+    report = optimizer.analyze(session.id)
+    assert {issue.issue_type.name: issue.estimated_waste_tokens for issue in report.issues} == {
+        "LARGE_FILE_UNCOMPRESSED": 6_000, "REPEATED_FILE_READ": 9_000, "REPEATED_SEARCH": 100, "FAILED_RETRY": 10,
+        "TOKEN_SPIKE": 10_000 + 9_000 - 2_766 - 3_066, "HIGH_ERROR_RATE": 20}
+
+
+    # the spikes: the others' average is 9,220/5 = 1,844 for the first and 10,220/5 = 2,044 for the second read
+
+
+def test_thresholds_are_given_to_the_instance_alone():
+    assert len(found_by(so.LargeFileAnalyzer(limit=500), read_of())) == 1 and so.LargeFileAnalyzer().limit == 10_000
+    assert so.LargeFileAnalyzer(limit=500).thresholds() == {"limit": 500, "saving_percent": 60}
+    with pytest.raises(InvalidValue, match="LargeFileAnalyzer has no threshold 'limits'.*limit, saving_percent"):
+        so.LargeFileAnalyzer(limits=5)
+    for cls in so.BUILT_IN_ANALYZERS:
+        assert cls().thresholds() == {name: getattr(cls, name) for name in cls().thresholds()}
+
+
+def all_subclasses(cls):
+    return [found for sub in cls.__subclasses__() for found in [sub] + all_subclasses(sub)]
+
+
+def test_every_analyzer_is_registered_documented_and_exercised():
+    own = [cls for cls in all_subclasses(so.BaseAnalyzer) if cls.__module__ == so.__name__]
+    assert sorted(cls.__name__ for cls in own) == sorted(cls.__name__ for cls in so.BUILT_IN_ANALYZERS)
+    assert [cls.__name__ for cls in so.BUILT_IN_ANALYZERS] == [
+        "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer", "ExcessiveThinkingAnalyzer",
+        "FailedRetryAnalyzer", "LongSessionAnalyzer", "HighErrorRateAnalyzer", "TokenSpikeAnalyzer"]
+    page, tests = read(os.path.join(HERE, "docs", "analyzers.md")).decode(), read(__file__).decode()
+    for cls in own:
+        assert cls.__name__ in page and cls.issue_type.name in page, cls.__name__
+        assert "so.%s(" % cls.__name__ in tests and cls.__doc__ and "analyze" not in vars(cls)
+        section, = [text for text in page.split("\n## ") if text.startswith(cls.__name__ + "\n")]
+        for name, value in cls().thresholds().items():
+            assert "`%s = %s`" % (name, "{:_}".format(value)) in section, "%s.%s" % (cls.__name__, name)
+
+
+def test_an_analyzer_without_find_says_so():
+    class Empty(so.BaseAnalyzer):
+        pass
+    report = so.build_report(session_of(E("CUSTOM", 5)), [Empty()])
+    assert "Empty" in report.analyzer_errors[0] and "find(session)" in report.analyzer_errors[0]
+
+
+def test_the_end_of_a_growing_file_is_no_repetition():
+    events = [read_of("log", 100, lines=[-20, None], content_hash=digest) for digest in ("a", "b", "b")]
+    report = so.build_report(session_of(*events), [so.RepeatedFileReadAnalyzer()])
+    assert [issue.estimated_waste_tokens for issue in report.issues] == [100]
+
+
+def test_a_look_at_the_file_between_two_failed_writes_is_an_attempt_to_mend():
+    failed = dict(tool="Edit", file_path="a.py", message="String to replace not found")
+    fail = [event_like("ERROR", dict(failed), 50) for _ in range(2)]
+    look = event_like("FILE_READ", {"file_path": "a.py"}, 500)
+    guilty = so.build_report(session_of(*copies(fail)), [so.FailedRetryAnalyzer()])
+    innocent = so.build_report(session_of(*copies([fail[0], look, fail[1]])), [so.FailedRetryAnalyzer()])
+    assert len(guilty.issues) == 1 and innocent.issues == []
+
+
+def event_like(kind, data, tokens):
+    return so.SessionEvent("", "", EventType[kind], data, tokens)
+
+
+def test_thinking_is_not_judged_by_placeholders():
+    thinking = event_like("THINKING", {}, 0)
+    thinking.tokens_output = 90
+    session = session_of(*copies([thinking]), output_lower_bound_calls=3)
+    assert so.build_report(session, [so.ExcessiveThinkingAnalyzer()]).issues == []
+    assert so.build_report(session_of(*copies([thinking])), [so.ExcessiveThinkingAnalyzer()]).issues
+
+
+@pytest.mark.parametrize("data", [{"total_lines": "120"}, {"reads": [5]}, {"changes": [5]}, {"lines": "x"}, {"offset": "9"}])
+def test_event_data_of_a_wrong_kind_breaks_no_analyzer(optimizer, data):
+    optimizer.start_session("A", "t", session_id="s")
+    for _ in range(2):
+        optimizer.log_event("s", "FILE_READ", dict({"file_path": "a.py"}, **data), 100)
+    optimizer.log_event("s", "ERROR", {"error_hash": ["x"], "tool": "t"})
+    assert optimizer.analyze("s").analyzer_errors == []
+    optimizer.would_repeat("s", "FILE_READ", {"file_path": "a.py"})
+
+
+# ==================================================================================================
+# Reports
+# ==================================================================================================
+
 def golden_session():
     """A session whose times, ids and numbers are all fixed."""
     session = session_of(
@@ -1133,9 +1552,213 @@ def test_parts_add_up_to_the_whole():
     assert so.share_out(10, [1, 1, 1]) == [4, 3, 3] and so.share_out(5, [0, 0]) == [0, 0]
 
 
-# ======================================================================================================
+HOSTILE = "</title><script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\x1b[31m\u202e\ud800"
+
+
+class Page(HTMLParser):
+    """What a page holds, and whether its elements are closed in order."""
+
+    VOID = {"meta", "circle", "rect", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.ids, self.words, self.attributes = [], [], [], set(), [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attributes]
+        given = dict(attributes)
+        self.ids.update([given["id"]] if "id" in given else [])
+        self.links += [given[name] for name in ("href", "src") if name in given]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def checked(text):
+    """A page that needs nothing else, runs nothing, and is ASCII."""
+    page = Page(text)
+    text.encode("ascii")
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(page.tags)
+    assert not [name for name in page.attributes if name.startswith("on")]
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
+    return page
+
+
+def heights(text, kind):
+    """The heights of a colour class in the session's upper chart, by column."""
+    chart = re.search(r'<svg class="chart".*?</svg>', text, re.S).group()
+    return [sum(float(h) for h in re.findall(rf'class="{kind}"[^/]*?height="([\d.]+)"', column))
+            for column in chart.split("<g>")[1:]]
+
+
+def test_the_session_page(optimizer):
+    store_session(optimizer, "s", [READ, READ, READ, ANSWER])
+    text = optimizer.export_report("s", "html")
+    page = checked(text)
+    for words in ("50.0", "2,000", "File 'a.py' was read 3 times", "s-1 ", "HIGH PRIORITY", "Cache what was read", "Answers",
+                  "Waste by kind", "What to do", "All tokens by purpose"):
+        assert words in page.text
+    assert heights(text, "k3") == [100, 0, 0, 0] and heights(text, "waste") == [0, 100, 100, 0]
+    assert "sent again" not in page.text
+
+
+def test_the_page_of_an_imported_session_names_lines_and_what_was_sent_again(optimizer):
+    row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
+    text = optimizer.export_report(row["id"], "html")
+    page = checked(text)
+    assert "Context sent again (cache reads)" in page.text and 'class="carry"' in text
+    report, session = optimizer.analyze(row["id"]), optimizer.get_session(row["id"])
+    events = {event.id: event for event in session.events}
+    for issue in report.issues:
+        assert so.plain(issue.description) in page.text
+        for event_id in issue.events_involved:
+            assert f'title="{so.event_place(session, events[event_id])}"' in text
+
+
+@pytest.mark.parametrize("calls, columns", [(0, 1), (1, 2), (2, 2), (120, 120), (121, 61), (5000, 120)])
+def test_a_timeline_has_at_most_120_columns_and_loses_no_token(calls, columns):
+    session = so.Session("s", "A", "t")
+    for number in range(calls):
+        session.add_event(so.SessionEvent(f"r{number}", f"2026-01-01T10:00:{number % 60:02d}", EventType.USER_MESSAGE, {}, 10))
+        session.add_event(so.SessionEvent(f"c{number}", "", EventType.AI_RESPONSE, {}, 0, 30, tokens_cache_read=7))
+    text = so.html_report(session, so.build_report(session, ()))
+    checked(text)
+    if not calls:
+        assert "chart" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
+        return
+    assert len(heights(text, "k7")) == columns <= so.MOST_COLUMNS
+    chart = re.search(r'<svg class="chart".*?</svg>', text, re.S).group()
+    said = re.findall(r": ([\d,]+) tokens, 0 wasted(?:, ([\d,]+) sent again)?;", chart)
+    assert sum(int(new.replace(",", "")) for new, _ in said) == 40 * calls
+    assert sum(int(again.replace(",", "") or 0) for _, again in said) == 7 * calls
+
+
+def hostile_session():
+    """A session all of whose texts are hostile, and a report on it."""
+    session = so.Session(HOSTILE, HOSTILE, HOSTILE, model=HOSTILE, started_at=HOSTILE,
+                         metadata={"source": {"reader": HOSTILE, "path": HOSTILE, "cwd": HOSTILE}})
+    for number, kind in enumerate(EventType):
+        for again in "ab":
+            session.add_event(so.SessionEvent(f"{HOSTILE}{number}{again}", HOSTILE, kind, {
+                "file_path": HOSTILE, "query": HOSTILE, "command": HOSTILE, "tool": HOSTILE, "message": HOSTILE,
+                "source": HOSTILE, "line": HOSTILE, "path": HOSTILE}, 20000, 500, agent_id=HOSTILE, model=HOSTILE))
+    report = so.build_report(session, [cls() for cls in so.BUILT_IN_ANALYZERS])
+    report.notes.append(HOSTILE)
+    report.recommendations += [HOSTILE, f"[{HOSTILE}] x"]
+    for issue in report.issues:
+        issue.description = issue.suggestion = HOSTILE
+    return session, report
+
+
+def test_whatever_a_session_says_is_text_in_its_page():
+    session, report = hostile_session()
+    assert len(report.issues) > 3
+    page = checked(so.html_report(session, report))
+    assert "<script>alert(1)</script>" in page.text and "\x1b" not in page.text and "\u202e" not in page.text
+
+
+def test_whatever_a_scan_found_is_text_in_its_page():
+    row = so.session_row(*hostile_session())
+    later = dict(row, started_at="2026-03-02T10:00:00Z")
+    result = {"sessions": [row, later], "totals": so.scan_totals([row, later]), "changes": "",
+              "skipped": [{"path": HOSTILE, "line": 0, "reason": HOSTILE}]}
+    page = checked(so.html_scan_report(result))
+    assert "<script>alert(1)</script>" in page.text and page.links == ["#s1", "#s2"]
+
+
+def test_the_page_of_a_scan(optimizer, tmp_path):
+    out = tmp_path / "scan.html"
+    status, printed, _ = run(optimizer, "scan", TRANSCRIPTS, "--format", "html", "--output", str(out))
+    assert (status, printed) == (0, f"Report written: {out}\n")
+    text = out.read_text()
+    page = checked(text)
+    result = optimizer.scan([TRANSCRIPTS])
+    worst = max(result["sessions"], key=lambda row: (row["waste"]["cost"], row["waste"]["tokens"]))
+    assert f"{len(result['sessions'])} sessions" in page.text and page.links[0] == "#s1"
+    assert so.plain(worst["task"] or worst["id"], 90) in page.text and worst["id"] in page.text
+    for words in ("By day", "By agent", "By project", "Waste by kind", "Worst sessions", "CLAUDE-CODE"):
+        assert words in page.text
+    new = sum(int(n.replace(",", "")) for n in re.findall(r"sessions, ([\d,]+) new tokens", text))
+    totals = result["totals"]["tokens"]
+    assert new == sum(totals.values()) - totals["cache_read"]
+    status, printed, _ = run(optimizer, "scan", TRANSCRIPTS, "--format", "html")
+    assert status == 0 and checked(printed).links == page.links
+
+
+def test_a_scan_that_found_nothing_has_a_page_too(optimizer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    page = checked(so.html_scan_report(optimizer.scan([str(tmp_path / "empty")])))
+    assert "No sessions found" in page.text
+
+
+def test_days_without_a_session_stand_in_the_picture():
+    rows = [{"started_at": day, "tokens": {"uncached_input": 100, "cache_read": 5}, "waste": {"tokens": 20}}
+            for day in ("2026-01-01T23:59:00Z", "2026-01-04T00:00:00Z", "")]
+    text = so._days(rows)
+    assert [title for title in re.findall(r"<title>([^<]*)</title>", text)] == [
+        "2026-01-01: 1 sessions, 100 new tokens, 20 wasted", "2026-01-02: 0 sessions, 0 new tokens, 0 wasted",
+        "2026-01-03: 0 sessions, 0 new tokens, 0 wasted", "2026-01-04: 1 sessions, 100 new tokens, 20 wasted"]
+    rows[1]["started_at"] = "2026-12-31T00:00:00Z"
+    assert so._days(rows).count("<g>") <= so.MOST_COLUMNS
+    assert so._days(rows[2:]) == ""
+
+
+@pytest.mark.parametrize("command", ["analyze", "export"])
+@pytest.mark.parametrize("form", ["html", "csv"])
+def test_both_commands_write_the_new_formats(optimizer, command, form):
+    store_session(optimizer, "s", [READ, READ, ANSWER])
+    status, out, _ = run(optimizer, command, "s", "--format", form)
+    assert status == 0
+    if form == "html":
+        checked(out)
+    else:
+        assert out.rstrip("\n") == optimizer.export_report("s", "csv").rstrip("\n")
+
+
+def test_the_spreadsheet_has_every_event_and_the_reports_waste(optimizer):
+    row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
+    session, report = optimizer.get_session(row["id"]), optimizer.analyze(row["id"])
+    rows = list(csv.DictReader(io.StringIO(optimizer.export_report(row["id"], "csv"))))
+    assert list(rows[0]) == ["id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
+                             "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
+                             "command", "tool", "line"]
+    assert [line["id"] for line in rows] == [event.id for event in session.events]
+    assert sum(int(line["tokens_input"]) + int(line["tokens_output"]) for line in rows) == session.total_tokens
+    assert sum(int(line["charged_tokens"]) for line in rows) == report.total_waste_tokens > 0
+    assert {line["model"] for line in rows} == {session.model}
+    assert [line["line"] for line in rows] == [str(event.data.get("line", "")) for event in session.events]
+
+
+@pytest.mark.parametrize("text, cell", [
+    ("=1+1", "'=1+1"), ("+1", "'+1"), ("-rf", "'-rf"), ("@SUM(A1)", "'@SUM(A1)"), ("\t=1", "'=1"), ("\r=1", "'=1"),
+    ("a=1", "a=1"), ("", ""), ('say "hi", all', 'say "hi", all'), ("two\nlines", "two lines"), ("x\ud800", "x")])
+def test_no_cell_is_a_formula(text, cell):
+    session = so.Session("s", "A", "t")
+    session.add_event(so.SessionEvent("e", "2026-01-01", EventType.SEARCH, {
+        "query": text, "file_path": text, "command": text, "tool": text, "line": text}))
+    (row,) = csv.DictReader(io.StringIO(so.csv_report(session, so.build_report(session, ()))))
+    assert {row[name] for name in ("query", "file_path", "command", "tool", "line")} == {cell}
+
+
+# ==================================================================================================
 # Store
-# ======================================================================================================
+# ==================================================================================================
 
 def header(session_id="s1"):
     return {"id": session_id, "agent": "FORGE", "task": "a task", "started_at": "2026-01-01T12:00:00+02:00",
@@ -1624,6 +2247,8 @@ def test_pretty_printed_new_session_stays_readable(store):
 
 
 GOOD = json.dumps(old_session("odd"), indent=2)
+
+
 DAMAGED = {
     "empty": b"", "blank": b" \n", "list": b"[]", "null": b"null", "object": b"{}", "number": b"1", "text": b'"x"',
     "cut": GOOD.encode()[:-40], "nan": GOOD.replace("30", "NaN").encode(), "infinite": GOOD.replace("30", "1e999").encode(),
@@ -1635,6 +2260,8 @@ DAMAGED = {
     "metadata": b'{"id":"a","metadata":[],"events":[]}', "total": b'{"id":"a","total_tokens_input":"x","events":[]}',
     "jsonl": b'{"type":"user"}\n{"type":"assistant"}\n', "zeros": b"\0" * 5000,
 }
+
+
 FINE = {
     "bom": b"\xef\xbb\xbf" + GOOD.encode(), "crlf": GOOD.replace("\n", "\r\n").encode(),
     "twice": GOOD.replace('"agent"', '"agent": "X", "agent"').encode(),
@@ -1890,341 +2517,16 @@ def test_no_hard_links(store, monkeypatch):
     assert len(store.load("s1")["events"]) == 2 and os.listdir(store.sessions) == ["s1.json"]
 
 
-# ======================================================================================================
-# Transcripts
-# ======================================================================================================
-
-# What shell commands read, search and change: commands run in /w.
-
-W = "/w"
-
-READS = [  # command, reads, pure
-    ("cat a.py", [("/w/a.py", 1, None)], True),
-    ("cat ./sub/../a.py", [("/w/a.py", 1, None)], True),
-    ("cat /w/a.py", [("/w/a.py", 1, None)], True),
-    ("cat -n 'a b.py' c.py", [("/w/a b.py", 1, None), ("/w/c.py", 1, None)], True),
-    ("cat a\\ b.py # why", [("/w/a b.py", 1, None)], True),
-    ("head a.py", [("/w/a.py", 1, 10)], True),
-    ("head -50 a.py", [("/w/a.py", 1, 50)], True),
-    ("head -n 50 a.py", [("/w/a.py", 1, 50)], True),
-    ("head -n50 a.py 2>/dev/null", [("/w/a.py", 1, 50)], True),
-    ("head --lines=5 a.py", [("/w/a.py", 1, 5)], True),
-    ("tail -n 20 a.py", [("/w/a.py", -20, None)], True),
-    ("tail -n +20 a.py", [("/w/a.py", 20, None)], True),
-    ("head -c 100 a.py", [], False),
-    ("sed -n '1,80p' a.py", [("/w/a.py", 1, 80)], True),
-    ("sed -n 5p a.py", [("/w/a.py", 5, 5)], True),
-    ("sed -n '5,$p' a.py", [("/w/a.py", 5, None)], True),
-    ("sed -n '$p' a.py", [("/w/a.py", -1, None)], True),
-    ("sed -n '1,5p;8,9p' a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
-    ("sed -n -e 1,5p -e 8,9p a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
-    ("sed 20q a.py", [("/w/a.py", 1, 20)], True),
-    ("sed 's/a/b/' a.py", [], False),
-    ("awk 'NR>=3 && NR<=9' a.py", [("/w/a.py", 3, 9)], True),
-    ("awk 'NR==4{print}' a.py", [("/w/a.py", 4, 4)], True),
-    ("awk '{print $2}' a.py", [], False),
-    ("nl -ba a.py", [("/w/a.py", 1, None)], True),
-    ("nl -ba a.py | sed -n '10,20p'", [("/w/a.py", 10, 20)], True),
-    ("sed -n '1,80p' a.py | nl", [("/w/a.py", 1, 80)], True),
-    ("cat a.py | head -50", [("/w/a.py", 1, 50)], True),
-    ("head -100 a.py | tail -20", [("/w/a.py", 81, 100)], True),
-    ("tail -n +5 a.py | head -10", [("/w/a.py", 5, 14)], True),
-    ("cat a.py | wc -l", [], False),
-    ("cat a.py | python -", [], False),
-    ("cat a.py | jq .x", [], False),
-    ("cat a.py | sort | head -5", [], False),
-    ("cat < a.py", [("/w/a.py", 1, None)], True),
-    ("wc -l < a.py", [], False),
-    ("bat -r 3:9 a.py", [("/w/a.py", 3, 9)], True),
-    ("cat a.py && cat b.py", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
-    ("cat a.py; git status", [("/w/a.py", 1, None)], False),
-    ("echo '== a'; cat a.py; printf '\\n'; cat b.py", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
-    ("cat a.py || cat b.py", [("/w/a.py", 1, None)], False),
-    ("cat a.py 2>/dev/null || true", [("/w/a.py", 1, None)], True),
-    ("cd sub && cat a.py", [("/w/sub/a.py", 1, None)], True),
-    ("(cd sub; cat a.py); cat b.py", [("/w/sub/a.py", 1, None), ("/w/b.py", 1, None)], True),
-    ("pushd sub; cat a.py; popd; cat a.py", [("/w/sub/a.py", 1, None), ("/w/a.py", 1, None)], True),
-    ("cd $X && cat a.py", [], False),
-    ("cd $X && cat /w/a.py", [("/w/a.py", 1, None)], True),
-    ("for f in a b; do cat $f.py; done", [("/w/a.py", 1, None), ("/w/b.py", 1, None)], True),
-    ('for f in a.py b.py; do echo "== $f"; sed -n 1,3p "$f"; done', [("/w/a.py", 1, 3), ("/w/b.py", 1, 3)],
-         True),
-    ("for f in $(ls); do cat $f; done", [], False),
-    ("F=a.py; cat $F", [("/w/a.py", 1, None)], True),
-    ("cat $F", [], False),
-    ("cat $HOME/x ~/x", [("~/x", 1, None), ("~/x", 1, None)], True),
-    ("cat src/{a,b}.ts", [("/w/src/a.ts", 1, None), ("/w/src/b.ts", 1, None)], True),
-    ("cat src/*.ts", [("/w/src/*.ts", 1, None)], True),
-    ("bash -lc 'cat a.py'", [("/w/a.py", 1, None)], True),
-    ('bash -lc "cd sub && sed -n \'1,3p\' a.py"', [("/w/sub/a.py", 1, 3)], True),
-    (["bash", "-lc", "cat a.py"], [("/w/a.py", 1, None)], True),
-    (["cat", "a b.py"], [("/w/a b.py", 1, None)], True),
-    ("sudo -u root timeout 10 nice -n 5 cat a.py", [("/w/a.py", 1, None)], True),
-    ("A=1 env B=2 time cat a.py", [("/w/a.py", 1, None)], True),
-    ("find . | xargs cat", [], False),
-    ("if [ -f a.py ]; then cat a.py; fi", [("/w/a.py", 1, None)], False),
-    ("echo $(cat a.py)", [], False),
-    ("cat <<'EOF'\ncat a.py\nEOF", [], False),
-    ("cat <<EOF | head\nx\nEOF\ncat a.py", [("/w/a.py", 1, None)], False),
-    ("Get-Content a.py", [("/w/a.py", 1, None)], True),
-    ("Get-Content -Path 'a.py' -TotalCount 30", [("/w/a.py", 1, 30)], True),
-    ("Get-Content a.py -Tail 5", [("/w/a.py", -5, None)], True),
-    ("Get-Content .\\sub\\a.py | Select-Object -First 5", [("/w/sub/a.py", 1, 5)], True),
-    ("Get-Content a.py | Select-Object -Skip 10 -First 5", [("/w/a.py", 11, 15)], True),
-    ("powershell.exe -NoProfile -Command \"Get-Content 'sub\\a.py'\"", [("/w/sub/a.py", 1, None)], True),
-    ("pwsh -c 'gc a.py'", [("/w/a.py", 1, None)], True),
-]
-
-SEARCHES = [  # command, searches
-    ("rg -n 'foo bar' src", [("foo bar", "rg /w/src")]),
-    ("rg foo", [("foo", "rg /w")]),
-    ("rg foo .", [("foo", "rg /w")]),
-    ("rg --color=never -in foo src ./docs/", [("foo", "rg /w/docs /w/src -i")]),
-    ("rg foo -g '*.py' -C 3", [("foo", "rg /w -C3 -g*.py")]),
-    ("rg --files src", [("*", "rg /w/src --files")]),
-    ("grep -rn 'a|b' src | head -20", [("a|b", "grep /w/src -r | head -20")]),
-    ("grep -e a -e b x.py", [("a|b", "grep /w/x.py")]),
-    ("cat x.py | grep y", [("y", "grep /w/x.py")]),
-    ("sed -n 5,9p x.py | grep y", [("y", "grep /w/x.py:5-9")]),
-    ("git status | grep y", []),
-    ("grep y x.py > out", []),
-    ("git -C sub grep -n foo", [("foo", "git grep /w/sub")]),
-    ("git ls-files src", [("*", "git ls-files /w/src")]),
-    ("find . -name '*.py' -not -path './x/*'", [("-name *.py -not -path ./x/*", "find /w")]),
-    ("find . -type f | grep -v test | wc -l", [("-type f", "find /w | grep test -v | wc -l")]),
-    ("fd -e py foo src", [("foo", "fd /w/src -epy")]),
-    ("ls -la src", [("*", "ls /w/src -a -l")]),
-    ("ls", [("*", "ls /w")]),
-    ("tree -L 2 src", [("*", "tree /w/src -L2")]),
-    ("sed -n '/def x/,/return/p' a.py", [("/def x/,/return/p", "sed /w/a.py")]),
-    ("find . -name '*.py' | xargs grep -l foo", [("-name *.py", "find /w | xargs grep -l foo")]),
-    ("find . -name '*.py' -exec grep -l foo {} +", [("-name *.py -exec grep -l foo {} +", "find /w")]),
-    ("Select-String -Path src\\a.py -Pattern 'foo'", [("foo", "select-string /w/src/a.py")]),
-    ("Get-ChildItem src -Recurse", [("*", "ls /w/src -recurse")]),
-    ("findstr /i foo a.py", [("foo", "findstr /w/a.py -i")]),
-]
-
-CHANGES = [  # command, changes, kind
-    ("echo x > a.py", ["/w/a.py"], "write"),
-    ("echo x >> a.py 2>&1", ["/w/a.py"], "write"),
-    ("make_it &> out.log", ["?"], "other"),
-    ("cat a.py > b.py", ["/w/b.py"], "write"),
-    ("ls 2>/dev/null >/dev/null", [], "other"),
-    ("ls 2> err.log", ["/w/err.log"], "write"),
-    ("cat > f.py <<'EOF'\nrm -rf x; $(touch y)\nEOF", ["/w/f.py"], "write"),
-    ("cat <<-EOF >f.py\n\tx\n\tEOF\nrm g.py", ["/w/f.py", "/w/g.py"], "write"),
-    ("cat a.py | tee b.py c.py", ["/w/b.py", "/w/c.py"], "write"),
-    ("sed -i 's/a/b/' a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
-    ("sed -i.bak -e 's/a/b/' a.py && cat a.py", ["/w/a.py"], "write"),
-    ("sed -i '' 's/a/b/' a.py", ["/w/a.py"], "write"),
-    ("perl -pi -e 's/a/b/' a.py", ["/w/a.py"], "write"),
-    ("mv a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
-    ("cp a.py b.py", ["/w/b.py"], "write"),
-    ("rm -rf build dist", ["/w/build", "/w/dist"], "write"),
-    ("rm *.pyc", ["*"], "write"),
-    ("rm -rf .", ["*"], "write"),
-    ("echo x > $OUT", ["*"], "write"),
-    ("T=$(mktemp); echo x > $T", ["/tmp/mktemp"], "write"),
-    ("mkdir -p x/y && touch x/y/z", ["/w/x/y", "/w/x/y/z"], "write"),
-    ("truncate -s 0 a.log", ["/w/a.log"], "write"),
-    ("dd if=/dev/zero of=x.img bs=1", ["/w/x.img"], "write"),
-    ("patch -p1 < x.diff", ["*"], "write"),
-    ("patch -p1 <<'E'\n--- a/x.py\n+++ b/x.py\n@@\nE", ["/w/x.py"], "write"),
-    ("apply_patch <<'P'\n*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py\n*** Add File: c d.py\nP",
-     ["/w/a.py", "/w/b.py", "/w/c d.py"], "write"),
-    (["apply_patch", "*** Begin Patch\n*** Delete File: a.py\n*** End Patch"], ["/w/a.py"], "write"),
-    (["bash", "-lc", "*** Begin Patch\n*** Update File: a.py\n*** End Patch\n"], ["/w/a.py"], "write"),
-    (["bash", "-lc", "cd sub && apply_patch <<'P'\n*** Update File: a.py\nP\n"], ["/w/sub/a.py"], "write"),
-    ("git checkout main", ["*"], "write"),
-    ("git checkout -- a.py", ["/w/a.py"], "write"),
-    ("git checkout -b topic", [], "other"),
-    ("git restore a.py", ["/w/a.py"], "write"),
-    ("git restore --staged a.py", [], "other"),
-    ("git -C sub restore a.py", ["/w/sub/a.py"], "write"),
-    ("git reset --hard", ["*"], "write"),
-    ("git reset HEAD a.py", [], "other"),
-    ("git stash", ["*"], "write"),
-    ("git stash list", [], "other"),
-    ("git pull --rebase", ["*"], "write"),
-    ("git apply x.patch", ["*"], "write"),
-    ("git apply --check x.patch", [], "other"),
-    ("git rm a.py", ["/w/a.py"], "write"),
-    ("git add -A && git commit -m 'x > y; rm z' && git push", [], "other"),
-    ("git commit -m \"$(cat <<'EOF'\nit's (fine\n\nEOF\n)\"", [], "other"),
-    ("git status && git diff | cat", [], "other"),
-    ("git --no-pager log -3", [], "other"),
-    ("black a.py", ["/w/a.py"], "write"),
-    ("black .", ["*"], "write"),
-    ("black --check .", [], "other"),
-    ("ruff check src", [], "other"),
-    ("ruff check --fix src", ["/w/src"], "write"),
-    ("ruff format", ["*"], "write"),
-    ("npx prettier --write a.ts", ["/w/a.ts"], "write"),
-    ("npx eslint src", [], "other"),
-    ("eslint --fix src", ["/w/src"], "write"),
-    ("gofmt -w f.go", ["/w/f.go"], "write"),
-    ("gofmt -l .", [], "other"),
-    ("cargo fmt", ["*"], "write"),
-    ("cargo add serde", ["*"], "write"),
-    ("cargo clippy", [], "other"),
-    ("cargo clippy --fix", ["*"], "write"),
-    ("npm ci", ["*"], "write"),
-    ("yarn", ["*"], "write"),
-    ("npm run test:unit -- --watch=false", [], "other"),
-    ("npm run lint:fix", ["*"], "write"),
-    ("npm run build", ["?"], "other"),
-    ("npm ls", [], "other"),
-    ("pip install -r r.txt", ["*"], "write"),
-    ("uv pip install x", ["*"], "write"),
-    ("uv run pytest -q", [], "other"),
-    ("poetry run python x.py", ["?"], "other"),
-    ("python -m pytest tests -q 2>&1 | tail -5", [], "other"),
-    ("python3 -m unittest", [], "other"),
-    ("python -m black a.py", ["/w/a.py"], "write"),
-    ("python x.py", ["?"], "other"),
-    ("python --version", [], "other"),
-    ("python - <<'EOF'\nopen('x')\nEOF", ["?"], "other"),
-    ("node -e 'x'", ["?"], "other"),
-    ("npx tsc --noEmit", [], "other"),
-    ("go test ./...", [], "other"),
-    ("go mod tidy", ["*"], "write"),
-    ("make test", [], "other"),
-    ("make", ["?"], "other"),
-    ("pytest; mypy .; flake8", [], "other"),
-    ("frobnicate --now", ["?"], "other"),
-    ("frobnicate list", [], "other"),
-    ("./run.sh", ["?"], "other"),
-    ("bash run.sh", ["?"], "other"),
-    ("bash -n run.sh", [], "other"),
-    ("source .venv/bin/activate && pytest", [], "other"),
-    ("find . -name '*.pyc' -delete", ["*"], "write"),
-    ("find . -name '*.pyc' -exec rm {} \\;", ["*"], "write"),
-    ("find . | xargs rm -f", ["*"], "write"),
-    ("find . | xargs sed -i s/a/b/", ["*"], "write"),
-    ("rg -l a | xargs -I{} mv {} {}.bak", ["*"], "write"),
-    ("echo $(rm a.py)", ["/w/a.py"], "write"),
-    ("echo `rm a.py`", ["/w/a.py"], "write"),
-    ("echo '$(rm a.py)' \"a > b\"", [], "other"),
-    ("diff <(sort a) <(rm b)", ["/w/b"], "write"),
-    ("rm a.py; frobnicate", ["?"], "other"),
-    ("git stash; frobnicate; rm a", ["*"], "write"),
-    ("curl -s https://x.y/z | head", [], "other"),
-    ("curl -o f.zip https://x.y/z", ["/w/f.zip"], "write"),
-    ("awk '{print > \"x\"}' a", ["?"], "other"),
-    ("docker ps && gh pr view 3 && gh run list", [], "other"),
-    ("docker run x", ["?"], "other"),
-    ("sleep 5; date; pwd; env; which x; ps aux; du -sh .", [], "other"),
-    ("[ -f a ] && test -d b; [[ $x == y ]]", [], "other"),
-    ("for f in a b; do rm $f.py; done", ["/w/a.py", "/w/b.py"], "write"),
-    ("while read f; do rm \"$f\"; done < list", ["*"], "write"),
-    ("echo 'unbalanced", ["?"], "other"),
-    ("echo \"unbalanced $(", ["?"], "other"),
-    ("ssh host 'rm -rf x'", [], "other"),
-    ("Set-Content -Path a.txt -Value 'x'", ["/w/a.txt"], "write"),
-    ("Remove-Item 'a.txt','b.txt' -Force", ["/w/a.txt", "/w/b.txt"], "write"),
-    ("Copy-Item a.txt -Destination b.txt", ["/w/b.txt"], "write"),
-    ("Get-Process | Where-Object { $_.CPU -gt 5 } | Sort-Object CPU", [], "other"),
-    ("$x = Get-Item a; $x.Name", [], "other"),
-    ("", [], "other"),
-]
+@pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1])])
+def test_state_files_that_hold_something_else_are_started_afresh(tmp_path, optimizer, name, value):
+    path = tiny(tmp_path / "t").save()
+    optimizer.store.write_json(name, value)
+    assert optimizer.scan([path])["totals"]["sessions"] == 1
 
 
-@pytest.mark.parametrize("command, reads, pure", READS, ids=lambda value: str(value)[:60])
-def test_what_a_command_reads(command, reads, pure):
-    effects = so.shell_effects(command, W)
-    assert (effects.reads, effects.pure) == (reads, pure)
-    assert effects.kind != "read" or reads
-
-
-@pytest.mark.parametrize("command, searches", SEARCHES, ids=lambda value: str(value)[:60])
-def test_what_a_command_searches(command, searches):
-    effects = so.shell_effects(command, W)
-    assert effects.searches == searches and not effects.reads and not effects.pure
-    assert effects.kind == ("search" if searches else "write" if effects.changes else "other")
-
-
-@pytest.mark.parametrize("command, changes, kind", CHANGES, ids=lambda value: str(value)[:60])
-def test_what_a_command_changes(command, changes, kind):
-    effects = so.shell_effects(command, W)
-    assert effects.changes == changes
-    if kind == "write" or changes:
-        assert effects.kind == ("other" if changes == ["?"] else "write")
-
-
-@pytest.mark.parametrize("path, cwd, expected", [
-    ("a.py", "", "a.py"), ("./x/../a.py", "", "a.py"), ("a.py", "/w/", "/w/a.py"), ("/a//b.py", "/w",
-    "/a/b.py"),
-    ("src\\a.py", "C:\\w", "C:/w/src/a.py"), ("C:\\w\\.\\a.py", "", "C:/w/a.py"), ("/c/w/a.py", "C:\\w",
-    "C:/w/a.py"),
-    ("~/a", "/w", "~/a"), ("..\\a.py", "C:/w/x", "C:/w/a.py"),
-])
-def test_canonical_path(path, cwd, expected):
-    assert so.canonical_path(path, cwd) == expected
-
-
-def test_windows_folder():
-    assert so.shell_effects("cd sub && cat a.py", "C:\\w").reads == [("C:/w/sub/a.py", 1, None)]
-    assert so.shell_effects('cat "C:\\w\\a.py"', "C:\\w").reads == [("C:/w/a.py", 1, None)]
-
-
-@pytest.mark.parametrize("command", [
-    "\0", "a" * 1_000_000, "'" * 999_999, '"$(' * 300_000, "((((" * 250_000, "`" * 1_000_001,
-    "{a,b}" * 200_000,
-    "<<E\n" * 250_000, "cat " + "$x" * 400_000, "| " * 500_000, "sed -n '" + "1,2p;" * 200_000 + "' f",
-    "\\" * 999_999,
-    "$(" * 3_000 + ")" * 3_000, "for", "for x", ">", "<", "2>", "<<", "|", "bash -c", "xargs", "sed -i",
-    "git", "find",
-    "find -exec", "cat <(", "${", "env", "sudo", "timeout 5", "head -n", "grep", "Get-Content", "awk", "[",
-    "a=", ")" * 9,
-    "bash -c " * 50, "cd", "cd -", "popd", "find . -exec", "python -m", "dd", "tar", "\ud800 > \ud800",
-    "git -C", "sed -n p",
-], ids=lambda command: repr(command[:12]))
-def test_no_command_is_too_strange(command):
-    assert so.shell_effects(command, W).kind in ("read", "search", "write", "other")
-    assert so.shell_effects(command.split(" ")[:2000], W).kind in ("read", "search", "write", "other")
-    assert isinstance(so.mask_secrets(command), str)
-
-
-def test_no_random_text_is_too_strange():
-    parts = ["cat", "sed", "-n", "-i", "'", '"', "$(", ")", "`", "|", ">", "<", "<<E", "\n", "&&", ";",
-    "a.py", "1,2p", "$x",
-             "{", "}", "\\", "git", "find", "-exec", "xargs", "bash -c", "head", "-5", "for", "in", "do",
-             "done", "rg", "*",
-             "Get-Content", "-Tail", "powershell -c", "#", "=", "tee", "awk", "nl", " ", " ", " ", "é",
-             "\0", "cd", "-C"]
-    rng = random.Random(3)
-    for _ in range(20_000):
-        text = "".join(rng.choice(parts) + rng.choice(("", " ")) for _ in range(rng.randrange(1, 14)))
-        effects = so.shell_effects(text, W)
-        assert effects.kind in ("read", "search", "write", "other")
-
-
-def test_long_commands_are_cut_but_here_documents_are_not():
-    assert so.shell_effects("echo a; " * 5_000 + "rm x", W).changes == ["?"]
-    assert so.shell_effects("cat > a <<'E'\n" + "x\n" * 50_000 + "E\nrm b", W).changes == ["/w/a", "/w/b"]
-
-
-@pytest.mark.parametrize("text, masked", [
-    ("export K=sk-ant-abcdefghij0123456789", "export K=***"),
-    ("ghp_abcdefghijklmnopqrstuvwxyz0123456789", "***"),
-    ("AWS AKIAABCDEFGHIJKLMNOP x", "AWS *** x"),
-    ("curl -H 'Authorization: Bearer abc.def-123'", "curl -H 'Authorization: Bearer ***'"),
-    ("curl 'https://x.y/?token=abc123&z=1'", "curl 'https://x.y/?token=***&z=1'"),
-    ("login --password hunter2 now", "login --password *** now"),
-    ("password=hunter2", "password=***"),
-    ('{"api_key": "abc"}', '{"api_key": "***"}'),
-    ("git clone https://me:pw@host/x.git", "git clone https://me:***@host/x.git"),
-    ("curl -u me:pw http://x", "curl -u me:*** http://x"),
-    ("export TOKEN=$TOKEN", "export TOKEN=$TOKEN"),
-    ("monkey business, keyboard: 3", "monkey business, keyboard: 3"),
-    ("rg max_tokens src", "rg max_tokens src"),
-    ("cat secret/list.py", "cat secret/list.py"),
-    ("ssh git@host:22/x", "ssh git@host:22/x"),
-    ("plain text", "plain text"),
-])
-def test_mask_secrets(text, masked):
-    assert so.mask_secrets(text) == masked
-
+# ==================================================================================================
+# Recorder
+# ==================================================================================================
 
 # What scans make of transcripts.
 
@@ -2309,6 +2611,10 @@ def test_tokens_are_laid_out_by_growth(tmp_path, optimizer):
     assert lines == {1, 2, 3, 5}
 
 
+# ==================================================================================================
+# Readers
+# ==================================================================================================
+
 def test_a_response_is_counted_once_with_its_largest_output(tmp_path, optimizer):
     transcript = Transcript(tmp_path)
     transcript.prompt("x")
@@ -2357,6 +2663,371 @@ def consistent(result, optimizer=None):
     for entry in result["skipped"]:
         assert set(entry) == {"path", "line", "reason"} and entry["reason"]
 
+
+def test_images_read_from_one_path_are_not_the_same_text(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("compare the pictures")
+    for number in (1, 2):
+        transcript.answer("m%d" % number, (3, 2000, 0, 20), use("t%d" % number, "Read", file_path="/w/a.png"))
+        transcript.result("t%d" % number, [{"type": "image", "source": {"type": "base64", "data": "A" * number}}])
+    transcript.answer("m3", (3, 2000, 4000, 20), {"type": "text", "text": "they differ"})
+    assert not [issue for row in optimizer.scan([transcript.save()])["sessions"] for issue in row["issues"] if issue["measured"]]
+
+
+def test_tokens_are_billed_at_the_model_that_takes_them_in(tmp_path, optimizer):
+    transcript = tiny(tmp_path)
+    transcript.prompt("look", isSidechain=True, agentId="abc")
+    transcript.model = "claude-haiku-4-5-20251001"
+    transcript.answer("msg_sub", (0, 10_000, 0, 0), {"type": "text", "text": "done"}, isSidechain=True, agentId="abc")
+    with_agent = optimizer.scan([transcript.save()])["totals"]["estimated_cost"]
+    alone = optimizer.scan([tiny(tmp_path / "alone").save()], store=False)["totals"]["estimated_cost"]
+    assert with_agent - alone == pytest.approx(10_000 * 1.25e-6)
+
+
+def test_an_inline_sub_agent_is_one_window(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("delegate")
+    parent = None
+    for number in range(4):
+        for kind, message, name in (
+                ("assistant", {"id": "s%d" % number, "model": transcript.model, "role": "assistant", "stop_reason": "tool_use",
+                               "content": [use("t%d" % number, "Read", file_path="/w/%d.py" % number)],
+                               "usage": {"input_tokens": 3, "output_tokens": 9, "cache_creation_input_tokens": 100,
+                                         "cache_read_input_tokens": 100 * number}}, "a%d" % number),
+                ("user", {"role": "user", "content": [{"tool_use_id": "t%d" % number, "type": "tool_result",
+                                                       "content": "x = 1\n" * 40}]}, "r%d" % number)):
+            transcript.line(kind, message, isSidechain=True, uuid=name, parentUuid=parent)
+            parent = name
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    agents = {event.agent_id for event in optimizer.get_session(row["id"]).events if event.agent_id}
+    assert len(agents) == 1
+
+
+def test_two_thinking_blocks_of_one_response_are_one_event(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("think twice")
+    thought = {"type": "thinking", "thinking": "x" * 400, "signature": "s"}
+    for block in (thought, text(40), thought, text(40)):
+        transcript.answer("m1", (3, 1_000, 0, 1_000), block)
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    session = optimizer.get_session(row["id"])
+    assert session.total_tokens_output == row["tokens"]["output"] == 1_000
+    assert len({event.id for event in session.events}) == len(session.events)
+
+
+def test_what_a_counted_response_wrote_stays_when_the_next_is_counted_elsewhere(tmp_path, optimizer):
+    first, fork = Transcript(tmp_path), Transcript(tmp_path, name="22222222-2222-4333-8444-555555555555")
+    for transcript, own in ((first, False), (fork, True)):
+        transcript.prompt("go on")
+        transcript.answer("a", (3, 1_000, 0, 10), text(20))
+        if own:
+            transcript.answer("b", (3, 100, 1_003, 400), use("t1", "Write", file_path="/w/a.py", content="x" * 900))
+            transcript.result("t1", "File created")
+        transcript.answer("c", (3, 100, 1_106, 20), text(40))
+    first.save()
+    fork.save()
+    totals = optimizer.scan([str(tmp_path)])["totals"]
+    assert totals["tokens"]["output"] == 430 and totals["model_calls"] == 3
+    assert sum(session.total_tokens_output for session in optimizer.list_sessions()) == 430
+
+
+def test_a_project_below_a_folder_named_like_the_sub_agents(tmp_path, optimizer):
+    folder = tmp_path / "subagents-of-mine" / "proj"
+    main = tiny(folder).save()
+    session = os.path.splitext(os.path.basename(main))[0]
+    agent = Transcript(folder / session / "subagents", "agent-abc")
+    agent.session = session
+    agent.prompt("look", isSidechain=True, agentId="abc")
+    agent.answer("msg_sub", (3, 500, 0, 20), text(9), isSidechain=True, agentId="abc")
+    agent.save()
+    assert optimizer.scan([str(tmp_path)])["totals"]["sessions"] == 1
+
+
+@pytest.mark.parametrize("secret", [
+    "SECRET_KEY_BASE=zebra77 rails s", "aws configure set aws_secret_access_key zebra77", "docker login -p zebra77 host",
+    "mysql -pzebra77 -e 'select 1'", "gh auth login --with-token zebra77", "az login --client-secret zebra77",
+    "curl -H 'Cookie: session=zebra77' http://h", "cat 'token=zebra77'", "rm '/p/token=zebra77'"])
+def test_secrets_of_commands_are_not_kept(tmp_path, optimizer, secret):
+    transcript = Transcript(tmp_path / "t")
+    transcript.prompt("run it")
+    transcript.answer("m1", (3, 1_000, 0, 10), use("t1", "Bash", command=secret))
+    transcript.result("t1", "done")
+    transcript.answer("m2", (3, 100, 1_003, 10), text(9))
+    optimizer.scan([transcript.save()])
+    assert b"zebra77" not in stored_bytes(optimizer.store.root)
+
+
+PROMPT = "Fix the loader\nIt is slow. password=hunter2hunter2"
+
+
+TRANSCRIPTS = os.path.join(os.path.dirname(MODULE), "examples", "transcripts", "claude-code")
+
+
+class Agent:
+    """An agent at work whose hooks call the library, or the command line with `call`."""
+
+    def __init__(self, optimizer, folder, session_id="0f0f0f0f-1111-2222-3333-444455556666"):
+        self.optimizer, self.folder = optimizer, folder
+        self.common = {"session_id": session_id, "transcript_path": str(folder / f"{session_id}.jsonl"), "cwd": str(folder)}
+        self.id = session_id
+
+    def payload(self, name, **fields):
+        return {**self.common, "hook_event_name": name, **fields}
+
+    def hook(self, name, **fields):
+        return self.optimizer.log_hook(self.payload(name, **fields))
+
+    def call(self, *arguments, **payload):
+        return run(self.optimizer, "hook", *arguments, stdin=json.dumps({**self.common, **payload}).encode())
+
+    def read(self, path, **arguments):
+        lines = path.read_text().splitlines(True)
+        first, count = arguments.get("offset", 1), arguments.get("limit", len(lines))
+        content = "".join(lines[first - 1:first - 1 + count])
+        return self.hook("PostToolUse", tool_name="Read", tool_input={"file_path": str(path), **arguments},
+                         tool_response={"type": "text", "file": {
+                             "filePath": str(path), "content": content, "numLines": content.count("\n"),
+                             "startLine": first, "totalLines": len(lines)}})
+
+    def bash(self, command, stdout=""):
+        return self.hook("PostToolUse", tool_name="Bash", tool_input={"command": command},
+                         tool_response={"stdout": stdout, "stderr": "", "interrupted": False})
+
+    def about_to(self, tool, deny=False, **arguments):
+        return self.optimizer.guard(self.payload("PreToolUse", tool_name=tool, tool_input=arguments), deny=deny)
+
+    def session(self):
+        return self.optimizer.get_session(self.id)
+
+
+@pytest.fixture
+def agent(optimizer, tmp_path):
+    return Agent(optimizer, tmp_path)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "loader.py"
+    path.write_text("".join(f"line {number} of the loader\n" for number in range(1, 101)))
+    past = time.time() - 60
+    os.utime(path, (past, past))
+    return path
+
+
+HOOKS = [  # hook, its fields: event type, what its data must hold, tokens in and out
+    ("UserPromptSubmit", {"prompt": "x" * 360}, EventType.USER_MESSAGE, {"estimated": True}, 100, 0),
+    ("Stop", {"last_assistant_message": "x" * 720}, EventType.AI_RESPONSE, {"estimated": True}, 0, 200),
+    ("PreCompact", {"trigger": "auto"}, EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": "auto"}, 0, 0),
+    ("SubagentStop", {"agent_id": "a1", "agent_type": "Explore", "last_assistant_message": "x" * 36}, EventType.CUSTOM,
+     {"source": "sub-agent", "agent_type": "Explore"}, 0, 10),
+    ("PostToolUse", {"tool_name": "Bash", "tool_input": {"command": "pytest -q"}, "duration_ms": 1234,
+                     "tool_response": {"stdout": "x" * 36, "stderr": "", "interrupted": False}},
+     EventType.TOOL_CALL, {"tool": "Bash", "command": "pytest -q", "changes": []}, 10, 6),
+    ("PostToolUse", {"tool_name": "Bash", "tool_input": {"command": "sed -i s/a/b/ a.py"}, "tool_response": {"stdout": ""}},
+     EventType.FILE_WRITE, {"changes": ["/w/a.py"]}, 0, 9),
+    ("PostToolUse", {"tool_name": "Grep", "tool_input": {"pattern": "def load", "path": "/w/src"},
+                     "tool_response": {"mode": "files_with_matches", "filenames": ["/w/a.py", "/w/b.py"], "numFiles": 2}},
+     EventType.SEARCH, {"query": "def load", "file_path": "/w/src"}, 4, 11),
+    ("PostToolUse", {"tool_name": "Edit", "tool_input": {"file_path": "/w/a.py", "old_string": "a", "new_string": "b"},
+                     "tool_response": {"filePath": "/w/a.py", "originalFile": "y" * 9000,
+                                       "structuredPatch": [{"lines": ["-" + "a" * 17, "+" + "b" * 16]}]}},
+     EventType.FILE_WRITE, {"file_path": "/w/a.py", "changes": ["/w/a.py"]}, 10, 16),
+    ("PostToolUse", {"tool_name": "Agent", "tool_input": {"prompt": "look"}, "tool_response": {
+        "content": [{"type": "text", "text": "x" * 36}], "totalTokens": 5}}, EventType.TOOL_CALL, {"changes": []}, 10, 5),
+    ("PostToolUse", {"tool_name": "mcp__db__list_tables", "tool_input": {}, "tool_response": [{"type": "text", "text": "x" * 36}]},
+     EventType.TOOL_CALL, {"tool": "mcp__db__list_tables"}, 10, 1),
+    ("PostToolUseFailure", {"tool_name": "Bash", "tool_input": {"command": "make"}, "error": "Exit code 2\n" + "x" * 24},
+     EventType.ERROR, {"exit_code": 2, "command": "make"}, 10, 5),
+    ("PostToolUseFailure", {"tool_name": "Bash", "tool_input": {"command": "make"}, "error": "stopped", "is_interrupt": True},
+     EventType.ERROR, {"kind": "interrupted"}, 2, 5),
+]
+
+
+@pytest.mark.parametrize("name, fields, event_type, data, entered, written", HOOKS, ids=lambda value: str(value)[:20])
+def test_a_hook_becomes_the_event(optimizer, name, fields, event_type, data, entered, written):
+    event = optimizer.log_hook({"session_id": "s", "hook_event_name": name, "cwd": "/w", **fields})
+    assert (event.event_type, event.tokens_input, event.tokens_output) == (event_type, entered, written)
+    assert {key: event.data.get(key) for key in data} == data
+    assert event.duration_ms == fields.get("duration_ms", 0) and event.agent_id == fields.get("agent_id", "")
+    stored = SessionOptimizer(optimizer.store.root).get_session("s").events[-1]
+    assert stored.to_dict() == event.to_dict()
+
+
+@pytest.mark.parametrize("name", ["Notification", "PreToolUse", "SubagentStart", "PostCompact", "SomethingNew", "SessionEnd"])
+def test_other_hooks_log_nothing_and_create_nothing(optimizer, name):
+    assert optimizer.log_hook({"session_id": "s", "hook_event_name": name}) is None
+    assert optimizer.get_session("s") is None
+
+
+def test_a_session_from_start_to_end(agent):
+    agent.hook("SessionStart", source="startup", model="claude-opus-5")
+    session = agent.session()
+    assert (session.agent, session.task, session.model) == ("CLAUDE-CODE", "", "claude-opus-5")
+    assert session.metadata == {"transcript_path": agent.common["transcript_path"], "cwd": str(agent.folder), "live": True}
+    agent.hook("UserPromptSubmit", prompt=PROMPT)
+    agent.hook("Stop", last_assistant_message="Done.")
+    agent.hook("UserPromptSubmit", prompt="And now the tests")
+    assert agent.session().task == "Fix the loader"
+    agent.hook("SessionEnd", reason="prompt_input_exit")
+    session = agent.session()
+    assert session.status is so.SessionStatus.COMPLETED and session.ended_at
+    assert [event.event_type.name for event in session.events] == [
+        "SESSION_START", "USER_MESSAGE", "AI_RESPONSE", "USER_MESSAGE", "SESSION_END"]
+    agent.hook("SessionEnd", reason="other")  # told twice
+    assert len(agent.session().events) == 5
+
+
+def test_a_session_without_a_start_begins_with_its_first_event(agent):
+    agent.hook("UserPromptSubmit", prompt=PROMPT)
+    assert agent.session().task == "Fix the loader" and agent.session().model == "default"
+
+
+def test_the_store_keeps_no_prompt_and_no_output(agent, source):
+    agent.hook("SessionStart", source="startup")
+    agent.hook("UserPromptSubmit", prompt=PROMPT)
+    agent.read(source)
+    agent.bash("cat loader.py", source.read_text())
+    agent.hook("PostToolUseFailure", tool_name="Bash", tool_input={"command": "x"}, error="a private message")
+    agent.hook("Stop", last_assistant_message="It was slow because")
+    agent.hook("PreCompact", trigger="manual", custom_instructions="keep the secret plan")
+    text = "".join(path.read_text() for path in agent.optimizer.sessions_dir.iterdir())
+    for secret in ("hunter2", "It is slow", "of the loader", "a private message", "because", "secret plan"):
+        assert secret not in text
+
+
+def test_a_resume_goes_on_with_the_session(agent, recwarn):
+    agent.hook("UserPromptSubmit", prompt="one")
+    agent.hook("SessionEnd", reason="other")
+    agent.bash("git status")  # a hook that came late
+    assert agent.session().status is so.SessionStatus.COMPLETED
+    agent.hook("SessionStart", source="resume")
+    assert agent.session().status is so.SessionStatus.ACTIVE and not agent.session().ended_at
+    agent.hook("UserPromptSubmit", prompt="two")
+    agent.hook("SessionEnd", reason="other")
+    session = agent.session()
+    assert session.status is so.SessionStatus.COMPLETED and session.task == "one"
+    ids = [event.id for event in session.events]
+    assert len(set(ids)) == len(ids) == 6
+    assert [str(w.message) for w in recwarn if issubclass(w.category, so.SessionOptimizerWarning)] == []
+
+
+def test_hooks_of_one_moment_make_one_session(agent):
+    from concurrent.futures import ThreadPoolExecutor
+    stores = [SessionOptimizer(agent.optimizer.store.root) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda one: one.log_hook(agent.payload("UserPromptSubmit", prompt="go")), stores))
+    assert len(agent.session().events) == 9 and len(agent.optimizer.list_sessions()) == 1
+
+
+def transcript_of(agent, *, prompt="Fix the loader", reads=2):
+    """The transcript the agent itself keeps: a prompt, `reads` reads of a.py, an answer."""
+    common = {"sessionId": agent.id, "cwd": str(agent.folder), "version": "2.1.200", "isSidechain": False}
+    lines, number = [], 0
+
+    def add(kind, message, **more):
+        nonlocal number
+        number += 1
+        lines.append({"type": kind, "uuid": f"u{number}", "parentUuid": f"u{number - 1}", "message": message,
+                      "timestamp": f"2026-08-01T10:00:{number:02d}.000Z", **common, **more})
+
+    def answer(key, block, read):
+        add("assistant", {"id": key, "role": "assistant", "model": "claude-opus-5", "content": [block], "stop_reason": "x",
+                          "usage": {"input_tokens": 5, "cache_creation_input_tokens": 400, "cache_read_input_tokens": read,
+                                    "output_tokens": 30}})
+
+    add("user", {"role": "user", "content": prompt})
+    for index in range(reads):
+        answer(f"m{index}", {"type": "tool_use", "id": f"t{index}", "name": "Read",
+                             "input": {"file_path": str(agent.folder / "a.py")}}, 400 * index)
+        add("user", {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"t{index}", "content": "1\tx" * 300}]},
+            toolUseResult={"type": "text", "file": {"content": "x\n" * 300, "startLine": 1, "totalLines": 300}})
+    answer("last", {"type": "text", "text": "Done"}, 400 * reads)
+    path = agent.folder / f"{agent.id}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_scan_replaces_the_estimates_in_place(agent):
+    path = transcript_of(agent)
+    agent.hook("SessionStart", source="startup")
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    agent.hook("SessionEnd", reason="other")
+    assert "estimated from their size" in " ".join(agent.optimizer.analyze(agent.id).notes)
+    result = agent.optimizer.scan([str(path)])
+    assert [row["id"] for row in result["sessions"]] == [agent.id]
+    assert [session.id for session in agent.optimizer.list_sessions()] == [agent.id]
+    session = agent.session()
+    assert session.metadata["source"]["path"] == str(path) and "live" not in session.metadata
+    assert session.total_tokens_output == 90 and not any(event.data.get("estimated") for event in session.events)
+    assert agent.optimizer.analyze(agent.id).notes == []
+
+
+def test_a_scan_in_the_middle_and_one_at_the_end(agent):
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    path = transcript_of(agent, reads=1)
+    agent.optimizer.scan([str(path)])
+    agent.hook("UserPromptSubmit", prompt="go on")
+    assert agent.session().status is so.SessionStatus.ACTIVE
+    transcript_of(agent, reads=3)
+    agent.hook("SessionEnd", reason="other")
+    result = agent.optimizer.scan([str(path)])
+    assert [row["id"] for row in result["sessions"]] == [agent.id]
+    assert [session.id for session in agent.optimizer.list_sessions()] == [agent.id]
+    assert agent.session().total_tokens_output == 120
+
+
+def test_a_live_session_that_was_deleted_stays_deleted(agent):
+    path = transcript_of(agent)
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    agent.optimizer.delete_session(agent.id)
+    assert agent.optimizer.scan([str(path)])["sessions"] == []
+    assert [row["id"] for row in agent.optimizer.scan([str(path)], again=True)["sessions"]] == [agent.id]
+
+
+def hooks_of(path):
+    """The hook payloads that the calls of a transcript would have made, by the line of the call."""
+    calls, payloads = {}, {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            entry = json.loads(line)
+            message = entry.get("message") or {}
+            for block in message.get("content") if isinstance(message.get("content"), list) else ():
+                if block.get("type") == "tool_use":
+                    calls[block["id"]] = (number, block, entry.get("cwd", ""))
+                elif block.get("type") == "tool_result" and entry.get("toolUseResult"):
+                    place, call, cwd = calls[block["tool_use_id"]]
+                    failed = block.get("is_error") is True
+                    payloads[place] = {
+                        "session_id": "s", "cwd": cwd, "tool_name": call["name"], "tool_input": call["input"],
+                        "hook_event_name": "PostToolUseFailure" if failed else "PostToolUse",
+                        "error": so._plain_text(block["content"]), "tool_response": entry["toolUseResult"]}
+    return payloads
+
+
+@pytest.mark.parametrize("case", ["story-checkout", "read-twice", "read-then-cat", "search-twice", "read-after-sed-i",
+                                  "make-fails-twice", "six-of-eight-fail", "read-unchanged-notice",
+                                  "grep-finds-nothing"])
+def test_a_hook_makes_the_event_a_scan_makes(optimizer, case):
+    folder = os.path.join(TRANSCRIPTS, case)
+    main = next(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.endswith(".jsonl"))
+    session = optimizer.get_session(optimizer.scan([main])["sessions"][0]["id"])
+    payloads = hooks_of(main)
+    assert payloads
+    for event in session.events:
+        if event.data["line"] in payloads and event.data.get("tool"):
+            told = so.hook_event(payloads.pop(event.data["line"]))
+            keys = ["tool", "file_path", "query", "scope", "changes", "lines", "total_lines", "command", "operation", "offset",
+                    "limit", "reads", "error_hash", "exit_code", "kind", "unchanged"]
+            if event.data["tool"] != "Read":  # whose lines the model is shown with numbers
+                keys.append("content_hash")
+            assert (told.event_type, {key: told.data.get(key) for key in keys}) == (
+                event.event_type, {key: event.data.get(key) for key in keys})
+    assert not payloads
+
+
+# ==================================================================================================
+# Scan
+# ==================================================================================================
 
 def transcripts_in(folder):
     found = [path for path, _, _ in so.find_transcripts([folder])]
@@ -2522,6 +3193,8 @@ def test_a_repeated_response_is_counted_once_in_any_order_of_discovery(tmp_path)
 
 
 MARK = "MaRkEr-4711"
+
+
 _SECRET_KEYS = ("text", "content", "output", "message", "aggregated_output", "formatted_output", "stdout", "stderr", "thinking", "thought",
                 "description", "prompt", "old_string", "new_string", "originalFile", "lastPrompt", "resultDisplay", "newContent",
                 "subject", "title", "summary", "fileDiff", "oldString", "newString")
@@ -2715,9 +3388,72 @@ def test_a_scan_as_a_whole_report(tmp_path, optimizer):
     assert so.scan_report(result).strip("\n") == expected.strip("\n")
 
 
-# ======================================================================================================
+def test_a_moved_transcript_keeps_what_it_has_counted(tmp_path, optimizer):
+    path = tiny(tmp_path / "old").save()
+    before = optimizer.scan([str(tmp_path)])
+    (tmp_path / "new").mkdir()
+    os.rename(path, str(tmp_path / "new" / os.path.basename(path)))
+    after = optimizer.scan([str(tmp_path)])
+    assert after["totals"] == before["totals"] and [row["id"] for row in after["sessions"]] == [row["id"] for row in before["sessions"]]
+    assert len(optimizer.list_sessions()) == 1
+
+
+def test_what_a_fork_left_to_a_replaced_transcript_is_its_own_again(tmp_path, optimizer):
+    first = tiny(tmp_path).save()
+    fork = os.path.join(str(tmp_path), "99999999-2222-4333-8444-555555555555.jsonl")
+    write(fork, read(first).replace(b'"sessionId": "11111111', b'"sessionId": "99999999'))
+    once = optimizer.scan([str(tmp_path)])["totals"]
+    write(first, b'{"type":"user","sessionId":"x","parentUuid":null,"isSidechain":false,"uuid":"z","timestamp":'
+                 b'"2026-03-02T10:00:00.000Z","message":{"role":"user","content":"hello"}}\n')
+    again = optimizer.scan([str(tmp_path)])["totals"]
+    assert again["tokens"] == once["tokens"] and again["model_calls"] == once["model_calls"]
+
+
+def test_deleting_one_of_a_files_sessions_leaves_the_others(tmp_path, optimizer):
+    spans = [{"traceId": "t%d" % n, "spanId": "s%d" % n, "name": "chat m", "startTimeUnixNano": str(10**18 + n),
+              "endTimeUnixNano": str(10**18 + n + 5), "attributes": [
+                  {"key": key, "value": value} for key, value in (
+                      ("gen_ai.operation.name", {"stringValue": "chat"}), ("gen_ai.conversation.id", {"stringValue": "c%d" % n}),
+                      ("gen_ai.request.model", {"stringValue": "gpt-5"}), ("gen_ai.usage.input_tokens", {"intValue": "100"}),
+                      ("gen_ai.usage.output_tokens", {"intValue": "10"}))]} for n in (1, 2)]
+    path = str(tmp_path / "spans.jsonl")
+    write(path, json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode() + b"\n")
+    rows = optimizer.scan([path])["sessions"]
+    assert len(rows) == 2 and optimizer.delete_session(rows[0]["id"])
+    assert [row["id"] for row in optimizer.scan([path])["sessions"]] == [rows[1]["id"]]
+    assert len(optimizer.scan([path], again=True)["sessions"]) == 2
+
+
+def test_the_part_of_a_session_stands_for_the_whole(tmp_path, optimizer):
+    main = tiny(tmp_path).save()
+    agent = Transcript(tmp_path / os.path.splitext(os.path.basename(main))[0] / "subagents", "agent-abc")
+    agent.session = os.path.splitext(os.path.basename(main))[0]
+    agent.prompt("look", isSidechain=True, agentId="abc")
+    agent.answer("msg_sub", (3, 500, 0, 20), {"type": "text", "text": "done"}, isSidechain=True, agentId="abc")
+    part = agent.save()
+    whole = optimizer.scan([str(tmp_path)])["totals"]
+    assert optimizer.scan([part])["totals"] == whole and optimizer.scan([main])["totals"] == whole
+    assert len(optimizer.list_sessions()) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_hides_no_other(tmp_path, optimizer, monkeypatch):
+    tiny(tmp_path / "open").save()
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(path="."):  # the superuser may read everything
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.warns(SessionOptimizerWarning, match="locked.*check its permissions"):
+        assert optimizer.scan([str(tmp_path)])["totals"]["sessions"] == 1
+
+
+# ==================================================================================================
 # SessionOptimizer
-# ======================================================================================================
+# ==================================================================================================
 
 def test_a_session_begins(optimizer):
     session = optimizer.start_session("Forge", "Mend it", model="Opus", metadata={"ticket": [1, {"a": None}]})
@@ -3137,9 +3873,253 @@ def test_would_repeat_follows_the_analyzers_rule(optimizer):
     assert optimizer.would_repeat("s", "FILE_READ", {"file_path": "a.py", "lines": [1, 100]}) is None
 
 
-# ======================================================================================================
+@pytest.mark.parametrize("call", [
+    lambda o: o.list_sessions(since="yesterday"), lambda o: o.list_sessions(limit=None), lambda o: o.log_event("s", "CUSTOM", "text"),
+    lambda o: o.start_session("A", "t", metadata=5), lambda o: o.agent_statistics("A", days="7"), lambda o: o.compare_sessions(None),
+    lambda o: o.compare_sessions("s"), lambda o: o.export_report("s", format=[]), lambda o: o.end_session("s", "ACTIVE")])
+def test_arguments_of_a_wrong_kind_are_named(optimizer, call):
+    optimizer.start_session("A", "t", session_id="s")
+    with pytest.raises(InvalidValue):
+        call(optimizer)
+
+
+def test_a_session_without_a_status_hides_no_other(optimizer):
+    optimizer.start_session("A", "t", session_id="good")
+    write(os.path.join(optimizer.store.sessions, "x.json"), b'{"id":"x","agent":"a","task":"t","events":[]}')
+    assert {session.id for session in optimizer.list_sessions()} == {"good", "x"}
+
+
+def run(optimizer, *arguments, stdin=None):
+    """Run the command line in a process of its own: (status, standard output, standard error)."""
+    done = subprocess.run([sys.executable, MODULE, "--store", optimizer.store.root, *arguments],
+                          input=stdin, capture_output=True, timeout=60)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def store_session(optimizer, name, events, *, agent="FORGE", minutes_ago=5.0, step=1.0):
+    """A stored session of (event type, data, tokens in, tokens out), `step` minutes apart, the last one `minutes_ago`."""
+    end = datetime.now().astimezone() - timedelta(minutes=minutes_ago)
+    begin = end - timedelta(minutes=step * max(0, len(events) - 1))
+    document = {"id": name, "agent": agent, "task": "t", "started_at": begin.isoformat(), "events": [
+        {"id": f"{name}-{number}", "timestamp": (begin + timedelta(minutes=step * number)).isoformat(), "event_type": kind,
+         "data": data, "tokens_input": entered, "tokens_output": written}
+        for number, (kind, data, entered, written) in enumerate(events)]}
+    optimizer.import_session(document)
+    return name
+
+
+READ = ("FILE_READ", {"file_path": "a.py"}, 1000, 0)
+
+
+ANSWER = ("AI_RESPONSE", {}, 0, 1000)
+
+
+FAILED = [("ERROR", {"message": f"cannot do {word}", "tool": word}, 100, 0) for word in ("one", "two", "three", "four")]
+
+
+ALERTING = {  # kind: a session that alerts, and the same with a little less of it
+    "LOW_EFFICIENCY": ([READ, READ, READ, ANSWER], [READ, READ, ANSWER, ANSWER, ANSWER, ANSWER]),
+    "HIGH_WASTE": ([("FILE_READ", {"file_path": "a.py"}, 5001, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5,
+                   [("FILE_READ", {"file_path": "a.py"}, 5000, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5),
+    "LONG_SESSION": ([ANSWER] * 62, [ANSWER] * 61),
+    "HIGH_ERROR_RATE": (FAILED + [ANSWER] * 9, FAILED + [ANSWER] * 10),
+    "TOKEN_SPIKE": ([ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3001)], [ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3000)]),
+}
+
+
+@pytest.mark.parametrize("kind", ALERTING)
+def test_an_alert_of_every_kind_fires_above_its_limit_and_not_at_it(optimizer, kind):
+    above, at = ALERTING[kind]
+    store_session(optimizer, "above", above)
+    store_session(optimizer, "at", at)
+    fired = [alert for alert in optimizer.alerts() if alert["kind"] == kind]
+    assert [alert["session_id"] for alert in fired] == ["above"]
+    rule = next(rule for rule in so.ALERT_RULES if rule.kind == kind)
+    assert fired[0]["level"] == rule.level.value and fired[0]["threshold"] == rule.threshold
+    assert fired[0]["id"] == f"above:{kind}" and fired[0]["action"] == rule.action and fired[0]["agent"] == "FORGE"
+    assert set(fired[0]) == {"id", "level", "kind", "session_id", "agent", "message", "action", "value", "threshold", "time"}
+    assert so.parse_time(fired[0]["time"]) is not None and fired[0]["value"] != rule.threshold
+
+
+def test_the_table_of_alerts_is_the_plans():
+    assert [(rule.name, rule.level.name, rule.threshold) for rule in so.ALERT_RULES] == [
+        ("efficiency", "HIGH", 70), ("waste", "MEDIUM", 5000), ("minutes", "MEDIUM", 60), ("error_rate", "HIGH", 30),
+        ("spike", "LOW", 3)]
+
+
+def test_alerts_are_most_urgent_first_and_then_newest(optimizer):
+    store_session(optimizer, "old", ALERTING["LOW_EFFICIENCY"][0], minutes_ago=90)
+    store_session(optimizer, "new", ALERTING["LOW_EFFICIENCY"][0])
+    store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], minutes_ago=1)
+    alerts = optimizer.alerts()
+    ranks = [Severity(alert["level"]).rank for alert in alerts]
+    assert ranks == sorted(ranks, reverse=True)
+    assert [alert["session_id"] for alert in alerts if alert["kind"] == "LOW_EFFICIENCY"] == ["new", "old"]
+
+
+def test_since_means_active_since_and_agent_is_any_case(optimizer):
+    store_session(optimizer, "long", [ANSWER] * 90, minutes_ago=5)  # begun 94 minutes ago, still at work
+    store_session(optimizer, "old", [ANSWER] * 90, agent="ATLAS", minutes_ago=120)
+    hour = datetime.now() - timedelta(hours=1)
+    assert {alert["session_id"] for alert in optimizer.alerts(since=hour)} == {"long"}
+    assert {alert["session_id"] for alert in optimizer.alerts(agent="atlas")} == {"old"}
+    assert optimizer.alerts(since=hour, agent="ATLAS") == []
+
+
+def test_thresholds_replace_the_tables(optimizer):
+    store_session(optimizer, "s", [READ, READ, ANSWER, ANSWER])
+    assert "LOW_EFFICIENCY" not in {alert["kind"] for alert in optimizer.alerts()}
+    (alert,) = [alert for alert in optimizer.alerts(thresholds={"efficiency": 80}) if alert["kind"] == "LOW_EFFICIENCY"]
+    assert alert["threshold"] == 80 and alert["value"] == 75.0 and "75.0%" in alert["message"]
+    kinds = {alert["kind"] for alert in optimizer.alerts(thresholds={"spike": 0.5, "waste": 10, "minutes": 1})}
+    assert kinds == {"TOKEN_SPIKE", "HIGH_WASTE", "LONG_SESSION"}
+
+
+@pytest.mark.parametrize("thresholds", [{"speed": 1}, {"waste": "many"}, {"waste": -1}, {"waste": float("nan")},
+                                        {"waste": True}, {"waste": None}])
+def test_a_threshold_that_cannot_be_is_named(optimizer, thresholds):
+    with pytest.raises(so.InvalidValue, match=next(iter(thresholds))):
+        optimizer.alerts(thresholds=thresholds)
+
+
+def test_one_failure_is_no_rate_and_those_of_others_do_not_count(optimizer):
+    store_session(optimizer, "one", [FAILED[0], ANSWER])
+    store_session(optimizer, "declined", [("ERROR", {"message": "declined by the user"}, 0, 0)] * 5 + [ANSWER])
+    assert [alert for alert in optimizer.alerts() if alert["kind"] == "HIGH_ERROR_RATE"] == []
+
+
+def test_rows_of_an_earlier_summary_file_are_made_anew(optimizer):
+    store_session(optimizer, "s", ALERTING["TOKEN_SPIKE"][0])
+    optimizer.summaries()
+    saved = optimizer.store.read_json("summaries")
+    for row in saved["rows"].values():
+        for name in ("spike", "error_rate", "last_at"):
+            del row[name]
+    optimizer.store.write_json("summaries", saved)
+    assert [alert["kind"] for alert in optimizer.alerts()] == ["TOKEN_SPIKE"]
+
+
+def test_an_empty_store_has_no_alerts(optimizer):
+    assert optimizer.alerts() == []
+    assert run(optimizer, "alerts", "--fail-on", "LOW") == (0, "No alerts.\n", "")
+    status, out, _ = run(optimizer, "alerts", "--format", "json")
+    assert (status, json.loads(out)) == (0, [])
+
+
+def test_the_alerts_command(optimizer):
+    store_session(optimizer, "wasteful", ALERTING["LOW_EFFICIENCY"][0])
+    store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], agent="ATLAS")
+    status, out, _ = run(optimizer, "alerts", "--format", "json")
+    assert status == 0 and json.loads(out) == optimizer.alerts()
+    status, out, _ = run(optimizer, "alerts")
+    assert status == 0 and out.startswith("[HIGH] wasteful (FORGE") and "    Analyze the session" in out
+    assert run(optimizer, "alerts", "--fail-on", "high")[0] == 3
+    assert run(optimizer, "alerts", "--fail-on", "critical")[0] == 0
+    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "HIGH")[0] == 0
+    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "MEDIUM")[0] == 3
+    assert run(optimizer, "alerts", "--since", "1m", "--fail-on", "LOW") == (0, "No alerts.\n", "")
+    quiet = ["--efficiency", "0", "--waste", "1e9", "--minutes", "1e9", "--error-rate", "100", "--spike", "1e9"]
+    assert run(optimizer, "alerts", "--fail-on", "LOW", *quiet) == (0, "No alerts.\n", "")
+    assert run(optimizer, "alerts", "--fail-on", "URGENT")[0] == 2
+    assert run(optimizer, "alerts", "--waste", "-1")[0] == 2
+
+
+def test_a_read_of_what_the_window_holds_gets_advice(agent, source):
+    agent.read(source)
+    answer = agent.about_to("Read", file_path=str(source))
+    output = answer["hookSpecificOutput"]
+    assert set(output) == {"hookEventName", "additionalContext"} and output["hookEventName"] == "PreToolUse"
+    assert str(source) in output["additionalContext"] and "has not changed" in output["additionalContext"]
+    assert agent.about_to("Read", file_path=str(source), offset=10, limit=20)
+    assert agent.about_to("Bash", command="sed -n 5,9p loader.py")
+
+
+SILENT = {  # what happens between the read and the call: nothing may be said
+    "an edit": lambda a, s: a.hook("PostToolUse", tool_name="Edit", tool_input={"file_path": str(s)}, tool_response={}),
+    "sed -i": lambda a, s: a.bash("sed -i s/1/2/ loader.py"),
+    "a compaction": lambda a, s: a.hook("PreCompact", trigger="auto"),
+    "the user's editor": lambda a, s: s.write_text("new\n"),
+    "a removal": lambda a, s: s.unlink(),
+    "a newer time": lambda a, s: os.utime(s, (time.time() + 60, time.time() + 60)),
+}
+
+
+@pytest.mark.parametrize("between", SILENT)
+def test_a_read_that_may_bring_something_new_goes_on(agent, source, between):
+    agent.read(source)
+    SILENT[between](agent, source)
+    assert agent.about_to("Read", file_path=str(source)) is None
+
+
+def test_what_the_window_holds_only_in_part_is_read(agent, source):
+    agent.read(source, offset=1, limit=50)
+    assert agent.about_to("Read", file_path=str(source)) is None
+    assert agent.about_to("Read", file_path=str(source), offset=40, limit=20) is None
+    assert agent.about_to("Read", file_path=str(source), offset=1, limit=50)
+    assert agent.about_to("Read", file_path=str(source), offset=11, limit=10)
+    agent.read(source, offset=51, limit=50)
+    assert agent.about_to("Read", file_path=str(source))
+
+
+def test_a_limit_beyond_the_end_is_the_end(agent, source):
+    agent.read(source)
+    assert agent.about_to("Read", file_path=str(source), offset=1, limit=5000)
+
+
+def test_a_command_nobody_knows_does_not_silence_the_guard_while_the_file_is_untouched(agent, source):
+    agent.read(source)
+    agent.bash("./build.sh")
+    assert agent.about_to("Read", file_path=str(source))
+
+
+def test_every_agent_has_a_window_of_its_own(agent, source):
+    agent.read(source)
+    payload = agent.payload("PreToolUse", tool_name="Read", tool_input={"file_path": str(source)}, agent_id="sub1")
+    assert agent.optimizer.guard(payload) is None
+
+
+def test_a_search_is_repeated_until_something_changes_or_the_user_speaks(agent):
+    search = {"pattern": "def load", "path": str(agent.folder)}
+    found = {"mode": "files_with_matches", "filenames": ["a.py"], "numFiles": 1}
+    agent.hook("PostToolUse", tool_name="Grep", tool_input=search, tool_response=found)
+    assert "def load" in agent.about_to("Grep", **search)["hookSpecificOutput"]["additionalContext"]
+    agent.hook("UserPromptSubmit", prompt="I changed something")
+    assert agent.about_to("Grep", **search) is None
+    agent.hook("PostToolUse", tool_name="Grep", tool_input=search, tool_response=found)
+    assert agent.about_to("Grep", **search)
+    agent.bash("./build.sh")
+    assert agent.about_to("Grep", **search) is None
+
+
+def test_deny_refuses_once_and_lets_the_second_try_pass(agent, source):
+    agent.read(source)
+    output = agent.about_to("Read", deny=True, file_path=str(source))["hookSpecificOutput"]
+    assert set(output) == {"hookEventName", "permissionDecision", "permissionDecisionReason"}
+    assert output["permissionDecision"] == "deny" and str(source) in output["permissionDecisionReason"]
+    assert agent.about_to("Read", deny=True, file_path=str(source)) is None
+    agent.read(source)  # which it did; the next repeat is another one
+    assert agent.optimizer.analyze(agent.id).issues[0].issue_type is so.IssueType.REPEATED_FILE_READ
+
+
+def test_the_guard_says_nothing_of_a_session_or_a_tool_it_does_not_know(agent, source):
+    assert agent.about_to("Read", file_path=str(source)) is None
+    assert agent.session() is None
+    agent.read(source)
+    assert agent.about_to("Bash", command="make") is None
+    assert agent.about_to("Write", file_path=str(source), content="x") is None
+
+
+def test_would_repeat_counts_the_tokens_of_the_lines_asked_for(agent, source):
+    tokens = agent.read(source).tokens_input
+    found = agent.optimizer.would_repeat(agent.id, "FILE_READ", {"file_path": str(source), "lines": [1, 1]})
+    assert (found["lines"], found["of_lines"], found["tokens"]) == (1, 1, tokens // 100)
+    whole = agent.optimizer.would_repeat(agent.id, "FILE_READ", {"file_path": str(source)})
+    assert (whole["lines"], whole["of_lines"], whole["tokens"]) == (100, 100, tokens)
+
+
+# ==================================================================================================
 # Quick functions
-# ======================================================================================================
+# ==================================================================================================
 
 def test_quick_functions_stand_for_the_methods(tmp_path, home):
     first = so.get_optimizer(str(tmp_path / "store"))
@@ -3182,9 +4162,14 @@ def test_signatures_are_those_of_the_contract():
         assert " ".join(shown) == expected
 
 
-# ======================================================================================================
+def test_the_published_table_is_what_the_selftest_prints():
+    shown = read(os.path.join(HERE, "docs", "accuracy.md")).decode("utf-8")
+    assert so.selftest_report(so.run_labelled_cases()) in shown
+
+
+# ==================================================================================================
 # Command line
-# ======================================================================================================
+# ==================================================================================================
 
 CALLS = [  # a command line, and the calls of the library it makes
     ("start forge task", [("start_session", dict(agent="forge", task="task", model="default", session_id=None, metadata=None))]),
@@ -3213,6 +4198,8 @@ CALLS = [  # a command line, and the calls of the library it makes
     ("alerts --agent a", [("alerts", dict(since=None, agent="a"))]),
     ("import session.json", [("import_session", dict(data=WHOLE_SESSION))]),
 ]
+
+
 FACADE = sorted({name for _, calls in CALLS for name, _ in calls})
 
 
@@ -3535,16 +4522,21 @@ def test_importing_the_module_stays_light():
 
 def banners(path):
     lines = read(path).decode("utf-8").split("\n")
-    rule = "# " + "=" * 102
-    return [lines[number + 1][2:] for number, line in enumerate(lines[:-2]) if line == lines[number + 2] == rule and lines[number + 1].startswith("# ")]
+    rule = "# " + "=" * 98
+    return [lines[number + 1][2:] for number, line in enumerate(lines[:-2])
+            if line == lines[number + 2] == rule and lines[number + 1].startswith("# ")]
 
 
-ROOMS = "Vocabulary,Prices,Errors,Records,Analyzers,Reports,Store,Transcripts,SessionOptimizer,Quick functions,Command line".split(",")
+ROOMS = ["Vocabulary", "Prices", "Errors", "Records", "Secrets", "Shell", "Context", "Accounting",
+         "Analyzers", "Reports", "Store", "Recorder", "Readers", "Scan", "SessionOptimizer",
+         "Quick functions", "Command line"]
 
 
 def test_the_map_in_the_docstring_equals_the_banners():
-    rooms = re.findall(r"^    ([A-Z][A-Za-z]*(?: [a-z]+)*)   +\S", so.__doc__.split("rooms of this module")[1], re.M)
-    assert rooms == banners(MODULE) == banners(__file__) == ROOMS
+    map_of_rooms = so.__doc__.split("rooms of this module")[1]
+    rooms = re.findall(r"^    ([A-Z][A-Za-z]*(?: [a-z]+)*)   +\S", map_of_rooms, re.M)
+    assert rooms == banners(MODULE) == ROOMS
+    assert banners(__file__) == [room for room in ROOMS if room in banners(__file__)]
 
 
 def test_the_docstring_runs():
@@ -3694,766 +4686,12 @@ def test_pages_without_examples_are_known():
             assert not re.search(r"^(?:\$ sessionoptimizer|>>> |import |from \w+ import)", block, re.M), page
 
 
-# -- what readings of real findings and of the code have shown
-
-def test_a_moved_transcript_keeps_what_it_has_counted(tmp_path, optimizer):
-    path = tiny(tmp_path / "old").save()
-    before = optimizer.scan([str(tmp_path)])
-    (tmp_path / "new").mkdir()
-    os.rename(path, str(tmp_path / "new" / os.path.basename(path)))
-    after = optimizer.scan([str(tmp_path)])
-    assert after["totals"] == before["totals"] and [row["id"] for row in after["sessions"]] == [row["id"] for row in before["sessions"]]
-    assert len(optimizer.list_sessions()) == 1
-
-
-def test_what_a_fork_left_to_a_replaced_transcript_is_its_own_again(tmp_path, optimizer):
-    first = tiny(tmp_path).save()
-    fork = os.path.join(str(tmp_path), "99999999-2222-4333-8444-555555555555.jsonl")
-    write(fork, read(first).replace(b'"sessionId": "11111111', b'"sessionId": "99999999'))
-    once = optimizer.scan([str(tmp_path)])["totals"]
-    write(first, b'{"type":"user","sessionId":"x","parentUuid":null,"isSidechain":false,"uuid":"z","timestamp":'
-                 b'"2026-03-02T10:00:00.000Z","message":{"role":"user","content":"hello"}}\n')
-    again = optimizer.scan([str(tmp_path)])["totals"]
-    assert again["tokens"] == once["tokens"] and again["model_calls"] == once["model_calls"]
-
-
-def test_deleting_one_of_a_files_sessions_leaves_the_others(tmp_path, optimizer):
-    spans = [{"traceId": "t%d" % n, "spanId": "s%d" % n, "name": "chat m", "startTimeUnixNano": str(10**18 + n),
-              "endTimeUnixNano": str(10**18 + n + 5), "attributes": [
-                  {"key": key, "value": value} for key, value in (
-                      ("gen_ai.operation.name", {"stringValue": "chat"}), ("gen_ai.conversation.id", {"stringValue": "c%d" % n}),
-                      ("gen_ai.request.model", {"stringValue": "gpt-5"}), ("gen_ai.usage.input_tokens", {"intValue": "100"}),
-                      ("gen_ai.usage.output_tokens", {"intValue": "10"}))]} for n in (1, 2)]
-    path = str(tmp_path / "spans.jsonl")
-    write(path, json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode() + b"\n")
-    rows = optimizer.scan([path])["sessions"]
-    assert len(rows) == 2 and optimizer.delete_session(rows[0]["id"])
-    assert [row["id"] for row in optimizer.scan([path])["sessions"]] == [rows[1]["id"]]
-    assert len(optimizer.scan([path], again=True)["sessions"]) == 2
-
-
-def test_the_part_of_a_session_stands_for_the_whole(tmp_path, optimizer):
-    main = tiny(tmp_path).save()
-    agent = Transcript(tmp_path / os.path.splitext(os.path.basename(main))[0] / "subagents", "agent-abc")
-    agent.session = os.path.splitext(os.path.basename(main))[0]
-    agent.prompt("look", isSidechain=True, agentId="abc")
-    agent.answer("msg_sub", (3, 500, 0, 20), {"type": "text", "text": "done"}, isSidechain=True, agentId="abc")
-    part = agent.save()
-    whole = optimizer.scan([str(tmp_path)])["totals"]
-    assert optimizer.scan([part])["totals"] == whole and optimizer.scan([main])["totals"] == whole
-    assert len(optimizer.list_sessions()) == 1
-
-
-def test_images_read_from_one_path_are_not_the_same_text(tmp_path, optimizer):
-    transcript = Transcript(tmp_path)
-    transcript.prompt("compare the pictures")
-    for number in (1, 2):
-        transcript.answer("m%d" % number, (3, 2000, 0, 20), use("t%d" % number, "Read", file_path="/w/a.png"))
-        transcript.result("t%d" % number, [{"type": "image", "source": {"type": "base64", "data": "A" * number}}])
-    transcript.answer("m3", (3, 2000, 4000, 20), {"type": "text", "text": "they differ"})
-    assert not [issue for row in optimizer.scan([transcript.save()])["sessions"] for issue in row["issues"] if issue["measured"]]
-
-
-def test_tokens_are_billed_at_the_model_that_takes_them_in(tmp_path, optimizer):
-    transcript = tiny(tmp_path)
-    transcript.prompt("look", isSidechain=True, agentId="abc")
-    transcript.model = "claude-haiku-4-5-20251001"
-    transcript.answer("msg_sub", (0, 10_000, 0, 0), {"type": "text", "text": "done"}, isSidechain=True, agentId="abc")
-    with_agent = optimizer.scan([transcript.save()])["totals"]["estimated_cost"]
-    alone = optimizer.scan([tiny(tmp_path / "alone").save()], store=False)["totals"]["estimated_cost"]
-    assert with_agent - alone == pytest.approx(10_000 * 1.25e-6)
-
-
-def test_an_inline_sub_agent_is_one_window(tmp_path, optimizer):
-    transcript = Transcript(tmp_path)
-    transcript.prompt("delegate")
-    parent = None
-    for number in range(4):
-        for kind, message, name in (
-                ("assistant", {"id": "s%d" % number, "model": transcript.model, "role": "assistant", "stop_reason": "tool_use",
-                               "content": [use("t%d" % number, "Read", file_path="/w/%d.py" % number)],
-                               "usage": {"input_tokens": 3, "output_tokens": 9, "cache_creation_input_tokens": 100,
-                                         "cache_read_input_tokens": 100 * number}}, "a%d" % number),
-                ("user", {"role": "user", "content": [{"tool_use_id": "t%d" % number, "type": "tool_result",
-                                                       "content": "x = 1\n" * 40}]}, "r%d" % number)):
-            transcript.line(kind, message, isSidechain=True, uuid=name, parentUuid=parent)
-            parent = name
-    row, = optimizer.scan([transcript.save()])["sessions"]
-    agents = {event.agent_id for event in optimizer.get_session(row["id"]).events if event.agent_id}
-    assert len(agents) == 1
-
-
-def test_the_end_of_a_growing_file_is_no_repetition():
-    events = [read_of("log", 100, lines=[-20, None], content_hash=digest) for digest in ("a", "b", "b")]
-    report = so.build_report(session_of(*events), [so.RepeatedFileReadAnalyzer()])
-    assert [issue.estimated_waste_tokens for issue in report.issues] == [100]
-
-
-def test_a_look_at_the_file_between_two_failed_writes_is_an_attempt_to_mend():
-    failed = dict(tool="Edit", file_path="a.py", message="String to replace not found")
-    fail = [event_like("ERROR", dict(failed), 50) for _ in range(2)]
-    look = event_like("FILE_READ", {"file_path": "a.py"}, 500)
-    guilty = so.build_report(session_of(*copies(fail)), [so.FailedRetryAnalyzer()])
-    innocent = so.build_report(session_of(*copies([fail[0], look, fail[1]])), [so.FailedRetryAnalyzer()])
-    assert len(guilty.issues) == 1 and innocent.issues == []
-
-
-def event_like(kind, data, tokens):
-    return so.SessionEvent("", "", EventType[kind], data, tokens)
-
-
-def test_thinking_is_not_judged_by_placeholders():
-    thinking = event_like("THINKING", {}, 0)
-    thinking.tokens_output = 90
-    session = session_of(*copies([thinking]), output_lower_bound_calls=3)
-    assert so.build_report(session, [so.ExcessiveThinkingAnalyzer()]).issues == []
-    assert so.build_report(session_of(*copies([thinking])), [so.ExcessiveThinkingAnalyzer()]).issues
-
-
-@pytest.mark.parametrize("odd", [
-    {"severity": "HIGH"}, {"issue_type": "TOKEN_SPIKE"}, {"estimated_waste_tokens": None}, {"estimated_waste_tokens": -5},
-    {"suggestion": None}, {"events_involved": None}, {"claims": None}, {"estimated_waste_tokens": 10**20}])
-def test_odd_issues_of_a_users_analyzer_are_mended_or_named(odd):
-    class Odd(so.BaseAnalyzer):
-        def analyze(self, session):
-            values = dict({"id": "i", "issue_type": IssueType.UNUSED_CONTEXT, "severity": Severity.LOW, "description": "d",
-                           "suggestion": "s", "estimated_waste_tokens": 100}, **odd)
-            return [so.EfficiencyIssue(**values)]
-    report = so.build_report(session_of(read_of(), read_of("b.py")), [Odd()])
-    assert 0 <= report.total_waste_tokens <= report.total_tokens and 0 <= report.efficiency_score <= 100
-    assert report.issues or report.analyzer_errors
-
-
-def test_what_is_no_issue_is_named():
-    class Wrong(so.BaseAnalyzer):
-        def analyze(self, session):
-            return ["waste!"]
-    report = so.build_report(session_of(read_of()), [Wrong()])
-    assert "Wrong" in report.analyzer_errors[0] and "INCOMPLETE" in report.recommendations[0]
-
-
-@pytest.mark.parametrize("call", [
-    lambda o: o.list_sessions(since="yesterday"), lambda o: o.list_sessions(limit=None), lambda o: o.log_event("s", "CUSTOM", "text"),
-    lambda o: o.start_session("A", "t", metadata=5), lambda o: o.agent_statistics("A", days="7"), lambda o: o.compare_sessions(None),
-    lambda o: o.compare_sessions("s"), lambda o: o.export_report("s", format=[]), lambda o: o.end_session("s", "ACTIVE")])
-def test_arguments_of_a_wrong_kind_are_named(optimizer, call):
-    optimizer.start_session("A", "t", session_id="s")
-    with pytest.raises(InvalidValue):
-        call(optimizer)
-
-
-def test_a_session_made_with_events_has_their_totals():
-    session = so.Session("s", "A", "t", events=[event_like("FILE_READ", {}, 70)])
-    assert session.total_tokens == 70 and so.build_report(session, []).efficiency_score == 100.0
-
-
-def test_cache_writes_are_part_of_the_input():
-    with pytest.raises(InvalidValue, match="cache writes"):
-        so.SessionEvent.from_dict({"id": "e", "event_type": "CUSTOM", "tokens_input": 5, "tokens_cache_write": 6})
-
-
-def test_the_published_table_is_what_the_selftest_prints():
-    shown = read(os.path.join(HERE, "docs", "accuracy.md")).decode("utf-8")
-    assert so.selftest_report(so.run_labelled_cases()) in shown
-
-
-def test_two_thinking_blocks_of_one_response_are_one_event(tmp_path, optimizer):
-    transcript = Transcript(tmp_path)
-    transcript.prompt("think twice")
-    thought = {"type": "thinking", "thinking": "x" * 400, "signature": "s"}
-    for block in (thought, text(40), thought, text(40)):
-        transcript.answer("m1", (3, 1_000, 0, 1_000), block)
-    row, = optimizer.scan([transcript.save()])["sessions"]
-    session = optimizer.get_session(row["id"])
-    assert session.total_tokens_output == row["tokens"]["output"] == 1_000
-    assert len({event.id for event in session.events}) == len(session.events)
-
-
-def test_what_a_counted_response_wrote_stays_when_the_next_is_counted_elsewhere(tmp_path, optimizer):
-    first, fork = Transcript(tmp_path), Transcript(tmp_path, name="22222222-2222-4333-8444-555555555555")
-    for transcript, own in ((first, False), (fork, True)):
-        transcript.prompt("go on")
-        transcript.answer("a", (3, 1_000, 0, 10), text(20))
-        if own:
-            transcript.answer("b", (3, 100, 1_003, 400), use("t1", "Write", file_path="/w/a.py", content="x" * 900))
-            transcript.result("t1", "File created")
-        transcript.answer("c", (3, 100, 1_106, 20), text(40))
-    first.save()
-    fork.save()
-    totals = optimizer.scan([str(tmp_path)])["totals"]
-    assert totals["tokens"]["output"] == 430 and totals["model_calls"] == 3
-    assert sum(session.total_tokens_output for session in optimizer.list_sessions()) == 430
-
-
-def test_a_project_below_a_folder_named_like_the_sub_agents(tmp_path, optimizer):
-    folder = tmp_path / "subagents-of-mine" / "proj"
-    main = tiny(folder).save()
-    session = os.path.splitext(os.path.basename(main))[0]
-    agent = Transcript(folder / session / "subagents", "agent-abc")
-    agent.session = session
-    agent.prompt("look", isSidechain=True, agentId="abc")
-    agent.answer("msg_sub", (3, 500, 0, 20), text(9), isSidechain=True, agentId="abc")
-    agent.save()
-    assert optimizer.scan([str(tmp_path)])["totals"]["sessions"] == 1
-
-
-def test_a_session_without_a_status_hides_no_other(optimizer):
-    optimizer.start_session("A", "t", session_id="good")
-    write(os.path.join(optimizer.store.sessions, "x.json"), b'{"id":"x","agent":"a","task":"t","events":[]}')
-    assert {session.id for session in optimizer.list_sessions()} == {"good", "x"}
-
-
-@pytest.mark.parametrize("data", [{"total_lines": "120"}, {"reads": [5]}, {"changes": [5]}, {"lines": "x"}, {"offset": "9"}])
-def test_event_data_of_a_wrong_kind_breaks_no_analyzer(optimizer, data):
-    optimizer.start_session("A", "t", session_id="s")
-    for _ in range(2):
-        optimizer.log_event("s", "FILE_READ", dict({"file_path": "a.py"}, **data), 100)
-    optimizer.log_event("s", "ERROR", {"error_hash": ["x"], "tool": "t"})
-    assert optimizer.analyze("s").analyzer_errors == []
-    optimizer.would_repeat("s", "FILE_READ", {"file_path": "a.py"})
-
-
-@pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1])])
-def test_state_files_that_hold_something_else_are_started_afresh(tmp_path, optimizer, name, value):
-    path = tiny(tmp_path / "t").save()
-    optimizer.store.write_json(name, value)
-    assert optimizer.scan([path])["totals"]["sessions"] == 1
-
-
-@pytest.mark.parametrize("secret", [
-    "SECRET_KEY_BASE=zebra77 rails s", "aws configure set aws_secret_access_key zebra77", "docker login -p zebra77 host",
-    "mysql -pzebra77 -e 'select 1'", "gh auth login --with-token zebra77", "az login --client-secret zebra77",
-    "curl -H 'Cookie: session=zebra77' http://h", "cat 'token=zebra77'", "rm '/p/token=zebra77'"])
-def test_secrets_of_commands_are_not_kept(tmp_path, optimizer, secret):
-    transcript = Transcript(tmp_path / "t")
-    transcript.prompt("run it")
-    transcript.answer("m1", (3, 1_000, 0, 10), use("t1", "Bash", command=secret))
-    transcript.result("t1", "done")
-    transcript.answer("m2", (3, 100, 1_003, 10), text(9))
-    optimizer.scan([transcript.save()])
-    assert b"zebra77" not in stored_bytes(optimizer.store.root)
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_output_is_an_error_with_a_line(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, MODULE, "--store", str(tmp_path), "version"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"Traceback" not in done.stderr and done.stderr.count(b"\n") <= 1
 
-
-def test_a_folder_that_cannot_be_read_is_named_and_hides_no_other(tmp_path, optimizer, monkeypatch):
-    tiny(tmp_path / "open").save()
-    (tmp_path / "locked").mkdir()
-    scandir = os.scandir
-
-    def guarded(path="."):  # the superuser may read everything
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.warns(SessionOptimizerWarning, match="locked.*check its permissions"):
-        assert optimizer.scan([str(tmp_path)])["totals"]["sessions"] == 1
-
-
-# -- alerts, live hooks and pictures, which cross the rooms
-
-def run(optimizer, *arguments, stdin=None):
-    """Run the command line in a process of its own: (status, standard output, standard error)."""
-    done = subprocess.run([sys.executable, MODULE, "--store", optimizer.store.root, *arguments],
-                          input=stdin, capture_output=True, timeout=60)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-# -- alerts
-
-def store_session(optimizer, name, events, *, agent="FORGE", minutes_ago=5.0, step=1.0):
-    """A stored session of (event type, data, tokens in, tokens out), `step` minutes apart, the last one `minutes_ago`."""
-    end = datetime.now().astimezone() - timedelta(minutes=minutes_ago)
-    begin = end - timedelta(minutes=step * max(0, len(events) - 1))
-    document = {"id": name, "agent": agent, "task": "t", "started_at": begin.isoformat(), "events": [
-        {"id": f"{name}-{number}", "timestamp": (begin + timedelta(minutes=step * number)).isoformat(), "event_type": kind,
-         "data": data, "tokens_input": entered, "tokens_output": written}
-        for number, (kind, data, entered, written) in enumerate(events)]}
-    optimizer.import_session(document)
-    return name
-
-
-READ = ("FILE_READ", {"file_path": "a.py"}, 1000, 0)
-ANSWER = ("AI_RESPONSE", {}, 0, 1000)
-FAILED = [("ERROR", {"message": f"cannot do {word}", "tool": word}, 100, 0) for word in ("one", "two", "three", "four")]
-
-ALERTING = {  # kind: a session that alerts, and the same with a little less of it
-    "LOW_EFFICIENCY": ([READ, READ, READ, ANSWER], [READ, READ, ANSWER, ANSWER, ANSWER, ANSWER]),
-    "HIGH_WASTE": ([("FILE_READ", {"file_path": "a.py"}, 5001, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5,
-                   [("FILE_READ", {"file_path": "a.py"}, 5000, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5),
-    "LONG_SESSION": ([ANSWER] * 62, [ANSWER] * 61),
-    "HIGH_ERROR_RATE": (FAILED + [ANSWER] * 9, FAILED + [ANSWER] * 10),
-    "TOKEN_SPIKE": ([ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3001)], [ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3000)]),
-}
-
-
-@pytest.mark.parametrize("kind", ALERTING)
-def test_an_alert_of_every_kind_fires_above_its_limit_and_not_at_it(optimizer, kind):
-    above, at = ALERTING[kind]
-    store_session(optimizer, "above", above)
-    store_session(optimizer, "at", at)
-    fired = [alert for alert in optimizer.alerts() if alert["kind"] == kind]
-    assert [alert["session_id"] for alert in fired] == ["above"]
-    rule = next(rule for rule in so.ALERT_RULES if rule.kind == kind)
-    assert fired[0]["level"] == rule.level.value and fired[0]["threshold"] == rule.threshold
-    assert fired[0]["id"] == f"above:{kind}" and fired[0]["action"] == rule.action and fired[0]["agent"] == "FORGE"
-    assert set(fired[0]) == {"id", "level", "kind", "session_id", "agent", "message", "action", "value", "threshold", "time"}
-    assert so.parse_time(fired[0]["time"]) is not None and fired[0]["value"] != rule.threshold
-
-
-def test_the_table_of_alerts_is_the_plans():
-    assert [(rule.name, rule.level.name, rule.threshold) for rule in so.ALERT_RULES] == [
-        ("efficiency", "HIGH", 70), ("waste", "MEDIUM", 5000), ("minutes", "MEDIUM", 60), ("error_rate", "HIGH", 30),
-        ("spike", "LOW", 3)]
-
-
-def test_alerts_are_most_urgent_first_and_then_newest(optimizer):
-    store_session(optimizer, "old", ALERTING["LOW_EFFICIENCY"][0], minutes_ago=90)
-    store_session(optimizer, "new", ALERTING["LOW_EFFICIENCY"][0])
-    store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], minutes_ago=1)
-    alerts = optimizer.alerts()
-    ranks = [Severity(alert["level"]).rank for alert in alerts]
-    assert ranks == sorted(ranks, reverse=True)
-    assert [alert["session_id"] for alert in alerts if alert["kind"] == "LOW_EFFICIENCY"] == ["new", "old"]
-
-
-def test_since_means_active_since_and_agent_is_any_case(optimizer):
-    store_session(optimizer, "long", [ANSWER] * 90, minutes_ago=5)  # begun 94 minutes ago, still at work
-    store_session(optimizer, "old", [ANSWER] * 90, agent="ATLAS", minutes_ago=120)
-    hour = datetime.now() - timedelta(hours=1)
-    assert {alert["session_id"] for alert in optimizer.alerts(since=hour)} == {"long"}
-    assert {alert["session_id"] for alert in optimizer.alerts(agent="atlas")} == {"old"}
-    assert optimizer.alerts(since=hour, agent="ATLAS") == []
-
-
-def test_thresholds_replace_the_tables(optimizer):
-    store_session(optimizer, "s", [READ, READ, ANSWER, ANSWER])
-    assert "LOW_EFFICIENCY" not in {alert["kind"] for alert in optimizer.alerts()}
-    (alert,) = [alert for alert in optimizer.alerts(thresholds={"efficiency": 80}) if alert["kind"] == "LOW_EFFICIENCY"]
-    assert alert["threshold"] == 80 and alert["value"] == 75.0 and "75.0%" in alert["message"]
-    kinds = {alert["kind"] for alert in optimizer.alerts(thresholds={"spike": 0.5, "waste": 10, "minutes": 1})}
-    assert kinds == {"TOKEN_SPIKE", "HIGH_WASTE", "LONG_SESSION"}
-
-
-@pytest.mark.parametrize("thresholds", [{"speed": 1}, {"waste": "many"}, {"waste": -1}, {"waste": float("nan")},
-                                        {"waste": True}, {"waste": None}])
-def test_a_threshold_that_cannot_be_is_named(optimizer, thresholds):
-    with pytest.raises(so.InvalidValue, match=next(iter(thresholds))):
-        optimizer.alerts(thresholds=thresholds)
-
-
-def test_one_failure_is_no_rate_and_those_of_others_do_not_count(optimizer):
-    store_session(optimizer, "one", [FAILED[0], ANSWER])
-    store_session(optimizer, "declined", [("ERROR", {"message": "declined by the user"}, 0, 0)] * 5 + [ANSWER])
-    assert [alert for alert in optimizer.alerts() if alert["kind"] == "HIGH_ERROR_RATE"] == []
-
-
-def test_rows_of_an_earlier_summary_file_are_made_anew(optimizer):
-    store_session(optimizer, "s", ALERTING["TOKEN_SPIKE"][0])
-    optimizer.summaries()
-    saved = optimizer.store.read_json("summaries")
-    for row in saved["rows"].values():
-        for name in ("spike", "error_rate", "last_at"):
-            del row[name]
-    optimizer.store.write_json("summaries", saved)
-    assert [alert["kind"] for alert in optimizer.alerts()] == ["TOKEN_SPIKE"]
-
-
-def test_an_empty_store_has_no_alerts(optimizer):
-    assert optimizer.alerts() == []
-    assert run(optimizer, "alerts", "--fail-on", "LOW") == (0, "No alerts.\n", "")
-    status, out, _ = run(optimizer, "alerts", "--format", "json")
-    assert (status, json.loads(out)) == (0, [])
-
-
-def test_the_alerts_command(optimizer):
-    store_session(optimizer, "wasteful", ALERTING["LOW_EFFICIENCY"][0])
-    store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], agent="ATLAS")
-    status, out, _ = run(optimizer, "alerts", "--format", "json")
-    assert status == 0 and json.loads(out) == optimizer.alerts()
-    status, out, _ = run(optimizer, "alerts")
-    assert status == 0 and out.startswith("[HIGH] wasteful (FORGE") and "    Analyze the session" in out
-    assert run(optimizer, "alerts", "--fail-on", "high")[0] == 3
-    assert run(optimizer, "alerts", "--fail-on", "critical")[0] == 0
-    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "HIGH")[0] == 0
-    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "MEDIUM")[0] == 3
-    assert run(optimizer, "alerts", "--since", "1m", "--fail-on", "LOW") == (0, "No alerts.\n", "")
-    quiet = ["--efficiency", "0", "--waste", "1e9", "--minutes", "1e9", "--error-rate", "100", "--spike", "1e9"]
-    assert run(optimizer, "alerts", "--fail-on", "LOW", *quiet) == (0, "No alerts.\n", "")
-    assert run(optimizer, "alerts", "--fail-on", "URGENT")[0] == 2
-    assert run(optimizer, "alerts", "--waste", "-1")[0] == 2
-
-
-# -- live hooks
-
-PROMPT = "Fix the loader\nIt is slow. password=hunter2hunter2"
-TRANSCRIPTS = os.path.join(os.path.dirname(MODULE), "examples", "transcripts", "claude-code")
-
-
-class Agent:
-    """An agent at work whose hooks call the library, or the command line with `call`."""
-
-    def __init__(self, optimizer, folder, session_id="0f0f0f0f-1111-2222-3333-444455556666"):
-        self.optimizer, self.folder = optimizer, folder
-        self.common = {"session_id": session_id, "transcript_path": str(folder / f"{session_id}.jsonl"), "cwd": str(folder)}
-        self.id = session_id
-
-    def payload(self, name, **fields):
-        return {**self.common, "hook_event_name": name, **fields}
-
-    def hook(self, name, **fields):
-        return self.optimizer.log_hook(self.payload(name, **fields))
-
-    def call(self, *arguments, **payload):
-        return run(self.optimizer, "hook", *arguments, stdin=json.dumps({**self.common, **payload}).encode())
-
-    def read(self, path, **arguments):
-        lines = path.read_text().splitlines(True)
-        first, count = arguments.get("offset", 1), arguments.get("limit", len(lines))
-        content = "".join(lines[first - 1:first - 1 + count])
-        return self.hook("PostToolUse", tool_name="Read", tool_input={"file_path": str(path), **arguments},
-                         tool_response={"type": "text", "file": {
-                             "filePath": str(path), "content": content, "numLines": content.count("\n"),
-                             "startLine": first, "totalLines": len(lines)}})
-
-    def bash(self, command, stdout=""):
-        return self.hook("PostToolUse", tool_name="Bash", tool_input={"command": command},
-                         tool_response={"stdout": stdout, "stderr": "", "interrupted": False})
-
-    def about_to(self, tool, deny=False, **arguments):
-        return self.optimizer.guard(self.payload("PreToolUse", tool_name=tool, tool_input=arguments), deny=deny)
-
-    def session(self):
-        return self.optimizer.get_session(self.id)
-
-
-@pytest.fixture
-def agent(optimizer, tmp_path):
-    return Agent(optimizer, tmp_path)
-
-
-@pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "loader.py"
-    path.write_text("".join(f"line {number} of the loader\n" for number in range(1, 101)))
-    past = time.time() - 60
-    os.utime(path, (past, past))
-    return path
-
-
-HOOKS = [  # hook, its fields: event type, what its data must hold, tokens in and out
-    ("UserPromptSubmit", {"prompt": "x" * 360}, EventType.USER_MESSAGE, {"estimated": True}, 100, 0),
-    ("Stop", {"last_assistant_message": "x" * 720}, EventType.AI_RESPONSE, {"estimated": True}, 0, 200),
-    ("PreCompact", {"trigger": "auto"}, EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": "auto"}, 0, 0),
-    ("SubagentStop", {"agent_id": "a1", "agent_type": "Explore", "last_assistant_message": "x" * 36}, EventType.CUSTOM,
-     {"source": "sub-agent", "agent_type": "Explore"}, 0, 10),
-    ("PostToolUse", {"tool_name": "Bash", "tool_input": {"command": "pytest -q"}, "duration_ms": 1234,
-                     "tool_response": {"stdout": "x" * 36, "stderr": "", "interrupted": False}},
-     EventType.TOOL_CALL, {"tool": "Bash", "command": "pytest -q", "changes": []}, 10, 6),
-    ("PostToolUse", {"tool_name": "Bash", "tool_input": {"command": "sed -i s/a/b/ a.py"}, "tool_response": {"stdout": ""}},
-     EventType.FILE_WRITE, {"changes": ["/w/a.py"]}, 0, 9),
-    ("PostToolUse", {"tool_name": "Grep", "tool_input": {"pattern": "def load", "path": "/w/src"},
-                     "tool_response": {"mode": "files_with_matches", "filenames": ["/w/a.py", "/w/b.py"], "numFiles": 2}},
-     EventType.SEARCH, {"query": "def load", "file_path": "/w/src"}, 4, 11),
-    ("PostToolUse", {"tool_name": "Edit", "tool_input": {"file_path": "/w/a.py", "old_string": "a", "new_string": "b"},
-                     "tool_response": {"filePath": "/w/a.py", "originalFile": "y" * 9000,
-                                       "structuredPatch": [{"lines": ["-" + "a" * 17, "+" + "b" * 16]}]}},
-     EventType.FILE_WRITE, {"file_path": "/w/a.py", "changes": ["/w/a.py"]}, 10, 16),
-    ("PostToolUse", {"tool_name": "Agent", "tool_input": {"prompt": "look"}, "tool_response": {
-        "content": [{"type": "text", "text": "x" * 36}], "totalTokens": 5}}, EventType.TOOL_CALL, {"changes": []}, 10, 5),
-    ("PostToolUse", {"tool_name": "mcp__db__list_tables", "tool_input": {}, "tool_response": [{"type": "text", "text": "x" * 36}]},
-     EventType.TOOL_CALL, {"tool": "mcp__db__list_tables"}, 10, 1),
-    ("PostToolUseFailure", {"tool_name": "Bash", "tool_input": {"command": "make"}, "error": "Exit code 2\n" + "x" * 24},
-     EventType.ERROR, {"exit_code": 2, "command": "make"}, 10, 5),
-    ("PostToolUseFailure", {"tool_name": "Bash", "tool_input": {"command": "make"}, "error": "stopped", "is_interrupt": True},
-     EventType.ERROR, {"kind": "interrupted"}, 2, 5),
-]
-
-
-@pytest.mark.parametrize("name, fields, event_type, data, entered, written", HOOKS, ids=lambda value: str(value)[:20])
-def test_a_hook_becomes_the_event(optimizer, name, fields, event_type, data, entered, written):
-    event = optimizer.log_hook({"session_id": "s", "hook_event_name": name, "cwd": "/w", **fields})
-    assert (event.event_type, event.tokens_input, event.tokens_output) == (event_type, entered, written)
-    assert {key: event.data.get(key) for key in data} == data
-    assert event.duration_ms == fields.get("duration_ms", 0) and event.agent_id == fields.get("agent_id", "")
-    stored = SessionOptimizer(optimizer.store.root).get_session("s").events[-1]
-    assert stored.to_dict() == event.to_dict()
-
-
-@pytest.mark.parametrize("name", ["Notification", "PreToolUse", "SubagentStart", "PostCompact", "SomethingNew", "SessionEnd"])
-def test_other_hooks_log_nothing_and_create_nothing(optimizer, name):
-    assert optimizer.log_hook({"session_id": "s", "hook_event_name": name}) is None
-    assert optimizer.get_session("s") is None
-
-
-def test_a_session_from_start_to_end(agent):
-    agent.hook("SessionStart", source="startup", model="claude-opus-5")
-    session = agent.session()
-    assert (session.agent, session.task, session.model) == ("CLAUDE-CODE", "", "claude-opus-5")
-    assert session.metadata == {"transcript_path": agent.common["transcript_path"], "cwd": str(agent.folder), "live": True}
-    agent.hook("UserPromptSubmit", prompt=PROMPT)
-    agent.hook("Stop", last_assistant_message="Done.")
-    agent.hook("UserPromptSubmit", prompt="And now the tests")
-    assert agent.session().task == "Fix the loader"
-    agent.hook("SessionEnd", reason="prompt_input_exit")
-    session = agent.session()
-    assert session.status is so.SessionStatus.COMPLETED and session.ended_at
-    assert [event.event_type.name for event in session.events] == [
-        "SESSION_START", "USER_MESSAGE", "AI_RESPONSE", "USER_MESSAGE", "SESSION_END"]
-    agent.hook("SessionEnd", reason="other")  # told twice
-    assert len(agent.session().events) == 5
-
-
-def test_a_session_without_a_start_begins_with_its_first_event(agent):
-    agent.hook("UserPromptSubmit", prompt=PROMPT)
-    assert agent.session().task == "Fix the loader" and agent.session().model == "default"
-
-
-def test_the_store_keeps_no_prompt_and_no_output(agent, source):
-    agent.hook("SessionStart", source="startup")
-    agent.hook("UserPromptSubmit", prompt=PROMPT)
-    agent.read(source)
-    agent.bash("cat loader.py", source.read_text())
-    agent.hook("PostToolUseFailure", tool_name="Bash", tool_input={"command": "x"}, error="a private message")
-    agent.hook("Stop", last_assistant_message="It was slow because")
-    agent.hook("PreCompact", trigger="manual", custom_instructions="keep the secret plan")
-    text = "".join(path.read_text() for path in agent.optimizer.sessions_dir.iterdir())
-    for secret in ("hunter2", "It is slow", "of the loader", "a private message", "because", "secret plan"):
-        assert secret not in text
-
-
-def test_a_resume_goes_on_with_the_session(agent, recwarn):
-    agent.hook("UserPromptSubmit", prompt="one")
-    agent.hook("SessionEnd", reason="other")
-    agent.bash("git status")  # a hook that came late
-    assert agent.session().status is so.SessionStatus.COMPLETED
-    agent.hook("SessionStart", source="resume")
-    assert agent.session().status is so.SessionStatus.ACTIVE and not agent.session().ended_at
-    agent.hook("UserPromptSubmit", prompt="two")
-    agent.hook("SessionEnd", reason="other")
-    session = agent.session()
-    assert session.status is so.SessionStatus.COMPLETED and session.task == "one"
-    ids = [event.id for event in session.events]
-    assert len(set(ids)) == len(ids) == 6
-    assert [str(w.message) for w in recwarn if issubclass(w.category, so.SessionOptimizerWarning)] == []
-
-
-def test_hooks_of_one_moment_make_one_session(agent):
-    from concurrent.futures import ThreadPoolExecutor
-    stores = [SessionOptimizer(agent.optimizer.store.root) for _ in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda one: one.log_hook(agent.payload("UserPromptSubmit", prompt="go")), stores))
-    assert len(agent.session().events) == 9 and len(agent.optimizer.list_sessions()) == 1
-
-
-def transcript_of(agent, *, prompt="Fix the loader", reads=2):
-    """The transcript the agent itself keeps: a prompt, `reads` reads of a.py, an answer."""
-    common = {"sessionId": agent.id, "cwd": str(agent.folder), "version": "2.1.200", "isSidechain": False}
-    lines, number = [], 0
-
-    def add(kind, message, **more):
-        nonlocal number
-        number += 1
-        lines.append({"type": kind, "uuid": f"u{number}", "parentUuid": f"u{number - 1}", "message": message,
-                      "timestamp": f"2026-08-01T10:00:{number:02d}.000Z", **common, **more})
-
-    def answer(key, block, read):
-        add("assistant", {"id": key, "role": "assistant", "model": "claude-opus-5", "content": [block], "stop_reason": "x",
-                          "usage": {"input_tokens": 5, "cache_creation_input_tokens": 400, "cache_read_input_tokens": read,
-                                    "output_tokens": 30}})
-
-    add("user", {"role": "user", "content": prompt})
-    for index in range(reads):
-        answer(f"m{index}", {"type": "tool_use", "id": f"t{index}", "name": "Read",
-                             "input": {"file_path": str(agent.folder / "a.py")}}, 400 * index)
-        add("user", {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"t{index}", "content": "1\tx" * 300}]},
-            toolUseResult={"type": "text", "file": {"content": "x\n" * 300, "startLine": 1, "totalLines": 300}})
-    answer("last", {"type": "text", "text": "Done"}, 400 * reads)
-    path = agent.folder / f"{agent.id}.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_a_scan_replaces_the_estimates_in_place(agent):
-    path = transcript_of(agent)
-    agent.hook("SessionStart", source="startup")
-    agent.hook("UserPromptSubmit", prompt="Fix the loader")
-    agent.hook("SessionEnd", reason="other")
-    assert "estimated from their size" in " ".join(agent.optimizer.analyze(agent.id).notes)
-    result = agent.optimizer.scan([str(path)])
-    assert [row["id"] for row in result["sessions"]] == [agent.id]
-    assert [session.id for session in agent.optimizer.list_sessions()] == [agent.id]
-    session = agent.session()
-    assert session.metadata["source"]["path"] == str(path) and "live" not in session.metadata
-    assert session.total_tokens_output == 90 and not any(event.data.get("estimated") for event in session.events)
-    assert agent.optimizer.analyze(agent.id).notes == []
-
-
-def test_a_scan_in_the_middle_and_one_at_the_end(agent):
-    agent.hook("UserPromptSubmit", prompt="Fix the loader")
-    path = transcript_of(agent, reads=1)
-    agent.optimizer.scan([str(path)])
-    agent.hook("UserPromptSubmit", prompt="go on")
-    assert agent.session().status is so.SessionStatus.ACTIVE
-    transcript_of(agent, reads=3)
-    agent.hook("SessionEnd", reason="other")
-    result = agent.optimizer.scan([str(path)])
-    assert [row["id"] for row in result["sessions"]] == [agent.id]
-    assert [session.id for session in agent.optimizer.list_sessions()] == [agent.id]
-    assert agent.session().total_tokens_output == 120
-
-
-def test_a_live_session_that_was_deleted_stays_deleted(agent):
-    path = transcript_of(agent)
-    agent.hook("UserPromptSubmit", prompt="Fix the loader")
-    agent.optimizer.delete_session(agent.id)
-    assert agent.optimizer.scan([str(path)])["sessions"] == []
-    assert [row["id"] for row in agent.optimizer.scan([str(path)], again=True)["sessions"]] == [agent.id]
-
-
-def hooks_of(path):
-    """The hook payloads that the calls of a transcript would have made, by the line of the call."""
-    calls, payloads = {}, {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            entry = json.loads(line)
-            message = entry.get("message") or {}
-            for block in message.get("content") if isinstance(message.get("content"), list) else ():
-                if block.get("type") == "tool_use":
-                    calls[block["id"]] = (number, block, entry.get("cwd", ""))
-                elif block.get("type") == "tool_result" and entry.get("toolUseResult"):
-                    place, call, cwd = calls[block["tool_use_id"]]
-                    failed = block.get("is_error") is True
-                    payloads[place] = {
-                        "session_id": "s", "cwd": cwd, "tool_name": call["name"], "tool_input": call["input"],
-                        "hook_event_name": "PostToolUseFailure" if failed else "PostToolUse",
-                        "error": so._plain_text(block["content"]), "tool_response": entry["toolUseResult"]}
-    return payloads
-
-
-@pytest.mark.parametrize("case", ["story-checkout", "read-twice", "read-then-cat", "search-twice", "read-after-sed-i",
-                                  "make-fails-twice", "six-of-eight-fail", "read-unchanged-notice",
-                                  "grep-finds-nothing"])
-def test_a_hook_makes_the_event_a_scan_makes(optimizer, case):
-    folder = os.path.join(TRANSCRIPTS, case)
-    main = next(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.endswith(".jsonl"))
-    session = optimizer.get_session(optimizer.scan([main])["sessions"][0]["id"])
-    payloads = hooks_of(main)
-    assert payloads
-    for event in session.events:
-        if event.data["line"] in payloads and event.data.get("tool"):
-            told = so.hook_event(payloads.pop(event.data["line"]))
-            keys = ["tool", "file_path", "query", "scope", "changes", "lines", "total_lines", "command", "operation", "offset",
-                    "limit", "reads", "error_hash", "exit_code", "kind", "unchanged"]
-            if event.data["tool"] != "Read":  # whose lines the model is shown with numbers
-                keys.append("content_hash")
-            assert (told.event_type, {key: told.data.get(key) for key in keys}) == (
-                event.event_type, {key: event.data.get(key) for key in keys})
-    assert not payloads
-
-
-# -- the guard
-
-def test_a_read_of_what_the_window_holds_gets_advice(agent, source):
-    agent.read(source)
-    answer = agent.about_to("Read", file_path=str(source))
-    output = answer["hookSpecificOutput"]
-    assert set(output) == {"hookEventName", "additionalContext"} and output["hookEventName"] == "PreToolUse"
-    assert str(source) in output["additionalContext"] and "has not changed" in output["additionalContext"]
-    assert agent.about_to("Read", file_path=str(source), offset=10, limit=20)
-    assert agent.about_to("Bash", command="sed -n 5,9p loader.py")
-
-
-SILENT = {  # what happens between the read and the call: nothing may be said
-    "an edit": lambda a, s: a.hook("PostToolUse", tool_name="Edit", tool_input={"file_path": str(s)}, tool_response={}),
-    "sed -i": lambda a, s: a.bash("sed -i s/1/2/ loader.py"),
-    "a compaction": lambda a, s: a.hook("PreCompact", trigger="auto"),
-    "the user's editor": lambda a, s: s.write_text("new\n"),
-    "a removal": lambda a, s: s.unlink(),
-    "a newer time": lambda a, s: os.utime(s, (time.time() + 60, time.time() + 60)),
-}
-
-
-@pytest.mark.parametrize("between", SILENT)
-def test_a_read_that_may_bring_something_new_goes_on(agent, source, between):
-    agent.read(source)
-    SILENT[between](agent, source)
-    assert agent.about_to("Read", file_path=str(source)) is None
-
-
-def test_what_the_window_holds_only_in_part_is_read(agent, source):
-    agent.read(source, offset=1, limit=50)
-    assert agent.about_to("Read", file_path=str(source)) is None
-    assert agent.about_to("Read", file_path=str(source), offset=40, limit=20) is None
-    assert agent.about_to("Read", file_path=str(source), offset=1, limit=50)
-    assert agent.about_to("Read", file_path=str(source), offset=11, limit=10)
-    agent.read(source, offset=51, limit=50)
-    assert agent.about_to("Read", file_path=str(source))
-
-
-def test_a_limit_beyond_the_end_is_the_end(agent, source):
-    agent.read(source)
-    assert agent.about_to("Read", file_path=str(source), offset=1, limit=5000)
-
-
-def test_a_command_nobody_knows_does_not_silence_the_guard_while_the_file_is_untouched(agent, source):
-    agent.read(source)
-    agent.bash("./build.sh")
-    assert agent.about_to("Read", file_path=str(source))
-
-
-def test_every_agent_has_a_window_of_its_own(agent, source):
-    agent.read(source)
-    payload = agent.payload("PreToolUse", tool_name="Read", tool_input={"file_path": str(source)}, agent_id="sub1")
-    assert agent.optimizer.guard(payload) is None
-
-
-def test_a_search_is_repeated_until_something_changes_or_the_user_speaks(agent):
-    search = {"pattern": "def load", "path": str(agent.folder)}
-    found = {"mode": "files_with_matches", "filenames": ["a.py"], "numFiles": 1}
-    agent.hook("PostToolUse", tool_name="Grep", tool_input=search, tool_response=found)
-    assert "def load" in agent.about_to("Grep", **search)["hookSpecificOutput"]["additionalContext"]
-    agent.hook("UserPromptSubmit", prompt="I changed something")
-    assert agent.about_to("Grep", **search) is None
-    agent.hook("PostToolUse", tool_name="Grep", tool_input=search, tool_response=found)
-    assert agent.about_to("Grep", **search)
-    agent.bash("./build.sh")
-    assert agent.about_to("Grep", **search) is None
-
-
-def test_deny_refuses_once_and_lets_the_second_try_pass(agent, source):
-    agent.read(source)
-    output = agent.about_to("Read", deny=True, file_path=str(source))["hookSpecificOutput"]
-    assert set(output) == {"hookEventName", "permissionDecision", "permissionDecisionReason"}
-    assert output["permissionDecision"] == "deny" and str(source) in output["permissionDecisionReason"]
-    assert agent.about_to("Read", deny=True, file_path=str(source)) is None
-    agent.read(source)  # which it did; the next repeat is another one
-    assert agent.optimizer.analyze(agent.id).issues[0].issue_type is so.IssueType.REPEATED_FILE_READ
-
-
-def test_the_guard_says_nothing_of_a_session_or_a_tool_it_does_not_know(agent, source):
-    assert agent.about_to("Read", file_path=str(source)) is None
-    assert agent.session() is None
-    agent.read(source)
-    assert agent.about_to("Bash", command="make") is None
-    assert agent.about_to("Write", file_path=str(source), content="x") is None
-
-
-def test_would_repeat_counts_the_tokens_of_the_lines_asked_for(agent, source):
-    tokens = agent.read(source).tokens_input
-    found = agent.optimizer.would_repeat(agent.id, "FILE_READ", {"file_path": str(source), "lines": [1, 1]})
-    assert (found["lines"], found["of_lines"], found["tokens"]) == (1, 1, tokens // 100)
-    whole = agent.optimizer.would_repeat(agent.id, "FILE_READ", {"file_path": str(source)})
-    assert (whole["lines"], whole["of_lines"], whole["tokens"]) == (100, 100, tokens)
-
-
-# -- the hook command
 
 def test_the_hook_command_logs_and_prints_nothing(agent, source):
     assert agent.call(hook_event_name="SessionStart", source="startup") == (0, "", "")
@@ -4530,216 +4768,6 @@ def test_the_store_may_stand_before_a_command(optimizer):
     assert done.returncode == 0
     assert subprocess.run([sys.executable, MODULE, "start", "hook"], capture_output=True).returncode == 2
 
-
-# -- pictures
-
-HOSTILE = "</title><script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\x1b[31m\u202e\ud800"
-
-
-class Page(HTMLParser):
-    """What a page holds, and whether its elements are closed in order."""
-
-    VOID = {"meta", "circle", "rect", "br"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.links, self.ids, self.words, self.attributes = [], [], [], set(), [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [name for name, _ in attributes]
-        given = dict(attributes)
-        self.ids.update([given["id"]] if "id" in given else [])
-        self.links += [given[name] for name in ("href", "src") if name in given]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.words.append(data)
-
-
-def checked(text):
-    """A page that needs nothing else, runs nothing, and is ASCII."""
-    page = Page(text)
-    text.encode("ascii")
-    assert not {"script", "img", "link", "iframe", "object", "form"} & set(page.tags)
-    assert not [name for name in page.attributes if name.startswith("on")]
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
-    assert "prefers-color-scheme:dark" in text and "width=device-width" in text
-    return page
-
-
-def heights(text, kind):
-    """The heights of a colour class in the session's upper chart, by column."""
-    chart = re.search(r'<svg class="chart".*?</svg>', text, re.S).group()
-    return [sum(float(h) for h in re.findall(rf'class="{kind}"[^/]*?height="([\d.]+)"', column))
-            for column in chart.split("<g>")[1:]]
-
-
-def test_the_session_page(optimizer):
-    store_session(optimizer, "s", [READ, READ, READ, ANSWER])
-    text = optimizer.export_report("s", "html")
-    page = checked(text)
-    for words in ("50.0", "2,000", "File 'a.py' was read 3 times", "s-1 ", "HIGH PRIORITY", "Cache what was read", "Answers",
-                  "Waste by kind", "What to do", "All tokens by purpose"):
-        assert words in page.text
-    assert heights(text, "k3") == [100, 0, 0, 0] and heights(text, "waste") == [0, 100, 100, 0]
-    assert "sent again" not in page.text
-
-
-def test_the_page_of_an_imported_session_names_lines_and_what_was_sent_again(optimizer):
-    row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
-    text = optimizer.export_report(row["id"], "html")
-    page = checked(text)
-    assert "Context sent again (cache reads)" in page.text and 'class="carry"' in text
-    report, session = optimizer.analyze(row["id"]), optimizer.get_session(row["id"])
-    events = {event.id: event for event in session.events}
-    for issue in report.issues:
-        assert so.plain(issue.description) in page.text
-        for event_id in issue.events_involved:
-            assert f'title="{so.event_place(session, events[event_id])}"' in text
-
-
-@pytest.mark.parametrize("calls, columns", [(0, 1), (1, 2), (2, 2), (120, 120), (121, 61), (5000, 120)])
-def test_a_timeline_has_at_most_120_columns_and_loses_no_token(calls, columns):
-    session = so.Session("s", "A", "t")
-    for number in range(calls):
-        session.add_event(so.SessionEvent(f"r{number}", f"2026-01-01T10:00:{number % 60:02d}", EventType.USER_MESSAGE, {}, 10))
-        session.add_event(so.SessionEvent(f"c{number}", "", EventType.AI_RESPONSE, {}, 0, 30, tokens_cache_read=7))
-    text = so.html_report(session, so.build_report(session, ()))
-    checked(text)
-    if not calls:
-        assert "chart" not in re.sub(r"<style>.*</style>", "", text, flags=re.S)
-        return
-    assert len(heights(text, "k7")) == columns <= so.MOST_COLUMNS
-    chart = re.search(r'<svg class="chart".*?</svg>', text, re.S).group()
-    said = re.findall(r": ([\d,]+) tokens, 0 wasted(?:, ([\d,]+) sent again)?;", chart)
-    assert sum(int(new.replace(",", "")) for new, _ in said) == 40 * calls
-    assert sum(int(again.replace(",", "") or 0) for _, again in said) == 7 * calls
-
-
-def hostile_session():
-    """A session all of whose texts are hostile, and a report on it."""
-    session = so.Session(HOSTILE, HOSTILE, HOSTILE, model=HOSTILE, started_at=HOSTILE,
-                         metadata={"source": {"reader": HOSTILE, "path": HOSTILE, "cwd": HOSTILE}})
-    for number, kind in enumerate(EventType):
-        for again in "ab":
-            session.add_event(so.SessionEvent(f"{HOSTILE}{number}{again}", HOSTILE, kind, {
-                "file_path": HOSTILE, "query": HOSTILE, "command": HOSTILE, "tool": HOSTILE, "message": HOSTILE,
-                "source": HOSTILE, "line": HOSTILE, "path": HOSTILE}, 20000, 500, agent_id=HOSTILE, model=HOSTILE))
-    report = so.build_report(session, [cls() for cls in so.BUILT_IN_ANALYZERS])
-    report.notes.append(HOSTILE)
-    report.recommendations += [HOSTILE, f"[{HOSTILE}] x"]
-    for issue in report.issues:
-        issue.description = issue.suggestion = HOSTILE
-    return session, report
-
-
-def test_whatever_a_session_says_is_text_in_its_page():
-    session, report = hostile_session()
-    assert len(report.issues) > 3
-    page = checked(so.html_report(session, report))
-    assert "<script>alert(1)</script>" in page.text and "\x1b" not in page.text and "\u202e" not in page.text
-
-
-def test_whatever_a_scan_found_is_text_in_its_page():
-    row = so.session_row(*hostile_session())
-    later = dict(row, started_at="2026-03-02T10:00:00Z")
-    result = {"sessions": [row, later], "totals": so.scan_totals([row, later]), "changes": "",
-              "skipped": [{"path": HOSTILE, "line": 0, "reason": HOSTILE}]}
-    page = checked(so.html_scan_report(result))
-    assert "<script>alert(1)</script>" in page.text and page.links == ["#s1", "#s2"]
-
-
-def test_the_page_of_a_scan(optimizer, tmp_path):
-    out = tmp_path / "scan.html"
-    status, printed, _ = run(optimizer, "scan", TRANSCRIPTS, "--format", "html", "--output", str(out))
-    assert (status, printed) == (0, f"Report written: {out}\n")
-    text = out.read_text()
-    page = checked(text)
-    result = optimizer.scan([TRANSCRIPTS])
-    worst = max(result["sessions"], key=lambda row: (row["waste"]["cost"], row["waste"]["tokens"]))
-    assert f"{len(result['sessions'])} sessions" in page.text and page.links[0] == "#s1"
-    assert so.plain(worst["task"] or worst["id"], 90) in page.text and worst["id"] in page.text
-    for words in ("By day", "By agent", "By project", "Waste by kind", "Worst sessions", "CLAUDE-CODE"):
-        assert words in page.text
-    new = sum(int(n.replace(",", "")) for n in re.findall(r"sessions, ([\d,]+) new tokens", text))
-    totals = result["totals"]["tokens"]
-    assert new == sum(totals.values()) - totals["cache_read"]
-    status, printed, _ = run(optimizer, "scan", TRANSCRIPTS, "--format", "html")
-    assert status == 0 and checked(printed).links == page.links
-
-
-def test_a_scan_that_found_nothing_has_a_page_too(optimizer, tmp_path):
-    (tmp_path / "empty").mkdir()
-    page = checked(so.html_scan_report(optimizer.scan([str(tmp_path / "empty")])))
-    assert "No sessions found" in page.text
-
-
-def test_days_without_a_session_stand_in_the_picture():
-    rows = [{"started_at": day, "tokens": {"uncached_input": 100, "cache_read": 5}, "waste": {"tokens": 20}}
-            for day in ("2026-01-01T23:59:00Z", "2026-01-04T00:00:00Z", "")]
-    text = so._days(rows)
-    assert [title for title in re.findall(r"<title>([^<]*)</title>", text)] == [
-        "2026-01-01: 1 sessions, 100 new tokens, 20 wasted", "2026-01-02: 0 sessions, 0 new tokens, 0 wasted",
-        "2026-01-03: 0 sessions, 0 new tokens, 0 wasted", "2026-01-04: 1 sessions, 100 new tokens, 20 wasted"]
-    rows[1]["started_at"] = "2026-12-31T00:00:00Z"
-    assert so._days(rows).count("<g>") <= so.MOST_COLUMNS
-    assert so._days(rows[2:]) == ""
-
-
-@pytest.mark.parametrize("command", ["analyze", "export"])
-@pytest.mark.parametrize("form", ["html", "csv"])
-def test_both_commands_write_the_new_formats(optimizer, command, form):
-    store_session(optimizer, "s", [READ, READ, ANSWER])
-    status, out, _ = run(optimizer, command, "s", "--format", form)
-    assert status == 0
-    if form == "html":
-        checked(out)
-    else:
-        assert out.rstrip("\n") == optimizer.export_report("s", "csv").rstrip("\n")
-
-
-# -- the spreadsheet
-
-def test_the_spreadsheet_has_every_event_and_the_reports_waste(optimizer):
-    row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
-    session, report = optimizer.get_session(row["id"]), optimizer.analyze(row["id"])
-    rows = list(csv.DictReader(io.StringIO(optimizer.export_report(row["id"], "csv"))))
-    assert list(rows[0]) == ["id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
-                             "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
-                             "command", "tool", "line"]
-    assert [line["id"] for line in rows] == [event.id for event in session.events]
-    assert sum(int(line["tokens_input"]) + int(line["tokens_output"]) for line in rows) == session.total_tokens
-    assert sum(int(line["charged_tokens"]) for line in rows) == report.total_waste_tokens > 0
-    assert {line["model"] for line in rows} == {session.model}
-    assert [line["line"] for line in rows] == [str(event.data.get("line", "")) for event in session.events]
-
-
-@pytest.mark.parametrize("text, cell", [
-    ("=1+1", "'=1+1"), ("+1", "'+1"), ("-rf", "'-rf"), ("@SUM(A1)", "'@SUM(A1)"), ("\t=1", "'=1"), ("\r=1", "'=1"),
-    ("a=1", "a=1"), ("", ""), ('say "hi", all', 'say "hi", all'), ("two\nlines", "two lines"), ("x\ud800", "x")])
-def test_no_cell_is_a_formula(text, cell):
-    session = so.Session("s", "A", "t")
-    session.add_event(so.SessionEvent("e", "2026-01-01", EventType.SEARCH, {
-        "query": text, "file_path": text, "command": text, "tool": text, "line": text}))
-    (row,) = csv.DictReader(io.StringIO(so.csv_report(session, so.build_report(session, ()))))
-    assert {row[name] for name in ("query", "file_path", "command", "tool", "line")} == {cell}
-
-
-# -- colour
 
 def on_a_terminal(optimizer, *arguments, **environment):
     """What a command prints on a terminal."""
