@@ -7962,87 +7962,6 @@ def get_agent_stats(agent: str, days: int = 30) -> Dict[str, Any]:
     return get_optimizer().agent_statistics(agent, days)
 
 
-def run_labelled_cases(folder: Optional[str] = None) -> Dict[str, Any]:
-    """Scan the labelled sample transcripts (a folder with labels.json) and hold what is found against the labels.
-
-    Returns ``{"cases", "wrong", "analyzers": [{"analyzer", "true_positives", "false_positives", "true_negatives",
-    "false_negatives", "precision", "recall", "token_error_percent"}], "mistakes": [text]}``. A case counts for the analyzer
-    it is about; a finding of any other analyzer that no label expects is a false positive of that one. StorageError when
-    the folder holds no labels.
-    """
-    folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "transcripts")
-    try:
-        with open(os.path.join(folder, "labels.json"), encoding="utf-8") as file:
-            cases = json.load(file)["cases"]
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(os.path.join(folder, "labels.json"), f"cannot be read ({error})",
-                           "give the folder of the labelled cases: it is examples/transcripts of the source") from None
-    import tempfile
-    tallies = {cls.issue_type.value: _Tally(cls.__name__) for cls in BUILT_IN_ANALYZERS}
-    mistakes: List[str] = []
-    with tempfile.TemporaryDirectory() as store:
-        for case in cases:
-            result = SessionOptimizer(store).scan([os.path.join(folder, case["path"])], store=False)
-            _hold_against(case, result, tallies, mistakes)
-    return {"cases": len(cases), "wrong": len({line.split(":")[0] for line in mistakes}), "mistakes": mistakes,
-            "analyzers": [tally.to_dict() for tally in tallies.values()]}
-
-
-class _Tally:
-    """How often one analyzer was right on labelled cases."""
-
-    def __init__(self, analyzer: str):
-        self.analyzer = analyzer
-        self.true_positives = self.false_positives = self.true_negatives = self.false_negatives = 0
-        self.expected = self.off = 0  # tokens the labels expect, and by how many the findings miss them
-
-    def to_dict(self) -> Dict[str, Any]:
-        found, there = self.true_positives + self.false_positives, self.true_positives + self.false_negatives
-        return {"analyzer": self.analyzer, "true_positives": self.true_positives, "false_positives": self.false_positives,
-                "true_negatives": self.true_negatives, "false_negatives": self.false_negatives,
-                "precision": self.true_positives / found if found else None,
-                "recall": self.true_positives / there if there else None,
-                "token_error_percent": 100.0 * self.off / self.expected if self.expected else 0.0}
-
-
-def _hold_against(case: Dict[str, Any], result: Dict[str, Any], tallies: Dict[str, _Tally], mistakes: List[str]) -> None:
-    expected: Dict[str, List[int]] = {}
-    for label in case["expected"]:
-        expected.setdefault(label["issue_type"], []).append(label["waste_tokens"])
-    found: Dict[str, List[int]] = {}
-    for row in result["sessions"]:
-        for issue in row["issues"]:
-            found.setdefault(issue["issue_type"], []).append(issue["estimated_waste_tokens"])
-    for kind, tally in tallies.items():
-        want, have = sorted(expected.get(kind, [])), sorted(found.get(kind, []))
-        right = min(len(want), len(have))
-        tally.true_positives += right
-        tally.false_negatives += len(want) - right
-        tally.false_positives += len(have) - right
-        tally.true_negatives += not want and not have
-        tally.expected += sum(want)
-        tally.off += abs(sum(want) - sum(have))
-        if want != have:
-            mistakes.append(f"{case['name']}: {kind} expected {want or 'silence'}, found {have or 'nothing'}")
-    totals = result["totals"]
-    for name, value in case.get("totals", {}).items():
-        have_total = totals["model_calls"] if name == "model_calls" else totals["tokens"][name]
-        if value is not None and have_total != value:
-            mistakes.append(f"{case['name']}: {name} expected {value}, found {have_total}")
-
-
-def selftest_report(result: Dict[str, Any]) -> str:
-    """The table ``selftest`` prints: per analyzer what was right and wrong, precision, recall, error of the tokens."""
-    lines = [f"{result['cases']} labelled cases, {result['cases'] - result['wrong']} right, {result['wrong']} wrong", "",
-             f"{'analyzer':<28}{'TP':>5}{'FP':>5}{'TN':>5}{'FN':>5}{'precision':>11}{'recall':>8}{'tokens off':>12}"]
-    for row in result["analyzers"]:
-        ratios = ["-" if row[name] is None else f"{100 * row[name]:.0f}%" for name in ("precision", "recall")]
-        lines.append(f"{row['analyzer']:<28}{row['true_positives']:>5}{row['false_positives']:>5}"
-                     f"{row['true_negatives']:>5}{row['false_negatives']:>5}{ratios[0]:>11}{ratios[1]:>8}"
-                     f"{row['token_error_percent']:>11.1f}%")
-    return "\n".join(lines + [""] * bool(result["mistakes"]) + [f"WRONG {line}" for line in result["mistakes"]])
-
-
 # ==================================================================================================
 # Command line
 # ==================================================================================================
@@ -8198,9 +8117,6 @@ def _report_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) ->
             ("--output", {"metavar": "FILE", "help": "write to FILE instead of standard output"}), limit]),
         "import": (_import, "store sessions from JSON files or transcripts", [
             ("files", {"nargs": "+", "metavar": "FILE", "help": "a session's JSON, or a transcript of a known agent"})]),
-        "selftest": (_selftest, "run the labelled sample transcripts and print the error rates", [
-            ("cases", {"nargs": "?", "metavar": "DIR", "help": "folder with labels.json (default: examples/transcripts)"}),
-            json_or_text]),
         "version": (_version, "print the version", []),
         "help": (_help, "show this help, or a command's", [("topic", {"nargs": "?", "metavar": "command"})]),
     }
@@ -8665,15 +8581,6 @@ def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
     for entry in result["skipped"]:
         print(f"sessionoptimizer: {plain(entry['path'])}:{entry['line']}: {plain(entry['reason'])}", file=sys.stderr)
     return [row["id"] for row in result["sessions"]]
-
-
-def _selftest(options: Any) -> int:
-    result = run_labelled_cases(options.cases)
-    if options.format == "json":
-        _say_json(result)
-    else:
-        _say(selftest_report(result))
-    return EXIT_DONE if result["wrong"] == 0 else EXIT_LIMIT
 
 
 def _version(options: Any) -> int:

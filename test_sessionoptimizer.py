@@ -3034,26 +3034,6 @@ def transcripts_in(folder):
     return [path for path in found if os.path.basename(path) != "labels.json"]
 
 
-def test_the_labelled_samples_are_all_judged_right():
-    result = so.run_labelled_cases(SAMPLES)
-    assert result["mistakes"] == [] and result["wrong"] == 0 and result["cases"] >= 40
-    assert len({row["analyzer"] for row in result["analyzers"]}) == 8
-    for row in result["analyzers"]:
-        assert row["true_positives"] > 0 and row["true_negatives"] > 0 and row["false_positives"] == row["false_negatives"] == 0
-        assert row["precision"] == row["recall"] == 1 and row["token_error_percent"] == 0
-
-
-def test_a_wrong_label_is_noticed(tmp_path):
-    with open(os.path.join(SAMPLES, "labels.json"), encoding="utf-8") as file:
-        case = next(case for case in json.load(file)["cases"] if case["name"] == "read-twice")
-    shutil.copytree(os.path.join(SAMPLES, case["path"]), str(tmp_path / case["path"]))
-    for change, mistakes in (({}, 0), ({"expected": []}, 1), ({"totals": dict(case["totals"], output=1)}, 1)):
-        write(tmp_path / "labels.json", json.dumps({"cases": [dict(case, **change)]}))
-        assert len(so.run_labelled_cases(str(tmp_path))["mistakes"]) == mistakes
-        assert command("selftest", str(tmp_path))[0] == (3 if mistakes else 0)
-    assert command("selftest", str(tmp_path / "nowhere"))[0] == 1
-
-
 def test_the_samples_add_up_and_every_file_is_read_or_named(optimizer):
     result = optimizer.scan([SAMPLES])
     consistent(result, optimizer)
@@ -4162,11 +4142,6 @@ def test_signatures_are_those_of_the_contract():
         assert " ".join(shown) == expected
 
 
-def test_the_published_table_is_what_the_selftest_prints():
-    shown = read(os.path.join(HERE, "docs", "accuracy.md")).decode("utf-8")
-    assert so.selftest_report(so.run_labelled_cases()) in shown
-
-
 # ==================================================================================================
 # Command line
 # ==================================================================================================
@@ -4236,7 +4211,7 @@ def test_a_command_is_one_call_of_the_library(line, calls, tmp_path, monkeypatch
 
 def test_every_command_is_in_the_table_of_calls():
     tried = {row[0].split()[0] for row in CALLS}
-    assert set(so._commands()) - tried == {"version", "help", "selftest", "hook"}  # which call no more than they print
+    assert set(so._commands()) - tried == {"version", "help", "hook"}  # which call no more than they print
 
 
 BAD_LINES = [
@@ -4258,8 +4233,7 @@ FAILING = [
     ("analyze nobody", "nobody"), ("end nobody", "nobody"), ("log nobody CUSTOM", "nobody"), ("delete nobody", "nobody"), ("export nobody", "nobody"),
     ("compare s1 nobody", "nobody"), ("compare s1 s1", "2"), ("log s1 NAP", "NAP.*FILE_READ"), ("start a t --id s1", "end s1 --status ABANDONED"),
     ("start a t --id ../x", "A-Z"), ("analyze ../x", "list"), ("scan nowhere", "nowhere"), ("import nowhere.json", "nowhere.json"),
-    ("export s1 --output no/such/place", "no/such/place"), ("help nothing", "nothing.*scan"), ("log s1 CUSTOM --tokens-in 9999999999999999", "tokens_input"),
-    ("selftest nowhere", "labels.json")]
+    ("export s1 --output no/such/place", "no/such/place"), ("help nothing", "nothing.*scan"), ("log s1 CUSTOM --tokens-in 9999999999999999", "tokens_input")]
 
 
 @pytest.mark.parametrize("line, says", FAILING, ids=[row[0] for row in FAILING])

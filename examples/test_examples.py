@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ import knowledge_base  # noqa: E402
 import message_bus_alerts as bus  # noqa: E402
 import monitor  # noqa: E402
 import priority_queue as tasks  # noqa: E402
+import selftest  # noqa: E402
 import token_tracker  # noqa: E402
 from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer,  # noqa: E402
                               SessionStatus, Severity)
@@ -65,6 +67,7 @@ EXPLAINED = (
     "dashboard",
     "monitor",
     "ci_report",
+    "selftest",
     "claude_code_hooks",
     "export_otlp",
     "git_insights",
@@ -159,7 +162,7 @@ def test_store_keeps_the_sessions_and_runs_twice(name, tmp_path):
     assert len(ended) >= 2 and all(session.status is not SessionStatus.ACTIVE for session in ended)
 
 
-@pytest.mark.parametrize("name", [*INTEGRATIONS, "monitor", "ci_report", "export_otlp", "claude_code_hooks"])
+@pytest.mark.parametrize("name", [*INTEGRATIONS, "monitor", "ci_report", "selftest", "export_otlp", "claude_code_hooks"])
 def test_help_and_a_bad_option(name, capsys):
     for option, status in (("--help", 0), ("--no-such-option", 2)):
         with pytest.raises(SystemExit) as stop:
@@ -1145,3 +1148,35 @@ def test_the_installer_as_a_program(home):
     assert (
         (status, errors) == (0, "") and "--install makes this change" in output and list(home.iterdir()) == []
     )
+
+
+def test_the_labelled_samples_are_all_judged_right():
+    result = selftest.run_labelled_cases(SAMPLES)
+    assert result["mistakes"] == [] and result["wrong"] == 0 and result["cases"] >= 40
+    assert len({row["analyzer"] for row in result["analyzers"]}) == 8
+    for row in result["analyzers"]:
+        assert row["true_positives"] > 0 and row["true_negatives"] > 0
+        assert row["false_positives"] == row["false_negatives"] == 0
+        assert row["precision"] == row["recall"] == 1 and row["token_error_percent"] == 0
+    with open(os.path.join(ROOT, "docs", "accuracy.md"), encoding="utf-8") as page:
+        assert selftest.selftest_report(result) in page.read()
+
+
+@pytest.mark.parametrize("change, mistakes", [
+    (lambda case: {}, 0),
+    (lambda case: {"expected": []}, 1),
+    (lambda case: {"totals": dict(case["totals"], output=1)}, 1),
+])
+def test_a_wrong_label_is_noticed(tmp_path, change, mistakes):
+    with open(os.path.join(SAMPLES, "labels.json"), encoding="utf-8") as file:
+        case = next(case for case in json.load(file)["cases"] if case["name"] == "read-twice")
+    shutil.copytree(os.path.join(SAMPLES, case["path"]), str(tmp_path / case["path"]))
+    (tmp_path / "labels.json").write_text(json.dumps({"cases": [dict(case, **change(case))]}), encoding="utf-8")
+    assert len(selftest.run_labelled_cases(str(tmp_path))["mistakes"]) == mistakes
+    status, out, errors = run("selftest", tmp_path, "--format", "json")
+    assert (status, json.loads(out)["wrong"], errors) == (3 if mistakes else 0, mistakes, "")
+
+
+def test_a_folder_without_labels_is_named(tmp_path):
+    status, out, errors = run("selftest", tmp_path / "nowhere")
+    assert (status, out) == (1, "") and "labels.json" in errors
