@@ -56,6 +56,7 @@ import stat
 import sys
 import time
 import warnings
+from _thread import RLock
 from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -3649,6 +3650,97 @@ def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[st
                    "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
 
 
+def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, float]:
+    """The limits of ALERT_RULES by name, with ``thresholds`` in their place; InvalidValue for an unknown name or a value
+    that is not a number >= 0."""
+    limits = {rule.name: rule.threshold for rule in ALERT_RULES}
+    for name, value in (thresholds or {}).items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name not in limits or not number or not value >= 0:
+            raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of {', '.join(limits)}")
+        limits[name] = value
+    return limits
+
+
+# -- sessions over time
+
+def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
+    """What ``SessionOptimizer.summaries`` tells of one session."""
+    issues: Dict[str, int] = {}
+    for issue in report.issues:
+        issues[issue.issue_type.value] = issues.get(issue.issue_type.value, 0) + 1
+    errors = [event for event in session.events if event.event_type is EventType.ERROR]
+    failures = sum(not failure_kind(event.data) for event in errors)
+    ratios = [ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session, 1.0)]
+    return {"id": session.id, "agent": session.agent, "task": session.task, "model": session.model,
+            "status": session.status.value, "started_at": session.started_at,
+            "started": seconds_of(session.started_at) or 0.0, "tokens": report.total_tokens,
+            "cost": report.estimated_cost, "efficiency": report.efficiency_score,
+            "waste_tokens": report.total_waste_tokens, "waste_cost": report.total_waste_cost,
+            "measured_waste_tokens": report.measured_waste_tokens, "minutes": session.duration_seconds / 60,
+            "events": len(session.events), "issues": issues, "errors": len(errors),
+            "error_rate": 100 * failures / len(session.events) if failures > 1 else 0.0,
+            "spike": max(ratios, default=0.0),
+            "last_at": session.events[-1].timestamp if session.events else session.ended_at or session.started_at}
+
+
+def statistics_of(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Sums and averages over ``summaries()`` rows (at least one), oldest first."""
+    counts: Dict[str, int] = {}
+    for row in rows:
+        for kind, count in row["issues"].items():
+            counts[kind] = counts.get(kind, 0) + count
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
+    return {"sessions_analyzed": len(rows),
+            "total_tokens": sum(row["tokens"] for row in rows), "total_cost": sum(row["cost"] for row in rows),
+            "average_efficiency": sum(row["efficiency"] for row in rows) / len(rows),
+            "total_waste_tokens": sum(row["waste_tokens"] for row in rows),
+            "total_waste_cost": sum(row["waste_cost"] for row in rows),
+            "common_issues": [{"type": kind, "count": count} for kind, count in frequent],
+            "trends": _trend([row["efficiency"] for row in rows])}
+
+
+def _trend(scores: List[float]) -> Dict[str, Any]:
+    """The second half in time against the first, in points of efficiency; stable within 5."""
+    if len(scores) < 2:
+        return {"trend": "insufficient_data", "change_percent": 0.0, "first_period_avg": 0.0, "second_period_avg": 0.0}
+    middle = len(scores) // 2
+    first, second = sum(scores[:middle]) / middle, sum(scores[middle:]) / (len(scores) - middle)
+    change = second - first
+    trend = "stable"
+    if abs(change) > 5:
+        trend = "improving" if change > 0 else "declining"
+    return {"trend": trend, "change_percent": round(change, 1), "first_period_avg": round(first, 1),
+            "second_period_avg": round(second, 1)}
+
+
+def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Dict[str, Any]:
+    """Sessions (at least two) side by side: what ``SessionOptimizer.compare_sessions`` returns."""
+    rows: List[Dict[str, Any]] = [
+        {"id": session.id, "agent": session.agent, "task": session.task[:80], "total_tokens": report.total_tokens,
+         "cost": report.estimated_cost, "efficiency_score": report.efficiency_score, "issue_count": len(report.issues)}
+        for session, report in found]
+    ranked = sorted(found, key=lambda pair: -pair[1].efficiency_score)
+    names = {"tokens": "total_tokens", "cost": "cost", "efficiency": "efficiency_score", "issues": "issue_count"}
+    return {"sessions": rows,
+            "averages": {name: sum(row[key] for row in rows) / len(rows) for name, key in names.items()},
+            "best_performer": ranked[0][0].id, "worst_performer": ranked[-1][0].id,
+            "recommendations": _lessons(*ranked[0], *ranked[-1])}
+
+
+def _lessons(best: Session, good: OptimizationReport, worst: Session, bad: OptimizationReport) -> List[str]:
+    """What the better session did without, from the issues of both."""
+    avoided = {issue.issue_type for issue in good.issues}
+    lessons: Dict[IssueType, List[EfficiencyIssue]] = {}
+    for issue in bad.issues:
+        if issue.issue_type not in avoided:
+            lessons.setdefault(issue.issue_type, []).append(issue)
+    weighed = sorted(((sum(issue.charged_tokens for issue in issues), kind.value, issues)
+                      for kind, issues in lessons.items()), key=lambda item: -item[0])
+    return [f"{best.id} had no {kind}, {worst.id} had {len(issues)} ({tokens:,} tokens): {issues[0].suggestion}"
+            for tokens, kind, issues in weighed]
+
+
 # ==================================================================================================
 # Store
 # ==================================================================================================
@@ -4108,8 +4200,11 @@ def _publish(path: str, data: bytes, *, sync: bool) -> bool:
             os.unlink(temp)
 
 
-class _Directory:
-    """The directories of a store, the names in them, and its small files: reports and state."""
+class Store:
+    """Session files under `root`, safe against parallel writers, crashes and damaged files.
+
+    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
+    each). No file stays open between calls, so threads and forked processes may share a Store."""
 
     def __init__(self, root: str, *, warn=None):
         self.root = os.path.abspath(os.fspath(root))
@@ -4170,14 +4265,23 @@ class _Directory:
     def _state_path(self, name: str) -> str:
         return os.path.join(self.root, check_id(name) + ".json")
 
+    def own_prices(self) -> dict:
+        """What the user put into prices.json; empty without it. InvalidValue when it cannot be used."""
+        path = os.path.join(self.root, "prices.json")
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                own = json.load(file)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise InvalidValue(f"{path} cannot be read: {error}; mend or remove it") from None
+        if not isinstance(own, dict):
+            raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
+        return own
+
     def write_report(self, session_id: str, report: dict) -> None:
         """Save a report in one step. It can be computed again, so it is not forced to the disk."""
         _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
-
-    def read_report(self, session_id: str):
-        """The saved report, or None when it is missing or damaged."""
-        report = _read_json(self._report_path(session_id))
-        return report if isinstance(report, dict) else None
 
     def write_json(self, name: str, value) -> None:
         """Save a small state file of the store in one step."""
@@ -4186,13 +4290,6 @@ class _Directory:
     def read_json(self, name: str):
         """What `write_json` saved under this name, or None when it is missing or damaged."""
         return _read_json(self._state_path(name))
-
-
-class Store(_Directory):
-    """Session files under `root`, safe against parallel writers, crashes and damaged files.
-
-    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
-    each). No file stays open between calls, so threads and forked processes may share a Store."""
 
     def _open(self, path: str, *, exclusive: bool):
         with _naming(path):
@@ -4311,31 +4408,31 @@ class Store(_Directory):
             return None
         return events, footer, self._mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
 
-    def heads(self):
-        """Yield (id, header and footer as one dict, stat, None) per session, or (id, None, None, error).
-
-        The id is the one that addresses the session; the dict's own may differ. In no particular order."""
-        self._refuse_links()
-        for name in self._names():
-            if name.endswith(".json"):
-                try:
-                    yield (name[:-len(".json")], *self._peek(self.sessions + os.sep + name), None)
-                except SessionNotFound:
-                    pass  # deleted since the listing
-                except SessionOptimizerError as error:
-                    yield name[:-len(".json")], None, None, error
-
     def head(self, session_id: str) -> dict:
         """Header and footer of a session as one dict, from the ends of its file."""
         return self._peek(self.find(session_id))[0]
 
-    def starts(self):
-        """Yield (id, header) of every session by the first line of its file alone; the header is None where that does
-        not tell: in the older layout, and where it is damaged."""
+    def readable_head(self, session_id: str):
+        """Header and footer as one dict; None for a session that is gone meanwhile, and with a warning for one
+        that cannot be read."""
+        try:
+            return self.head(session_id)
+        except SessionNotFound:
+            return None
+        except SessionOptimizerError as error:
+            self._report(f"left out of the list: {error}")
+            return None
+
+    def headers(self):
+        """Yield (id, header) of every session that can be read, by the first line of its file where that tells.
+        The id is the one that addresses the session; the header's own may differ. In no particular order."""
         self._refuse_links()
         for name in self._names():
             if name.endswith(".json"):
-                yield name[:-len(".json")], self._start(self.sessions + os.sep + name)
+                session_id = name[:-len(".json")]
+                head = self._start(self.sessions + os.sep + name) or self.readable_head(session_id)
+                if head:
+                    yield session_id, head
 
     @staticmethod
     def _start(path: str):
@@ -4377,6 +4474,19 @@ class Store(_Directory):
         del head["events"]
         return head, info
 
+    def change(self, session_id: str, edit) -> None:
+        """Let `edit` change the session's dict in place, under the lock, and store it anew in one step."""
+        path = self.find(session_id)
+        fd, info = self._open(path, exclusive=True)
+        try:
+            with _naming(path):
+                doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
+            edit(doc)
+            _replace(path, _lay_out(doc), sync=False)
+        finally:
+            _release(fd)
+        self._report(remark)
+
     def archive(self, session_id: str) -> str:
         """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written inside."""
         path = self.find(check_id(session_id))
@@ -4395,7 +4505,7 @@ class Store(_Directory):
             raise _damaged(path, f"{error}") from error
         finally:
             _release(fd)
-        self._report_repair(remark)
+        self._report(remark)
         return doc["id"]
 
     def delete(self, session_id: str) -> bool:
@@ -4433,7 +4543,7 @@ class Store(_Directory):
                 number += 1
             remark += f"; the damaged file is kept as {_printable(path)}.damaged-{number}"
         _replace(path, whole, sync=True)
-        self._report_repair(remark)
+        self._report(remark)
 
     def _repair(self, path: str):
         """(content, stat) of a session file after repair; in memory only where it cannot be written."""
@@ -4449,10 +4559,10 @@ class Store(_Directory):
         except StorageError:
             data, info = self._read_whole(path)
             doc, remark, _ = _restore(data, path)
-            self._report_repair(remark and remark + " (in memory: the store cannot be written)")
+            self._report(remark and remark + " (in memory: the store cannot be written)")
             return _lay_out(doc), info
 
-    def _report_repair(self, remark: str) -> None:
+    def _report(self, remark: str) -> None:
         if remark:
             self.warnings.append(remark)
             self._warn(remark)
@@ -6907,6 +7017,144 @@ def _response_text(response: Any) -> Tuple[str, int]:
     return text, min(len(text), _PERSISTED) if response.get("persistedOutputPath") else len(text)
 
 
+class LiveHooks:
+    """Logs what an agent's hooks tell to the session of that id in the store of a ``SessionOptimizer``, and guards its
+    window."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer, self.store = optimizer, optimizer.store
+
+    def log(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
+        """See ``SessionOptimizer.log_hook``."""
+        named = isinstance(payload, dict) and _text(payload.get("session_id")) and _text(payload.get("hook_event_name"))
+        if not named:
+            raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
+        session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
+        event = hook_event(payload)
+        if kind == "SessionEnd":
+            event = SessionEvent("", now_text(), EventType.SESSION_END, {
+                "status": SessionStatus.COMPLETED.value, "reason": _text(payload.get("reason"))[:40]})
+        elif event is None and kind != "SessionStart":
+            return None
+        if not os.path.lexists(self.store.find(session_id)):
+            if kind == "SessionEnd":
+                return None
+            self._begin(session_id, payload)
+        footer = self._append(session_id, kind, event)
+        if kind == "UserPromptSubmit" and footer["event_count"] == 2:
+            self._name(session_id, task_line(_text(payload.get("prompt"))))
+        if session_id in self.optimizer._sessions:
+            self.optimizer.get_session(session_id)
+        return event if event is not None and event.id else None
+
+    def _begin(self, session_id: str, payload: Dict[str, Any]) -> None:
+        transcript = os.path.expanduser(_text(payload.get("transcript_path")))
+        try:
+            self.optimizer.start_session(
+                ClaudeCodeReader.agent, task_line(_text(payload.get("prompt"))), _text(payload.get("model")), session_id,
+                {"transcript_path": transcript, "cwd": _text(payload.get("cwd")), "live": True})
+        except SessionExists:
+            pass  # another hook of the same moment was first
+
+    def _append(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> Dict[str, Any]:
+        """Append an event, or change the session's state alone; the session's footer."""
+        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+            ended, changes = footer["status"] != SessionStatus.ACTIVE.value, {}
+            if kind == "SessionEnd" and event is not None:
+                if ended:
+                    return None, {}
+                changes = {"status": SessionStatus.COMPLETED.value, "ended_at": event.timestamp}
+            elif ended and kind in ("SessionStart", "UserPromptSubmit"):
+                changes = {"status": SessionStatus.ACTIVE.value, "ended_at": ""}
+            if event is None:
+                return None, changes
+            event.id = event_id(session_id, footer, event.timestamp)
+            return event.to_dict(), changes
+
+        return self.store.append(session_id, make)[1]
+
+    def _name(self, session_id: str, task: str) -> None:
+        """The first prompt tells the task of a session that had to begin without one."""
+        def name(document: Dict[str, Any]) -> None:
+            if task and not document["task"] and document["metadata"].get("live"):
+                document["task"] = document["events"][0]["data"]["task"] = task
+
+        if not self.store.head(session_id)["task"]:
+            self.store.change(session_id, name)
+
+    def guard(self, payload: Dict[str, Any], deny: bool) -> Optional[Dict[str, Any]]:
+        """See ``SessionOptimizer.guard``."""
+        if payload.get("hook_event_name") != "PreToolUse":
+            return None
+        session_id, call = slug(_text(payload.get("session_id"))), hook_call(payload)[1]
+        agent, read = _text(payload.get("agent_id")), call.event_type is EventType.FILE_READ
+        data = dict(call.data, content="same") if read else call.data  # the file's own time tells
+        repeat = self.optimizer.would_repeat(session_id, call.event_type, data, agent)
+        if repeat is None or repeat["lines"] < repeat["of_lines"]:
+            return None
+        events = self.optimizer._sessions[session_id].events
+        later = list(itertools.dropwhile(lambda event: event.id != repeat["event_id"], events))
+        if read:
+            files = [entry[0] for entry in call.data.get("reads", ())] or _paths_of(call.data)
+            if not _unchanged_since(files, repeat["held_since"]):
+                return None
+        elif any(event.event_type is EventType.USER_MESSAGE for event in later):
+            return None
+        advice = _repeat_advice(call, repeat)
+        answer = {"hookEventName": "PreToolUse", "additionalContext": advice}
+        if deny:
+            refused = {"refused_repeat_of": repeat["event_id"]}
+            if any(event.agent_id == agent and refused.items() <= event.data.items() for event in later):
+                return None
+            self._append(session_id, "PreToolUse", SessionEvent("", now_text(), EventType.CUSTOM, refused, agent_id=agent))
+            answer = {"hookEventName": "PreToolUse", "permissionDecision": "deny", "permissionDecisionReason":
+                      advice + " If it is not in view any more, make the same call again."}
+        return {"hookSpecificOutput": answer}
+
+
+def event_id(session_id: str, footer: Dict[str, Any], timestamp: str) -> str:
+    """The id of the next event of a session, by its footer and the event's time."""
+    return f"{session_id}_{footer['event_count']}_{timestamp[11:19].replace(':', '')}"
+
+
+def _unchanged_since(paths: Iterable[str], seconds: Optional[float]) -> bool:
+    """Whether every file is there and neither its content nor its name has changed since."""
+    try:
+        stats = [os.stat(path) for path in paths]
+    except (OSError, ValueError):
+        return False
+    changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime) for info in stats]  # there: time of creation
+    return seconds is not None and all(change <= seconds for change in changes)
+
+
+def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
+    """What to tell an agent that is about to read or search again."""
+    if call.event_type is EventType.FILE_READ:
+        what, again = plain(_paths_of(call.data)[0], 120), "reading it again"
+        how = f"was read at {repeat['timestamp'][11:16]} and has not changed since"
+    else:
+        what, again = f"The answer to the search '{plain(call.data.get('query'), 80)}'", "searching again"
+        how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
+    return (f"{what} {how}: it is still in the context (about {repeat['tokens']:,} tokens). "
+            f"Use that instead of {again}.")
+
+
+def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Dict[str, Any]]:
+    """What ``SessionOptimizer.would_repeat`` returns for a read or search that has not been made yet."""
+    memory = ContextMemory(_cwd_of(session))
+    for earlier in session.events:
+        memory.observe(earlier)
+    memory.foresee(event)
+    repeat = memory.repeats(event)
+    if repeat is None:
+        return None
+    first, last = line_range(repeat.earlier.data)
+    lines = max(1, last - first + 1) if event.event_type is EventType.FILE_READ else 1
+    return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
+            "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines, "lines": repeat.covered,
+            "of_lines": repeat.total, "held_since": memory.held_since(event)}
+
+
 # ==================================================================================================
 # Scan
 # ==================================================================================================
@@ -6956,6 +7204,18 @@ class TranscriptScan:
         self.changed: List[str] = []
         self.dropped: List[Dict[str, Any]] = []  # units whose files have moved or now belong to others
         self._gone: Optional[Dict[str, str]] = None
+        self._taken: Optional[Dict[str, str]] = None  # session id: the unit that has it
+
+    def look_at(self, paths: Optional[Iterable[str]]) -> None:
+        """``look`` below these paths (None: where each agent keeps its transcripts). StorageError for one that is not
+        there."""
+        if paths is None:
+            paths = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)]
+        roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        self.look(find_transcripts(roots))
+        for path in map(os.path.abspath, roots):
+            if self.files.get(path) and not self.files[path][2]:
+                self.skipped[path] = [[path, 0, self.files[path][4]]]  # somebody named it: not left out in silence
 
     def look(self, found: Iterable[Tuple[str, int, int]]) -> None:
         """Compare what is there with the state; sets ``scope`` and ``changed``."""
@@ -7080,6 +7340,43 @@ class TranscriptScan:
         """What the next scan starts from."""
         return {"version": 1, "files": self.files, "units": self.units}
 
+    def rows(self) -> List[Dict[str, Any]]:
+        """The ``session_row`` of every session in scope."""
+        return [row for unit in self.scope for row in self.units[unit]["rows"]]
+
+    def leave_out(self, deleted: set) -> None:
+        """Drop the rows of sessions that were deleted."""
+        for unit in self.scope if deleted else ():
+            self.units[unit]["rows"] = [row for row in self.units[unit]["rows"] if row["id"] not in deleted]
+
+    def free_id(self, wanted: str, unit: str, store: Optional[Store]) -> str:
+        """The id itself, with a suffix when another transcript or a session of the user's has it."""
+        if self._taken is None:
+            unchanged = set(self.units).difference(self.changed)
+            self._taken = {row["id"]: name for name in unchanged for row in self.units[name]["rows"]}
+        number, session_id, own = 1, wanted, [row["id"] for row in self.units[unit]["rows"]]
+        while self._taken.get(session_id, unit) != unit or not (
+                store is None or session_id in own or _replaceable(store, session_id, unit)):
+            number += 1
+            session_id = f"{wanted}-{number}"
+        self._taken[session_id] = unit
+        return session_id
+
+    def result(self, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str) -> Dict[str, Any]:
+        """What ``SessionOptimizer.scan`` returns; ``before``: the rows as they were."""
+        after, names = since_seconds(since), {agent.lower(), agent.lower().replace(" ", "-")}
+        rows = self.rows()
+        chosen = [row for row in rows
+                  if (not agent or row["agent"].lower() in names or row["source"] in names)
+                  and (after is None or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
+                  and (not project or project in row["project"] or project in row["path"])]
+        skipped = [entry for unit in self.scope for entry in self.units[unit].get("skipped", ())]
+        skipped += [entry for entries in self.skipped.values() for entry in entries]
+        return {"sessions": sorted(chosen, key=lambda row: (row["started_at"], row["id"])),
+                "totals": scan_totals(chosen),
+                "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
+                "changes": _changes_text(before, rows) if before else ""}
+
 
 def _order_of(path: str) -> List[str]:
     """First and last time in a file and its name: of two that hold the same response, the first in this order counts it."""
@@ -7137,12 +7434,53 @@ def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     return totals
 
 
+def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:
+    """A hash of what figures depend on besides the events: version, analyzers, their thresholds, prices of the user."""
+    parts: List[Any] = [__version__, prices.overrides]
+    for analyzer in analyzers:
+        cls, state = type(analyzer), sorted(getattr(analyzer, "__dict__", ()))
+        thresholds = analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else state
+        parts.append(["" if cls in BUILT_IN_ANALYZERS else cls.__module__, cls.__qualname__, thresholds])
+    return digest_of(json.dumps(parts, sort_keys=True, default=str))
+
+
+def since_seconds(moment: Optional[datetime]) -> Optional[float]:
+    """Seconds since 1970 of a datetime (without a zone: local), None for none; InvalidValue for anything else."""
+    if moment is None:
+        return None
+    if not hasattr(moment, "isoformat"):
+        raise InvalidValue(f"since is {moment!r}: give a datetime")
+    return seconds_of(moment.isoformat())
+
+
+def _replaceable(store: Store, session_id: str, path: str) -> bool:
+    """True where no session has this id, or one of this transcript's: imported before, or logged live by hooks."""
+    if not os.path.lexists(store.find(session_id)):
+        return True
+    metadata = (store.readable_head(session_id) or {}).get("metadata", {})
+    source, transcript = metadata.get("source"), metadata.get("transcript_path")
+    if transcript is not None and os.path.realpath(str(transcript)) == os.path.realpath(path):
+        return True
+    return isinstance(source, dict) and source.get("path") == path
+
+
+def _changes_text(before: List[Dict[str, Any]], after: List[Dict[str, Any]]) -> str:
+    """What a later scan found new, in words; "nothing" when all is as it was."""
+    old, new = scan_totals(before), scan_totals(after)
+    tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
+    if old == new:
+        return "nothing since the last scan"
+    return (f"since the last scan: {new['sessions'] - old['sessions']:+,} sessions, "
+            f"{new['model_calls'] - old['model_calls']:+,} model calls, {tokens:+,} tokens, "
+            f"{new['estimated_cost'] - old['estimated_cost']:+.4f} USD")
+
+
 # ==================================================================================================
 # SessionOptimizer
 # ==================================================================================================
 
 class _ListedSession(Session):
-    """A session of which a listing has read the ends only; its events are read when they are asked for."""
+    """A session of which a listing has read the ends only; its events are read when asked for."""
 
     _load: Optional[Callable[[str], Any]] = None
 
@@ -7160,77 +7498,180 @@ class _ListedSession(Session):
         self.__dict__["_events"] = events
 
 
-class _Sessions:
-    """What SessionOptimizer does with single sessions: start, log, end, list, delete."""
+class _LiveSessions:
+    """The sessions handed out, one object per id, which take in what was logged since; safe from
+    several threads."""
 
-    def __init__(self, storage_path: Optional[str] = None, analyzers: Optional[Iterable[BaseAnalyzer]] = None):
+    def __init__(self, store: Store):
+        self.store = store
+        self.sessions: Dict[str, Session] = {}
+        self.marks: Dict[str, Any] = {}  # how far each has been read
+        self._prices: Optional[PriceList] = None
+        self._lock = RLock()
+
+    @property
+    def prices(self) -> PriceList:
+        """See ``SessionOptimizer.prices``."""
+        if self._prices is None:
+            self._prices = PriceList(self.store.own_prices())
+        return self._prices
+
+    def refreshed(self, session_id: str) -> Optional[Session]:
+        """The session with what was logged since; None when there is none."""
+        with self._lock:
+            session, mark = self.sessions.get(session_id), self.marks.get(session_id)
+            try:
+                news = self.store.tail(session_id, mark) if session is not None and mark else None
+                if session is not None and news:
+                    return self._take_in(session, *news)
+                with _CollectorPaused():
+                    document, mark = self.store.load_marked(session_id)
+                    stored = Session.from_dict(document)
+            except (SessionNotFound, InvalidSessionId):
+                if session is not None and mark is None and type(session) is Session:
+                    return session  # put into this instance by hand, never stored
+                self.forget(session_id)
+                return None
+            self.marks[session_id] = mark
+            return self.adopt(stored, session)
+
+    def _take_in(self, session: Session, events: List[Dict[str, Any]], footer: Dict[str, Any],
+                 mark: Any) -> Session:
+        for event in events:
+            session.add_event(SessionEvent.from_dict(event))
+        if events or session.status.value != footer["status"]:
+            session.status, session.ended_at = _status(footer["status"]), footer["ended_at"]
+        self.marks[session.id] = mark
+        return session
+
+    def take_own(self, session_id: str, event: SessionEvent, mark: Any) -> None:
+        """Add an event just logged; read the session anew where others logged in between."""
+        with self._lock:
+            session, old = self.sessions.get(session_id), self.marks.get(session_id)
+            if session is None:
+                return
+            if old and old[:2] == mark[:2] and old[3] + 1 == mark[3]:
+                session.add_event(event)
+                self.marks[session_id] = mark
+            else:
+                self.refreshed(session_id)
+
+    def readable(self, session_id: str) -> Optional[Session]:
+        """The session; None also when it is damaged."""
+        try:
+            return self.refreshed(session_id)
+        except (StorageError, InvalidValue):
+            return None
+
+    def glimpse(self, session_id: str) -> Optional[Session]:
+        """The session, not handed out; None, with a warning, when it is damaged."""
+        if session_id in self.marks:
+            return self.readable(session_id)
+        try:
+            with _CollectorPaused():
+                session = Session.from_dict(self.store.load(session_id))
+        except SessionNotFound:
+            return None  # deleted meanwhile
+        except (StorageError, InvalidValue) as error:
+            _warn(f"left out: {error}")
+            return None
+        session.prices = self.prices
+        return session
+
+    def adopt(self, session: Session, live: Optional[Session] = None) -> Session:
+        """Keep a session live under its id; an object handed out before takes over what is new."""
+        if live is not None:
+            for name in Session.__dataclass_fields__:
+                setattr(live, name, getattr(session, name))
+            session = live
+        session.prices = self.prices
+        self.sessions[session.id] = session
+        return session
+
+    def listed(self, session_id: str, head: Dict[str, Any]) -> Session:
+        """The session by its header and footer, its events not read yet."""
+        with self._lock:
+            live = self.sessions.get(session_id)
+            if live is not None and session_id in self.marks:
+                return self.refreshed(session_id) or live
+            agent, task, started, ended = (
+                str(head.get(name) or "") for name in ("agent", "task", "started_at", "ended_at"))
+            session = _ListedSession(
+                session_id, agent, task, _status(head.get("status", "ACTIVE")), started, ended,
+                model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
+            for name in _TOTALS:
+                setattr(session, name, head.get(name) or 0)
+            session.__dict__.update(_events=None, _load=self.refreshed)
+            return self.adopt(session)
+
+    def forget(self, session_id: str) -> None:
+        """Hand the object out no more."""
+        with self._lock:
+            self.sessions.pop(session_id, None)
+            self.marks.pop(session_id, None)
+
+
+class SessionOptimizer:
+    """Sessions in a store, and what an analysis says of them.
+
+    ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else
+    ~/.sessionoptimizer). ``analyzers``: instances that replace the built-in ones. Sessions handed
+    out stay live: they show what this and, at the next call that names them, other processes have
+    logged. StorageError when the store cannot be used.
+    """
+
+    def __init__(self, storage_path: Optional[str] = None,
+                 analyzers: Optional[Iterable[BaseAnalyzer]] = None):
         root = storage_path or os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(
             os.path.expanduser("~"), ".sessionoptimizer")
-        self.store = Store(root, warn=_warn_repaired)
+        self.store = Store(root, warn=_warn)
         if storage_path:
             self.store.prepare()
-        self.analyzers = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else list(analyzers)
-        self._sessions: Dict[str, Session] = {}
-        self._marks: Dict[str, Any] = {}
-        self._prices: Optional[PriceList] = None
+        built_in: Iterable[BaseAnalyzer] = (cls() for cls in BUILT_IN_ANALYZERS)
+        self.analyzers = list(built_in if analyzers is None else analyzers)
+        self._live = _LiveSessions(self.store)
+        self._sessions = self._live.sessions
 
     @property
     def storage_path(self) -> Any:
         """The store's directory, a pathlib.Path."""
-        from pathlib import Path
-        return Path(self.store.root)
+        return _path(self.store.root)
 
     @property
     def sessions_dir(self) -> Any:
         """The directory of the session files, a pathlib.Path."""
-        from pathlib import Path
-        return Path(self.store.sessions)
+        return _path(self.store.sessions)
 
     @property
     def reports_dir(self) -> Any:
         """The directory of the saved reports, a pathlib.Path."""
-        from pathlib import Path
-        return Path(self.store.reports)
+        return _path(self.store.reports)
 
     @property
     def prices(self) -> PriceList:
-        """The built-in prices with those of the store's prices.json on top (read once). InvalidValue names a file or a
-        price that cannot be used."""
-        if self._prices is None:
-            path = os.path.join(self.store.root, "prices.json")
-            try:
-                with open(path, encoding="utf-8-sig") as file:
-                    own = json.load(file)
-            except FileNotFoundError:
-                own = {}
-            except (OSError, ValueError, RecursionError) as error:
-                raise InvalidValue(f"{path} cannot be read: {error}; mend or remove it") from None
-            if not isinstance(own, dict):
-                raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
-            self._prices = PriceList(own)
-        return self._prices
+        """The built-in prices with those of the store's prices.json on top (read once).
+        InvalidValue names a file or a price that cannot be used."""
+        return self._live.prices
 
-    def start_session(self, agent: str, task: str, model: str = "default", session_id: Optional[str] = None,
+    # -- single sessions
+
+    def start_session(self, agent: str, task: str, model: str = "default",
+                      session_id: Optional[str] = None,
                       metadata: Optional[Dict[str, Any]] = None) -> Session:
-        """Begin a session and log SESSION_START. The agent is kept in upper, the model in lower case.
+        """Begin a session and log SESSION_START. The agent is kept in upper, the model in lower
+        case.
 
-        Without an id it becomes ``agent_YYYYMMDD_HHMMSS``, with a suffix when taken. An id whose session has ended is taken
-        over: the old session is kept as ``<id>.1``, with a warning. SessionExists when it is still active;
-        InvalidSessionId, InvalidValue (metadata that JSON cannot hold) and StorageError otherwise.
+        Without an id it becomes ``agent_YYYYMMDD_HHMMSS``, with a suffix when taken. An id whose
+        session has ended is taken over: the old session is kept as ``<id>.1``, with a warning.
+        SessionExists when it is still active; InvalidSessionId, InvalidValue (metadata that JSON
+        cannot hold) and StorageError otherwise.
         """
-        if metadata is not None and not isinstance(metadata, dict):
-            raise InvalidValue(f"metadata is a {type(metadata).__name__}: give an object")
-        now = now_text()
-        base = session_id or f"{slug(str(agent).lower())}_{now[:19].replace('-', '').replace(':', '').replace('T', '_')}"
-        session = Session(check_id(base), str(agent).upper(), str(task), SessionStatus.ACTIVE, now,
-                          model=str(model or "default").lower(), metadata=dict(metadata or {}))
-        session.add_event(SessionEvent(f"{base}_start", now, EventType.SESSION_START,
-                                       {"agent": session.agent, "task": session.task, "model": session.model}))
-        number = 1
+        session = _begun(agent, task, model, session_id, metadata)
+        base, number = session.id, 1
         while True:
             try:
                 self._create(session)
-                return self._adopt(session)
+                return self._live.adopt(session)
             except SessionExists:
                 if session_id:
                     self._make_room(session_id)
@@ -7240,175 +7681,38 @@ class _Sessions:
                 session.events[0].id = f"{session.id}_start"
 
     def _create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
+        events = [event.to_dict() for event in session.events]
         try:
-            self.store.create(session._head(), [event.to_dict() for event in session.events], session._foot(),
-                              replace=replace, sync=sync)
+            self.store.create(session._head(), events, session._foot(), replace=replace, sync=sync)
         except (TypeError, ValueError) as error:
             raise _not_json(error, "metadata or data") from None
 
     def _make_room(self, session_id: str) -> None:
-        old = self._refreshed(session_id)
+        old = self._live.refreshed(session_id)
         if old is not None and old.status is SessionStatus.ACTIVE:
-            raise SessionExists(f"session {session_id} is still active: end it first "
-                                f"(sessionoptimizer end {session_id} --status ABANDONED) or use another id")
+            raise SessionExists(
+                f"session {session_id} is still active: end it first (sessionoptimizer end "
+                f"{session_id} --status ABANDONED) or use another id")
         if old is not None:
             kept = self.store.archive(session_id)
-            self._forget(session_id)
+            self._live.forget(session_id)
             _warn(f"session {session_id} had ended and is kept as {kept}")
 
-    def end_session(self, session_id: str, status: Union[SessionStatus, str] = SessionStatus.COMPLETED) -> Optional[Session]:
-        """End a session and log SESSION_END; a second end only changes the status. Returns the session; None, with a
-        warning, when there is none. InvalidValue for an unknown status."""
-        status = _status(status)
-        if status is SessionStatus.ACTIVE:
-            raise InvalidValue("a session does not end as ACTIVE: use COMPLETED, FAILED or ABANDONED")
-
-        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
-            if footer["status"] != SessionStatus.ACTIVE.value:
-                return None, {"status": status.value}
-            now = now_text()
-            event = SessionEvent(f"{session_id}_end", now, EventType.SESSION_END, {"status": status.value})
-            return event.to_dict(), {"status": status.value, "ended_at": now}
-
-        try:
-            self.store.append(session_id, make, sync=True)
-        except SessionNotFound:
-            _warn(f"there is no session {session_id!r} to end: check the id with list_sessions()")
-            return None
-        return self._refreshed(session_id)
-
-    def get_session(self, session_id: str) -> Optional[Session]:
-        """The session with everything logged so far by any process; None when there is none. DamagedSession when its file
-        cannot be read."""
-        return self._refreshed(session_id)
-
-    def _refreshed(self, session_id: str) -> Optional[Session]:
-        if not isinstance(session_id, str):
-            return None
-        session, mark = self._sessions.get(session_id), self._marks.get(session_id)
-        try:
-            news = self.store.tail(session_id, mark) if session is not None and mark else None
-            if session is not None and news:
-                self._take_in(session, *news)
-                return session
-            with _CollectorPaused():
-                document, mark = self.store.load_marked(session_id)
-                stored = Session.from_dict(document)
-        except (SessionNotFound, InvalidSessionId):
-            if session is not None and mark is None and type(session) is Session:
-                return session  # put into this instance by hand, never stored
-            self._forget(session_id)
-            return None
-        self._marks[session_id] = mark
-        return self._adopt(stored, session)
-
-    def _take_in(self, session: Session, events: List[Dict[str, Any]], footer: Dict[str, Any], mark: Any) -> None:
-        for event in events:
-            session.add_event(SessionEvent.from_dict(event))
-        if events or session.status.value != footer["status"]:
-            session.status, session.ended_at = _status(footer["status"]), footer["ended_at"]
-        self._marks[session.id] = mark
-
-    def _adopt(self, session: Session, live: Optional[Session] = None) -> Session:
-        """Keep a session live under its id; an object handed out before takes over what is new."""
-        if live is not None:
-            for name in Session.__dataclass_fields__:
-                setattr(live, name, getattr(session, name))
-            session = live
-        session.prices = self.prices
-        self._sessions[session.id] = session
-        return session
-
-    def _forget(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
-        self._marks.pop(session_id, None)
-
-    def list_sessions(self, agent: Optional[str] = None, status: Union[SessionStatus, str, None] = None,
-                      since: Optional[datetime] = None, limit: int = 100) -> List[Session]:
-        """Sessions, newest first, at most ``limit``. ``since`` is a datetime (without a zone: local). Reads the ends of the
-        files only; a damaged one is named in a warning and left out."""
-        wanted = None if status is None else _status(status).value
-        if limit.__class__ is not int or agent is not None and not isinstance(agent, str):
-            raise InvalidValue(f"agent is {agent!r} and limit {limit!r}: give a text and a whole number")
-        after = _since(since)
-        rows = []
-        for session_id, head in self.store.starts():
-            whole = None if head else self._readable_head(session_id)
-            head = head or whole
-            started = seconds_of(head.get("started_at")) or 0.0 if head else 0.0
-            if head and (not agent or str(head.get("agent")).upper() == agent.upper()) and (
-                    after is None or started >= after):
-                rows.append((started, session_id, whole))
-        rows.sort(key=lambda row: row[:2], reverse=True)
-        found: List[Session] = []
-        for _, session_id, whole in rows:
-            if len(found) >= limit:
-                break
-            whole = whole or self._readable_head(session_id)
-            if whole and wanted in (None, whole.get("status")):
-                found.append(self._listed(session_id, whole))
-        return found
-
-    def _readable_head(self, session_id: str) -> Optional[Dict[str, Any]]:
-        try:
-            return self.store.head(session_id)
-        except SessionNotFound:
-            return None  # deleted meanwhile
-        except SessionOptimizerError as error:
-            _warn(f"left out of the list: {error}")
-            return None
-
-    def _listed(self, session_id: str, head: Dict[str, Any]) -> Session:
-        live = self._sessions.get(session_id)
-        if live is not None and session_id in self._marks:
-            return self._refreshed(session_id) or live
-        session = _ListedSession(session_id, str(head.get("agent")), str(head.get("task")),
-                                 _status(head.get("status", "ACTIVE")),
-                                 str(head.get("started_at") or ""), str(head.get("ended_at") or ""),
-                                 model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
-        for name in ("total_tokens_input", "total_tokens_output", "total_duration_ms"):
-            setattr(session, name, head.get(name) or 0)
-        session.__dict__.update(_events=None, _load=self._refreshed)
-        return self._adopt(session)
-
-    def delete_session(self, session_id: str) -> bool:
-        """Remove a session and its report; False when there is none. An imported one stays away from later scans until
-        they are told otherwise (``scan(again=True)``)."""
-        if not isinstance(session_id, str):
-            return False
-        session = self._sessions.get(session_id) or self._head_of(session_id)
-        try:
-            deleted = self.store.delete(session_id)
-        except InvalidSessionId:
-            deleted = False
-        source = session.metadata.get("source") if session is not None else None
-        if deleted and (isinstance(source, dict) or session is not None and "transcript_path" in session.metadata):
-            gone = self.store.read_json("deleted") or []
-            self.store.write_json("deleted", sorted(set(gone) | {session_id}))
-        self._forget(session_id)
-        return deleted
-
-    def _head_of(self, session_id: str) -> Optional[Session]:
-        try:
-            return self._refreshed(session_id)
-        except (StorageError, InvalidValue):
-            return None
-
-    def log_event(self, session_id: str, event_type: Union[EventType, str], data: Optional[Dict[str, Any]] = None,
-                  tokens_input: int = 0, tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
-        """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None, with a warning, when
-        there is no such session; one that has ended takes the event with a warning. InvalidValue for an unknown type, a
-        count that is not a whole number >= 0, or data that JSON cannot hold."""
+    def log_event(self, session_id: str, event_type: Union[EventType, str],
+                  data: Optional[Dict[str, Any]] = None, tokens_input: int = 0,
+                  tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
+        """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None,
+        with a warning, when there is no such session; one that has ended takes the event with a
+        warning. InvalidValue for an unknown type, a count that is not a whole number >= 0, or data
+        that JSON cannot hold."""
         if data is not None and not isinstance(data, dict):
             raise InvalidValue(f"data is a {type(data).__name__}: give an object")
-        event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {}, tokens_input,
-                             tokens_output, duration_ms)
+        event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {},
+                             tokens_input, tokens_output, duration_ms)
         event._check()
-        return self._append(session_id, event)
 
-    def _append(self, session_id: str, event: SessionEvent) -> Optional[SessionEvent]:
         def make(footer: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-            event.id = _event_id(session_id, footer, event.timestamp)
+            event.id = event_id(session_id, footer, event.timestamp)
             return event.to_dict(), {}
 
         try:
@@ -7421,23 +7725,84 @@ class _Sessions:
         except (TypeError, ValueError, RecursionError) as error:
             raise _not_json(error, "data") from None
         if footer["status"] != SessionStatus.ACTIVE.value:
-            _warn(f"session {session_id} has ended ({footer['status']}): the event was added all the same")
-        session, old = self._sessions.get(session_id), self._marks.get(session_id)
-        if session is not None:
-            if old and old[:2] == mark[:2] and old[3] + 1 == mark[3]:
-                session.add_event(event)
-                self._marks[session_id] = mark
-            else:
-                self._refreshed(session_id)
+            _warn(f"session {session_id} has ended ({footer['status']}): the event was added all "
+                  "the same")
+        self._live.take_own(session_id, event, mark)
         return event
 
+    def end_session(self, session_id: str,
+                    status: Union[SessionStatus, str] = SessionStatus.COMPLETED,
+                    ) -> Optional[Session]:
+        """End a session and log SESSION_END; a second end only changes the status. Returns the
+        session; None, with a warning, when there is none. InvalidValue for an unknown status."""
+        status = _status(status)
+        if status is SessionStatus.ACTIVE:
+            raise InvalidValue("a session does not end as ACTIVE: use COMPLETED, FAILED or "
+                               "ABANDONED")
 
-class _Transcripts(_Sessions):
-    """What SessionOptimizer takes over from elsewhere: sessions as dicts, agents' transcripts, live hook events."""
+        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+            if footer["status"] != SessionStatus.ACTIVE.value:
+                return None, {"status": status.value}
+            now, told = now_text(), {"status": status.value}
+            event = SessionEvent(f"{session_id}_end", now, EventType.SESSION_END, told)
+            return event.to_dict(), dict(told, ended_at=now)
+
+        try:
+            self.store.append(session_id, make, sync=True)
+        except SessionNotFound:
+            _warn(f"there is no session {session_id!r} to end: check the id with list_sessions()")
+            return None
+        return self._live.refreshed(session_id)
+
+    def get_session(self, session_id: str) -> Optional[Session]:
+        """The session with everything logged so far by any process; None when there is none.
+        DamagedSession when its file cannot be read."""
+        return self._live.refreshed(session_id) if isinstance(session_id, str) else None
+
+    def list_sessions(self, agent: Optional[str] = None,
+                      status: Union[SessionStatus, str, None] = None,
+                      since: Optional[datetime] = None, limit: int = 100) -> List[Session]:
+        """Sessions, newest first, at most ``limit``. ``since`` is a datetime (without a zone:
+        local). Reads the ends of the files only; a damaged one is named in a warning and left
+        out."""
+        wanted = None if status is None else _status(status).value
+        if limit.__class__ is not int or agent is not None and not isinstance(agent, str):
+            raise InvalidValue(f"agent is {agent!r} and limit {limit!r}: give a text and a whole "
+                               "number")
+        after = since_seconds(since)
+        rows = [(seconds_of(head.get("started_at")) or 0.0, session_id)
+                for session_id, head in self.store.headers()
+                if not agent or str(head.get("agent")).upper() == agent.upper()]
+        found: List[Session] = []
+        for started, session_id in sorted(rows, reverse=True):
+            if len(found) >= limit or after is not None and started < after:
+                break
+            head = self.store.readable_head(session_id)
+            if head and wanted in (None, head.get("status")):
+                found.append(self._live.listed(session_id, head))
+        return found
+
+    def delete_session(self, session_id: str) -> bool:
+        """Remove a session and its report; False when there is none. An imported one stays away
+        from later scans until they are told otherwise (``scan(again=True)``)."""
+        if not isinstance(session_id, str):
+            return False
+        session = self._live.readable(session_id)
+        try:
+            deleted = self.store.delete(session_id)
+        except InvalidSessionId:
+            deleted = False
+        metadata = session.metadata if session is not None else {}
+        if deleted and (isinstance(metadata.get("source"), dict) or "transcript_path" in metadata):
+            gone = self.store.read_json("deleted") or []
+            self.store.write_json("deleted", sorted(set(gone) | {session_id}))
+        self._live.forget(session_id)
+        return deleted
 
     def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
-        """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that differs is kept as
-        ``<id>.1``. None, with a warning that says why, when the data is not a session."""
+        """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that
+        differs is kept as ``<id>.1``. None, with a warning that says why, when the data is not a
+        session."""
         try:
             session = Session.from_dict(data)
             check_id(session.id)
@@ -7445,479 +7810,237 @@ class _Transcripts(_Sessions):
         except (InvalidValue, TypeError, ValueError, RecursionError) as error:
             _warn(f"not imported: {error}")
             return None
-        old = self._head_of(session.id)
+        old = self._live.readable(session.id)
         if old is not None and old.to_dict() != session.to_dict():
-            _warn(f"session {session.id} was there already and is kept as {self.store.archive(session.id)}")
+            kept = self.store.archive(session.id)
+            _warn(f"session {session.id} was there already and is kept as {kept}")
         self._create(session, replace=True)
-        self._forget(session.id)
-        return self._refreshed(session.id)
+        self._live.forget(session.id)
+        return self._live.refreshed(session.id)
 
-    def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "", since: Optional[datetime] = None,
-             project: str = "", store: bool = True, again: bool = False,
-             progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, Any]:
+    # -- what agents tell: transcripts and hooks
+
+    def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
+             since: Optional[datetime] = None, project: str = "", store: bool = True,
+             again: bool = False, progress: Optional[Callable[[int, int], None]] = None,
+             ) -> Dict[str, Any]:
         """Read agent transcripts and say where the tokens went.
 
-        ``paths``: files or directories (default: where each agent keeps its transcripts). Only what changed since the last
-        scan is read, unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a part
-        of the working directory or path) narrow what is reported. With ``store=False`` nothing is kept. ``progress`` is
-        called with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped": [{"path", "line",
-        "reason"}], "changes": text}``; StorageError when a path is not there.
+        ``paths``: files or directories (default: where each agent keeps its transcripts). Only
+        what changed since the last scan is read, unless ``again``, which also brings deleted
+        sessions back. ``agent``, ``since`` and ``project`` (a part of the working directory or
+        path) narrow what is reported. With ``store=False`` nothing is kept. ``progress`` is called
+        with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped":
+        [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there.
         """
         state = self.store.read_json("scan") if store else None
-        scan = TranscriptScan(state, self._settings(), again)
-        if paths is None:
-            paths = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)]
-        roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        scan.look(find_transcripts(roots))
-        for path in map(os.path.abspath, roots):
-            if scan.files.get(path) and not scan.files[path][2]:
-                scan.skipped[path] = [[path, 0, scan.files[path][4]]]  # somebody named it, so it is not left out in silence
-        before = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
+        scan = TranscriptScan(state, settings_of(self.analyzers, self.prices), again)
+        scan.look_at(paths)
+        before = scan.rows()
         gone = self.store.read_json("deleted") if store else None
         deleted = set(gone) if isinstance(gone, list) else set()
-        for unit in scan.scope if deleted else ():
-            scan.units[unit]["rows"] = [row for row in scan.units[unit]["rows"] if row["id"] not in deleted]
+        scan.leave_out(deleted)
         if scan.changed or scan.dropped:
             with _CollectorPaused():
                 deleted -= self._read_changed(scan, store, set() if again else deleted, progress)
-        if store and (scan.changed or scan.dropped):
-            self.store.write_json("scan-responses", scan.owners)
-            self.store.write_json("scan", scan.to_state())
-            self.store.write_json("deleted", sorted(deleted))
-        return _scan_result(scan, before, agent, since, project, first=not before)
+            if store:
+                self.store.write_json("scan-responses", scan.owners)
+                self.store.write_json("scan", scan.to_state())
+                self.store.write_json("deleted", sorted(deleted))
+        return scan.result(before, agent, since, project)
 
     def _read_changed(self, scan: TranscriptScan, store: bool, deleted: set,
                       progress: Optional[Callable[[int, int], None]]) -> set:
-        """Read, analyze and store what changed, but for the ``deleted`` sessions; the ids of what was read."""
+        """Read, analyze and store what changed, but for the ``deleted`` sessions; the ids of what
+        was read."""
         stored = set()
-        taken = {row["id"]: name for name, unit in scan.units.items() if name not in set(scan.changed)
-                 for row in unit["rows"]}
         for row in [row for unit in scan.dropped for row in unit["rows"]] if store else []:
             self.store.delete(row["id"])
-            self._forget(row["id"])
-        for done, (name, sessions) in enumerate(scan.read(self.store.read_json("scan-responses") if store else None), 1):
-            unit = scan.units[name]
-            old_ids = [row["id"] for row in unit["rows"]]
-            unit["rows"] = []
+            self._live.forget(row["id"])
+        owners = self.store.read_json("scan-responses") if store else None
+        for done, (name, sessions) in enumerate(scan.read(owners), 1):
+            rows = []
             for session in sessions:
-                session.prices = self.prices
-                session.id = self._free_id(session.id, name, taken, old_ids, store)
-                if session.id in deleted:
-                    continue
-                stored.add(session.id)
-                report = build_report(session, self.analyzers)
-                if store:
-                    self._create(session, replace=True, sync=False)
-                    self._forget(session.id)
-                unit["rows"].append(session_row(session, report))
+                session.id = scan.free_id(session.id, name, self.store if store else None)
+                if session.id not in deleted:
+                    stored.add(session.id)
+                    rows.append(self._scanned(session, store))
+            scan.units[name]["rows"] = rows
             if progress:
                 progress(done, max(done, len(scan.changed)))
         return stored
 
-    def _free_id(self, wanted: str, unit: str, taken: Dict[str, str], old_ids: List[str], store: bool) -> str:
-        """The id itself, with a suffix when another transcript or a session of the user's has it."""
-        number, session_id = 1, wanted
-        while taken.get(session_id, unit) != unit or (store and session_id not in old_ids
-                                                      and not self._replaceable(session_id, unit)):
-            number += 1
-            session_id = f"{wanted}-{number}"
-        taken[session_id] = unit
-        return session_id
-
-    def _replaceable(self, session_id: str, unit: str) -> bool:
-        """True where no session has this id, or one of this transcript's (imported before, or logged live by hooks)."""
-        if not os.path.lexists(self.store.find(session_id)):
-            return True
-        session = self._head_of(session_id)
-        source = session.metadata.get("source") if session is not None else None
-        transcript = session.metadata.get("transcript_path") if session is not None else None
-        return isinstance(source, dict) and source.get("path") == unit or transcript is not None and (
-            os.path.realpath(str(transcript)) == os.path.realpath(unit))
+    def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
+        session.prices = self.prices
+        report = build_report(session, self.analyzers)
+        if store:
+            self._create(session, replace=True, sync=False)
+            self._live.forget(session.id)
+        return session_row(session, report)
 
     def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
-        """Log what a hook of Claude Code tells (the object it gets on standard input) to the session of that id, which is
-        created when missing; one that had ended goes on at SessionStart or with a prompt. Returns the event; None where there
-        is nothing to log. A scan of the transcript replaces the session, with the real token counts. InvalidValue when it is
-        no hook's event, StorageError when it cannot be written."""
-        if not isinstance(payload, dict) or not all(_text(payload.get(name)) for name in ("session_id", "hook_event_name")):
-            raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
-        session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
-        event = hook_event(payload)
-        if kind == "SessionEnd":
-            event = SessionEvent("", now_text(), EventType.SESSION_END, {
-                "status": SessionStatus.COMPLETED.value, "reason": _text(payload.get("reason"))[:40]})
-        elif event is None and kind != "SessionStart":
-            return None
-        if not os.path.lexists(self.store.find(session_id)):
-            if kind == "SessionEnd":
-                return None
-            self._begin_live(session_id, payload)
-        footer = self._append_live(session_id, kind, event)
-        if kind == "UserPromptSubmit" and footer["event_count"] == 2:
-            self._name_live(session_id, task_line(_text(payload.get("prompt"))))
-        if session_id in self._sessions:
-            self._refreshed(session_id)
-        return event if event is not None and event.id else None
-
-    def _begin_live(self, session_id: str, payload: Dict[str, Any]) -> None:
-        try:
-            self.start_session(
-                ClaudeCodeReader.agent, task_line(_text(payload.get("prompt"))), _text(payload.get("model")), session_id,
-                {"transcript_path": os.path.expanduser(_text(payload.get("transcript_path"))),
-                 "cwd": _text(payload.get("cwd")), "live": True})
-        except SessionExists:
-            pass  # another hook of the same moment was first
-
-    def _append_live(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> Dict[str, Any]:
-        """Append an event to a live session, or change its state alone; the session's footer."""
-        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
-            changes: Dict[str, Any] = {}
-            ended = footer["status"] != SessionStatus.ACTIVE.value
-            if kind == "SessionEnd" and event is not None:
-                if ended:
-                    return None, {}
-                changes = {"status": SessionStatus.COMPLETED.value, "ended_at": event.timestamp}
-            elif ended and kind in ("SessionStart", "UserPromptSubmit"):
-                changes = {"status": SessionStatus.ACTIVE.value, "ended_at": ""}
-            if event is None:
-                return None, changes
-            event.id = _event_id(session_id, footer, event.timestamp)
-            return event.to_dict(), changes
-
-        return self.store.append(session_id, make)[1]
-
-    def _name_live(self, session_id: str, task: str) -> None:
-        """The first prompt tells the task of a session that had to begin without one."""
-        session = self._refreshed(session_id)
-        if session is not None and task and not session.task and session.metadata.get("live"):
-            session.task = session.events[0].data["task"] = task
-            self._create(session, replace=True, sync=False)
-            self._forget(session_id)
-
-    def _settings(self) -> str:
-        """A hash of the analyzers, their thresholds and the prices in force."""
-        parts: List[Any] = [__version__, self.prices.overrides]
-        for analyzer in self.analyzers:
-            cls = type(analyzer)
-            parts.append(["" if cls in BUILT_IN_ANALYZERS else cls.__module__, cls.__qualname__,
-                          analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer)
-                          else sorted(getattr(analyzer, "__dict__", ()))])
-        return digest_of(json.dumps(parts, sort_keys=True, default=str))
-
-
-class SessionOptimizer(_Transcripts):
-    """Sessions in a store, and what an analysis says of them.
-
-    ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else ~/.sessionoptimizer). ``analyzers``:
-    instances that replace the built-in ones. Sessions handed out stay live: they show what this and, at the next call that
-    names them, other processes have logged. StorageError when the store cannot be used.
-    """
-
-    def would_repeat(self, session_id: str, event_type: Union[EventType, str], data: Dict[str, Any],
-                     agent_id: str = "") -> Optional[Dict[str, Any]]:
-        """Whether a read or a search would bring what its context window still holds unchanged, by the rule of the
-        analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines", "held_since"}`` of what is there (``held_since``:
-        seconds since 1970 of the oldest read of the file that is still there), or None."""
-        session = self._refreshed(session_id)
-        if session is None:
-            return None
-        memory = ContextMemory(_cwd_of(session))
-        for event in session.events:
-            memory.observe(event)
-        event = SessionEvent("", "", _event_type(event_type), dict(data), agent_id=agent_id)
-        memory.foresee(event)
-        repeat = memory.repeats(event)
-        if repeat is None:
-            return None
-        first, last = line_range(repeat.earlier.data)
-        lines = max(1, last - first + 1) if event.event_type is EventType.FILE_READ else 1
-        return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
-                "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines, "lines": repeat.covered,
-                "of_lines": repeat.total, "held_since": memory.held_since(event)}
+        """Log what a hook of Claude Code tells (the object it gets on standard input) to the
+        session of that id, which is created when missing; one that had ended goes on at
+        SessionStart or with a prompt. Returns the event; None where there is nothing to log. A
+        scan of the transcript replaces the session, with the real token counts. InvalidValue when
+        it is no hook's event, StorageError when it cannot be written."""
+        return LiveHooks(self).log(payload)
 
     def guard(self, payload: Dict[str, Any], *, deny: bool = False) -> Optional[Dict[str, Any]]:
-        """The answer to a PreToolUse hook whose read or search would bring what its context window holds unchanged: advice,
-        or with ``deny`` a refusal (of the same call once: a second try passes). None: let it go on. A file must not have
-        changed on disk since it was read, and a search must have run since the last prompt."""
-        if payload.get("hook_event_name") != "PreToolUse":
-            return None
-        session_id, call = slug(_text(payload.get("session_id"))), hook_call(payload)[1]
-        read = call.event_type is EventType.FILE_READ
-        data = dict(call.data, content="same") if read else call.data  # the file's own time tells
-        agent = _text(payload.get("agent_id"))
-        repeat = self.would_repeat(session_id, call.event_type, data, agent)
-        if repeat is None or repeat["lines"] < repeat["of_lines"]:
-            return None
-        later = list(itertools.dropwhile(lambda e: e.id != repeat["event_id"], self._sessions[session_id].events))
-        if read:
-            files = [entry[0] for entry in call.data.get("reads", ())] or _paths_of(call.data)
-            if not _unchanged_since(files, repeat["held_since"]):
-                return None
-        elif any(event.event_type is EventType.USER_MESSAGE for event in later):
-            return None
-        advice = _repeat_advice(call, repeat)
-        answer = {"hookEventName": "PreToolUse"}
-        if not deny:
-            answer["additionalContext"] = advice
-        elif any(e.data.get("refused_repeat_of") == repeat["event_id"] and e.agent_id == agent for e in later):
-            return None
-        else:
-            refusal = SessionEvent("", now_text(), EventType.CUSTOM, {"refused_repeat_of": repeat["event_id"]},
-                                   agent_id=agent)
-            self._append_live(session_id, "PreToolUse", refusal)
-            answer["permissionDecision"] = "deny"
-            answer["permissionDecisionReason"] = advice + " If it is not in view any more, make the same call again."
-        return {"hookSpecificOutput": answer}
+        """The answer to a PreToolUse hook whose read or search would bring what its context window
+        holds unchanged: advice, or with ``deny`` a refusal (of the same call once: a second try
+        passes). None: let it go on. A file must not have changed on disk since it was read, and a
+        search must have run since the last prompt."""
+        return LiveHooks(self).guard(payload, deny)
+
+    def would_repeat(self, session_id: str, event_type: Union[EventType, str],
+                     data: Dict[str, Any], agent_id: str = "") -> Optional[Dict[str, Any]]:
+        """Whether a read or a search would bring what its context window still holds unchanged, by
+        the rule of the analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines",
+        "held_since"}`` of what is there (``held_since``: seconds since 1970 of the oldest read of
+        the file that is still there), or None."""
+        session = self.get_session(session_id)
+        event = SessionEvent("", "", _event_type(event_type), dict(data), agent_id=agent_id)
+        return None if session is None else foreseen_repeat(session, event)
+
+    # -- what an analysis says
 
     def analyze(self, session_id: str) -> Optional[OptimizationReport]:
-        """The report of a session, which is also saved in the store; None when there is no such session. A report that
-        cannot be saved is a warning."""
-        session = self._refreshed(session_id)
+        """The report of a session, which is also saved in the store; None when there is no such
+        session. A report that cannot be saved is a warning."""
+        session = self.get_session(session_id)
         if session is None:
             return None
         with _CollectorPaused():
             report = build_report(session, self.analyzers)
         for failure in report.analyzer_errors:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
+        settings = settings_of(self.analyzers, self.prices)
         try:
-            self.store.write_report(session_id, dict(report.to_dict(), fingerprint=self._fingerprint(session_id)))
+            info = os.stat(self.store.find(session_id))
+            fingerprint = [info.st_size, info.st_mtime_ns, settings]
+            self.store.write_report(session_id, dict(report.to_dict(), fingerprint=fingerprint))
         except (StorageError, InvalidSessionId, TypeError, ValueError) as error:
             _warn(f"the report could not be saved: {error}")
         return report
 
-    def _fingerprint(self, session_id: str) -> List[Any]:
-        """Size and mtime of the session's file, and what the figures depend on besides."""
-        info = os.stat(self.store.find(session_id))
-        return [info.st_size, info.st_mtime_ns, self._settings()]
-
     def export_report(self, session_id: str, format: str = "json") -> Optional[str]:
-        """The report as text in one of FORMATS; None when there is no such session. InvalidValue for another format."""
+        """The report as text in one of FORMATS; None when there is no such session. InvalidValue
+        for another format."""
         if not isinstance(format, str) or format not in FORMATS:
             raise InvalidValue(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
         report = self.analyze(session_id)
         return None if report is None else FORMATS[format](self._sessions[session_id], report)
 
     def compare_sessions(self, session_ids: Iterable[str]) -> Dict[str, Any]:
-        """Sessions side by side, their averages, the best and the worst, and what the best did that the worst did not;
-        ``{"error": ...}`` when fewer than two of them are found."""
+        """Sessions side by side, their averages, the best and the worst, and what the best did
+        that the worst did not; ``{"error": ...}`` when fewer than two of them are found."""
         if isinstance(session_ids, str) or not hasattr(session_ids, "__iter__"):
             raise InvalidValue(f"session_ids is {session_ids!r}: give a list of ids")
-        reports = {session_id: self.analyze(session_id) for session_id in dict.fromkeys(map(str, session_ids))}
-        found = {session_id: report for session_id, report in reports.items() if report is not None}
+        found, missing = [], []
+        for session_id in dict.fromkeys(map(str, session_ids)):
+            report = self.analyze(session_id)
+            if report is None:
+                missing.append(plain(session_id, 60))
+            else:
+                found.append((self._sessions[session_id], report))
         if len(found) < 2:
-            missing = ", ".join(plain(i, 60) for i, report in reports.items() if report is None)
-            return {"error": "Need at least 2 different sessions to compare" + (f"; not found: {missing}" if missing else "")}
-        rows: List[Dict[str, Any]] = [
-                {"id": session_id, "agent": self._sessions[session_id].agent, "task": self._sessions[session_id].task[:80],
-                 "total_tokens": report.total_tokens, "cost": report.estimated_cost,
-                 "efficiency_score": report.efficiency_score, "issue_count": len(report.issues)}
-                for session_id, report in found.items()]
-        ranked = sorted(rows, key=lambda row: -row["efficiency_score"])
-        best, worst = ranked[0]["id"], ranked[-1]["id"]
-        return {"sessions": rows,
-                "averages": {name: sum(row[key] for row in rows) / len(rows) for name, key in (
-                    ("tokens", "total_tokens"), ("cost", "cost"), ("efficiency", "efficiency_score"),
-                    ("issues", "issue_count"))},
-                "best_performer": best, "worst_performer": worst,
-                "recommendations": _lessons(best, found[best], worst, found[worst])}
+            unknown = f"; not found: {', '.join(missing)}" if missing else ""
+            return {"error": "Need at least 2 different sessions to compare" + unknown}
+        return comparison_of(found)
 
     def agent_statistics(self, agent: str, days: int = 30) -> Dict[str, Any]:
-        """An agent's sessions of the last ``days``: tokens, USD, average efficiency (0–100), the five most frequent issues,
-        and the trend of the second half against the first; with no sessions ``{"agent", "sessions": 0, "message"}``.
-        Every session of the period counts; unchanged ones are not read again."""
+        """An agent's sessions of the last ``days``: tokens, USD, average efficiency (0–100), the
+        five most frequent issues, and the trend of the second half against the first; with no
+        sessions ``{"agent", "sessions": 0, "message"}``. Every session of the period counts;
+        unchanged ones are not read again."""
         if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
             raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
-        rows = [row for row in self.summaries(days=days) if row["agent"].upper() == str(agent).upper()]
+        rows = [row for row in self.summaries(days) if row["agent"].upper() == str(agent).upper()]
         if not rows:
-            return {"agent": agent, "sessions": 0, "message": f"No sessions found in the last {days} days"}
-        counts: Dict[str, int] = {}
-        for row in rows:
-            for kind, count in row["issues"].items():
-                counts[kind] = counts.get(kind, 0) + count
-        return {"agent": agent, "period_days": days, "sessions_analyzed": len(rows),
-                "total_tokens": sum(row["tokens"] for row in rows), "total_cost": sum(row["cost"] for row in rows),
-                "average_efficiency": sum(row["efficiency"] for row in rows) / len(rows),
-                "total_waste_tokens": sum(row["waste_tokens"] for row in rows),
-                "total_waste_cost": sum(row["waste_cost"] for row in rows),
-                "common_issues": [{"type": kind, "count": count}
-                                  for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]],
-                "trends": _trend([row["efficiency"] for row in rows])}
+            message = f"No sessions found in the last {days} days"
+            return {"agent": agent, "sessions": 0, "message": message}
+        return {"agent": agent, "period_days": days, **statistics_of(rows)}
 
     def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
-        """One row per session, oldest first: id, agent, task, model, status, started_at, tokens, cost, efficiency, waste_tokens,
-        waste_cost, measured_waste_tokens, minutes, errors, error_rate (percent of the events; a single error is no rate), spike
-        (the largest event as a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions come from
-        the store's summary file; a damaged session is named in a warning and left out."""
-        since = time.time() - days * 86400 if days is not None else None
+        """One row per session, oldest first: id, agent, task, model, status, started_at, tokens,
+        cost, efficiency, waste_tokens, waste_cost, measured_waste_tokens, minutes, errors,
+        error_rate (percent of the events; a single error is no rate), spike (the largest event as
+        a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions
+        come from the store; a damaged session is named in a warning and left out."""
         saved = self.store.read_json("summaries")
-        settings = self._settings()
-        known = saved["rows"] if isinstance(saved, dict) and saved.get("settings") == settings else {}
+        settings = settings_of(self.analyzers, self.prices)
+        known = {}
+        if isinstance(saved, dict) and saved.get("settings") == settings:
+            known = saved["rows"]
         rows, news = {}, False
         for session_id, info in self.store.files():
-            row = known.get(session_id)
-            if row is None or row["stamp"] != [info.st_size, info.st_mtime_ns] or "spike" not in row:
-                with _CollectorPaused():
-                    row, news = self._summary(session_id, info), True
-            if row is not None:
-                rows[session_id] = row
+            row, stamp = known.get(session_id), [info.st_size, info.st_mtime_ns]
+            if row is None or row["stamp"] != stamp or "spike" not in row:
+                session, news = self._live.glimpse(session_id), True
+                if session is None:
+                    continue
+                row = summary_row(session, charged_report(session, self.analyzers))
+            rows[session_id] = dict(row, id=session_id, stamp=stamp)
         if news or len(rows) != len(known):
             try:
                 self.store.write_json("summaries", {"settings": settings, "rows": rows})
             except StorageError as error:
                 _warn(f"the summaries could not be saved: {error}")
-        return sorted((row for row in rows.values() if since is None or row["started"] >= since),
+        since = time.time() - days * 86400 if days is not None else float("-inf")
+        return sorted((row for row in rows.values() if row["started"] >= since),
                       key=lambda row: (row["started"], row["id"]))
-
-    def _summary(self, session_id: str, info: Any) -> Optional[Dict[str, Any]]:
-        try:
-            live = self._sessions.get(session_id)
-            session = live if live is not None and session_id in self._marks else None
-            session = self._refreshed(session_id) if session else Session.from_dict(self.store.load(session_id))
-        except SessionNotFound:
-            return None
-        except (StorageError, InvalidValue) as error:
-            _warn(f"left out: {error}")
-            return None
-        if session is None:
-            return None
-        session.prices = self.prices
-        report = charged_report(session, self.analyzers)
-        issues: Dict[str, int] = {}
-        for issue in report.issues:
-            issues[issue.issue_type.value] = issues.get(issue.issue_type.value, 0) + 1
-        errors = [event for event in session.events if event.event_type is EventType.ERROR]
-        failures = sum(not failure_kind(event.data) for event in errors)
-        return {"stamp": [info.st_size, info.st_mtime_ns], "id": session_id, "agent": session.agent, "task": session.task,
-                "model": session.model, "status": session.status.value, "started_at": session.started_at,
-                "started": seconds_of(session.started_at) or 0.0, "tokens": report.total_tokens,
-                "cost": report.estimated_cost, "efficiency": report.efficiency_score,
-                "waste_tokens": report.total_waste_tokens, "waste_cost": report.total_waste_cost,
-                "measured_waste_tokens": report.measured_waste_tokens, "minutes": session.duration_seconds / 60,
-                "events": len(session.events), "issues": issues, "errors": len(errors),
-                "error_rate": 100 * failures / len(session.events) if failures > 1 else 0.0,
-                "spike": max((ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session, 1.0)), default=0.0),
-                "last_at": session.events[-1].timestamp if session.events else session.ended_at or session.started_at}
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
-        """What deserves a look, most urgent first, then newest: ``{"id", "level", "kind", "session_id", "agent", "message",
-        "action", "value", "threshold", "time"}``. The id stays the same while the session does not change its kind of
-        trouble; the time is that of its last event. ``since``: active since (without a zone: local). ``thresholds`` replaces
-        limits of ALERT_RULES by name; InvalidValue for an unknown name or a value that is not a number >= 0."""
-        limits = {rule.name: rule.threshold for rule in ALERT_RULES}
-        for name, value in (thresholds or {}).items():
-            if name not in limits or isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of {', '.join(limits)}")
-            limits[name] = value
-        after = _since(since)
-        rows = [row for row in self.summaries() if (not agent or row["agent"].upper() == agent.upper())
+        """What deserves a look, most urgent first, then newest: ``{"id", "level", "kind",
+        "session_id", "agent", "message", "action", "value", "threshold", "time"}``. The id stays
+        the same while the session does not change its kind of trouble; the time is that of its
+        last event. ``since``: active since (without a zone: local). ``thresholds`` replaces limits
+        of ALERT_RULES by name; InvalidValue for an unknown name or a value that is not a number
+        >= 0."""
+        limits, after = alert_limits(thresholds), since_seconds(since)
+        rows = [row for row in self.summaries()
+                if (not agent or row["agent"].upper() == agent.upper())
                 and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
         found = [alert for row in rows for alert in alerts_of(row, limits)]
-        return sorted(found, key=lambda alert: (-Severity(alert["level"]).rank, -(seconds_of(alert["time"]) or 0.0)))
+        return sorted(found, key=lambda alert: (-Severity(alert["level"]).rank,
+                                                -(seconds_of(alert["time"]) or 0.0)))
 
 
-def _event_id(session_id: str, footer: Dict[str, Any], timestamp: str) -> str:
-    return f"{session_id}_{footer['event_count']}_{timestamp[11:19].replace(':', '')}"
+def _begun(agent: str, task: str, model: str, session_id: Optional[str],
+           metadata: Optional[Dict[str, Any]]) -> Session:
+    """A session that begins now; its id is made of agent and time where none is given."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InvalidValue(f"metadata is a {type(metadata).__name__}: give an object")
+    now = now_text()
+    digits = re.sub(r"\D", "", now[:19])
+    session_id = session_id or f"{slug(str(agent).lower())}_{digits[:8]}_{digits[8:]}"
+    session = Session(check_id(session_id), str(agent).upper(), str(task), SessionStatus.ACTIVE, now,
+                      model=str(model or "default").lower(), metadata=dict(metadata or {}))
+    told = {"agent": session.agent, "task": session.task, "model": session.model}
+    session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, told))
+    return session
 
 
-def _unchanged_since(paths: Iterable[str], seconds: Optional[float]) -> bool:
-    """Whether every file is there and neither its content nor its name has changed since."""
-    try:
-        stats = [os.stat(path) for path in paths]
-    except (OSError, ValueError):
-        return False
-    changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime) for info in stats]  # there: time of creation
-    return seconds is not None and all(change <= seconds for change in changes)
-
-
-def _warn_repaired(message: str) -> None:
-    warnings.warn(message, SessionOptimizerWarning, stacklevel=5)
-
-
-def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
-    """What to tell an agent that is about to read or search again."""
-    if call.event_type is EventType.FILE_READ:
-        what, again = plain(_paths_of(call.data)[0], 120), "reading it again"
-        how = f"was read at {repeat['timestamp'][11:16]} and has not changed since"
-    else:
-        what, again = f"The answer to the search '{plain(call.data.get('query'), 80)}'", "searching again"
-        how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
-    return (f"{what} {how}: it is still in the context (about {repeat['tokens']:,} tokens). "
-            f"Use that instead of {again}.")
+def _path(name: str) -> Any:
+    from pathlib import Path
+    return Path(name)
 
 
 def _not_json(error: Exception, what: str) -> InvalidValue:
-    return InvalidValue(f"{what} has no JSON form ({error}): use texts, finite numbers, lists and objects")
-
-
-def _since(moment: Optional[datetime]) -> Optional[float]:
-    """Seconds since 1970 of a datetime, None for none; InvalidValue for anything else."""
-    if moment is None:
-        return None
-    if not hasattr(moment, "isoformat"):
-        raise InvalidValue(f"since is {moment!r}: give a datetime")
-    return seconds_of(moment.isoformat())
+    return InvalidValue(f"{what} has no JSON form ({error}): use texts, finite numbers, lists and "
+                        "objects")
 
 
 def _event_type(value: Union[EventType, str]) -> EventType:
     if value.__class__ is EventType:
         return value  # type: ignore[return-value]
-    kind = EVENT_TYPES.get(value.upper() if isinstance(value, str) else getattr(value, "value", ""))
+    name = value.upper() if isinstance(value, str) else getattr(value, "value", "")
+    kind = EVENT_TYPES.get(name)
     if kind is None:
         raise InvalidValue(f"unknown event type {value!r}: use one of {', '.join(EVENT_TYPES)}")
     return kind
-
-
-def _trend(scores: List[float]) -> Dict[str, Any]:
-    """The second half in time against the first, in points of efficiency; stable within 5."""
-    if len(scores) < 2:
-        return {"trend": "insufficient_data", "change_percent": 0.0, "first_period_avg": 0.0, "second_period_avg": 0.0}
-    middle = len(scores) // 2
-    first, second = sum(scores[:middle]) / middle, sum(scores[middle:]) / (len(scores) - middle)
-    change = second - first
-    trend = "improving" if change > 5 else "declining" if change < -5 else "stable"
-    return {"trend": trend, "change_percent": round(change, 1), "first_period_avg": round(first, 1),
-            "second_period_avg": round(second, 1)}
-
-
-def _lessons(best: str, good: OptimizationReport, worst: str, bad: OptimizationReport) -> List[str]:
-    """What the better session did without, from the issues of both."""
-    avoided = {issue.issue_type for issue in good.issues}
-    lessons: Dict[IssueType, List[EfficiencyIssue]] = {}
-    for issue in bad.issues:
-        if issue.issue_type not in avoided:
-            lessons.setdefault(issue.issue_type, []).append(issue)
-    return [f"{best} had no {kind.value}, {worst} had {len(issues)} "
-            f"({sum(issue.charged_tokens for issue in issues):,} tokens): {issues[0].suggestion}"
-            for kind, issues in sorted(lessons.items(), key=lambda item: -sum(i.charged_tokens for i in item[1]))]
-
-
-def _scan_result(scan: TranscriptScan, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str,
-                 first: bool) -> Dict[str, Any]:
-    after = _since(since)
-    names = {agent.lower(), agent.lower().replace(" ", "-")}
-    rows = [row for unit in scan.scope for row in scan.units[unit]["rows"]]
-    chosen = [row for row in rows
-              if (not agent or row["agent"].lower() in names or row["source"] in names)
-              and (after is None or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
-              and (not project or project in row["project"] or project in row["path"])]
-    chosen.sort(key=lambda row: (row["started_at"], row["id"]))
-    skipped = [entry for unit in scan.scope for entry in scan.units[unit].get("skipped", ())]
-    skipped += [entry for entries in scan.skipped.values() for entry in entries]
-    return {"sessions": chosen, "totals": scan_totals(chosen),
-            "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
-            "changes": "" if first else _changes_text(before, rows)}
-
-
-def _changes_text(before: List[Dict[str, Any]], after: List[Dict[str, Any]]) -> str:
-    """What a later scan found new, in words; "nothing" when all is as it was."""
-    old, new = scan_totals(before), scan_totals(after)
-    tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
-    if old == new:
-        return "nothing since the last scan"
-    return (f"since the last scan: {new['sessions'] - old['sessions']:+,} sessions, "
-            f"{new['model_calls'] - old['model_calls']:+,} model calls, {tokens:+,} tokens, "
-            f"{new['estimated_cost'] - old['estimated_cost']:+.4f} USD")
 
 
 # ==================================================================================================
