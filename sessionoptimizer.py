@@ -71,7 +71,8 @@ except ImportError:  # Windows: locked with msvcrt instead, which is untested
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the names of types cost start-up time and are needed by type checkers alone
     from datetime import datetime, timezone
-    from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+    from typing import (
+        Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union)
 
 __version__ = "2.0.0"
 
@@ -186,11 +187,17 @@ EVENT_TYPES = {member.value: member for member in EventType}
 # Prices
 # ==================================================================================================
 
-# USD per 1,000 tokens: input, output, cache read, 5-minute cache write, 1-hour cache write.
-# Source of the named models: LiteLLM model_prices_and_context_window as released in litellm 1.109.1, read
-# 2026-11-20. Where it gives no 1-hour price for a Claude model, twice the input price (the provider's rule);
-# where it gives no cache price, those tokens are billed as plain input. Surcharges for contexts above 200,000
-# tokens and per-search fees are left out.
+Usage = namedtuple("Usage", "uncached write_5m write_1h read output", defaults=(0, 0, 0, 0, 0))
+Usage.__doc__ = """Tokens by how they are billed, each in one class: input that no cache held, input written to the
+cache for five minutes and for an hour, input read from the cache, and output (thinking included)."""
+
+# USD per 1,000 tokens: input, output, cache read, 5-minute cache write, 1-hour cache write; then, where
+# a model has them, the first of these for calls with more than LONG_CONTEXT tokens ("long") and the
+# factor on every price for responses in fast mode ("fast").
+# Source of the named models: LiteLLM model_prices_and_context_window as released in litellm 1.109.1,
+# read 2026-11-20. Where it gives no 1-hour price for a Claude model, twice the input price (the
+# provider's rule); where it gives no cache price, those tokens are billed as plain input. Per-search
+# fees are left out.
 _PRICE_TABLE = """
 claude-haiku-4-5        0.001    0.005    0.0001    0.00125   0.002
 claude-haiku-5-5        0.0001   0.0005   0.00001   0.000125  0.0002
@@ -204,9 +211,9 @@ claude-opus-4-1         0.015    0.075    0.0015    0.01875   0.030
 claude-opus-4-5         0.005    0.025    0.0005    0.00625   0.010
 claude-opus-4-6         0.005    0.025    0.0005    0.00625   0.010
 claude-opus-4-7         0.005    0.025    0.0005    0.00625   0.010
-claude-opus-4-8         0.005    0.025    0.0005    0.00625   0.010
-claude-opus-5           0.005    0.025    0.0005    0.00625   0.010
-claude-opus-5-5         0.004    0.020    0.0002    0.005     0.008
+claude-opus-4-8         0.005    0.025    0.0005    0.00625   0.010  fast=2
+claude-opus-5           0.005    0.025    0.0005    0.00625   0.010  fast=2
+claude-opus-5-5         0.004    0.020    0.0002    0.005     0.008  fast=2
 claude-fable-5          0.010    0.050    0.001     0.0125    0.020
 claude-fable-5-1        0.010    0.050    0.00025   0.0125    0.020
 claude-mythos-5         0.010    0.050    0.001     0.0125    0.020
@@ -215,6 +222,10 @@ claude-3-7-sonnet       0.003    0.015    0.0003    0.00375   0.006
 claude-3-5-sonnet       0.003    0.015    0.0003    0.00375   0.006
 claude-3-5-haiku        0.0008   0.004    0.00008   0.001     0.0016
 claude-3-opus           0.015    0.075    0.0015    0.01875   0.030
+claude-sonnet-4-5-20250929-v1:0 0.003    0.015    0.0003   0.00375  0.006     long=0.006,0.0225
+claude-mythos-preview   0.01     0.05     0.001    0.0125   0.02
+claude-3-7-sonnet-20240620 0.0036   0.018    0.00036  0.0045   0.0072
+claude-instant          0.0008   0.0024   -        -        -
 gpt-5                   0.00125  0.010    0.000125  -         -
 gpt-5-codex             0.00125  0.010    0.000125  -         -
 gpt-5-mini              0.00025  0.002    0.000025  -         -
@@ -243,29 +254,53 @@ gpt-4.1                 0.002    0.008    0.0005    -         -
 gpt-4.1-mini            0.0004   0.0016   0.0001    -         -
 gpt-4o                  0.0025   0.010    0.00125   -         -
 gpt-4o-mini             0.00015  0.0006   0.000075  -         -
+gpt-5.6-cyber           0.0125   0.075    0.00125  0.015625 -
+gpt-5.5-cyber           0.0125   0.075    0.00125  -        -
+gpt-5.3-chat            0.00175  0.014    0.000175 -        -
+gpt-4.1-nano            0.0001   0.0004   0.000025 -        -
+gpt-4o-2024-05-13       0.005    0.015    -        -        -
+gpt-4-1106-preview      0.01     0.03     -        -        -
+gpt-3.5-turbo           0.0005   0.0015   -        -        -
+gpt-3.5-turbo-1106      0.001    0.002    -        -        -
+gpt-3.5-turbo-16k       0.003    0.004    -        -        -
+o1                      0.015    0.06     0.0075   -        -
+o1-pro                  0.15     0.6      -        -        -
 o3                      0.002    0.008    0.0005    -         -
 o3-mini                 0.0011   0.0044   0.00055   -         -
+o3-pro                  0.02     0.08     -        -        -
 o4-mini                 0.0011   0.0044   0.000275  -         -
-gemini-2.5-pro          0.00125  0.010    0.000125  -         -
+gemini-2.5-pro          0.00125  0.010    0.000125  -         -  long=0.0025,0.015
 gemini-2.5-flash        0.0003   0.0025   0.00003   -         -
 gemini-2.5-flash-lite   0.0001   0.0004   0.00001   -         -
 gemini-3-flash-preview  0.0005   0.003    0.00005   -         -
-gemini-3.1-pro-preview  0.002    0.012    0.0002    -         -
+gemini-3.1-pro-preview  0.002    0.012    0.0002    -         -  long=0.004,0.018
 gemini-3.1-flash-lite   0.00025  0.0015   0.000025  -         -
 gemini-3.5-flash        0.0015   0.009    0.00015   -         -
 gemini-3.6-flash        0.00075  0.00375  0.000075  -         -
 gemini-3.7-flash        0.00075  0.00375  0.000075  -         -
 gemini-3.8-flash        0.00075  0.00375  0.000075  -         -
-grok-4.20               0.00125  0.0025   0.0002    -         -
-grok-4.3                0.00125  0.0025   0.0002    -         -
-grok-4.5                0.002    0.006    0.0003    -         -
-grok-4.6                0.002    0.006    0.0005    -         -
-grok-4.7                0.002    0.006    0.0005    -         -
-grok-code-fast          0.001    0.002    0.0002    -         -
+gemini-2.5-computer-use-preview-10-2025 0.00125  0.01     -        -        -         long=0.0025,0.015
+gemini-3-pro-preview    0.002    0.012    0.0002   -        -         long=0.004,0.018,0.0004,0.00025
+gemini-3.5-flash-lite   0.0003   0.0025   0.00003  -        -
+gemini-3.8-flash-cyber  0.0015   0.0075   0.00015  -        -
+grok-4.20               0.00125  0.0025   0.0002    -         -  long=0.0025,0.005
+grok-4.3                0.00125  0.0025   0.0002    -         -  long=0.0025,0.005
+grok-4.5                0.002    0.006    0.0003    -         -  long=0.004,0.012
+grok-4.6                0.002    0.006    0.0005    -         -  long=0.004,0.012
+grok-4.7                0.002    0.006    0.0005    -         -  long=0.004,0.012
+grok-code-fast          0.001    0.002    0.0002    -         -  long=0.002,0.004
+grok-build-latest       0.002    0.006    0.0003   -        -         long=0.004,0.012
+grok-build-0.1          0.001    0.002    0.0002   -        -         long=0.002,0.004
+grok-code-fast-1        0.001    0.002    0.0002   -        -         long=0.002,0.004
 deepseek-chat           0.00028  0.00042  0.000028  -         -
 deepseek-reasoner       0.00028  0.00042  0.000028  -         -
 deepseek-v4-flash       0.0003   0.0012   0.000006  0         -
 deepseek-v4-pro         0.00132  0.00396  0.000044  0         -
+deepseek-flash          0.0003   0.0012   0.000006 0        -
+deepseek.v3             0.00058  0.00168  -        -        -
+deepseek.v3.2           0.00062  0.00185  -        -        -
+deepseek.r1             0.00135  0.0054   -        -        -
+deepseek-v3-2-251201    0        0        -        -        -
 """
 
 # Short names matched exactly; their prices are the first public release's, the cache prices the usual
@@ -276,38 +311,108 @@ sonnet                  0.003    0.015    0.0003    0.00375   0.006
 gpt4                    0.010    0.030    -         -         -
 gemini                  0.00025  0.0005   -         -         -
 grok                    0        0        0         0         0
+grok-(cline)            0        0        0         0         0
+unpriced                0        0        0         0         0
 default                 0.010    0.030    0.001     0.0125    0.020
 """
 
-Price = namedtuple("Price", "model input output cache_read cache_write cache_write_1h exact")
-Price.__doc__ = """USD per 1,000 tokens by price class, the table row it comes from, and whether the model's own name
-(or that name with a date) is that row; False when a family or the default had to stand in."""
+# The first public release's table, USD per 1,000 tokens. Costs are computed with `PriceList`.
+TOKEN_COSTS = {
+    "opus": {"input": 0.015, "output": 0.075}, "sonnet": {"input": 0.003, "output": 0.015},
+    "grok": {"input": 0.0, "output": 0.0}, "gpt4": {"input": 0.01, "output": 0.03},
+    "gemini": {"input": 0.00025, "output": 0.0005}, "default": {"input": 0.01, "output": 0.03}}
 
-_VENDOR = _Pattern(r"^(?:.*/)?(?:(?:us|eu|apac|jp|au|global)\.)?(?:(?:anthropic|openai|deepseek)\.)?")
-_RELEASE = _Pattern(r"(?:[-@]?(?:\d{8}|\d{4}-\d{2}-\d{2}|latest|v\d+(?::\d+)?)|\[1m\])+$|^:\d+$")
+UNPRICED = "unpriced"    # the model of calls whose transcript tells neither the model nor its price
+LONG_CONTEXT = 200_000   # tokens of a call's context above which some models cost more
+PICO = 10**12            # money is counted in whole pico-dollars, so that sums are exact in any order
+
+_VENDOR = _Pattern(r"^(?:.*/)?(?:(?:us|eu|apac|jp|au|global)\.)?(?:(?:anthropic|openai)\.)?")
+# What follows a table's name without changing the price: dates, versions, "latest", "chat", "preview".
+_RELEASE = _Pattern(
+    r"(?:[-@]?(?:\d{8}|\d{4}-\d\d-\d\d|latest|v\d+(?::\d+)?|\d{4})|-\d\d-\d{4}|-beta|-chat|-preview|-sol"
+    r"|-(?:non-)?reasoning|-multi-agent|-customtools|-gv2|\[1m\])+$|^:\d+$")
+_CLAUDE = _Pattern(r"opus|sonnet|haiku|fable|mythos")
+_VERSION_FIRST = _Pattern(r"(?:claude-)?(\d(?:-\d)?)-(opus|sonnet|haiku)(.*)")
+_NAME_FIRST = _Pattern(r"(?:claude-)?(opus|sonnet|haiku)-(3-\d|3)(?!\d)(.*)")
 
 
-def _bare_model(model: str) -> str:
-    """The model's name in lower case without a vendor's prefix ('anthropic/', 'us.anthropic.')."""
-    return _VENDOR.sub("", str(model).strip().lower())
+class Price(namedtuple("Price", "model exact rates")):
+    """What a model's tokens cost. ``model``: the table row; ``exact``: whether the model's own name (or
+    that name with a date) is that row, False when a family or the default had to stand in; ``rates``: a
+    `Usage` of whole pico-dollars (1e-12 USD) per token."""
+
+    __slots__ = ()
+
+    def cost(self, usage: Usage) -> int:
+        """Pico-dollars of a usage."""
+        return sum(map(int.__mul__, self.rates, usage))
+
+    input = property(lambda self: self.rates.uncached / 1e9, doc="USD per 1,000 tokens.")
+    output = property(lambda self: self.rates.output / 1e9, doc="USD per 1,000 tokens.")
+    cache_read = property(lambda self: self.rates.read / 1e9, doc="USD per 1,000 tokens.")
+    cache_write = property(lambda self: self.rates.write_5m / 1e9, doc="USD per 1,000 tokens.")
+    cache_write_1h = property(lambda self: self.rates.write_1h / 1e9, doc="USD per 1,000 tokens.")
 
 
-def _parse_prices(table: str) -> Dict[str, Price]:
+def _spellings(model: str) -> Iterator[str]:
+    """The ways a table may spell a model's name: without the vendor's prefix ('us.anthropic.'), with
+    dots as dashes, with 'claude-' in front, with name and version in the order of that generation."""
+    name = _VENDOR.sub("", "-".join(str(model).strip().lower().split()))
+    yield name
+    if not _CLAUDE.search(name):
+        return
+    dashed = re.sub(r"(?<=\d)\.(?=\d)", "-", name)
+    if dashed != name or dashed.startswith(("opus-", "sonnet-", "haiku-", "fable-", "mythos-")):
+        yield dashed
+        yield "claude-" + dashed
+    turned = _NAME_FIRST.match(dashed)
+    if turned:
+        yield f"claude-{turned.group(2)}-{turned.group(1)}{turned.group(3)}"
+    turned = _VERSION_FIRST.match(dashed)
+    if turned:
+        yield dashed if dashed.startswith("claude") else "claude-" + dashed
+        yield f"claude-{turned.group(2)}-{turned.group(1)}{turned.group(3)}"
+
+
+_Row = namedtuple("_Row", "price long fast")  # rates above LONG_CONTEXT or None; factor of fast mode
+
+
+def _parse_prices(table: str) -> Dict[str, _Row]:
     rows = {}
-    for line in table.split("\n"):
-        if line:
-            name, *figures = line.split()
-            rows[name] = _price(name, [None if f == "-" else float(f) for f in figures])
+    for line in filter(None, table.splitlines()):
+        name, *words = line.split()
+        more = dict(word.split("=") for word in words[5:])
+        figures = [None if word == "-" else float(word) / 1000 for word in words[:5]]
+        above = [float(figure) / 1000 for figure in more.get("long", "").split(",") if figure]
+        rows[name] = _price_row(name, figures, above, float(more.get("fast", 1)))
     return rows
 
 
-def _price(name: str, figures: List[Optional[float]]) -> Price:
-    """Fill missing cache prices: a read or a write without a price of its own is billed as input."""
-    plain, output, read, write, write_1h = figures
-    plain, output = plain or 0.0, output or 0.0
+def _price_row(name: str, figures: Sequence[Optional[float]], above: Sequence[Optional[float]],
+               fast: float) -> _Row:
+    """A row of USD per token. A read or a write without a price of its own is billed as input; above
+    LONG_CONTEXT what has no price of its own there keeps the one below."""
+    long = None
+    if any(figure is not None for figure in above):
+        above = [*above, *[None] * 5]
+        long = _rates([low if high is None else high for low, high in zip(figures, above)])
+    return _Row(Price(name, True, _rates(figures)), long, fast)
+
+
+def _rates(figures: Sequence[Optional[float]]) -> Usage:
+    plain, output, read, write, write_1h = (None if f is None else round(f * PICO) for f in figures)
+    plain, output = plain or 0, output or 0
     read = plain if read is None else read
     write = plain if write is None else write
-    return Price(name, plain, output, read, write, write if write_1h is None else write_1h, True)
+    return Usage(plain, write, write if write_1h is None else write_1h, read, output)
+
+
+def _at_rate(row: _Row, rate: str) -> Price:
+    """The price of calls in fast mode or with a long context, where the row has such a price."""
+    rates = row.long if "long" in rate and row.long else row.price.rates
+    if "fast" in rate:
+        rates = Usage(*(round(figure * row.fast) for figure in rates))
+    return row.price._replace(rates=rates)
 
 
 class PriceList:
@@ -315,11 +420,13 @@ class PriceList:
 
     ``overrides``: ``{model: {"input_cost_per_token": USD, "output_cost_per_token": USD,
     "cache_read_input_token_cost": USD, "cache_creation_input_token_cost": USD,
-    "cache_creation_input_token_cost_above_1hr": USD}}``; raises InvalidValue when a price is not a number >= 0.
+    "cache_creation_input_token_cost_above_1hr": USD}}``, each also with "_above_200k_tokens" behind it,
+    and "fast" (a factor on all of them in fast mode); raises InvalidValue when a price is not a number
+    >= 0.
     """
 
     # Parsed once per process, when the first price is asked for.
-    _tables: Optional[Tuple[Dict[str, Price], Dict[str, Price]]] = None
+    _tables: Optional[Tuple[Dict[str, _Row], Dict[str, _Row]]] = None
     _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
                "cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr")
 
@@ -328,39 +435,51 @@ class PriceList:
         self._own = {}
         for model, entry in self.overrides.items():
             if isinstance(entry, dict) and model != "sample_spec" and "input_cost_per_token" in entry:
-                figures = [self._figure(model, name, entry.get(name)) for name in self._fields]
-                self._own[_bare_model(model)] = _price(model, figures)
-        self._found: Dict[str, Price] = {}
+                self._own[next(_spellings(model))] = self._row(model, entry)
+        self._found: Dict[Tuple[str, str], Price] = {}
+
+    def _row(self, model: str, entry: Dict[str, Any]) -> _Row:
+        plain, above = ([self._figure(model, name + end, entry.get(name + end)) for name in self._fields]
+                        for end in ("", "_above_200k_tokens"))
+        fast = self._figure(model, "fast", entry.get("fast"))
+        return _price_row(model, plain, above, 1.0 if fast is None else fast)
 
     @staticmethod
     def _figure(model: str, name: str, value: Any) -> Optional[float]:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise InvalidValue(f"price {name} of {model!r} is {value!r}: give USD per token as a number >= 0")
-        return value * 1000.0
+            raise InvalidValue(f"price {name} of {model!r} is {value!r}: give USD per token, >= 0")
+        return float(value)
 
-    def lookup(self, model: str) -> Price:
-        """The price of a model: its own row, else the longest row its name begins with (the rest must begin
-        with '-', '@' or ':'), else 'default'. ``Price.exact`` is False in the last two cases, unless what was
-        left over is only a release date."""
-        found = self._found.get(model)
+    def lookup(self, model: str, rate: str = "") -> Price:
+        """The price of a model: its own row, else the longest row its name begins with (the rest must
+        begin with '-', '@' or ':'), else 'default'. ``Price.exact`` is False in the last two cases,
+        unless what was left over is only a release. ``rate``: "fast" or "long" where a call was."""
+        found = self._found.get((model, rate))
         if found is None:
-            found = self._found[model] = self._search(_bare_model(model or "default"))
+            row = self._search(model or "default")
+            found = self._found[model, rate] = _at_rate(row, rate) if rate else row.price
         return found
 
-    def _search(self, name: str) -> Price:
+    def _search(self, model: str) -> _Row:
         if PriceList._tables is None:
             PriceList._tables = (_parse_prices(_ALIAS_TABLE), _parse_prices(_PRICE_TABLE))
         aliases, table = PriceList._tables
-        for rows in (self._own, aliases, table):
-            if name in rows:
-                return rows[name]
+        spellings = list(_spellings(model))
+        for name in spellings:
+            for rows in (self._own, aliases, table):
+                if name in rows:
+                    return rows[name]
         family = dict(table, **self._own)
-        for end in range(len(name) - 1, 0, -1):
-            if name[end] in "-@:[" and name[:end] in family:
-                return family[name[:end]]._replace(exact=bool(_RELEASE.match(name[end:])))
-        return (self._own.get("default") or aliases["default"])._replace(exact=False)
+        for name in spellings:
+            for end in range(len(name) - 1, 0, -1):
+                if name[end] in "-@:[" and name[:end] in family:
+                    row = family[name[:end]]
+                    exact = bool(_RELEASE.match(name[end:]))
+                    return row._replace(price=row.price._replace(exact=exact))
+        row = self._own.get("default") or aliases["default"]
+        return row._replace(price=row.price._replace(exact=False))
 
 
 # ==================================================================================================
@@ -528,6 +647,7 @@ class SessionEvent(_Record):
     ``tokens_cache_write``: the part of ``tokens_input`` billed as cache write, ``tokens_cache_write_1h`` the part
     of that at the one-hour price. ``tokens_cache_read``: context sent again from the provider's cache by this
     model call, in no other figure. ``model`` where it differs from the session's; ``agent_id`` of a sub-agent.
+    ``rate``: "fast" or "long" where the call that took the tokens in was billed at such a price.
     """
 
     id: str
@@ -542,15 +662,24 @@ class SessionEvent(_Record):
     tokens_cache_read: int = 0
     model: str = ""
     agent_id: str = ""
+    rate: str = ""
 
     _usual = frozenset(("id", "timestamp", "event_type", "data", "tokens_input", "tokens_output", "duration_ms"))
-    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read", "model", "agent_id")
+    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read", "model", "agent_id",
+             "rate")
     _counts = ("tokens_input", "tokens_output", "duration_ms") + _rare[:3]
 
     @property
     def tokens(self) -> int:
         """Input plus output, the tokens an analyzer can claim."""
         return self.tokens_input + self.tokens_output
+
+    @property
+    def usage(self) -> Usage:
+        """The event's tokens by how they are billed."""
+        write, hour = self.tokens_cache_write, self.tokens_cache_write_1h
+        return Usage(self.tokens_input - write, write - hour, hour, self.tokens_cache_read,
+                     self.tokens_output)
 
     def to_dict(self) -> Dict[str, Any]:
         """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
@@ -601,9 +730,10 @@ class SessionEvent(_Record):
             self.data = {}
         if self.data.__class__ is not dict:
             raise InvalidValue(f"data of event {self.id!r} is a {type(self.data).__name__}: give an object")
-        if not (self.id.__class__ is self.timestamp.__class__ is self.model.__class__ is self.agent_id.__class__ is str):
-            self.id, self.timestamp = str(self.id), str(self.timestamp or "")
-            self.model, self.agent_id = str(self.model or ""), str(self.agent_id or "")
+        for name in ("id", "timestamp", "model", "agent_id", "rate"):
+            value = getattr(self, name)
+            if value.__class__ is not str:
+                setattr(self, name, str(value or ""))
 
 
 @dataclass(eq=False, repr=False)
@@ -662,29 +792,38 @@ class Session(_Record):
     @property
     def estimated_cost(self) -> float:
         """USD at API prices: input, cache writes, cache reads and output, each at its own price."""
-        if not self.events:
-            price = self.prices.lookup(self.model)
-            return (self.total_tokens_input * price.input + self.total_tokens_output * price.output) / 1000
-        return sum(self._model_costs().values())
+        return self.cost_in_pico / PICO
 
-    def _model_costs(self) -> Dict[str, float]:
-        """USD by model."""
-        sums: Dict[str, List[int]] = {}
+    @property
+    def cost_in_pico(self) -> int:
+        """`estimated_cost` in whole pico-dollars, the sum over the events in any order."""
+        if not self.events:
+            usage = Usage(self.total_tokens_input, 0, 0, 0, self.total_tokens_output)
+            return self.prices.lookup(self.model).cost(usage)
+        return sum(self.model_costs().values())
+
+    def price_of(self, event: SessionEvent) -> Price:
+        """What the tokens of an event cost."""
+        return self.prices.lookup(event.model or self.model, event.rate)
+
+    def model_costs(self) -> Dict[str, int]:
+        """Pico-dollars by model."""
+        sums: Dict[Tuple[str, str], List[int]] = {}
         for event in self.events:
-            row = sums.get(event.model)
+            key = event.model, event.rate
+            row = sums.get(key)
             if row is None:
-                row = sums[event.model] = [0, 0, 0, 0, 0]
+                row = sums[key] = [0, 0, 0, 0, 0]
             row[0] += event.tokens_input
-            row[1] += event.tokens_output
-            row[2] += event.tokens_cache_read
-            row[3] += event.tokens_cache_write
-            row[4] += event.tokens_cache_write_1h
-        costs: Dict[str, float] = {}
-        for model, (entered, output, read, write, write_1h) in sums.items():
-            price = self.prices.lookup(model or self.model)
-            costs[model or self.model] = costs.get(model or self.model, 0.0) + (
-                (entered - write) * price.input + (write - write_1h) * price.cache_write
-                + write_1h * price.cache_write_1h + read * price.cache_read + output * price.output) / 1000
+            row[1] += event.tokens_cache_write
+            row[2] += event.tokens_cache_write_1h
+            row[3] += event.tokens_cache_read
+            row[4] += event.tokens_output
+        costs: Dict[str, int] = {}
+        for (model, rate), (entered, write, hour, read, output) in sums.items():
+            model = model or self.model
+            usage = Usage(entered - write, write - hour, hour, read, output)
+            costs[model] = costs.get(model, 0) + self.prices.lookup(model, rate).cost(usage)
         return costs
 
     @property
@@ -2127,14 +2266,10 @@ def _cwd_of(session: Session) -> str:
 
 
 def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
-    """The reads and searches of a session that brought what their window held already, in order; computed once while the
-    session's events stay the same."""
-    known = session.__dict__.get("_repeats")
-    if known is None or known[0] != len(session.events):
-        memory = ContextMemory(_cwd_of(session))
-        pairs = [(event, memory.observe(event)) for event in session.events]
-        known = session.__dict__["_repeats"] = (len(pairs), [(e, r) for e, r in pairs if r is not None])
-    return known[1]
+    """The reads and searches of a session that brought what their window held already, in order."""
+    memory = ContextMemory(_cwd_of(session))
+    pairs = [(event, memory.observe(event)) for event in session.events]
+    return [(event, repeat) for event, repeat in pairs if repeat is not None]
 
 
 # ==================================================================================================
@@ -2174,78 +2309,87 @@ def _events_of(session: Session) -> List[SessionEvent]:
     """The session's events; totals without events count as one."""
     if session.events or not session.total_tokens:
         return session.events
-    return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input, session.total_tokens_output)]
+    return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input,
+                         session.total_tokens_output)]
 
 
-def _events_by_id(session: Session) -> Dict[str, SessionEvent]:
-    """What `_events_of` returns by id, made once while the session's events stay the same."""
-    known = session.__dict__.get("_by_id")
-    if known is None or known[0] != len(session.events) or not session.events:
-        known = session.__dict__["_by_id"] = (len(session.events), {event.id: event for event in _events_of(session)})
-    return known[1]
+class Analysis:
+    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It is
+    made for every analysis and forgotten with it, since events may be changed in place.
 
-
-class UnitCosts:
-    """USD per input and per output token of every event of a session.
-
-    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with every later call
-    of its window, at the cache-read price, while that call's cache read reaches its position in the context.
+    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with
+    every later call of its window, at the cache-read price, while that call's cache read reaches its
+    position in the context.
     """
 
     def __init__(self, session: Session):
-        self.prices, self.model = session.prices, session.model  # not the session, which would never be freed by itself
-        self.count = len(session.events)
-        self._carry: Dict[int, float] = {}
-        if any(event.tokens_cache_read for event in session.events):
-            for window in session.windows():
-                self._carry_window(window)
+        self.session = session
+        self.events = _events_of(session)
+        self.by_id = {event.id: event for event in self.events}
+        self._repeats: Optional[List[Tuple[SessionEvent, Repeat]]] = None
+        self._carry: Optional[Dict[int, int]] = None
 
-    def _price(self, event: SessionEvent) -> Price:
-        return self.prices.lookup(event.model or self.model)
+    @property
+    def repeats(self) -> List[Tuple[SessionEvent, Repeat]]:
+        """The reads and searches that brought what their window held already, in order."""
+        if self._repeats is None:
+            self._repeats = repeats_in(self.session)
+        return self._repeats
 
-    def of(self, event: SessionEvent) -> Tuple[float, float]:
-        """USD per wasted input token (carry included) and per wasted output token of this event."""
-        price, entered = self._price(event), event.tokens_input
-        if not entered:
-            return 0.0, price.output / 1000
-        write, write_1h = event.tokens_cache_write, event.tokens_cache_write_1h
-        billed = ((entered - write) * price.input + (write - write_1h) * price.cache_write
-                  + write_1h * price.cache_write_1h)
-        return (billed + self._carry.get(id(event), 0.0)) / entered / 1000, price.output / 1000
+    def cost(self, event: SessionEvent, entered: int, written: int) -> int:
+        """Pico-dollars of some of an event's input tokens, carry included, and of its output."""
+        rates, total = self.session.price_of(event).rates, event.tokens_input
+        cost = written * rates.output
+        if total and entered:
+            write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
+            billed = ((total - write) * rates.uncached + (write - hour) * rates.write_5m
+                      + hour * rates.write_1h + self._carried(event))
+            cost += billed * entered // total
+        return cost
+
+    def _carried(self, event: SessionEvent) -> int:
+        if self._carry is None:
+            self._carry = {}
+            if any(event.tokens_cache_read for event in self.events):
+                for window in self.session.windows():
+                    self._carry_window(window)
+        return self._carry.get(id(event), 0)
 
     def _carry_window(self, window: List[SessionEvent]) -> None:
-        """Follow the context call by call: what a call's cache read covers is paid again, what entered lies at the context's
-        end, what the context lost is gone. Tokens written again after the cache expired take no place of their own."""
-        held = _HeldContext(self._carry)
+        """Follow the context call by call: what a call's cache read covers is paid again, what entered
+        lies at the context's end, what the context lost is gone. Tokens written again after the cache
+        expired take no place of their own."""
+        held = _HeldContext(self._carry or {})
+        self._carry = held.costs
         pending: List[SessionEvent] = []
-        answer: Optional[SessionEvent] = None
+        answer: List[SessionEvent] = []
         for event in window:
             if event.event_type is not EventType.AI_RESPONSE:
                 pending.append(event)
                 continue
-            entered = ([answer] if answer else []) + [e for e in pending if e.data.get("source") != "cache rebuild"]
-            rebuilt = sum(e.tokens_input for e in pending) + (answer.tokens_input if answer else 0)
-            growth = sum(e.tokens_input for e in entered)
-            held.cut(event.tokens_cache_read + rebuilt - growth)
-            held.read(event.tokens_cache_read, self._price(event).cache_read)
-            held.enter(event.tokens_cache_read + rebuilt - growth, entered)
-            pending, answer = [], event
+            entered = answer + [e for e in pending if e.data.get("source") != "cache rebuild"]
+            rebuilt = sum(e.tokens_input for e in answer + pending)
+            before = event.tokens_cache_read + rebuilt - sum(e.tokens_input for e in entered)
+            held.cut(before)
+            held.read(event.tokens_cache_read, self.session.price_of(event).rates.read)
+            held.enter(before, entered)
+            pending, answer = [], [event]
         held.cut(-1)
 
 
 class _HeldContext:
-    """The events that make up a context, by position, and what sending them again has cost (USD per 1,000 tokens times tokens).
+    """The events that make up a context, by position, and what sending them again has cost (pico-dollars).
 
-    A read covers a prefix, so it is noted at the last event it covers whole; an event that leaves hands what was noted at
-    it to the one before, which was covered too.
+    A read covers a prefix, so it is noted at the last event it covers whole; an event that leaves hands
+    what was noted at it to the one before, which was covered too.
     """
 
-    def __init__(self, costs: Dict[int, float]):
+    def __init__(self, costs: Dict[int, int]):
         self.costs = costs
         self._events: List[SessionEvent] = []
         self._starts: List[int] = []
         self._ends: List[int] = []
-        self._whole: List[float] = []  # price of the reads whose last whole event this is
+        self._whole: List[int] = []  # price of the reads whose last whole event this is
 
     def enter(self, position: int, events: List[SessionEvent]) -> None:
         """Events enter one after the other from ``position`` on (tokens)."""
@@ -2255,9 +2399,9 @@ class _HeldContext:
                 self._starts.append(position)
                 position += event.tokens_input
                 self._ends.append(position)
-                self._whole.append(0.0)
+                self._whole.append(0)
 
-    def read(self, tokens: int, price: float) -> None:
+    def read(self, tokens: int, price: int) -> None:
         """The first ``tokens`` of the context are sent again."""
         index = bisect_right(self._ends, tokens)
         if index:
@@ -2273,35 +2417,29 @@ class _HeldContext:
             if len(self._whole) > 1:
                 self._whole[-2] += price
             if start < length:
-                self._whole[-1], self._ends[-1] = 0.0, length
+                self._whole[-1], self._ends[-1] = 0, length
                 return
             for column in (self._events, self._starts, self._ends, self._whole):
                 column.pop()
 
-    def _add(self, index: int, cost: float) -> None:
+    def _add(self, index: int, cost: int) -> None:
         key = id(self._events[index])
-        self.costs[key] = self.costs.get(key, 0.0) + cost
+        self.costs[key] = self.costs.get(key, 0) + cost
 
 
-def _unit_costs(session: Session) -> UnitCosts:
-    """The session's unit costs, computed once while its events stay the same."""
-    costs = session.__dict__.get("_unit_costs")
-    if costs is None or costs.count != len(session.events):
-        costs = session.__dict__["_unit_costs"] = UnitCosts(session)
-    return costs
-
-
-def claims_of(session: Session, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
-    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's own
-    proportion; without claims the waste is shared by the events involved, or by all where none is named."""
+def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
+    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's
+    own proportion; without claims the waste is shared by the events involved, or by all where none is
+    named."""
     if issue.claims:
-        by_id = _events_by_id(session)
-        pairs = [(by_id[key], claim) for key, claim in issue.claims.items() if key in by_id]
+        pairs = [(analysis.by_id[key], claim) for key, claim in issue.claims.items()
+                 if key in analysis.by_id]
         return {event.id: _cut(event, claim) for event, claim in pairs if _claimable(event)}
     if not issue.estimated_waste_tokens:
         return {}
-    events, involved = _events_of(session), set(issue.events_involved)
-    named = [event for event in events if _claimable(event) and (not involved or event.id in involved)]
+    involved = set(issue.events_involved)
+    named = [event for event in analysis.events
+             if _claimable(event) and (not involved or event.id in involved)]
     tokens = min(int(issue.estimated_waste_tokens), sum(event.tokens for event in named))
     shares = share_out(tokens, [event.tokens for event in named])
     return {event.id: split_like(event, share) for event, share in zip(named, shares) if share}
@@ -2310,52 +2448,56 @@ def claims_of(session: Session, issue: EfficiencyIssue) -> Dict[str, Tuple[int, 
 def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
     if isinstance(claim, (int, float)):
         return split_like(event, int(claim))
-    return max(0, min(int(claim[0]), event.tokens_input)), max(0, min(int(claim[1]), event.tokens_output))
+    entered, written = claim
+    return (max(0, min(int(entered), event.tokens_input)),
+            max(0, min(int(written), event.tokens_output)))
 
 
-def price_issue(session: Session, issue: EfficiencyIssue) -> None:
+def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
     """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
-    claims = claims_of(session, issue)
+    claims = claims_of(analysis, issue)
     if issue.claims:
         issue.estimated_waste_tokens = sum(map(sum, claims.values()))
-    if not issue.estimated_waste_cost and claims:
-        costs, events = _unit_costs(session), _events_by_id(session)
+    if not issue.estimated_waste_cost:
         issue.estimated_waste_cost = sum(
-            entered * unit[0] + written * unit[1]
-            for unit, (entered, written) in ((costs.of(events[key]), claim) for key, claim in claims.items()))
+            analysis.cost(analysis.by_id[key], *claim) for key, claim in claims.items()) / PICO
 
 
 class ClaimsLedger:
-    """Charges every token once: an event pays its largest measured claim, then only what its largest estimated claim
-    adds, never more than it has; of equal claims the first in registry order wins. ``tokens`` and ``cost`` are
-    {True: measured, False: estimated}; the issues carry their part, and the parts add up."""
+    """Charges every token once: an event pays its largest measured claim, then only what its largest
+    estimated claim adds, never more than it has; of equal claims the first in registry order wins.
+    ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the issues carry their
+    part, and the parts add up. ``by_event``: tokens charged, by event id."""
 
-    def __init__(self, session: Session, issues: List[EfficiencyIssue]):
+    def __init__(self, analysis: Analysis, issues: List[EfficiencyIssue]):
         self.tokens = {True: 0, False: 0}
-        self.cost = {True: 0.0, False: 0.0}
-        self.by_event: Dict[str, int] = {}  # tokens charged
+        self.cost = {True: 0, False: 0}
+        self.by_event: Dict[str, int] = {}
         best: Dict[str, Dict[bool, Any]] = {}
         for issue in issues:
             issue.charged_tokens, issue.charged_cost = 0, 0.0
-            for key, claim in claims_of(session, issue).items():
+            for key, claim in claims_of(analysis, issue).items():
                 held = best.setdefault(key, {}).get(issue.measured)
                 if sum(claim) > (sum(held[0]) if held else 0):
                     best[key][issue.measured] = (claim, issue)
-        if best:
-            costs = _unit_costs(session)
-            for event in _events_of(session):
-                if event.id in best:
-                    self.by_event[event.id] = self._charge(best.pop(event.id), costs.of(event))
+        costs: Dict[int, int] = {}
+        for event in analysis.events:
+            if event.id in best:
+                claims = best.pop(event.id)
+                self.by_event[event.id] = self._charge(analysis, event, claims, costs)
+        for issue in issues:
+            issue.charged_cost = costs.get(id(issue), 0) / PICO
 
-    def _charge(self, claims: Dict[bool, Any], unit: Tuple[float, float]) -> int:
+    def _charge(self, analysis: Analysis, event: SessionEvent, claims: Dict[bool, Any],
+                costs: Dict[int, int]) -> int:
         paid, total = (0, 0), 0
         for measured in (True, False):
             if measured in claims:
                 (entered, written), issue = claims[measured]
                 entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
-                cost = entered * unit[0] + written * unit[1]
+                cost = analysis.cost(event, entered, written)
                 issue.charged_tokens += entered + written
-                issue.charged_cost += cost
+                costs[id(issue)] = costs.get(id(issue), 0) + cost
                 self.tokens[measured] += entered + written
                 self.cost[measured] += cost
                 paid, total = (entered, written), total + entered + written
@@ -2363,7 +2505,8 @@ class ClaimsLedger:
 
 
 def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
-    """Run the analyzers and charge what they claim. One that raises is named in the report, the others count."""
+    """Run the analyzers and charge what they claim. One that raises is named in the report, the others
+    count."""
     report = charged_report(session, analyzers)
     report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
     report.notes, report.recommendations = report_notes(session), recommendations(report)
@@ -2371,31 +2514,38 @@ def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> Optimiz
 
 
 def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
-    """The findings of a report and its figures, without what only a reader wants: all that a summary needs."""
+    """The findings of a report and its figures, without what only a reader wants: all that a summary
+    needs."""
+    analysis = Analysis(session)
     issues, failures = [], []
-    for name in ("_unit_costs", "_repeats", "_by_id"):
-        session.__dict__.pop(name, None)  # the events may have been changed in place since
     for analyzer in analyzers:
         try:
-            found = [_sound(issue) for issue in analyzer.analyze(session) or []]
-            if type(analyzer).analyze is not BaseAnalyzer.analyze:  # it made its issues itself
-                found = list({id(issue): issue for issue in found}.values())
-                for issue in found:
-                    price_issue(session, issue)
-                    if session.total_tokens:
-                        issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, session.total_tokens)
-            issues += found
+            issues += _found_by(analyzer, analysis)
         except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
-    ledger = ClaimsLedger(session, issues)
+    ledger = ClaimsLedger(analysis, issues)
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
-    waste = sum(ledger.tokens.values())
-    total = sum(event.tokens for event in session.events) if session.events else session.total_tokens
-    cost = session.estimated_cost
+    waste, total = sum(ledger.tokens.values()), sum(event.tokens for event in analysis.events)
+    cost = session.cost_in_pico
     return OptimizationReport(
-        session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost),
+        session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost) / PICO,
         100.0 * (1 - waste / total) if total else 100.0, measured_waste_tokens=ledger.tokens[True],
-        measured_waste_cost=min(ledger.cost[True], cost), total_tokens=total, estimated_cost=cost, analyzer_errors=failures)
+        measured_waste_cost=min(ledger.cost[True], cost) / PICO, total_tokens=total,
+        estimated_cost=cost / PICO, analyzer_errors=failures)
+
+
+def _found_by(analyzer: Any, analysis: Analysis) -> List[EfficiencyIssue]:
+    """The issues of one analyzer. Those of one that overrides ``analyze`` are priced here."""
+    own = getattr(type(analyzer), "analyzes_alone", True)
+    found = analyzer.analyze(analysis.session) if own else analyzer.analyze(analysis.session, analysis)
+    issues = [_sound(issue) for issue in found or []]
+    if own:
+        issues = list({id(issue): issue for issue in issues}.values())
+        total = analysis.session.total_tokens
+        for issue in issues:
+            price_issue(analysis, issue)
+            issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, total or MAX_TOKENS)
+    return issues
 
 
 def _sound(issue: Any) -> EfficiencyIssue:
@@ -2495,13 +2645,25 @@ def recommendations(report: OptimizationReport) -> List[str]:
 # ==================================================================================================
 
 class BaseAnalyzer:
-    """One kind of waste. A subclass gives ``issue_type``, thresholds as class attributes, and ``find(session)``
-    yielding issues made by ``self.issue(...)``; or it overrides ``analyze`` and makes its issues itself.
+    """One kind of waste. A subclass gives ``issue_type``, thresholds as class attributes, and
+    ``find(session, analysis)`` (or ``find(session)``) yielding issues made by ``self.issue(...)``; or it
+    overrides ``analyze`` and makes its issues itself.
 
     Thresholds may be given to the constructor; an unknown name raises InvalidValue.
     """
 
     issue_type = IssueType.INEFFICIENT_TOOL_USE
+    analyzes_alone = False  # whether a subclass overrides `analyze`
+    finds_alone = False     # whether its `find` takes the session without the analysis
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "analyze" in vars(cls):
+            cls.analyzes_alone = True
+        find = vars(cls).get("find")
+        code = getattr(find, "__code__", None)
+        if code is not None:
+            cls.finds_alone = code.co_argcount < 3 and not code.co_flags & 0x04  # no *args either
 
     def __init__(self, **thresholds: Any):
         for name, value in thresholds.items():
@@ -2513,30 +2675,37 @@ class BaseAnalyzer:
     def thresholds(self) -> Dict[str, Any]:
         """The thresholds in force, by name."""
         names = [name for cls in type(self).__mro__ for name, value in vars(cls).items()
-                 if isinstance(value, (int, float)) and not name.startswith("_")]
+                 if isinstance(value, (int, float)) and not isinstance(value, bool)
+                 and not name.startswith("_")]
         return {name: getattr(self, name) for name in names}
 
-    def analyze(self, session: Session) -> List[EfficiencyIssue]:
-        """The issues of this kind in a session, most wasteful first, with tokens and USD."""
-        issues = list(self.find(session))
+    def analyze(self, session: Session, analysis: Optional[Analysis] = None) -> List[EfficiencyIssue]:
+        """The issues of this kind in a session, most wasteful first, with tokens and USD. ``analysis``
+        is what other analyzers of the same report have worked out; it is made when none is given."""
+        if analysis is None:
+            analysis = Analysis(session)
+        found = self.find(session) if self.finds_alone else self.find(session, analysis)
+        issues = list(found)
         for issue in issues:
-            price_issue(session, issue)
+            price_issue(analysis, issue)
         return sorted(issues, key=lambda issue: -issue.estimated_waste_tokens)
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
-        """Yield the issues; what a subclass defines."""
-        raise NotImplementedError(f"{type(self).__name__} needs find(session) or analyze(session)")
+    def find(self, *args: Any, **options: Any) -> Iterator[EfficiencyIssue]:
+        """Yield the issues; what a subclass defines as find(session, analysis) or find(session)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} needs find(session, analysis) or analyze(session)")
 
-    def issue(self, severity: Severity, description: str, suggestion: str, *, events: Iterable[SessionEvent] = (),
-              claims: Optional[Dict[str, Any]] = None, waste_tokens: int = 0, measured: bool = False,
-              **metadata: Any) -> EfficiencyIssue:
-        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens; ``waste_tokens`` alone
-        is shared by ``events`` or, where there are none, by the session."""
+    def issue(self, severity: Severity, description: str, suggestion: str, *,
+              events: Iterable[SessionEvent] = (), claims: Optional[Dict[str, Any]] = None,
+              tokens: int = 0, measured: bool = False,
+              metadata: Optional[Dict[str, Any]] = None) -> EfficiencyIssue:
+        """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens;
+        ``tokens`` alone is shared by ``events`` or, where there are none, by the session."""
         ids = [event.id for event in events]
         name = f"{self.issue_type.value.lower()}_{ids[0] if ids else 'session'}"
-        total = sum(sum(claim) for claim in claims.values()) if claims else waste_tokens
-        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids, metadata,
-                               claims or {}, measured)
+        total = sum(sum(claim) for claim in claims.values()) if claims else tokens
+        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids,
+                               metadata or {}, claims or {}, measured)
 
 
 class RepeatedFileReadAnalyzer(BaseAnalyzer):
@@ -2550,9 +2719,9 @@ class RepeatedFileReadAnalyzer(BaseAnalyzer):
     high_from = 3         # reads of one file
     minimum_share = 0.1   # of a read's lines; pages that overlap by a few lines are pages
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         cwd, window, runs = _cwd_of(session), {}, {}  # type: Tuple[str, Dict[str, str], Dict[Any, Any]]
-        for event, repeat in repeats_in(session):
+        for event, repeat in analysis.repeats:
             if event.event_type is EventType.FILE_READ and repeat.covered >= repeat.total * self.minimum_share:
                 path = canonical_path(_paths_of(event.data)[0], cwd)
                 # One finding per file and window: a repeat belongs to the finding that holds the read it repeats.
@@ -2572,7 +2741,8 @@ class RepeatedFileReadAnalyzer(BaseAnalyzer):
             Severity.HIGH if count >= self.high_from else Severity.MEDIUM,
             f"File '{name}' was read {count} times while its content was still in the context",
             "Cache what was read: the lines are still in the context; read again only after a change or a compaction",
-            events=events.values(), claims=claims, measured=True, file_path=path, read_count=count)
+            events=events.values(), claims=claims, measured=True,
+            metadata={"file_path": path, "read_count": count})
 
 
 class RepeatedSearchAnalyzer(BaseAnalyzer):
@@ -2584,9 +2754,9 @@ class RepeatedSearchAnalyzer(BaseAnalyzer):
 
     issue_type = IssueType.REPEATED_SEARCH
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         runs: Dict[str, List[SessionEvent]] = {}
-        for event, repeat in repeats_in(session):
+        for event, repeat in analysis.repeats:
             if event.event_type is EventType.SEARCH:
                 runs[event.id] = runs.pop(repeat.earlier.id, []) or [repeat.earlier]
                 runs[event.id].append(event)
@@ -2596,7 +2766,7 @@ class RepeatedSearchAnalyzer(BaseAnalyzer):
                 Severity.MEDIUM, f"Search run {len(again) + 1} times with nothing changed in between: '{query[:60]}'",
                 "Cache the result or widen the first search: its answer is still in the context",
                 events=[first] + again, claims={e.id: (e.tokens_input, e.tokens_output) for e in again},
-                measured=True, query=query, search_count=len(again) + 1)
+                measured=True, metadata={"query": query, "search_count": len(again) + 1})
 
 
 class LargeFileAnalyzer(BaseAnalyzer):
@@ -2610,7 +2780,7 @@ class LargeFileAnalyzer(BaseAnalyzer):
     limit = 10_000        # tokens of one read
     saving_percent = 60   # of the read
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         for event in session.events:
             if (event.event_type is EventType.FILE_READ and event.tokens_input >= self.limit
                     and not event.data.get("compressed") and not event.data.get("reads")):  # of several, none may be large
@@ -2619,7 +2789,8 @@ class LargeFileAnalyzer(BaseAnalyzer):
                     Severity.HIGH, f"Large file read whole ({event.tokens_input:,} tokens): '{path.rsplit('/', 1)[-1]}'",
                     "Read the part that is needed (a line range, a search first) or compress the file before loading it",
                     events=[event], claims={event.id: (event.tokens_input * self.saving_percent // 100, 0)},
-                    file_path=path, tokens=event.tokens_input, saving_percent=self.saving_percent)
+                    metadata={"file_path": path, "tokens": event.tokens_input,
+                              "saving_percent": self.saving_percent})
 
 
 class ExcessiveThinkingAnalyzer(BaseAnalyzer):
@@ -2634,7 +2805,7 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
     threshold_percent = 40   # of output
     acceptable_percent = 30  # of output
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         if session.metadata.get("output_lower_bound_calls"):
             return  # shares of a placeholder say nothing
         events = [e for e in session.events if e.event_type is EventType.THINKING and e.tokens_output]
@@ -2647,7 +2818,8 @@ class ExcessiveThinkingAnalyzer(BaseAnalyzer):
             Severity.MEDIUM, f"Thinking is {percent:.1f}% of the output (threshold {self.threshold_percent}%)",
             "State the task more precisely or lower the thinking budget for routine work", events=events,
             claims={e.id: (0, share) for e, share in zip(events, shares) if share},
-            thinking_percent=percent, thinking_tokens=thinking, total_output=output)
+            metadata={"thinking_percent": percent, "thinking_tokens": thinking,
+                      "total_output": output})
 
 
 _ENDING = (EventType.FILE_READ, EventType.CONTEXT_LOAD)  # events without a tool that may end a run of failures
@@ -2665,7 +2837,7 @@ class FailedRetryAnalyzer(BaseAnalyzer):
     issue_type = IssueType.FAILED_RETRY
     minimum = 2  # failures
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         cwd = _cwd_of(session)
         runs: Dict[Tuple[str, str, str], List[SessionEvent]] = {}
         ended: List[List[SessionEvent]] = []
@@ -2719,7 +2891,8 @@ class FailedRetryAnalyzer(BaseAnalyzer):
         return self.issue(
             Severity.HIGH, f"Failed {len(run)} times with nothing changed in between: '{' '.join(str(what).split())[:60]}'",
             "Read the first error and change something before trying again", events=run,
-            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=True, retry_count=len(run))
+            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=True,
+            metadata={"retry_count": len(run)})
 
 
 def normal_message(message: Any) -> str:
@@ -2746,7 +2919,7 @@ class LongSessionAnalyzer(BaseAnalyzer):
     step_minutes = 30
     most_percent = 30
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         minutes = session.duration_seconds / 60
         if minutes <= self.limit_minutes:
             return
@@ -2755,8 +2928,8 @@ class LongSessionAnalyzer(BaseAnalyzer):
             Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
             f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
             "If the work fell into separate tasks, a fresh session for each would have carried less context",
-            waste_tokens=int(session.total_tokens * percent / 100), duration_minutes=minutes,
-            threshold_minutes=self.limit_minutes)
+            tokens=int(session.total_tokens * percent / 100),
+            metadata={"duration_minutes": minutes, "threshold_minutes": self.limit_minutes})
 
 
 class HighErrorRateAnalyzer(BaseAnalyzer):
@@ -2771,7 +2944,7 @@ class HighErrorRateAnalyzer(BaseAnalyzer):
     high_percent = 40
     more_than = 5           # events
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         errors = [e for e in session.events if e.event_type is EventType.ERROR and not failure_kind(e.data)]
         count = len(session.events)
         if count <= self.more_than or len(errors) * 100 <= count * self.threshold_percent:
@@ -2782,7 +2955,7 @@ class HighErrorRateAnalyzer(BaseAnalyzer):
             f"{len(errors)} of {count} events are errors ({rate:.1f}%)",
             "Check the task's wording and the environment (paths, dependencies, permissions) before the next run",
             events=errors, claims={e.id: (e.tokens_input, e.tokens_output) for e in errors if e.tokens},
-            error_rate=rate, error_count=len(errors), total_events=count)
+            metadata={"error_rate": rate, "error_count": len(errors), "total_events": count})
 
 
 class TokenSpikeAnalyzer(BaseAnalyzer):
@@ -2798,7 +2971,7 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     enough = 10         # events of one type that make an average of their own
     minimum_events = 3  # with tokens
 
-    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         spikes = [spike for spike in self.ratios(session, self.times) if spike[2].tokens > self.times * spike[1]]
         if spikes:
             yield self._finding(session, sorted(spikes, key=lambda spike: -spike[2].tokens))
@@ -2832,8 +3005,9 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
             Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is {multiplier:.1f} times the "
             f"average of {average:,.0f}{more}",
             "A place to look: a large output may be what was wanted, or a query that returned too much",
-            events=[event for _, _, event in spikes], claims=claims, multiplier=multiplier,
-            event_tokens=worst.tokens, average_tokens=average, spikes=len(spikes))
+            events=[event for _, _, event in spikes], claims=claims,
+            metadata={"multiplier": multiplier, "event_tokens": worst.tokens,
+                      "average_tokens": average, "spikes": len(spikes)})
 
 
 BUILT_IN_ANALYZERS = (
@@ -3274,7 +3448,7 @@ def _list_of(entries: Iterable[str], tag: str = "ul") -> str:
 def html_report(session: Session, report: OptimizationReport) -> str:
     """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what
     to do."""
-    charged, events = ClaimsLedger(session, report.issues).by_event, {event.id: event for event in session.events}
+    charged, events = ClaimsLedger(Analysis(session), report.issues).by_event, {event.id: event for event in session.events}
     source = session.metadata.get("source")
     about = [session.agent, session.model, session.status.value.lower(), session.started_at[:16].replace("T", " "),
              f"{session.duration_seconds / 60:.1f} minutes active"]
@@ -3435,7 +3609,7 @@ def csv_report(session: Session, report: OptimizationReport) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
-    charged = ClaimsLedger(session, report.issues).by_event
+    charged = ClaimsLedger(Analysis(session), report.issues).by_event
     for event in session.events:
         data = dict(event.data, file_path=(_paths_of(event.data) or [""])[0], command=_command_of(event.data),
                     query=event.data.get("query") or event.data.get("pattern") or "")

@@ -200,23 +200,88 @@ PRICES = [
     ("gpt-5-mini", (0.00025, 0.002, 0.000025, 0.00025, 0.00025), True),
     ("gemini-3.1-pro-preview", (0.002, 0.012, 0.0002, 0.002, 0.002), True),
     ("gemini-2.5-pro", (0.00125, 0.010, 0.000125, 0.00125, 0.00125), True),
+    # as people and other tools write them
+    ("claude-sonnet-4.5", (0.003, 0.015, 0.0003, 0.00375, 0.006), True),
+    ("anthropic/claude-opus-4.5", (0.005, 0.025, 0.0005, 0.00625, 0.010), True),
+    ("Opus 4.5", (0.005, 0.025, 0.0005, 0.00625, 0.010), True),
+    ("claude-4.5-sonnet", (0.003, 0.015, 0.0003, 0.00375, 0.006), True),
+    ("Claude 3.5 Sonnet", (0.003, 0.015, 0.0003, 0.00375, 0.006), True),
+    ("opus-4", (0.015, 0.075, 0.0015, 0.01875, 0.030), True),
+    ("gemini-3-pro-preview", (0.002, 0.012, 0.0002, 0.002, 0.002), True),
+    ("xai/grok-4.5", (0.002, 0.006, 0.0003, 0.002, 0.002), True),
+    ("Grok (Cline)", (0, 0, 0, 0, 0), True),
+    ("gpt-4.1-nano", (0.0001, 0.0004, 0.000025, 0.0001, 0.0001), True),
+    ("unpriced", (0, 0, 0, 0, 0), True),
     # a family or the default stands in
     ("gpt-5-new-thing", (0.00125, 0.010, 0.000125, 0.00125, 0.00125), False),
     ("gpt-5.1-codex-experimental", (0.00125, 0.010, 0.000125, 0.00125, 0.00125), False),
     ("claude-opus-4-5-turbo", (0.005, 0.025, 0.0005, 0.00625, 0.010), False),
     ("gpt-5.7", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
     ("gpt-55", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
-    ("opus-4", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
+    ("opus 9", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
     ("sonnet2", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
     ("my-own-model", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
     ("-", (0.010, 0.030, 0.001, 0.0125, 0.020), False),
 ]
 
 
+def per_1000(price):
+    return price.input, price.output, price.cache_read, price.cache_write, price.cache_write_1h
+
+
 @pytest.mark.parametrize("model, figures, exact", PRICES, ids=[row[0] for row in PRICES])
 def test_price_of_a_model(model, figures, exact):
     price = so.PriceList().lookup(model)
-    assert tuple(price[1:6]) == pytest.approx(figures, abs=1e-12) and price.exact is exact
+    assert per_1000(price) == pytest.approx(figures, abs=1e-12) and price.exact is exact
+
+
+@pytest.mark.parametrize("model, rate, usd", [  # of 1,000 uncached, 10,000 read, 100 written tokens
+    ("claude-opus-5-5", "", 0.004 + 0.002 + 0.002), ("claude-opus-5-5", "fast", 0.016),
+    ("claude-opus-4-5", "fast", 0.005 + 0.005 + 0.0025),    # has no fast mode of its own
+    ("gemini-2.5-pro", "", 0.00125 + 0.00125 + 0.001),
+    ("gemini-2.5-pro", "long", 0.0025 + 0.00125 + 0.0015),  # cache reads keep their price
+    ("gemini-3-pro-preview", "long", 0.004 + 0.004 + 0.0018),
+    ("claude-opus-4-5", "long", 0.005 + 0.005 + 0.0025),
+    ("gemini-2.5-pro", "fast long", 0.0025 + 0.00125 + 0.0015)])
+def test_fast_mode_and_long_contexts_have_prices_of_their_own(model, rate, usd):
+    event = E("AI_RESPONSE", 1_000, 100, _read=10_000)
+    event.rate = rate
+    session = session_of(event, model=model)
+    assert session.estimated_cost == pytest.approx(usd)
+    assert so.Session.from_dict(session.to_dict()).estimated_cost == session.estimated_cost
+    assert session.cost_in_pico == session.price_of(event).cost(event.usage)
+
+
+def test_a_price_list_of_the_users_has_every_field():
+    prices = so.PriceList({"mine": {
+        "input_cost_per_token": 1e-06, "output_cost_per_token": 2e-06, "cache_read_input_token_cost": 3e-07,
+        "cache_creation_input_token_cost": 4e-06, "cache_creation_input_token_cost_above_1hr": 5e-06,
+        "input_cost_per_token_above_200k_tokens": 6e-06, "output_cost_per_token_above_200k_tokens": 7e-06,
+        "cache_read_input_token_cost_above_200k_tokens": 8e-07,
+        "cache_creation_input_token_cost_above_200k_tokens": 9e-06, "fast": 3}})
+    usage = so.Usage(1, 10, 100, 1_000, 10_000)
+    million = 10**6
+    assert prices.lookup("mine").cost(usage) == 1 * million + 40 * million + 500 * million + 300 * million + 20_000 * million
+    above = 6 * million + 90 * million + 500 * million + 800 * million + 70_000 * million
+    assert prices.lookup("mine", "long").cost(usage) == above
+    assert prices.lookup("mine", "fast long").cost(usage) == 3 * above
+    with pytest.raises(InvalidValue, match="above_200k_tokens of 'mine'"):
+        so.PriceList({"mine": {"input_cost_per_token": 0, "input_cost_per_token_above_200k_tokens": -1}})
+
+
+def test_money_does_not_depend_on_the_order_of_summation():
+    events = [E("AI_RESPONSE", n, 7 * n % 13, _read=n * n, _model=model)
+              for n in range(1, 60) for model in ("claude-opus-4-5", "gpt-5", "gemini-2.5-pro")]
+    costs = {session_of(*order).cost_in_pico for order in (events, events[::-1], sorted(events, key=lambda e: e.tokens_output))}
+    assert len(costs) == 1
+    assert costs.pop() == sum(session_of(event).cost_in_pico for event in events)
+
+
+def test_the_first_releases_table_is_still_there():
+    assert so.TOKEN_COSTS["opus"] == {"input": 0.015, "output": 0.075} and so.TOKEN_COSTS["grok"]["input"] == 0.0
+    for name, costs in so.TOKEN_COSTS.items():
+        price = so.PriceList().lookup(name)
+        assert (price.input, price.output) == (costs["input"], costs["output"])
 
 
 def test_the_published_example_costs_what_it_says():
@@ -257,7 +322,7 @@ def test_prices_of_the_user_come_first(optimizer):
         optimizer.log_event(session.id, "AI_RESPONSE", tokens_input=1_000_000, tokens_output=1_000_000)
         assert session.estimated_cost == pytest.approx(cost), model
     price = optimizer.prices.lookup("gpt-5.7")
-    assert tuple(price[1:6]) == pytest.approx((0.003, 0, 0.003, 0.005, 0.006)) and price.exact
+    assert per_1000(price) == pytest.approx((0.003, 0, 0.003, 0.005, 0.006)) and price.exact
 
 
 @pytest.mark.parametrize("content", [
@@ -875,7 +940,7 @@ def test_every_event_is_charged_once(name, issues, expected):
 def test_a_bare_number_is_split_like_the_event():
     session = session_of(E("CUSTOM", 100, 50), E("CUSTOM", 200), model="opus")
     issue, = Claims({"e1": 75}).analyze(session)
-    assert so.claims_of(session, issue) == {"e1": (50, 25)}
+    assert so.claims_of(so.Analysis(session), issue) == {"e1": (50, 25)}
     # 50 in at 0.015 and 25 out at 0.075 per 1,000
     assert charged(session, Claims({"e1": 75}))[1].total_waste_cost == pytest.approx(0.00075 + 0.001875)
 
@@ -885,7 +950,7 @@ def test_tokens_and_events_without_claims():
     for tokens, events, expected in ((60, ["e2"], 60), (999, ["e2"], 200), (100, ["e1", "e2"], 100), (80, [], 80), (9_999, [], 400),
                                      (0, ["e1"], 0), (5, ["nobody"], 0), (-5, ["e1"], 0)):
         assert charged(session, Claims(tokens=tokens, events=events))[0] == [expected]
-    spread = so.claims_of(session, list(Claims(tokens=80).analyze(session))[0])
+    spread = so.claims_of(so.Analysis(session), list(Claims(tokens=80).analyze(session))[0])
     assert spread == {"e1": (20, 10), "e2": (40, 0), "e3": (0, 10)}  # pro rata: 150, 200 and 50 of 400
 
 
@@ -1411,7 +1476,38 @@ def test_an_analyzer_without_find_says_so():
     class Empty(so.BaseAnalyzer):
         pass
     report = so.build_report(session_of(E("CUSTOM", 5)), [Empty()])
-    assert "Empty" in report.analyzer_errors[0] and "find(session)" in report.analyzer_errors[0]
+    assert "Empty" in report.analyzer_errors[0] and "find(session" in report.analyzer_errors[0]
+
+
+def test_nothing_is_remembered_of_events_that_are_changed_in_place():
+    session = session_of(*(E("FILE_READ", 1_000, file_path="a.py") for _ in range(2)))
+    analyzer = so.RepeatedFileReadAnalyzer()
+    assert len(analyzer.analyze(session)) == len(so.build_report(session, [analyzer]).issues) == 1
+    session.events[1].data["file_path"] = "b.py"
+    assert analyzer.analyze(session) == so.build_report(session, [analyzer]).issues == []
+    assert not [name for name in vars(session) if name.startswith("_")]
+
+
+def test_a_find_of_ones_own_may_take_the_analysis_or_leave_it():
+    class Alone(so.BaseAnalyzer):
+        def find(self, session):
+            yield self.issue(so.Severity.LOW, "one", "s", events=session.events[:1], tokens=500,
+                             metadata={"why": 1})
+
+    class Heir(Alone):
+        pass
+
+    class Both(so.BaseAnalyzer):
+        def find(self, session, analysis):
+            yield self.issue(so.Severity.LOW, "two", "s", events=[analysis.by_id["e1"]], tokens=500)
+
+    session = session_of(E("CUSTOM", 600))
+    for kind in (Alone, Heir, Both):
+        issue, = kind().analyze(session)
+        assert (issue.estimated_waste_tokens, issue.estimated_waste_cost) == (500, 0.0075), kind  # session_of: opus
+        assert so.build_report(session, [kind()]).total_waste_tokens == 500, kind
+    with pytest.raises(TypeError, match="severity_of_it"):
+        so.BaseAnalyzer().issue(so.Severity.LOW, "d", "s", severity_of_it=3)
 
 
 def test_the_end_of_a_growing_file_is_no_repetition():

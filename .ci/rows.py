@@ -22,6 +22,18 @@ def save(out, module, folders):
             file.writelines(line.replace(os.path.abspath(folder), ".") + "\n" for line in lines)
 
 
+def alike(left, right):
+    """Equal, but for the last digits of a sum of floats."""
+    if isinstance(left, float) or isinstance(right, float):
+        return (isinstance(left, (int, float)) and isinstance(right, (int, float))
+                and abs(left - right) <= 1e-9 * max(1, abs(left)))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(alike(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(alike, left, right))
+    return left == right
+
+
 def compare(old, new):
     sides = []
     for path in (old, new):
@@ -32,7 +44,7 @@ def compare(old, new):
     different = 0
     for key in sorted(set(before) | set(after), key=str):
         left, right = before.get(key, {}), after.get(key, {})
-        names = [name for name in sorted(set(left) | set(right)) if left.get(name) != right.get(name)]
+        names = [name for name in sorted(set(left) | set(right)) if not alike(left.get(name), right.get(name))]
         if names:
             different += 1
             print(key, *(f"\n    {name}: {str(left.get(name))[:300]} -> {str(right.get(name))[:300]}" for name in names))

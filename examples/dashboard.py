@@ -51,12 +51,8 @@ def listed(row):
 def wasted_tokens(session, report):
     """Wasted tokens by event id. As in the report an event pays its largest measured claim and what the
     largest estimated one adds, so the sum is the report's total."""
-    best = defaultdict(dict)
-    for issue in report.issues:
-        for event_id, claim in sessionoptimizer.claims_of(session, issue).items():
-            if sum(claim) > sum(best[event_id].get(issue.measured, ())):
-                best[event_id][issue.measured] = claim
-    return {event_id: sum(map(max, zip(*claims.values()))) for event_id, claims in best.items() if claims}
+    ledger = sessionoptimizer.ClaimsLedger(sessionoptimizer.Analysis(session), report.issues)
+    return {event_id: tokens for event_id, tokens in ledger.by_event.items() if tokens}
 
 
 def timeline(session, wasted):
