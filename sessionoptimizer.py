@@ -3019,20 +3019,31 @@ BUILT_IN_ANALYZERS = (
 # Reports
 # ==================================================================================================
 
-_CONTROL = _Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+_CONTROL = _Pattern(
+    r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+
+
+def cut(text: str, most: int, *, middle: bool = False) -> str:
+    """At most so many characters of a text; paths lose their ``middle``."""
+    if len(text) <= most:
+        return text
+    left = (most - 1) // 3 if middle else most - 1
+    return text[:left] + "…" + text[len(text) - (most - 1 - left):]
 
 
 def plain(text: Any, limit: int = 200) -> str:
-    """Text from outside on one line that cannot steer a terminal: control and direction characters become spaces, more
-    than ``limit`` characters are cut."""
-    line = " ".join(_CONTROL.sub(" ", str(text)).split())
-    return line if len(line) <= limit else line[:limit - 1] + "…"
+    """Text from outside on one line that cannot steer a terminal: control and direction characters
+    become spaces, more than ``limit`` characters are cut."""
+    return cut(" ".join(_CONTROL.sub(" ", str(text)).split()), limit)
 
 
 def markdown_text(text: Any, limit: int = 200) -> str:
-    """Text from outside that cannot break a markdown table, open a link or become HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~!&$])", r"\\\1", plain(text, limit)).replace("\\&", "&amp;").replace(
-        "\\<", "&lt;").replace("\\>", "&gt;")
+    """Text from outside that cannot break a markdown table, become a link or HTML, or call somebody
+    by name."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#~!&$])", r"\\\1", plain(text, limit))
+    for sign, entity in (("\\&", "&amp;"), ("\\<", "&lt;"), ("\\>", "&gt;")):
+        escaped = escaped.replace(sign, entity)
+    return re.sub(r"(?i)(@|:(?=//)|#(?=\d)|\bwww(?=\.)|\bmailto:|\bxmpp:)", r"\1<!-- -->", escaped)
 
 
 def short_number(count: float) -> str:
@@ -3043,11 +3054,6 @@ def short_number(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def waste_range(measured: float, total: float, show: Callable[[float], str]) -> str:
-    """A lower and an upper bound as a range; one figure where they are equal."""
-    return show(total) if show(measured) == show(total) else f"{show(measured)} to {show(total)}"
-
-
 def share_text(part: float, whole: float) -> str:
     """A share in percent with one decimal; "0.0%" of nothing."""
     return f"{100 * part / whole if whole else 0.0:.1f}%"
@@ -3055,7 +3061,7 @@ def share_text(part: float, whole: float) -> str:
 
 def dollars(amount: float) -> str:
     """USD with cents, small amounts with four decimals."""
-    return f"${amount:,.2f}" if abs(amount) >= 1 else f"${amount:.4f}"
+    return f"${amount:,.2f}" if abs(amount) >= 1 or not amount else f"${amount:.4f}"
 
 
 def bar(part: float, whole: float, width: int = 24) -> str:
@@ -3063,591 +3069,230 @@ def bar(part: float, whole: float, width: int = 24) -> str:
     return "#" * (max(1, round(width * part / whole)) if part > 0 and whole else 0)
 
 
-def _waste_lines(report: OptimizationReport) -> List[Tuple[str, str]]:
-    """The summary both readable reports show: label and value."""
-    tokens = waste_range(report.measured_waste_tokens, report.total_waste_tokens, lambda n: f"{n:,.0f}")
-    cost = waste_range(report.measured_waste_cost, report.total_waste_cost, dollars)
-    return [("Efficiency Score", f"{report.efficiency_score:.1f}/100" + (
-                " (incomplete: an analyzer failed)" if report.analyzer_errors else "")),
-            ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,} "
-                                   f"({share_text(report.total_waste_tokens, report.total_tokens)})"),
-            ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices "
-                                 f"({share_text(report.total_waste_cost, report.estimated_cost)})"),
-            ("Issues Found", str(len(report.issues)))]
+def waste_text(measured: float, most: float, whole: float, show: Callable[[float], str]) -> str:
+    """Waste as every report says it: what was measured with its share of the whole, then what it is
+    at most, where something was estimated."""
+    told = f"{show(measured)} measured ({share_text(measured, whole)})"
+    return told if most <= measured else f"{told}, up to {show(most)} ({share_text(most, whole)})"
 
 
-def _header_lines(session: Session, report: OptimizationReport) -> List[Tuple[str, str]]:
-    return [("Session ID", report.session_id), ("Generated", report.generated_at), ("Agent", session.agent),
-            ("Task", session.task), ("Model", session.model), ("Status", session.status.value),
-            ("Duration", f"{session.duration_seconds / 60:.1f} minutes active")]
+# -- one shape of a session row for every command, and their sums
+
+def session_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
+    """What every command prints of one session (the ``sessions`` of ``scan --format json``)."""
+    source = session.metadata.get("source")
+    source = source if isinstance(source, dict) else {}
+    sums = dict.fromkeys(("tokens_input", "tokens_cache_write", "tokens_cache_read"), 0)
+    calls = unattributed = errors = failures = 0
+    reads: Dict[str, int] = {}
+    for event in session.events:
+        for name in sums:
+            sums[name] += getattr(event, name)
+        path = event.data.get("file_path")
+        if event.event_type is EventType.AI_RESPONSE:
+            calls += not event.data.get("unmetered")
+        elif event.event_type is EventType.FILE_READ and path:
+            reads[path] = reads.get(path, 0) + 1
+        elif event.event_type is EventType.ERROR:
+            errors += 1
+            failures += not failure_kind(event.data)
+        elif event.data.get("source") == "unattributed":
+            unattributed += event.tokens_input
+    write, count = sums["tokens_cache_write"], len(session.events)
+    waste = {"tokens": report.total_waste_tokens, "cost": report.total_waste_cost,
+             "measured_tokens": report.measured_waste_tokens,
+             "measured_cost": report.measured_waste_cost}
+    return {
+        "id": session.id, "source": source.get("reader", ""), "path": source.get("path", ""),
+        "agent": session.agent, "task": session.task, "model": session.model,
+        "status": session.status.value, "started_at": session.started_at,
+        "ended_at": session.ended_at, "last_at": _last_at(session),
+        "project": source.get("cwd", ""), "minutes": session.duration_seconds / 60,
+        "model_calls": calls, "tokens": {
+            "uncached_input": sums["tokens_input"] - write, "cache_write": write,
+            "cache_read": sums["tokens_cache_read"], "output": session.total_tokens_output},
+        "total_tokens": report.total_tokens, "estimated_cost": report.estimated_cost,
+        "efficiency_score": report.efficiency_score, "waste": waste,
+        "waste_tokens": waste["tokens"], "waste_cost": waste["cost"],
+        "measured_waste_tokens": waste["measured_tokens"],
+        "measured_waste_cost": waste["measured_cost"],
+        "issues": [issue.to_dict() for issue in report.issues], "issue_count": len(report.issues),
+        "token_use": report.token_use, "unattributed_tokens": unattributed,
+        "events": count, "errors": errors,
+        "error_rate": 100 * failures / count if failures > 1 else 0.0,
+        "notes": report.notes + [f"analyzer failed: {text}" for text in report.analyzer_errors],
+        "most_read": dict(sorted(reads.items(), key=lambda item: -item[1])[:10]),
+    }
+
+
+def _last_at(session: Session) -> str:
+    last = session.events[-1].timestamp if session.events else ""
+    return last or session.ended_at or session.started_at
+
+
+_LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "path")
+
+
+def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
+    """A session row without its lists, as ``summaries()`` keeps it, with the names it had there
+    before: ``tokens`` (their sum), ``cost``, ``efficiency``, ``issues`` ({type: count})."""
+    row = session_row(session, report)
+    kinds = [issue["issue_type"] for issue in row["issues"]]
+    ratios = [ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session, 1.0)]
+    kept = {name: value for name, value in row.items() if name not in _LONG_KEYS}
+    return dict(kept, tokens=row["total_tokens"], cost=row["estimated_cost"],
+                efficiency=row["efficiency_score"], started=seconds_of(row["started_at"]) or 0.0,
+                issues={kind: kinds.count(kind) for kind in kinds}, spike=max(ratios, default=0.0))
+
+
+_SUMS = ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens")
+
+
+def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """The sums over session rows: sessions, model calls, tokens, USD, waste; their efficiency."""
+    totals: Dict[str, Any] = {"sessions": len(rows)}
+    for part, names in (("tokens", ("uncached_input", "cache_write", "cache_read", "output")),
+                        ("waste", ("tokens", "measured_tokens", "cost", "measured_cost"))):
+        totals[part] = {name: sum(row[part][name] for row in rows) for name in names}
+    totals.update((name, sum(row[name] for row in rows)) for name in _SUMS)
+    wasted = totals["waste"]["tokens"]
+    totals["efficiency_score"] = 100.0 * (1 - wasted / totals["total_tokens"]) if wasted else 100.0
+    return totals
+
+
+# -- a report is a list of sections; each renderer escapes every text of them in its own way
+
+Section = namedtuple("Section", "title facts heads rows lines parts picture hint",
+                     defaults=((), (), (), (), (), "", ""))
+Section.__doc__ = """A part of a report: a title, ``facts`` (label, text), a table (``heads`` and
+``rows``), ``lines`` of a list, numbered ``parts`` (sections), and a ``picture`` for pages. A head
+begins with > for numbers, ~ for paths, # for a bar, which is the last column."""
+
+
+def _wrapped(text: Any, width: int, lead: str = "") -> List[str]:
+    import textwrap
+    lines = textwrap.wrap(plain(text, 500), max(width, len(lead) + 20), initial_indent=lead,
+                          subsequent_indent=" " * len(lead), break_on_hyphens=False)
+    return lines or [lead.rstrip()]
+
+
+def text_sections(sections: Iterable[Section], width: int = 80) -> str:
+    """Sections as plain text, no line wider than ``width``; those without content are left out."""
+    blocks = []
+    for section in sections:
+        body = [("  " + line).rstrip() for line in _text_body(section, width - 2)]
+        title = section.title.upper() + (f" ({section.hint})" if section.hint else "")
+        blocks.append("\n".join(_wrapped(title, width) + body) if body else "")
+    return "\n\n".join(filter(None, blocks))
+
+
+def _text_body(section: Section, width: int) -> List[str]:
+    lines = []
+    labels = max((len(label) for label, _ in section.facts), default=0) + 3
+    for label, value in section.facts:
+        lines += _wrapped(value, width, f"{label + ':' * bool(label):<{labels}}")
+    if section.rows:
+        lines += text_table(section.heads, section.rows, width)
+    for line in section.lines:
+        lines += _wrapped(line, width, "* ")
+    for number, part in enumerate(section.parts, 1):
+        lines += [""] * (number > 1) + _wrapped(part.title, width, f"{number}. ")
+        lines += [("   " + line).rstrip() for line in _text_body(part, width - 3)]
+    return lines
+
+
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 80) -> List[str]:
+    """The lines of a table. Where it is too wide, its widest columns of texts are cut."""
+    table = [[head.lstrip(">~#") for head in heads]]
+    table += [[plain(cell, 400) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    texts = [at for at, head in enumerate(heads) if head[:1] not in (">", "#")]
+    excess = sum(widths) + 2 * (len(heads) - 1) - width
+    for _ in range(excess):
+        widest = max(texts, key=lambda at: widths[at])
+        widths[widest] = max(8, widths[widest] - 1)
+    lines = []
+    for row in table if any(table[0]) else table[1:]:
+        cells = [cut(cell, size, middle=head[:1] == "~")
+                 for head, cell, size in zip(heads, row, widths)]
+        lines.append("  ".join(cell.rjust(size) if head[:1] == ">" else cell.ljust(size)
+                               for head, cell, size in zip(heads, cells, widths)).rstrip())
+    return lines
+
+
+def _markdown_section(section: Section, level: str = "##") -> List[str]:
+    lines = [f"- **{label}:** {markdown_text(value, 500)}" for label, value in section.facts]
+    if section.rows:
+        heads = [head for head in section.heads if head[:1] != "#"]  # a bar is the last one
+        lines.append("| " + " | ".join(head.lstrip(">~") for head in heads) + " |")
+        lines.append("|" + "|".join("---:" if head[:1] == ">" else "---" for head in heads) + "|")
+        lines += ["| " + " | ".join(markdown_text(cell, 400) for cell in row[:len(heads)]) + " |"
+                  for row in section.rows]
+    lines += [f"- {markdown_text(line, 500)}" for line in section.lines]
+    for part in section.parts:
+        lines += [""] * bool(lines) + _markdown_section(part, level + "#")
+    return [f"{level} {markdown_text(section.title, 400)}", "", *lines] if lines else []
+
+
+# -- what a session's report holds
+
+def _session_sections(session: Session, report: OptimizationReport) -> List[Section]:
+    source = session.metadata.get("source")
+    path = [("Transcript", source.get("path"))] if isinstance(source, dict) else []
+    incomplete = " (incomplete: an analyzer failed)" if report.analyzer_errors else ""
+    tokens = waste_text(report.measured_waste_tokens, report.total_waste_tokens,
+                        report.total_tokens, lambda count: f"{count:,.0f}")
+    cost = waste_text(report.measured_waste_cost, report.total_waste_cost,
+                      report.estimated_cost, dollars)
+    return [
+        Section("Session", [
+            ("Session ID", report.session_id), ("Generated", report.generated_at),
+            ("Agent", session.agent), ("Task", session.task), ("Model", session.model),
+            ("Status", session.status.value), *path,
+            ("Duration", f"{session.duration_seconds / 60:.1f} minutes active")]),
+        Section("Summary", [
+            ("Efficiency Score", f"{report.efficiency_score:.1f}/100{incomplete}"),
+            ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,}"),
+            ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices"),
+            ("Issues Found", str(len(report.issues)))]),
+        Section("Issues", parts=findings(session, report, evidence=False),
+                hint="by severity, then waste"),
+        Section("Where All Tokens Went", heads=_USE_HEADS, rows=_use_rows(report.token_use)),
+        Section("Recommendations", lines=report.recommendations),
+        Section("Notes", lines=report.notes)]
+
+
+def findings(session: Session, report: OptimizationReport, *, facts: bool = True,
+             evidence: bool = True) -> List[Section]:
+    """A report's findings as sections: the ``facts`` of each, and as ``evidence`` its events."""
+    events = {event.id: event for event in session.events}
+    found = []
+    for issue in report.issues:
+        involved = [events[key] for key in issue.events_involved if key in events]
+        where = f"{len(involved):,} events" if involved else "the whole session"
+        known = [("Waste", _issue_waste(issue)), ("Events", where),
+                 ("Suggestion", issue.suggestion)]
+        found.append(Section(
+            f"[{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description)}",
+            facts=known if facts else known[1:2], heads=("where", "what", ">in", ">out", ">wasted"),
+            rows=[_evidence_row(session, event, issue) for event in involved] if evidence else ()))
+    return found
 
 
 def _issue_waste(issue: EfficiencyIssue) -> str:
+    tokens, charged = issue.estimated_waste_tokens, issue.charged_tokens
     kind = "measured" if issue.measured else "estimated"
-    charged = "" if issue.charged_tokens == issue.estimated_waste_tokens else f", {issue.charged_tokens:,} charged"
-    return f"{issue.estimated_waste_tokens:,} tokens ({dollars(issue.estimated_waste_cost)}), {kind}{charged}"
-
-
-def text_report(session: Session, report: OptimizationReport) -> str:
-    """The report as plain text."""
-    lines = ["=" * 72, "SESSION OPTIMIZATION REPORT", "=" * 72, ""]
-    lines += [f"{label + ':':<12}{plain(value)}" for label, value in _header_lines(session, report)]
-    lines += _section("SUMMARY") + [f"{label + ':':<20}{value}" for label, value in _waste_lines(report)]
-    if report.issues:
-        lines += _section("ISSUES (by severity, then waste)")
-        for number, issue in enumerate(report.issues, 1):
-            lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}", f"   {plain(issue.description)}",
-                      f"   Waste:      {_issue_waste(issue)}", f"   Events:     {_event_list(issue)}",
-                      f"   Suggestion: {plain(issue.suggestion)}"]
-    if report.token_use:
-        most = max(report.token_use.values())
-        lines += _section("WHERE ALL TOKENS WENT")
-        lines += [f"{plain(name, 30):<30} {tokens:>12,} {share_text(tokens, report.total_tokens):>6} {bar(tokens, most)}"
-                  for name, tokens in report.token_use.items()]
-    for title, entries in (("RECOMMENDATIONS", report.recommendations), ("NOTES", report.notes)):
-        if entries:
-            lines += _section(title) + [f"  * {plain(entry, 300)}" for entry in entries]
-    return "\n".join(lines)
-
-
-def _section(title: str) -> List[str]:
-    return ["", "-" * 72, title, "-" * 72]
-
-
-def _event_list(issue: EfficiencyIssue, most: int = 8) -> str:
-    if not issue.events_involved:
-        return "the whole session"
-    more = len(issue.events_involved) - most
-    return ", ".join(plain(event, 60) for event in issue.events_involved[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def markdown_report(session: Session, report: OptimizationReport) -> str:
-    """The report as markdown."""
-    lines = ["# Session Optimization Report", ""]
-    lines += [f"- **{label}:** {markdown_text(value)}" for label, value in _header_lines(session, report)]
-    lines += ["", "## Summary", ""] + [f"- **{label}:** {value}" for label, value in _waste_lines(report)]
-    lines += ["", "## Token Breakdown", "", "| Category | Tokens |", "|---|---:|"]
-    lines += [f"| {markdown_text(name)} | {tokens:,} |" for name, tokens in report.token_breakdown.items()]
-    if report.token_use:
-        lines += ["", "## Where All Tokens Went", "", "| Purpose | Tokens | Share |", "|---|---:|---:|"]
-        lines += [f"| {markdown_text(name)} | {tokens:,} | {share_text(tokens, report.total_tokens)} |"
-                  for name, tokens in report.token_use.items()]
-    if report.issues:
-        lines += ["", "## Issues Detected", ""]
-        for issue in report.issues:
-            lines += [f"### {issue.issue_type.value} [{issue.severity.value}]", "",
-                      f"- **Description:** {markdown_text(issue.description)}", f"- **Waste:** {_issue_waste(issue)}",
-                      f"- **Events:** {markdown_text(_event_list(issue))}",
-                      f"- **Suggestion:** {markdown_text(issue.suggestion)}", ""]
-    for title, entries in (("Recommendations", report.recommendations), ("Notes", report.notes)):
-        if entries:
-            lines += ["", f"## {title}", ""] + [f"- {markdown_text(entry, 300)}" for entry in entries]
-    return "\n".join(lines) + "\n"
-
-
-def json_report(session: Session, report: OptimizationReport) -> str:
-    """The report's fields as JSON."""
-    return json.dumps(report.to_dict(), indent=2, default=str)
-
-
-# -- pictures: one file each, drawn without a script
-
-MOST_COLUMNS = 120   # of a picture: more would be thinner than a pixel on a phone
-_MOST_SHOWN = 60     # findings of a page, and events of a finding; what is left out is counted
-GOOD_SCORE, FAIR_SCORE = 85, 70  # from here a score is shown as good, from there as fair
-
-_KINDS = {  # how a timeline groups events: colour class, name, event types
-    "k1": ("Context loaded", (EventType.CONTEXT_LOAD,)), "k2": ("Prompts", (EventType.USER_MESSAGE,)),
-    "k3": ("Files read", (EventType.FILE_READ,)), "k4": ("Searches", (EventType.SEARCH,)),
-    "k5": ("Other tools", (EventType.TOOL_CALL, EventType.FILE_WRITE)), "k6": ("Errors", (EventType.ERROR,)),
-    "k7": ("Answers", (EventType.AI_RESPONSE,)), "k8": ("Thinking", (EventType.THINKING,)),
-    "k9": ("Other", (EventType.CUSTOM, EventType.TOKEN_USAGE, EventType.SESSION_START, EventType.SESSION_END))}
-_KIND_OF = {event_type: kind for kind, (_, event_types) in _KINDS.items() for event_type in event_types}
-
-_STYLE = """
-:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#5b6577;--line:#e3e7ed;--track:#edf0f4;
---bad:#d9363e;--fair:#b26a00;--good:#1f8a4c;--link:#2459c4;--carry:#c3cede;
---k1:#a3aec0;--k2:#7b61e0;--k3:#3b82e6;--k4:#14a3b5;--k5:#57b58a;--k6:#e3a008;--k7:#44546c;--k8:#c490d8;--k9:#cbb79a}
-@media (prefers-color-scheme:dark){:root{--page:#0e1218;--card:#171d26;--ink:#e8ecf2;--soft:#98a4b6;--line:#28313e;
---track:#222b37;--bad:#ff6b70;--fair:#f0b04a;--good:#4cc982;--link:#8db4ff;--carry:#3c4a5f;
---k1:#5f6d82;--k2:#9a86f5;--k3:#5b9bf3;--k4:#2fb9c9;--k5:#63c79a;--k6:#e6b53c;--k7:#c3cedd;--k8:#cf9fe2;--k9:#8f7f66}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
-h1{font-size:26px;line-height:1.25;margin:2px 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font-size:16px;margin:0 0 4px}h3{font-size:15px;margin:0 0 2px;overflow-wrap:anywhere}
-p{margin:0 0 8px}a{color:var(--link)}
-.brand{font-size:12px;font-weight:600;letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}
-.soft{color:var(--soft);font-size:13px}.wrap{overflow-wrap:anywhere}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin-top:16px}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:16px;margin-top:18px}
-.facts .card{margin:0;padding:16px 18px}
-.fact{display:block;font-size:24px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
-.score{display:flex;align-items:center;gap:14px}.score svg{width:64px;height:64px;flex:none}
-.good{color:var(--good)}.fair{color:var(--fair)}.bad{color:var(--bad)}
-.two{display:grid;grid-template-columns:1fr 1fr;gap:0 16px}.two>div{min-width:0}
-svg{display:block}.chart{width:100%;shape-rendering:crispEdges}
-.axis{display:flex;justify-content:space-between;color:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
-.plot{margin:10px 0 2px}.plot .chart{border-bottom:1px solid var(--line)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px;font-size:13px;color:var(--soft)}
-.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
-.k1{fill:var(--k1);background:var(--k1)}.k2{fill:var(--k2);background:var(--k2)}.k3{fill:var(--k3);background:var(--k3)}
-.k4{fill:var(--k4);background:var(--k4)}.k5{fill:var(--k5);background:var(--k5)}.k6{fill:var(--k6);background:var(--k6)}
-.k7{fill:var(--k7);background:var(--k7)}.k8{fill:var(--k8);background:var(--k8)}.k9{fill:var(--k9);background:var(--k9)}
-.waste{fill:var(--bad);background:var(--bad)}.carry{fill:var(--carry);background:var(--carry)}
-g:hover{opacity:.7}
-.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:7px 12px;align-items:center;
-font-size:14px;margin-top:10px}
-.bars>div{display:contents}.bars span{min-width:0;overflow-wrap:anywhere}
-.bars>div>span:last-child{text-align:right;font-variant-numeric:tabular-nums}
-.track{height:10px;border-radius:5px;background:var(--track);overflow:hidden}
-.chip{display:inline-block;border-radius:999px;padding:1px 9px;font-size:11px;font-weight:650;letter-spacing:.03em;
-border:1px solid currentColor;white-space:nowrap;vertical-align:1px}
-.critical,.high{color:var(--bad)}.medium{color:var(--fair)}.low{color:var(--soft)}
-details{border-top:1px solid var(--line);padding:10px 0}details:last-child{padding-bottom:0}
-summary{cursor:pointer;list-style-position:outside;margin-left:18px}
-summary b{font-weight:600;overflow-wrap:anywhere}details>:not(summary){margin-left:18px}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:13px;margin-top:8px}
-th{font-weight:600;color:var(--soft);text-align:left;border-bottom:1px solid var(--line);padding:4px 12px 4px 0}
-td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-tr:last-child td{border-bottom:0}td.wide,th.n,td.n{white-space:nowrap}
-th.n,td.n{text-align:right;font-variant-numeric:tabular-nums}
-td.n:last-child,th.n:last-child{padding-right:0}
-code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-ol,ul{margin:6px 0 0;padding-left:22px}li{margin:4px 0}
-footer{margin-top:22px;color:var(--soft);font-size:12px}
-@media (max-width:720px){main{padding:18px 12px 32px}.two{grid-template-columns:1fr}h1{font-size:21px}
-.card{padding:14px}.facts{grid-template-columns:1fr 1fr;gap:10px}.facts .card{padding:12px}.fact{font-size:19px}
-.facts .card:first-child{grid-column:1/-1}.bars{display:block}
-.bars>div{display:grid;grid-template-columns:1fr max-content;gap:2px 10px;margin-bottom:9px}
-.bars .track{grid-column:1/-1;grid-row:2}.wide{display:none}}
-@media print{body{background:#fff}.card{break-inside:avoid}}
-"""
-
-
-def _escaped(text: Any, limit: int = 200) -> str:
-    """Text from outside that is text in a page, too."""
-    import html
-    return html.escape(plain(text, limit))
-
-
-def _page(title: str, *parts: str) -> str:
-    """A whole HTML document in ASCII, which no encoding on its way can damage."""
-    text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
-            + "\n".join(filter(None, parts))
-            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:16].replace('T', ' '))}. "
-              "Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact "
-              "repeats, estimated waste assumes a share.</footer>\n</main></body></html>\n")
-    return text.encode("ascii", "xmlcharrefreplace").decode()
-
-
-def _card(title: str, body: str, hint: str = "") -> str:
-    soft = f'<p class="soft">{hint}</p>' if hint else ""
-    return f'<section class="card"><h2>{title}</h2>{soft}{body}</section>' if body else ""
-
-
-def _chart(columns: List[Tuple[str, List[Tuple[str, int]]]], height: int, label: str, *, down: bool = False) -> str:
-    """Stacked columns as an SVG that stretches to its place: (what pointing at it says, [(colour class, amount)])."""
-    most = max((sum(amount for _, amount in parts) for _, parts in columns), default=0)
-    if not most:
-        return ""
-    drawn = []
-    for index, (says, parts) in enumerate(columns):
-        place, rects = 0.0, []
-        for kind, amount in parts:
-            size = amount * 100 / most
-            if amount:
-                top = place if down else 100 - place - size
-                rects.append(
-                    f'<rect class="{kind}" x="{index * 10 + 1}" y="{top:.2f}" width="8" height="{size:.2f}"/>')
-            place += size
-        drawn.append(f'<g><title>{says}</title><rect x="{index * 10}" width="10" height="100" fill="transparent"/>'
-                     f'{"".join(rects)}</g>')
-    width = max(10, len(columns) * 10)
-    return (f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width} 100" '
-            f'preserveAspectRatio="none" style="height:{height}px">{"".join(drawn)}</svg>')
-
-
-def _plots(columns: int, *parts: str) -> str:
-    """Charts and what stands above and below them, no wider than their columns deserve."""
-    return f'<div style="max-width:{max(6, columns) * 56}px">{"".join(parts)}</div>'
-
-
-def _axis(*texts: str) -> str:
-    return '<div class="axis">' + "".join(f"<span>{text}</span>" for text in texts) + "</div>"
-
-
-def _bars(rows: List[Tuple[str, float, float, str]], kind: str = "k3") -> str:
-    """Lying bars: (label in HTML, amount, the wasted part of it, what stands at the end in HTML)."""
-    most = max((amount for _, amount, _, _ in rows), default=0)
-    return '<div class="bars">' + "".join(
-        f'<div><span>{label}</span><span class="track"><svg width="100%" height="10" aria-hidden="true">'
-        f'<rect class="{kind}" width="{100 * amount / most if most else 0:.2f}%" height="10"/>'
-        f'<rect class="waste" width="{100 * wasted / most if most else 0:.2f}%" height="10"/></svg></span>'
-        f'<span>{end}</span></div>'
-        for label, amount, wasted, end in rows) + "</div>" if rows else ""
-
-
-def _legend(entries: List[Tuple[str, str]]) -> str:
-    named = "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in entries)
-    return f'<div class="legend">{named}</div>'
-
-
-def _score_fact(score: float) -> str:
-    """A score as a ring with its number."""
-    kind = "good" if score >= GOOD_SCORE else "fair" if score >= FAIR_SCORE else "bad"
-    return (f'<div class="card score"><svg class="{kind}" viewBox="0 0 36 36" aria-hidden="true">'
-            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="var(--track)" stroke-width="4"/>'
-            '<circle cx="18" cy="18" r="15.9" fill="none" stroke="currentColor" stroke-width="4" '
-            f'stroke-linecap="round" stroke-dasharray="{max(0.0, min(100.0, score)):.1f} 100" '
-            'transform="rotate(-90 18 18)"/></svg>'
-            f'<div><span class="soft">Efficiency</span><span class="fact {kind}">{score:.1f}</span></div></div>')
-
-
-def _fact(name: str, value: str, more: str, kind: str = "") -> str:
-    return (f'<div class="card"><span class="soft">{name}</span><span class="fact {kind}">{value}</span>'
-            f'<span class="soft">{more}</span></div>')
-
-
-def _facts(score: float, waste: Tuple[float, float], wasted_cost: Tuple[float, float], tokens: int, cost: float,
-           used: str) -> str:
-    """The row of figures a page begins with; waste and its cost as (measured, total)."""
-    return '<div class="facts">' + _score_fact(score) + _fact(
-        "Wasted tokens", short_number(waste[1]),
-        f"{share_text(waste[1], tokens)} of all, {short_number(waste[0])} measured", "bad" if waste[1] else "") + _fact(
-        "Wasted cost", dollars(wasted_cost[1]), f"{share_text(wasted_cost[1], cost)} of the cost, "
-        f"{dollars(wasted_cost[0])} measured", "bad" if waste[1] else "") + _fact(
-        "Tokens", short_number(tokens), used) + _fact("Cost", dollars(cost), "at API prices") + "</div>"
-
-
-def _columns_of(session: Session) -> Tuple[List[List[SessionEvent]], str]:
-    """The events of each column of a timeline, and what a column is: a model call where there are several, else an
-    event with tokens, or some of them where they are many."""
-    groups: List[List[SessionEvent]] = [[]]
-    by_call = sum(event.event_type is EventType.AI_RESPONSE for event in session.events) > 1
-    for event in session.events:
-        groups[-1].append(event)
-        if event.event_type is EventType.AI_RESPONSE if by_call else event.tokens or event.tokens_cache_read:
-            groups.append([])
-    groups = [group for group in groups if group]
-    size = -(-len(groups) // MOST_COLUMNS) or 1
-    name = "model call" if by_call else "event"
-    columns = [sum(groups[at:at + size], []) for at in range(0, len(groups), size)]
-    return columns, f"{size} {name}s" if size > 1 else name
-
-
-def _column(events: List[SessionEvent], charged: Dict[str, int]) -> Tuple[str, List[Tuple[str, int]], int]:
-    """One column: what it says, its tokens by kind with the wasted ones last, and what was sent again."""
-    parts, wasted = {kind: 0 for kind in _KINDS}, sum(charged.get(event.id, 0) for event in events)
-    for event in events:
-        parts[_KIND_OF[event.event_type]] += event.tokens - charged.get(event.id, 0)
-    again = sum(event.tokens_cache_read for event in events)
-    says = [f"{events[0].timestamp[11:16]}: {sum(e.tokens for e in events):,} tokens", f"{wasted:,} wasted"]
-    says += [f"{again:,} sent again"] * bool(again)
-    kinds = ", ".join(f"{_KINDS[kind][0].lower()} {amount:,}" for kind, amount in parts.items() if amount)
-    return _escaped(f"{', '.join(says)}; {kinds}", 300), [*parts.items(), ("waste", wasted)], again
-
-
-def _timeline(session: Session, charged: Dict[str, int]) -> str:
-    """The session from left to right: new tokens by kind upwards, what was sent again downwards."""
-    groups, per = _columns_of(session)
-    columns = [_column(events, charged) for events in groups]
-    chart = _chart([(says, parts) for says, parts, _ in columns], 190,
-                   "New tokens over the session, the wasted part in red")
-    if not chart:
-        return ""
-    carried = _chart([(says, [("carry", again)]) for says, _, again in columns], 70,
-                     "Context sent again over the session", down=True)
-    times = [_escaped(groups[at][0].timestamp[11:16]) for at in sorted({0, len(groups) // 2, len(groups) - 1})]
-    most = max(sum(amount for _, amount in parts) for _, parts, _ in columns)
-    plots = [_axis(f"up to {short_number(most)} new tokens per {per}"), f'<div class="plot">{chart}</div>',
-             _axis(*times)]
-    used = {kind for _, parts, _ in columns for kind, amount in parts if amount}
-    legend = [(kind, name) for kind, (name, _) in _KINDS.items() if kind in used] + [("waste", "Wasted")]
-    if carried:
-        most = max(again for _, _, again in columns)
-        plots += [f'<div class="plot">{carried}</div>',
-                  _axis(f"up to {short_number(most)} tokens of context sent again per {per}")]
-        legend.append(("carry", "Context sent again (cache reads)"))
-    return _plots(len(columns), *plots) + _legend(legend)
-
-
-def _two(left: str, right: str) -> str:
-    return f'<div class="two"><div>{left}</div><div>{right}</div></div>'
-
-
-def _kinds_card(issues: Iterable[Dict[str, Any]]) -> str:
-    """Waste by kind, of issues as dicts."""
-    kinds: Dict[str, List[float]] = {}
-    for issue in issues:
-        entry = kinds.setdefault(issue["issue_type"], [0, 0, 0.0])
-        entry[0] += issue["charged_tokens"]
-        entry[1] += 1
-        entry[2] += issue["charged_cost"]
-    rows = _bars([(f"{_kind_name(kind)} <span class=\"soft\">&times;{count:,}</span>", tokens, tokens,
-                   f"{short_number(tokens)} <span class=\"soft\">{dollars(cost)}</span>")
-                  for kind, (tokens, count, cost) in sorted(kinds.items(), key=lambda item: (-item[1][0], item[0]))])
-    return _card("Waste by kind", rows or "<p>None found.</p>")
-
-
-def _kind_name(kind: str) -> str:
-    return _escaped(str(kind).replace("_", " ").capitalize())
-
-
-def _use_bars(use: Dict[str, int], most: int = 8) -> str:
-    total, ranked = sum(use.values()), sorted(use.items(), key=lambda item: -item[1])
-    rest = sum(tokens for _, tokens in ranked[most:])
-    return _bars([(_escaped(name, 40), tokens, 0, f"{short_number(tokens)} <span class=\"soft\">"
-                   f"{share_text(tokens, total)}</span>")
-                  for name, tokens in ranked[:most] + [("everything else", rest)] * bool(rest)])
-
-
-def _finding(issue: EfficiencyIssue, session: Session, events: Dict[str, SessionEvent], is_open: bool) -> str:
-    """One finding with the events it rests on."""
-    rows = []
-    for event in [events[key] for key in issue.events_involved if key in events][:_MOST_SHOWN]:
-        claim = issue.claims.get(event.id)
-        wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim or 0
-        place = event_place(session, event)
-        own = event.data.get("line") and not event.data.get("path")
-        near = f"line {event.data['line']}" if own else _last_part(place)
-        rows.append(f'<tr><td><code title="{_escaped(place, 400)}">{_escaped(near, 80)}</code></td>'
-                    f"<td>{_escaped(event_extract(session, event))}</td>"
-                    f'<td class="n wide">{event.tokens_input:,}</td><td class="n wide">{event.tokens_output:,}</td>'
-                    f'<td class="n">{wasted:,}</td></tr>')
-    left = len(issue.events_involved) - _MOST_SHOWN
-    table = '<div class="scroll"><table><tr><th>Where</th><th>What</th><th class="n wide">In</th>' \
-        f'<th class="n wide">Out</th><th class="n">Wasted</th></tr>{"".join(rows)}</table></div>' \
-        if rows else '<p class="soft">The whole session.</p>'
-    return (f'<details{" open" * is_open}><summary>{_chip(issue.severity.value)} '
-            f'<b>{_escaped(issue.description)}</b> <span class="soft">{_escaped(_issue_waste(issue))}</span></summary>'
-            f'<p>{_escaped(issue.suggestion)}.</p>{table}'
-            + (f'<p class="soft">and {left:,} more events</p>' if left > 0 else "") + "</details>")
-
-
-def _chip(severity: str) -> str:
-    return f'<span class="chip {_escaped(severity.lower())}">{_escaped(severity)}</span>'
-
-
-def _advice(entry: str) -> str:
-    """A line of text whose [LABEL] in front becomes a chip."""
-    label, text = re.match(r"(?:\[([A-Z ]+)\] )?(.*)", entry, re.S).groups()  # type: ignore[union-attr]
-    kinds = {name: severity.value.lower() for severity, name in _LABELS.items()}
-    return (f'<span class="chip {kinds.get(label, "high")}">{label}</span> ' if label else "") + _escaped(text, 400)
-
-
-def _list_of(entries: Iterable[str], tag: str = "ul") -> str:
-    items = "".join(f"<li>{_advice(entry)}</li>" for entry in entries)
-    return f"<{tag}>{items}</{tag}>" if items else ""
-
-
-def html_report(session: Session, report: OptimizationReport) -> str:
-    """The report as one HTML file that needs nothing else: the timeline, waste by kind, findings with evidence, what
-    to do."""
-    charged, events = ClaimsLedger(Analysis(session), report.issues).by_event, {event.id: event for event in session.events}
-    source = session.metadata.get("source")
-    about = [session.agent, session.model, session.status.value.lower(), session.started_at[:16].replace("T", " "),
-             f"{session.duration_seconds / 60:.1f} minutes active"]
-    cached = sum(event.tokens_cache_read for event in session.events)
-    used = f"{short_number(session.total_tokens_input)} in, {short_number(session.total_tokens_output)} out" + (
-        f"; {short_number(cached)} sent again" if cached else "")
-    shown = "".join(_finding(issue, session, events, number < 2)
-                    for number, issue in enumerate(report.issues[:_MOST_SHOWN]))
-    left = len(report.issues) - _MOST_SHOWN
-    return _page(
-        f"{session.task or session.id} - session report",
-        f'<header><div class="brand">Session report</div><h1>{_escaped(session.task or session.id)}</h1>'
-        f'<p class="soft wrap">{_escaped(" · ".join(filter(None, about)), 400)}<br>{_escaped(session.id)}'
-        + (f"<br>{_escaped(source.get('path'), 400)}" if isinstance(source, dict) else "") + "</p></header>",
-        _facts(report.efficiency_score, (report.measured_waste_tokens, report.total_waste_tokens),
-               (report.measured_waste_cost, report.total_waste_cost), report.total_tokens, report.estimated_cost,
-               used),
-        _card("Where the tokens went, from start to end", _timeline(session, charged)),
-        _card("What to do", _list_of(report.recommendations, "ol")),
-        _two(_kinds_card(issue.to_dict() for issue in report.issues),
-             _card("All tokens by purpose", _use_bars(report.token_use))),
-        _card(f"Findings ({len(report.issues):,})", shown,
-              "Each with the events it rests on. Of tokens that several findings name only the largest claim is charged."
-              + (f" {left:,} smaller ones are left out." if left > 0 else "")),
-        _card("Notes", _list_of(report.notes)))
-
-
-def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
-    """What a scan found as one HTML file: by day, agent, project and kind, and the worst sessions with a section
-    each."""
-    rows, totals = result["sessions"], result["totals"]
-    tokens, waste = totals["tokens"], totals["waste"]
-    new = sum(tokens.values()) - tokens["cache_read"]
-    worst = sorted((row for row in rows if row["waste"]["tokens"]),
-                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
-    use: Dict[str, int] = {}
-    for row in rows:
-        for name, count in row["token_use"].items():
-            use[name] = use.get(name, 0) + count
-    steps = [line.split(". ", 1)[1] for line in _first_steps(rows)[4:]]
-    days = sorted(row["started_at"][:10] for row in rows if row["started_at"])
-    span = f"{days[0]} to {days[-1]}" if days else ""
-    header = (f'<header><div class="brand">Scan of agent transcripts</div><h1>{totals["sessions"]:,} sessions, '
-              f'{totals["model_calls"]:,} model calls</h1><p class="soft">{_escaped(span)}</p></header>')
-    if not rows:
-        skipped = _escaped(_skipped_text(result["skipped"]))
-        return _page("Scan report", header, _card("No sessions found", f"<p>{skipped}</p>"))
-    return _page(
-        "Scan report", header,
-        _facts(100.0 * (1 - waste["tokens"] / new) if new else 100.0, (waste["measured_tokens"], waste["tokens"]),
-               (waste["measured_cost"], waste["cost"]), new, totals["estimated_cost"],
-               f"{short_number(new - tokens['output'])} in, {short_number(tokens['output'])} out; "
-               f"{short_number(tokens['cache_read'])} sent again"),
-        _card("By day", _days(rows)), _card("What to do first", _list_of(steps, "ol")),
-        _two(_card("By agent", _group_bars(rows, "agent"))
-             + _kinds_card(issue for row in rows for issue in row["issues"]),
-             _card("By project", _group_bars(rows, "project", 6)) + _card("All tokens by purpose", _use_bars(use))),
-        _card("Worst sessions", _worst_table(worst)),
-        *(_session_section(number, row) for number, row in enumerate(worst, 1)),
-        _card("Notes", _list_of([line.strip(" *") for line in _scan_notes(rows)[4:]]
-                                + [_skipped_text(result["skipped"]).strip()] * bool(result["skipped"]))))
-
-
-def _new_tokens(row: Dict[str, Any]) -> int:
-    return sum(row["tokens"].values()) - row["tokens"]["cache_read"]
-
-
-def _days(rows: List[Dict[str, Any]]) -> str:
-    """New tokens by the day a session began, the wasted part in red; several days share a column where they are
-    many."""
-    began = [(parse_time(row["started_at"][:10]), row) for row in rows]
-    dated = [(moment.toordinal(), row) for moment, row in began if moment is not None]
-    if not dated:
-        return ""
-    first, last = min(day for day, _ in dated), max(day for day, _ in dated)
-    size = -(-(last - first + 1) // MOST_COLUMNS)
-    sums = [[0, 0, 0] for _ in range((last - first) // size + 1)]
-    for day, row in dated:
-        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], 1)):
-            sums[(day - first) // size][index] += amount
-    from datetime import date
-    names = [date.fromordinal(first + size * at).isoformat() for at in range(len(sums))]
-    chart = _chart([(f"{name}: {sessions:,} sessions, {new:,} new tokens, {wasted:,} wasted",
-                     [("k3", new - wasted), ("waste", wasted)])
-                    for name, (new, wasted, sessions) in zip(names, sums)],
-                   160, "New tokens by day, the wasted part in red")
-    if not chart:
-        return ""
-    per = f"{size} days" if size > 1 else "day"
-    ends = [names[0], date.fromordinal(last).isoformat()]
-    return _plots(len(sums), _axis(f"up to {short_number(max(new for new, _, _ in sums))} new tokens per {per}"),
-                  f'<div class="plot">{chart}</div>', _axis(*ends[:1 + (last > first)])) + _legend(
-                      [("k3", "New input and output"), ("waste", "Wasted")])
-
-
-def _group_bars(rows: List[Dict[str, Any]], key: str, most: int = 10) -> str:
-    """New tokens, waste and cost by an agent's or a project's name."""
-    groups: Dict[str, List[float]] = {}
-    for row in rows:
-        entry = groups.setdefault(str(row[key] or "unknown"), [0, 0, 0.0])
-        for index, amount in enumerate((_new_tokens(row), row["waste"]["tokens"], row["estimated_cost"])):
-            entry[index] += amount
-    ranked = sorted(groups.items(), key=lambda item: -item[1][0])
-    shown = [(f'<span title="{_escaped(name, 300)}">{_escaped(_last_part(name), 40)}</span>', amounts)
-             for name, amounts in ranked[:most]]
-    if ranked[most:]:
-        rest = [amounts for _, amounts in ranked[most:]]
-        shown.append((f"{len(rest):,} others", [sum(column) for column in zip(*rest)]))
-    return _bars([(label, new, wasted, f"{short_number(new)} <span class=\"soft\">{share_text(wasted, new)} wasted, "
-                   f"{dollars(cost)}</span>") for label, (new, wasted, cost) in shown])
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
-
-
-def _worst_table(worst: List[Dict[str, Any]]) -> str:
-    rows = "".join(
-        f'<tr><td><a href="#s{number}">{_escaped(row["task"] or row["id"], 90)}</a></td>'
-        f'<td class="wide">{_escaped(row["agent"], 20)}</td>'
-        f'<td class="wide n">{_escaped(row["started_at"][:10])}</td>'
-        f'<td class="n">{row["efficiency_score"]:.1f}</td><td class="n">{short_number(row["waste"]["tokens"])}</td>'
-        f'<td class="n">{dollars(row["waste"]["cost"])}</td></tr>' for number, row in enumerate(worst, 1))
-    head = ('<tr><th>Session</th><th class="wide">Agent</th><th class="wide n">Began</th><th class="n">Score</th>'
-            '<th class="n">Wasted</th><th class="n">Cost</th></tr>')
-    return f'<div class="scroll"><table>{head}{rows}</table></div>' if rows else ""
-
-
-def _session_section(number: int, row: Dict[str, Any], most: int = 5) -> str:
-    """One session of a scan in short."""
-    issues = sorted(row["issues"], key=lambda issue: -issue["charged_tokens"])
-    findings = "".join(
-        f"<li>{_chip(issue['severity'])} {_escaped(issue['description'])} <span class=\"soft\">"
-        f"{issue['charged_tokens']:,} tokens, {dollars(issue['charged_cost'])}, "
-        f"{'measured' if issue['measured'] else 'estimated'}</span></li>" for issue in issues[:most])
-    more = f"<li class=\"soft\">and {len(issues) - most} more</li>" if len(issues) > most else ""
-    command = f"sessionoptimizer export {row['id']} --format html --output report.html"
-    return (f'<section class="card" id="s{number}"><h3>{_escaped(row["task"] or row["id"])}</h3>'
-            f'<p class="soft wrap">{_escaped(row["agent"])} &middot; {_escaped(row["model"])} &middot; '
-            f'{_escaped(row["started_at"][:16].replace("T", " "))} &middot; '
-            f'score {row["efficiency_score"]:.1f} &middot; '
-            f'{short_number(_new_tokens(row))} new tokens, {short_number(row["waste"]["tokens"])} wasted &middot; '
-            f'{dollars(row["estimated_cost"])}, {dollars(row["waste"]["cost"])} wasted<br>'
-            f'{_escaped(row["path"], 400)}</p><ul>{findings}{more}</ul><p class="soft wrap" style="margin-top:8px">'
-            f"The whole report: <code>{_escaped(command, 300)}</code></p></section>")
-
-
-_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input", "tokens_output",
-                "tokens_cache_write", "tokens_cache_read", "duration_ms", "charged_tokens", "file_path", "query",
-                "command", "tool", "line")
-
-
-def csv_report(session: Session, report: OptimizationReport) -> str:
-    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report calls wasted of
-    each. No text in it can be taken for a formula."""
-    import csv
-    import io
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    charged = ClaimsLedger(Analysis(session), report.issues).by_event
-    for event in session.events:
-        data = dict(event.data, file_path=(_paths_of(event.data) or [""])[0], command=_command_of(event.data),
-                    query=event.data.get("query") or event.data.get("pattern") or "")
-        known = dict(vars(event), event_type=event.event_type.value, charged_tokens=charged.get(event.id, 0),
-                     model=event.model or session.model)
-        writer.writerow([_cell(known[name] if name in known else data.get(name, "")) for name in _CSV_COLUMNS])
-    return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """A value for a spreadsheet: numbers as they are, texts without control characters, none of them a formula."""
-    if isinstance(value, (int, float)):
-        return value
-    text = str(value)
-    return ("'" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + plain(text, 32_000)
-
-
-FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report, "html": html_report,
-           "csv": csv_report}
-
-
-def evidence_text(session: Session, report: OptimizationReport) -> str:
-    """Every finding with its events: where each stands in the transcript, its tokens, and a one-line extract of it."""
-    events = {event.id: event for event in session.events}
-    lines = _section("EVIDENCE")
-    for number, issue in enumerate(report.issues, 1):
-        lines += ["", f"{number}. [{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description, 120)}"]
-        for event_id in issue.events_involved:
-            event = events.get(event_id)
-            if event is not None:
-                claim = issue.claims.get(event_id)
-                wasted = f", {sum(claim) if isinstance(claim, (list, tuple)) else claim:,} wasted" if claim else ""
-                lines.append(f"   {event_place(session, event)}  {event.event_type.value}  {event.tokens_input:,} in, "
-                             f"{event.tokens_output:,} out{wasted}")
-                lines.append(f"      {event_extract(session, event)}")
-        if not issue.events_involved:
-            lines.append("   the whole session")
-    return "\n".join(lines)
+    told = f"{tokens:,} tokens ({dollars(issue.estimated_waste_cost)}), {kind}"
+    return told if charged == tokens else f"{told}, {charged:,} charged"
+
+
+def _evidence_row(session: Session, event: SessionEvent, issue: EfficiencyIssue) -> Tuple[str, ...]:
+    claim = issue.claims.get(event.id) or 0
+    wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim
+    own = event.data.get("line") and not event.data.get("path")
+    place = f"line {event.data['line']}" if own else event_place(session, event)
+    return (place, event_extract(session, event), f"{event.tokens_input:,}",
+            f"{event.tokens_output:,}", f"{wasted:,}")
 
 
 def event_place(session: Session, event: SessionEvent) -> str:
@@ -3659,86 +3304,143 @@ def event_place(session: Session, event: SessionEvent) -> str:
 
 
 def event_extract(session: Session, event: SessionEvent, most: int = 100) -> str:
-    """One line that shows what the event was: command, path, query, message, or the transcript's own line."""
+    """One line that shows what the event was: command, path, query, message, or its source."""
     data = event.data
-    for key in ("command", "query", "file_path", "file", "message", "tool"):
+    for key in ("command", "query", "file_path", "file", "message"):
         if data.get(key):
-            extra = f" lines {data['lines'][0]}-{data['lines'][-1]}" if key == "file_path" and isinstance(
-                data.get("lines"), list) and data["lines"] else ""
-            return plain(f"{data.get('tool', '')} {data[key]}" if key != "tool" else data[key], most) + extra
-    return plain(data.get("source") or event.event_type.value.lower(), most)
+            lines = data.get("lines") if key == "file_path" else None
+            extra = f" lines {lines[0]}-{lines[-1]}" if isinstance(lines, list) and lines else ""
+            return plain(f"{data.get('tool', '')} {data[key]}", most) + extra
+    return plain(data.get("tool") or data.get("source") or event.event_type.value.lower(), most)
 
 
-def scan_report(result: Dict[str, Any], most: int = 8) -> str:
-    """What a scan found, as plain text: totals, waste by kind, where all tokens went, worst sessions, what to do first."""
+def text_report(session: Session, report: OptimizationReport, *, width: int = 80) -> str:
+    """The report as plain text, no line wider than ``width``."""
+    sections = text_sections(_session_sections(session, report), width)
+    return "SESSION OPTIMIZATION REPORT\n\n" + sections
+
+
+def evidence_text(session: Session, report: OptimizationReport, *, width: int = 80) -> str:
+    """Every finding with its events: where each stands in the transcript, its tokens, and a
+    one-line extract of it."""
+    evidence = Section("Evidence", parts=findings(session, report, facts=False))
+    return "\n" + text_sections([evidence], width)
+
+
+def markdown_report(session: Session, report: OptimizationReport) -> str:
+    """The report as markdown."""
+    sections = _session_sections(session, report)
+    sections.insert(2, Section("Token Breakdown", heads=("category", ">tokens"), rows=[
+        (name, f"{tokens:,}") for name, tokens in report.token_breakdown.items()]))
+    blocks = ["# Session Optimization Report", *("\n".join(_markdown_section(s)) for s in sections)]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def json_report(session: Session, report: OptimizationReport) -> str:
+    """The report's fields as JSON."""
+    return json.dumps(report.to_dict(), indent=2, default=str)
+
+
+_BAR = 24  # characters of a bar
+_USE_HEADS = ("purpose", ">tokens", ">share", "#")
+
+
+def _use_rows(use: Dict[str, int], most: int = 40) -> List[Tuple[Any, ...]]:
+    """The rows of a table of tokens by purpose; what no event explains stands in it even where it
+    is nothing."""
+    ranked = sorted(use.items(), key=lambda item: -item[1])
+    total = sum(use.values())
+    rest = sum(tokens for name, tokens in ranked[most:] if name != "unattributed")
+    shown = ranked[:most] + [("everything else", rest)] * bool(rest)
+    if "unattributed" not in dict(shown):
+        shown.append(("unattributed", use.get("unattributed", 0)))
+    return [(name, f"{tokens:,}", share_text(tokens, total), bar(tokens, ranked[0][1], _BAR))
+            for name, tokens in shown] if use else []
+
+
+# -- what a scan's report holds
+
+def _scan_sections(result: Dict[str, Any], most: int) -> List[Section]:
     rows, totals = result["sessions"], result["totals"]
     if not rows:
-        return "No sessions found." + _skipped_text(result["skipped"])
-    tokens, waste = totals["tokens"], totals["waste"]
-    fresh = tokens["uncached_input"] + tokens["cache_write"]
-    agents = ", ".join(sorted({row["agent"] for row in rows}))
-    lines = ["=" * 78, "SESSIONOPTIMIZER SCAN", "=" * 78, "",
-             f"Sessions   {totals['sessions']:,} ({plain(agents, 60)}), {totals['model_calls']:,} model calls",
-             f"Tokens     {short_number(fresh)} new input ({short_number(tokens['cache_write'])} of it cache writes), "
-             f"{short_number(tokens['output'])} output; {short_number(tokens['cache_read'])} sent again from the cache",
-             f"Cost       {dollars(totals['estimated_cost'])} at API prices",
-             f"Waste      {waste_range(waste['measured_tokens'], waste['tokens'], short_number)} tokens "
-             f"({share_text(waste['tokens'], fresh + tokens['output'])} of new input and output), "
-             f"{waste_range(waste['measured_cost'], waste['cost'], dollars)} "
-             f"({share_text(waste['cost'], totals['estimated_cost'])} of the cost)"]
-    if result.get("changes"):
-        lines.append(f"Changed    {result['changes']}")
-    lines += _waste_by_kind(rows) + _use_lines(rows, most + 6) + _worst_sessions(rows, most) + _first_steps(rows)
-    lines += _most_read(rows, most) + _scan_notes(rows)
-    return "\n".join(lines) + _skipped_text(result["skipped"])
-
-
-def _waste_by_kind(rows: List[Dict[str, Any]]) -> List[str]:
-    kinds: Dict[Tuple[str, bool], List[float]] = {}
-    for row in rows:
-        for issue in row["issues"]:
-            entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0, 0, 0.0])
-            entry[0] += 1
-            entry[1] += issue["charged_tokens"]
-            entry[2] += issue["charged_cost"]
-    if not kinds:
-        return _section("WASTE BY KIND") + ["None found."]
-    lines = _section("WASTE BY KIND (each token charged once)")
-    lines.append(f"{'':<28}{'findings':>9}{'tokens':>12}{'cost':>12}  ")
-    for (kind, measured), (count, tokens, cost) in sorted(kinds.items(), key=lambda item: (-item[1][2], -item[1][1])):
-        lines.append(f"{kind:<28}{count:>9,}{tokens:>12,}{dollars(cost):>12}  {'measured' if measured else 'estimated'}")
-    return lines
-
-
-def _use_lines(rows: List[Dict[str, Any]], most: int) -> List[str]:
+        return [Section("No sessions found", lines=_skipped_lines(result["skipped"]) or [
+            "No sessions found."])]
     use: Dict[str, int] = {}
     for row in rows:
         for name, tokens in row["token_use"].items():
             use[name] = use.get(name, 0) + tokens
-    if not use:
-        return []
-    ranked = sorted(use.items(), key=lambda item: -item[1])
-    total, largest = sum(use.values()), ranked[0][1]
-    rest = sum(tokens for name, tokens in ranked[most:] if name != "unattributed")
-    shown = ranked[:most] + ([("everything else", rest)] if rest else [])
-    if "unattributed" not in dict(shown):
-        shown.append(("unattributed", use.get("unattributed", 0)))
-    return _section("WHERE ALL TOKENS WENT (new input and output)") + [
-        f"{plain(name, 30):<30}{tokens:>14,} {share_text(tokens, total):>6}  {bar(tokens, largest)}"
-        for name, tokens in shown]
+    changed = [("Changed", result["changes"])] if result.get("changes") else []
+    return [
+        Section("Sessionoptimizer scan", headline(totals, rows) + changed),
+        Section("Waste by kind", heads=("", ">findings", ">tokens", ">wasted $", ""),
+                rows=_kind_rows(rows), hint="each token charged once",
+                lines=[] if any(row["issues"] for row in rows) else ["None found."]),
+        Section("Where all tokens went", heads=_USE_HEADS, rows=_use_rows(use, most + 6),
+                hint="new input and output"),
+        Section("Worst sessions", rows=_worst_rows(rows, most),
+                heads=("id", ">score", ">wasted", ">wasted $", ">session $", "task"),
+                hint="sessionoptimizer analyze ID --evidence shows why"),
+        Section("What to do first", lines=_first_steps(rows)),
+        Section("Read most often across sessions", heads=(">reads", ">sessions", "~path"),
+                rows=_most_read(rows, most)),
+        Section("Notes", lines=_scan_notes(rows) + _skipped_lines(result["skipped"]))]
 
 
-def _worst_sessions(rows: List[Dict[str, Any]], most: int) -> List[str]:
-    worst = sorted((row for row in rows if row["waste"]["tokens"]),
-                   key=lambda row: (-row["waste"]["cost"], -row["waste"]["tokens"]))[:most]
-    if not worst:
-        return []
-    lines = _section("WORST SESSIONS (sessionoptimizer analyze ID --evidence shows why)")
-    lines.append(f"{'id':<38}{'score':>6}{'waste':>9}{'cost':>10}  task")
-    for row in worst:
-        lines.append(f"{plain(row['id'], 37):<38}{row['efficiency_score']:>6.1f}{short_number(row['waste']['tokens']):>9}"
-                     f"{dollars(row['waste']['cost']):>10}  {plain(row['task'], 60)}")
-    return lines
+def date_range(rows: List[Dict[str, Any]]) -> str:
+    """The days on which the sessions began and were last active: "2026-06-01 to 2026-11-20"."""
+    times = [row[name] for row in rows for name in ("started_at", "last_at")]
+    days = sorted(time[:10] for time in times if time)
+    return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
+
+
+def headline(totals: Dict[str, Any], rows: List[Dict[str, Any]]) -> List[Tuple[str, str]]:
+    """The figures that every report on many sessions begins with."""
+    tokens, waste, agents = totals["tokens"], totals["waste"], {str(row["agent"]) for row in rows}
+    fresh, writes = tokens["uncached_input"] + tokens["cache_write"], tokens["cache_write"]
+    cost, used = totals["estimated_cost"], totals["total_tokens"]
+    return [
+        ("Sessions", f"{totals['sessions']:,} ({plain(', '.join(sorted(agents)), 60)}), "
+                     f"{totals['model_calls']:,} model calls"),
+        ("Period", date_range(rows)),
+        ("Tokens", f"{short_number(fresh)} new input ({short_number(writes)} of it cache writes), "
+                   f"{short_number(tokens['output'])} output; "
+                   f"{short_number(tokens['cache_read'])} sent again from the cache"),
+        ("Cost", f"{dollars(cost)} at API prices"),
+        ("Waste",
+         waste_text(waste["measured_cost"], waste["cost"], cost, dollars) + " of the cost"),
+        ("", waste_text(waste["measured_tokens"], waste["tokens"], used, short_number)
+         + " of the new tokens"),
+        ("Efficiency", f"{totals['efficiency_score']:.1f}/100")]
+
+
+def short_ids(ids: Iterable[str], least: int = 8) -> Dict[str, str]:
+    """For each id its shortest beginning of ``least`` characters or more that no other one has."""
+    ranked = sorted(set(ids))
+    short = {}
+    for before, own, after in zip([""] + ranked, ranked, ranked[1:] + [""]):
+        shared = max(len(os.path.commonprefix([own, other])) for other in (before, after))
+        short[own] = own[:max(least, shared + 1)]
+    return short
+
+
+def _kind_rows(rows: List[Dict[str, Any]]) -> List[Tuple[str, ...]]:
+    kinds: Dict[Tuple[str, bool], List[float]] = {}
+    for issue in (issue for row in rows for issue in row["issues"]):
+        entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0.0, 0, 0])
+        for at, amount in enumerate((issue["charged_cost"], issue["charged_tokens"], 1)):
+            entry[at] += amount
+    ranked = sorted(kinds.items(), key=lambda item: item[1], reverse=True)
+    return [(kind, f"{count:,}", f"{tokens:,}", dollars(cost), ("estimated", "measured")[measured])
+            for (kind, measured), (cost, tokens, count) in ranked]
+
+
+def _worst_rows(rows: List[Dict[str, Any]], most: int) -> List[Tuple[str, ...]]:
+    worst = sorted((row for row in rows if row["waste_tokens"]), reverse=True,
+                   key=lambda row: (row["waste_cost"], row["waste_tokens"]))[:most]
+    short = short_ids(row["id"] for row in rows)
+    return [(short[row["id"]], f"{row['efficiency_score']:.1f}", short_number(row["waste_tokens"]),
+             dollars(row["waste_cost"]), dollars(row["estimated_cost"]), row["task"])
+            for row in worst]
 
 
 def _first_steps(rows: List[Dict[str, Any]], most: int = 4) -> List[str]:
@@ -3749,47 +3451,267 @@ def _first_steps(rows: List[Dict[str, Any]], most: int = 4) -> List[str]:
             entry[0] += issue["charged_tokens"]
             entry[1] += issue["charged_cost"]
     ranked = sorted(((c, t, s) for s, (t, c) in steps.items() if t), reverse=True)[:most]
-    return _section("WHAT TO DO FIRST") + [
-        f"{number}. {plain(advice, 140)} ({short_number(tokens)} tokens, {dollars(cost)})"
-        for number, (cost, tokens, advice) in enumerate(ranked, 1)] if ranked else []
+    return [f"{plain(advice)} ({short_number(tokens)} tokens, {dollars(cost)})"
+            for cost, tokens, advice in ranked]
 
 
-def _most_read(rows: List[Dict[str, Any]], most: int) -> List[str]:
+def _most_read(rows: List[Dict[str, Any]], most: int) -> List[Tuple[str, ...]]:
     reads: Dict[str, List[int]] = {}
     for row in rows:
         for path, count in row["most_read"].items():
-            if not path.startswith(("/", "~")) and path[1:2] != ":":
-                continue  # of a project that is not known
-            entry = reads.setdefault(path, [0, 0])
-            entry[0] += count
-            entry[1] += 1
-    ranked = sorted(((count, sessions, path) for path, (count, sessions) in reads.items() if sessions > 1),
-                    reverse=True)[:most]
-    return _section("READ MOST OFTEN ACROSS SESSIONS") + [
-        f"{count:>5} reads in {sessions:>3} sessions  {plain(path, 90)}" for count, sessions, path in ranked] if ranked else []
+            if path.startswith(("/", "~")) or path[1:2] == ":":  # else of an unknown project
+                entry = reads.setdefault(path, [0, 0])
+                entry[0] += count
+                entry[1] += 1
+    ranked = sorted(((count, sessions, path) for path, (count, sessions) in reads.items()
+                     if sessions > 1), reverse=True)[:most]
+    return [(f"{count:,}", f"{sessions:,}", path) for count, sessions, path in ranked]
 
 
 def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
     notes: Dict[str, int] = {}
-    for row in rows:
-        for note in row["notes"]:
-            match = re.match(r"(\d+) (.*)", note)
-            text, count = (match.group(2), int(match.group(1))) if match else (note, 1)
-            notes[text] = notes.get(text, 0) + count
-    lines = [f"  * {plain(text, 200)} ({count} sessions)" if text.startswith(("no price", "analyzer"))
-             else f"  * {count:,} {plain(text, 200)}" for text, count in notes.items()]
-    return _section("NOTES") + lines if lines else []
+    for note in (note for row in rows for note in row["notes"]):
+        count, text = re.match(r"(?:(\d+) )?(.*)", note, re.S).groups()  # type: ignore[union-attr]
+        notes[text] = notes.get(text, 0) + int(count or 1)
+    return [f"{plain(text)} ({count} sessions)" if text.startswith(("no price", "analyzer"))
+            else f"{count:,} {plain(text)}" for text, count in notes.items()]
 
 
-def _skipped_text(skipped: List[Dict[str, Any]]) -> str:
-    if not skipped:
+def _skipped_lines(skipped: List[Dict[str, Any]]) -> List[str]:
+    places = {entry["path"] for entry in skipped if entry["line"]}
+    lines = sum(bool(entry["line"]) for entry in skipped)
+    files = len(skipped) - lines
+    told = [f"{lines:,} damaged lines in {len(places):,} files"] * bool(lines)
+    told += [f"{files:,} file{'s' * (files > 1)} without a session"] * bool(files)
+    why = "(--format json names each with the reason)"
+    return [f"Skipped: {' and '.join(told)} {why}"] if told else []
+
+
+def scan_report(result: Dict[str, Any], most: int = 8, *, width: int = 80) -> str:
+    """What a scan found, as plain text: totals, waste by kind, where all tokens went, the worst
+    sessions, what to do first."""
+    return text_sections(_scan_sections(result, most), width)
+
+
+# -- pages: one file each, with pictures drawn without a script
+
+MOST_COLUMNS = 120  # of a picture: more would be thinner than a pixel on a phone
+_KINDS = {"new": "New", "again": "Written again (the cache was lost)", "out": "Output",
+          "waste": "Wasted", "carry": "Context sent again (cache reads)"}
+_STYLE = """
+:root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#566072;--line:#ddd;
+--bad:#c62730;--fair:#8a5200;--new:#3b82e6;--again:#b77400;--out:#57b58a;--carry:#9fb0c8}
+@media (prefers-color-scheme:dark){:root{--page:#0e1218;--card:#171d26;--ink:#e8ecf2;--soft:#98a4b6;
+--line:#28313e;--bad:#ff7b80;--fair:#f0b04a;--new:#5b9bf3;--again:#e6b53c;--out:#63c79a;
+--carry:#4a5a72}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
+h1{font-size:26px;margin:2px 0 6px}h2{font-size:16px;margin:0}h1,p,li,dd,summary,td{overflow-wrap:anywhere}
+.soft,dt,figcaption,footer{color:var(--soft);font-size:13px}
+section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px;
+margin-top:16px}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 18px;margin:10px 0 0}dd{margin:0}
+dt{padding-top:1px}.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:14px;margin-top:8px}
+th{font-weight:600;color:var(--soft);text-align:left}
+th,td{border-bottom:1px solid var(--line);padding:5px 12px 5px 0;vertical-align:top}
+.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.b{width:30%;vertical-align:middle}
+.b i{display:block;height:10px;border-radius:5px;background:var(--new)}
+.chip{border:1px solid;border-radius:999px;padding:1px 9px;font-size:11px;font-weight:650}
+.critical,.high{color:var(--bad)}.medium,.recommended{color:var(--fair)}
+ul{margin:6px 0 0;padding-left:22px}details{border-top:1px solid var(--line);padding:10px 0}
+summary{cursor:pointer}details>:not(summary){margin-left:18px}
+figure{margin:12px 0 0}svg{display:block;width:100%;border-bottom:1px solid var(--line)}
+figcaption{display:flex;justify-content:space-between;flex-wrap:wrap;gap:0 16px}
+.new{fill:var(--new);color:var(--new)}.again{fill:var(--again);color:var(--again)}
+.out{fill:var(--out);color:var(--out)}.carry{fill:var(--carry);color:var(--carry)}
+.waste{fill:var(--bad);color:var(--bad)}g:hover{opacity:.7}footer{margin-top:22px}
+@media (max-width:720px){main{padding:18px 12px}section{padding:14px}dl{display:block}
+dd{margin:0 0 6px}}
+@media print{body{background:#fff}section{break-inside:avoid}}
+"""
+
+
+def _escaped(text: Any, limit: int = 400) -> str:
+    """Text from outside that is text in a page, too; a [LABEL] in front becomes a chip."""
+    import html
+    line = plain(text, limit)
+    label = re.match(r"\[([A-Z]+)([A-Z ]*)\] ", line)
+    if label is None:
+        return html.escape(line)
+    chip = f'<span class="chip {label.group(1).lower()}">{"".join(label.groups())}</span> '
+    return chip + html.escape(line[label.end():])
+
+
+def _page(title: Any, about: str, sections: Iterable[Section]) -> str:
+    """A whole HTML document in ASCII, which no encoding on its way can damage."""
+    text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+            f'<h1>{_escaped(title)}</h1><p class="soft">{_escaped(about)}</p>\n'
+            + "\n".join(filter(None, map(_html_section, sections)))
+            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:10])}. "
+              "Costs are at API prices. Every token is charged once; measured waste is recorded "
+              "tokens of exact repeats, estimated waste assumes a share.</footer>\n"
+              "</main></body></html>\n")
+    return text.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _html_section(section: Section) -> str:
+    body = _html_body(section)
+    hint = f'<p class="soft">{_escaped(section.hint)}</p>' if section.hint else ""
+    return f"<section><h2>{_escaped(section.title)}</h2>{hint}{body}</section>" if body else ""
+
+
+def _html_body(section: Section) -> str:
+    facts = "".join(f"<dt>{_escaped(name)}</dt><dd>{_escaped(told)}</dd>"
+                    for name, told in section.facts)
+    lines = "".join(f"<li>{_escaped(line)}</li>" for line in section.lines)
+    parts = "".join(f"<details><summary>{_escaped(part.title)}</summary>{_html_body(part)}"
+                    "</details>" for part in section.parts)
+    return (section.picture + (f"<dl>{facts}</dl>" if facts else "") + _html_table(section)
+            + (f"<ul>{lines}</ul>" if lines else "") + parts)
+
+
+def _html_table(section: Section) -> str:
+    classes = [{">": ' class="n"', "#": ' class="b"'}.get(head[:1], "") for head in section.heads]
+    rows = [[_escaped(cell) for cell in row] for row in section.rows]
+    for row in rows if classes and "b" in classes[-1] else ():
+        row[-1] = f'<i style="width:{100 * len(row[-1]) / _BAR:.0f}%"></i>'
+    rows.insert(0, [_escaped(head.lstrip(">~#")) for head in section.heads])
+    shown = ["".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row)) for row in rows]
+    shown[0] = shown[0].replace("<td", "<th").replace("</td", "</th")
+    table = "".join(f"<tr>{cells}</tr>" for cells in shown)
+    return f'<div class="scroll"><table>{table}</table></div>' if section.rows else ""
+
+
+def _chart(columns: List[Tuple[str, Any]], unit: str, show: Callable[[float], str]) -> str:
+    """Stacked columns that stretch to their place: (what each is, amount by kind)."""
+    most = max((sum(parts.values()) for _, parts in columns), default=0)
+    if not most:
         return ""
-    lines = [entry for entry in skipped if entry["line"]]
-    files = [entry for entry in skipped if not entry["line"]]
-    parts = ([f"{len(lines):,} damaged lines in {len({e['path'] for e in lines}):,} files"] if lines else []) + \
-        ([f"{len(files):,} file{'s that hold' if len(files) > 1 else ' that holds'} no session"] if files else [])
-    return "\n\nSkipped: " + " and ".join(parts) + " (--format json names each with the reason)."
+    drawn = []
+    for at, (name, parts) in enumerate(columns):
+        top, rects = 100.0, []
+        for kind, amount in parts.items():
+            size = amount * 100 / most
+            top -= size
+            if amount:
+                rects.append(f'<rect class="{kind}" x="{at * 10 + 1}" y="{top:.2f}" width="8" '
+                             f'height="{size:.2f}"/>')
+        said = ", ".join(f"{show(amount)} {_KINDS[kind].lower()}"
+                         for kind, amount in parts.items() if amount)
+        drawn.append(f"<g><title>{_escaped(f'{name}: {said}')}</title>{''.join(rects)}</g>")
+    used = [kind for kind in _KINDS if any(parts.get(kind) for _, parts in columns)]
+    keys = "".join(f'<span><b class="{kind}">&#9632;</b> {_KINDS[kind]}</span>' for kind in used)
+    names = dict.fromkeys([columns[0][0], columns[-1][0]])
+    ends = "".join(f"<span>{_escaped(name)}</span>" for name in names)
+    return (f"<figure><figcaption>up to {show(most)} {unit}</figcaption>"
+            f'<svg role="img" aria-label="{_escaped(unit)}" preserveAspectRatio="none" height="99" '
+            f'viewBox="0 0 {max(60, len(columns) * 10)} 100">{"".join(drawn)}</svg>'
+            f"<figcaption>{ends}</figcaption><figcaption>{keys}</figcaption></figure>")
 
+
+def _timeline(session: Session, charged: Dict[str, int]) -> str:
+    """What entered and was written call by call, and below the context that was sent again."""
+    calls: List[List[SessionEvent]] = [[]]
+    for event in session.events:
+        calls[-1].append(event)
+        if event.event_type is EventType.AI_RESPONSE:
+            calls.append([])
+    calls = [call for call in calls if call]
+    size = -(-len(calls) // MOST_COLUMNS) or 1
+    fresh, carried = [], []
+    for at in range(0, len(calls), size):
+        events = [event for call in calls[at:at + size] for event in call]
+        parts = dict.fromkeys(_KINDS, 0)
+        for event in events:
+            wasted = min(charged.get(event.id, 0), event.tokens)
+            rebuilt = event.data.get("source") == "cache rebuild"
+            parts["again" if rebuilt else "new"] += max(0, event.tokens_input - wasted)
+            parts["out"] += event.tokens_output - max(0, wasted - event.tokens_input)
+            parts["waste"] += wasted
+            parts["carry"] += event.tokens_cache_read
+        name = f"call {at + 1}, {events[0].timestamp[:16]}"
+        carried.append((name, {"carry": parts.pop("carry")}))
+        fresh.append((name, parts))
+    per = f"per {size} calls" if size > 1 else "per call"
+    return _chart(fresh, f"new tokens {per}", short_number) + _chart(
+        carried, f"tokens of context sent again {per}", short_number)
+
+
+def _by_day(rows: List[Dict[str, Any]]) -> str:
+    """Dollars by the day a session began; by month or year where the days are too many."""
+    from datetime import date
+    days = [parse_time(row["started_at"][:10]) for row in rows]
+    dated = [(day.toordinal(), row) for day, row in zip(days, rows) if day is not None]
+    first = min((day for day, _ in dated), default=0)
+    last = max((day for day, _ in dated), default=-1)
+    length = 10 if last - first < MOST_COLUMNS else 7 if last - first < MOST_COLUMNS * 30 else 4
+    sums = {date.fromordinal(day).isoformat()[:length]: {"new": 0.0, "waste": 0.0}
+            for day in range(first, last + 1)}
+    for _, row in dated:
+        parts = sums[row["started_at"][:length]]
+        parts["new"] += row["estimated_cost"] - row["measured_waste_cost"]
+        parts["waste"] += row["measured_waste_cost"]
+    unit = {10: "day", 7: "month", 4: "year"}[length]
+    return _chart(list(sums.items())[-MOST_COLUMNS:], f"per {unit}", dollars)
+
+
+def html_report(session: Session, report: OptimizationReport) -> str:
+    """The report as one HTML file that needs nothing else: what the text says, with the session's
+    course as a picture and the events of every finding."""
+    sections = _session_sections(session, report)
+    sections[2] = Section("Issues", parts=findings(session, report), hint=sections[2].hint)
+    picture = _timeline(session, ClaimsLedger(Analysis(session), report.issues).by_event)
+    sections.insert(2, Section("From start to end", picture=picture))
+    return _page(session.task or session.id, "Session report", sections)
+
+
+def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
+    """What a scan found as one HTML file: what the text says, with the dollars of every day."""
+    sections = _scan_sections(result, most)
+    sections.insert(1, Section("By day", picture=_by_day(result["sessions"])))
+    return _page(f"{len(result['sessions']):,} sessions", "Scan of agent transcripts", sections)
+
+
+_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input",
+                "tokens_output", "tokens_cache_write", "tokens_cache_read", "duration_ms",
+                "charged_tokens", "file_path", "query", "command", "tool", "line")
+
+
+def csv_report(session: Session, report: OptimizationReport) -> str:
+    """The session's events for a spreadsheet, one per line; ``charged_tokens`` is what the report
+    calls wasted of each. No text in it can be taken for a formula."""
+    import csv
+    import io
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    charged = ClaimsLedger(Analysis(session), report.issues).by_event
+    for event in session.events:
+        data = event.data
+        known = dict(data, file_path=(_paths_of(data) or [""])[0], command=_command_of(data),
+                     query=data.get("query") or data.get("pattern") or "")
+        known.update(vars(event), event_type=event.event_type.value,
+                     charged_tokens=charged.get(event.id, 0), model=event.model or session.model)
+        writer.writerow([_cell(known.get(name, "")) for name in _CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value for a spreadsheet: numbers as they are, texts without control characters, none of
+    them a formula."""
+    if isinstance(value, (int, float)):
+        return value
+    text = plain(value, 32_000)
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "＝", "＋", "－", "＠") else text
+
+
+FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report,
+           "html": html_report, "csv": csv_report}
 
 AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action")
 AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is called, the figure of a
@@ -3837,26 +3759,6 @@ def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, flo
 
 
 # -- sessions over time
-
-def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
-    """What ``SessionOptimizer.summaries`` tells of one session."""
-    issues: Dict[str, int] = {}
-    for issue in report.issues:
-        issues[issue.issue_type.value] = issues.get(issue.issue_type.value, 0) + 1
-    errors = [event for event in session.events if event.event_type is EventType.ERROR]
-    failures = sum(not failure_kind(event.data) for event in errors)
-    ratios = [ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session, 1.0)]
-    return {"id": session.id, "agent": session.agent, "task": session.task, "model": session.model,
-            "status": session.status.value, "started_at": session.started_at,
-            "started": seconds_of(session.started_at) or 0.0, "tokens": report.total_tokens,
-            "cost": report.estimated_cost, "efficiency": report.efficiency_score,
-            "waste_tokens": report.total_waste_tokens, "waste_cost": report.total_waste_cost,
-            "measured_waste_tokens": report.measured_waste_tokens, "minutes": session.duration_seconds / 60,
-            "events": len(session.events), "issues": issues, "errors": len(errors),
-            "error_rate": 100 * failures / len(session.events) if failures > 1 else 0.0,
-            "spike": max(ratios, default=0.0),
-            "last_at": session.events[-1].timestamp if session.events else session.ended_at or session.started_at}
-
 
 def statistics_of(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Sums and averages over ``summaries()`` rows (at least one), oldest first."""
@@ -7565,49 +7467,6 @@ def _order_of(path: str) -> List[str]:
     return [min(head).decode("ascii", "replace") if head else "~", max(tail).decode("ascii", "replace") if tail else "~", path]
 
 
-def session_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
-    """What a scan prints of one session (the ``sessions`` of ``scan --format json``)."""
-    source = session.metadata["source"]
-    uncached = cache_read = write = calls = unattributed = 0
-    reads: Dict[str, int] = {}
-    for event in session.events:
-        uncached += event.tokens_input
-        write += event.tokens_cache_write
-        cache_read += event.tokens_cache_read
-        if event.event_type is EventType.AI_RESPONSE:
-            calls += not event.data.get("unmetered")
-        elif event.event_type is EventType.FILE_READ and event.data.get("file_path"):
-            reads[event.data["file_path"]] = reads.get(event.data["file_path"], 0) + 1
-        elif event.data.get("source") == "unattributed":
-            unattributed += event.tokens_input
-    return {
-        "id": session.id, "source": source["reader"], "path": source["path"], "agent": session.agent,
-        "task": session.task, "model": session.model, "started_at": session.started_at, "ended_at": session.ended_at,
-        "project": source.get("cwd", ""), "model_calls": calls,
-        "tokens": {"uncached_input": uncached - write, "cache_write": write, "cache_read": cache_read,
-                   "output": session.total_tokens_output},
-        "estimated_cost": report.estimated_cost, "efficiency_score": report.efficiency_score,
-        "waste": {"tokens": report.total_waste_tokens, "measured_tokens": report.measured_waste_tokens,
-                  "cost": report.total_waste_cost, "measured_cost": report.measured_waste_cost},
-        "issues": [issue.to_dict() for issue in report.issues], "token_use": report.token_use,
-        "unattributed_tokens": unattributed, "notes": report.notes + [
-            f"analyzer failed: {failure}" for failure in report.analyzer_errors],
-        "most_read": dict(sorted(reads.items(), key=lambda item: -item[1])[:10]),
-    }
-
-
-def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
-    """The sums over scan rows: sessions, model calls, tokens, USD, waste."""
-    totals = {"sessions": len(rows), "model_calls": sum(row["model_calls"] for row in rows)}
-    for part in ("tokens", "waste"):
-        names = rows[0][part] if rows else ("uncached_input", "cache_write", "cache_read", "output") \
-            if part == "tokens" else ("tokens", "measured_tokens", "cost", "measured_cost")
-        totals[part] = {name: sum(row[part][name] for row in rows) for name in names}
-    totals["estimated_cost"] = sum(row["estimated_cost"] for row in rows)
-    totals["unattributed_tokens"] = sum(row["unattributed_tokens"] for row in rows)
-    return totals
-
-
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:
     """A hash of what figures depend on besides the events: version, analyzers, their thresholds, prices of the user."""
     parts: List[Any] = [__version__, prices.overrides]
@@ -8832,9 +8691,7 @@ def _scan(options: Any) -> int:
         _write_out(scan_report(result), options.output)
     else:
         _say(_painted(scan_report(result)))
-    totals = result["totals"]
-    used = sum(totals["tokens"].values()) - totals["tokens"]["cache_read"]
-    return _below(options, 100.0 * (1 - totals["waste"]["tokens"] / used) if used else 100.0)
+    return _below(options, result["totals"]["efficiency_score"])
 
 
 def _progress_bar() -> Optional[Callable[[int, int], None]]:
