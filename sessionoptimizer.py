@@ -183,6 +183,36 @@ class Severity(Enum):
 EVENT_TYPES = {member.value: member for member in EventType}
 
 
+class Source:
+    """Where the tokens of a CONTEXT_LOAD event came from: its ``data["source"]``."""
+
+    SYSTEM = "system"                # system prompt, tool definitions, instruction files
+    INJECTED = "injected"            # what the agent's program said in the user's place
+    ATTACHMENT = "attachment"        # files, lists and reminders added to a prompt
+    AGENT_MESSAGE = "agent message"  # what one agent said to another
+    COMPACTION = "compaction"        # a new window begins
+    REBUILD = "cache rebuild"        # context written again after the cache was lost
+    UNATTRIBUTED = "unattributed"    # what nothing explains; no analyzer may claim it
+
+
+# What a tool does, by its name in lower case. A tool that is not listed may change anything.
+TOOL_KINDS = {name: kind for kind, names in (
+    ("read", """read read_file read_many_files view view_image cat notebookread get_file"""),
+    ("search", """grep glob ls search rg find websearch webfetch toolsearch web_search list_directory
+        search_files search_file_content grep_search google_web_search web_fetch code_search
+        file_search list_dir semantic_search"""),
+    ("write", """edit multiedit write notebookedit write_file replace apply_patch create str_replace
+        edit_file delete_file create_file replace_string_in_file"""),
+    ("shell", """bash powershell shell shell_command exec_command local_shell run_shell_command
+        container.exec execute_command run_command_in_terminal run_in_terminal"""),
+    ("harmless", """todowrite todoread taskcreate taskupdate tasklist taskget taskoutput taskstop
+        skill bashoutput killshell killbash askuserquestion exitplanmode enterplanmode sendmessage
+        update_plan write_todos save_memory write_stdin wait monitor schedulewakeup
+        listmcpresources readmcpresource request_user_input slashcommand"""),
+) for name in names.split()}
+AGENT_TOOLS = ("task", "agent")  # what a sub-agent changed is in its own events
+
+
 # ==================================================================================================
 # Prices
 # ==================================================================================================
@@ -1945,18 +1975,6 @@ _COMMANDS = {name: handler for handler, names in _FAMILIES for name in names.spl
 
 TO_THE_END = 10**9  # last line of a read whose end is not known
 
-# What a tool may change, by its name in lower case: nothing, the files it names, or (not listed) who knows.
-_READ_TOOLS = ("read", "read_file", "read_many_files", "view", "view_image", "cat", "notebookread")
-_SEARCH_TOOLS = ("grep", "glob", "ls", "search", "rg", "find", "websearch", "webfetch", "toolsearch", "web_search",
-                 "list_directory", "search_files", "search_file_content", "grep_search", "google_web_search", "web_fetch")
-_WRITE_TOOLS = ("edit", "multiedit", "write", "notebookedit", "write_file", "replace", "apply_patch", "create",
-                "str_replace", "edit_file", "delete_file")
-_HARMLESS_TOOLS = _READ_TOOLS + _SEARCH_TOOLS + (
-    "todowrite", "todoread", "taskcreate", "taskupdate", "tasklist", "taskget", "taskoutput", "taskstop", "skill",
-    "bashoutput", "killshell", "killbash", "askuserquestion", "exitplanmode", "enterplanmode", "sendmessage",
-    "update_plan", "write_todos", "save_memory", "write_stdin", "wait", "monitor", "schedulewakeup", "listmcpresources",
-    "readmcpresource", "request_user_input", "slashcommand")
-
 _DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
                        r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
 _TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
@@ -1988,9 +2006,10 @@ def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
     if command:
         return _changes_by_command(command, cwd)
     tool = str(data.get("tool") or data.get("name") or "").lower()
-    if not tool or tool in _HARMLESS_TOOLS:
+    effect = TOOL_KINDS.get(tool, "")
+    if not tool or effect in ("read", "search", "harmless"):
         return []
-    if tool in _WRITE_TOOLS:
+    if effect == "write":
         return [] if kind is EventType.ERROR else [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
     return ["?"]
 
@@ -4949,13 +4968,14 @@ class ToolEvents:
         self.cwd = cwd
         self.memory = LineMemory()
 
-    def call(self, name: str, arguments: Any, timestamp: str, response: str, line: int) -> SessionEvent:
+    def call(self, name: str, arguments: Any, timestamp: str, response: str, line: int,
+             kind: str = "") -> SessionEvent:
         """The event of a tool call, before its result is known."""
         arguments = arguments if arguments.__class__ is dict else {}
         data: Dict[str, Any] = {"tool": name, "response_id": response, "line": line}
         event = SessionEvent("", timestamp, EventType.TOOL_CALL, data)
         tool = name.lower()
-        kind = _TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool.startswith("mcp__") else tool, "")
+        kind = kind or TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool.startswith("mcp__") else tool, "")
         command = (arguments.get("command") or arguments.get("cmd") or arguments.get("script")) if kind == "shell" else None
         path = "" if kind in ("shell", "harmless") else _path_argument(arguments)
         if command:
@@ -4970,6 +4990,8 @@ class ToolEvents:
                     data[key] = arguments[key]
             if arguments.get("pages"):
                 data["pages"] = str(arguments["pages"])[:40]
+        elif kind == "read" and any(_paths_argument(arguments)):
+            self._several(event, _paths_argument(arguments))
         elif kind == "write":
             event.event_type = EventType.FILE_WRITE
             paths = [path] if path else patched_paths(str(arguments.get("input") or arguments.get("patch") or ""))
@@ -4981,6 +5003,16 @@ class ToolEvents:
             if tool.startswith("mcp_"):
                 self._named(data, arguments)
         return event
+
+    def _several(self, event: SessionEvent, paths: List[str]) -> None:
+        """A read of several files; with patterns among them it is a search."""
+        if re.search(r"[*?\[{]", " ".join(paths)):
+            event.event_type = EventType.SEARCH
+            event.data["query"] = mask_secrets(" ".join(paths)[:600])[:300]
+            return
+        event.event_type = EventType.FILE_READ
+        reads = [[mask_secrets(canonical_path(path, self.cwd)), 1, None] for path in paths]
+        event.data.update(reads=reads, file_path=reads[0][0])
 
     def _named(self, data: Dict[str, Any], arguments: Dict[str, Any]) -> None:
         """The path and the query that a tool of an MCP server was given."""
@@ -5084,13 +5116,6 @@ class ToolEvents:
             data["kind"] = kind
 
 
-_SHELL_TOOLS = ("bash", "powershell", "shell", "shell_command", "exec_command", "local_shell", "run_shell_command",
-                "container.exec", "execute_command")
-_TOOL_KINDS = {tool: kind for kind, tools in (
-    ("harmless", _HARMLESS_TOOLS), ("read", _READ_TOOLS), ("search", _SEARCH_TOOLS), ("write", _WRITE_TOOLS),
-    ("shell", _SHELL_TOOLS)) for tool in tools}
-
-
 _HERE = _Pattern(r"<<|@['\"]|\*\*\* Begin Patch")  # what follows in a command is file content
 
 # Where a search looks and how it shows what it finds: kept as given. What else it is told may be a prompt: kept as a hash.
@@ -5111,6 +5136,12 @@ def _path_argument(arguments: Dict[str, Any]) -> str:
         if arguments.get(key).__class__ is str:
             return arguments[key]
     return ""
+
+
+def _paths_argument(arguments: Dict[str, Any]) -> List[str]:
+    """The files that a read of several names."""
+    given = arguments.get("include") or arguments.get("paths")
+    return [path for path in given if path.__class__ is str] if given.__class__ is list else []
 
 
 _QUERY_TOOL = _Pattern(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
@@ -5144,15 +5175,570 @@ def patched_paths(patch: str) -> List[str]:
     return re.findall(r"^\*\*\* (?:(?:Update|Add|Delete) File|Move to): (.+?)\s*$", patch, re.M)
 
 
+def _milliseconds(start: str, end: str) -> int:
+    first, last = seconds_of(start), seconds_of(end)
+    return max(0, int((last - first) * 1000)) if first is not None and last is not None else 0
+
+
+def _too_deep(value: Any) -> bool:
+    """True for nesting that later steps (writing JSON, hashing) could not follow."""
+    level = [value]
+    for _ in range(40):  # levels: real arguments have fewer than 10
+        level = [part for whole in level if whole.__class__ in (dict, list)
+                 for part in (whole.values() if whole.__class__ is dict else whole)]
+        if not level:
+            return False
+    return True
+
+
+def _json_size(value: Any) -> int:
+    """Characters of a value as JSON; 0 for what cannot be written."""
+    return len(value if value.__class__ is str else _as_json(value))
+
+
+def _as_json(value: Any) -> str:
+    """A value as JSON; "" for what cannot be written."""
+    return "" if _too_deep(value) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+Usage = namedtuple("Usage", "uncached write_5m write_1h read output", defaults=(0, 0, 0, 0, 0))
+
+
+class _Call:
+    """One model call while it is told. ``parts``: characters and event (None: its own) of what it
+    wrote. ``visible``: tokens of its output that the next call's context can hold."""
+
+    __slots__ = ("key", "event", "usage", "parts", "thoughts", "thinking", "hidden", "complete",
+                 "counted", "earlier", "visible")
+
+    def __init__(self, key: str, event: SessionEvent, usage: Optional[Usage], counted: bool):
+        self.key, self.event, self.usage, self.counted = key, event, usage, counted
+        self.parts: List[Tuple[int, Optional[SessionEvent]]] = []
+        self.thoughts: Optional[int] = None  # tokens of its thinking, where the provider tells
+        self.thinking: Optional[SessionEvent] = None
+        self.complete: Optional[bool] = None
+        self.earlier: List[_Call] = []
+        self.hidden, self.visible = False, 0
+
+    def share_output(self, resends_thoughts: bool) -> None:
+        """Give the output to text, thinking and tool calls by size. Of it the next context can
+        hold what is visible: at most half its characters where thinking is in no text; where the
+        output is a placeholder, a token for 3.6 characters."""
+        assert self.usage is not None
+        rest, sizes = self.usage.output, [size for size, _ in self.parts]
+        characters = sum(sizes)
+        if self.thoughts is None:
+            told = rest if self.complete else max(rest, characters * 10 // 36)
+            self.visible = min(told, characters // 2)
+        else:
+            thoughts = min(self.thoughts, rest)
+            rest -= thoughts
+            self.visible = rest + thoughts * resends_thoughts
+            if thoughts:
+                data = {name: value for name, value in self.event.data.items()
+                        if name in ("line", "path", "response_id")}
+                self.thinking = SessionEvent("", self.event.timestamp, EventType.THINKING, data,
+                                             0, thoughts, model=self.event.model)
+        if self.counted:
+            shares = share_out(rest, sizes)
+            for (_, event), share in zip(self.parts, shares):
+                (event or self.event).tokens_output += share
+            self.event.tokens_output += rest - sum(shares)
+
+
+class _Layout:
+    """Tokens laid out by growth: what a call's context gained over the call before is shared among
+    what entered it. The sums over the events equal the calls' usage to the token."""
+
+    def __init__(self, resends_thoughts: bool) -> None:
+        self.events: List[SessionEvent] = []
+        self._resends = resends_thoughts
+        self._pending: List[Tuple[SessionEvent, int]] = []
+        self._previous: Optional[_Call] = None
+        self._context = self._start = 0  # of the call before; where this call's items begin
+
+    def enter(self, event: SessionEvent, characters: int) -> None:
+        """What enters with the next call; a compaction begins a window."""
+        self.events.append(event)
+        if is_compaction(event):
+            self._pending = []
+            self._begin_window(len(self.events))
+        self._pending.append((event, characters))
+
+    def _begin_window(self, start: int) -> None:
+        self._previous, self._context, self._start = None, 0, start
+
+    def call(self, call: _Call) -> None:
+        """A call takes in what has entered."""
+        context = sum(call.usage[:4])  # type: ignore[index]
+        if self._context - context > max(SHARP_DROP, self._context // 2):
+            self.events.insert(self._start, _load(call, Source.COMPACTION, inferred=True))
+            self._begin_window(self._start + 1)
+        if call.counted:
+            self._lay_out(call, context - self._context)
+        else:
+            # What led to a response that is counted elsewhere is told there, but for what a
+            # response here has written.
+            ours = [event for event in self.events[self._start:] if event.tokens_output]
+            self.events[self._start:] = ours
+        call.share_output(self._resends)
+        if call.counted:
+            self.events += [call.event] + ([call.thinking] if call.thinking else [])
+        self._previous, self._context, self._pending = call, context, []
+        self._start = len(self.events)
+
+    def _lay_out(self, call: _Call, growth: int) -> None:
+        fresh = sum(call.usage[:3])  # type: ignore[index]
+        previous, pending = self._previous, self._pending
+        rebuilt = max(0, fresh - max(growth, 0))
+        left = fresh - rebuilt
+        laid: List[Tuple[SessionEvent, int]] = []
+        if rebuilt:
+            self.events.append(_load(call, Source.REBUILD))
+            laid.append((self.events[-1], rebuilt))
+        if previous is not None and previous.counted:
+            answer = min(left, previous.visible)
+            laid.append((previous.event, answer))
+            left -= answer
+        sizes = [size for _, size in pending]
+        entered = min(left, sum(size // 2 for size in sizes))
+        laid += zip((event for event, _ in pending), _capped(entered, sizes))
+        if left > entered:
+            laid.append((self._rest(call), left - entered))
+        _bill(call, laid)
+
+    def _rest(self, call: _Call) -> SessionEvent:
+        """What no item explains: before a window's first call the system prompt and the like."""
+        if self._previous is not None:
+            self.events.append(_load(call, Source.UNATTRIBUTED))
+            return self.events[-1]
+        rest = _load(call, Source.SYSTEM)
+        if self.events[self._start:]:
+            rest.timestamp = self.events[self._start].timestamp
+        self.events.insert(self._start, rest)
+        return rest
+
+
+def _load(call: _Call, source: str, **data: Any) -> SessionEvent:
+    data.update(source=source, line=call.event.data.get("line"))
+    model = "" if source == Source.COMPACTION else call.event.model
+    return SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD, data, model=model)
+
+
+def _capped(total: int, sizes: List[int]) -> List[int]:
+    """Shares of ``total`` in proportion to the sizes, none above half its size (a token has two
+    characters at least)."""
+    shares = share_out(total, sizes)
+    if len(sizes) < 2:
+        return shares  # the total is no more than half the sizes
+    spare = sum(max(0, share - size // 2) for share, size in zip(shares, sizes))
+    shares = [min(share, size // 2) for share, size in zip(shares, sizes)]
+    for index, size in enumerate(sizes) if spare else ():
+        more = min(spare, size // 2 - shares[index])
+        shares[index] += more
+        spare -= more
+    return shares
+
+
+def _bill(call: _Call, laid: List[Tuple[SessionEvent, int]]) -> None:
+    """Book the tokens, and the call's cache writes on them in proportion."""
+    uncached, write_5m, write_1h, read, _ = call.usage or Usage()
+    call.event.tokens_cache_read += read
+    tokens, model = [count for _, count in laid], call.event.model
+    writes = share_out(write_5m + write_1h, tokens) if uncached else tokens
+    hours = share_out(write_1h, writes) if write_5m else writes
+    for (event, count), write, hour in zip(laid, writes, hours):
+        if not event.model or not (
+                event.tokens_output or event.event_type is EventType.AI_RESPONSE):
+            event.model = model  # who takes it in pays for it
+        event.tokens_input += count
+        event.tokens_cache_write += write
+        event.tokens_cache_write_1h += hour
+
+
+class _Window:
+    """What one agent's calls and tools brought, in order."""
+
+    def __init__(self, agent: str, overhead: str):
+        self.agent, self.overhead = agent, overhead
+        self.calls = 0
+        self.current: Optional[_Call] = None  # the response that is being told
+        self.tools = ToolEvents()
+        self._steps: List[List[Any]] = []     # event or _Call, characters that enter
+
+    def add(self, entry: Any, characters: int = 0) -> int:
+        """The step that an event or a call becomes; a compaction told twice (its boundary and its
+        summary) is one."""
+        last: List[Any] = self._steps[-1] if self._steps else [None, 0]
+        if entry.__class__ is SessionEvent and is_compaction(entry) \
+                and last[0].__class__ is SessionEvent and is_compaction(last[0]):
+            last[1] += characters
+        else:
+            self._steps.append([entry, characters])
+        return len(self._steps) - 1
+
+    def returned(self, tool: _Tool, characters: int) -> None:
+        """A tool's result enters; one that comes after a later call has begun enters there."""
+        if tool.calls == self.calls:
+            self._steps[tool.step][1] += characters
+        else:
+            self._steps[tool.step] = [None, 0]
+            self.add(tool.event, characters)
+
+    def finish(self, resends_thoughts: bool) -> List[SessionEvent]:
+        """The events in order, tokens laid out."""
+        layout = _Layout(resends_thoughts)
+        for entry, characters in self._steps:
+            if entry.__class__ is not _Call:
+                if entry is not None:
+                    layout.enter(entry, characters)
+            elif entry.usage is None:
+                layout.enter(entry.event, sum(size for size, event in entry.parts if not event))
+            else:
+                for call in (*entry.earlier, entry):
+                    layout.call(call)
+        for event in layout.events if self.agent or self.overhead else ():
+            event.agent_id = self.agent
+            if self.overhead:
+                event.data["overhead"] = self.overhead
+        return layout.events
+
+
+class _Tool:
+    """One tool call while it is told."""
+
+    __slots__ = ("event", "window", "arguments", "step", "calls", "open")
+
+    def __init__(self, event: SessionEvent, window: _Window, arguments: Any):
+        self.event, self.window, self.arguments, self.open = event, window, arguments, True
+        self.step, self.calls = window.add(event), window.calls
+
+
+class Recorder:
+    """What happened in one session, told in the order of its transcript, becomes the session: a
+    window per agent, tokens laid out by growth, every response and every tool call once however
+    often it is told, failures classified, texts kept as hashes, what looks like a secret masked.
+
+    ``reader`` names the format and the agent; ``paths`` are the session's files, its own first;
+    ``claim(id, output tokens)`` is True where a response counts in this session;
+    ``skip(path, line, reason)`` hears of damage. ``resends_thoughts``: whether thinking stays in
+    the context. Sizes are characters. Every verb returns the event it made or added to; a reader
+    may add facts to its ``data``.
+    """
+
+    def __init__(self, reader: TranscriptReader, paths: List[str],
+                 claim: Callable[..., bool] = lambda identity, output: True,
+                 skip: Callable[[str, int, str], None] = lambda path, line, reason: None, *,
+                 resends_thoughts: bool = True):
+        self.reader, self.paths, self.task, self.cwd = reader, paths, "", ""
+        self._claim, self._skip, self._resends = claim, skip, resends_thoughts
+        self._windows: Dict[str, _Window] = {}
+        self._calls: Dict[Tuple[str, str], _Call] = {}  # by agent and id
+        self._owners: Dict[str, str] = {}               # by id of a response: who told it first
+        self._tools: Dict[str, _Tool] = {}
+        self._counters: Dict[str, int] = {}
+        self._source: Dict[str, Any] = {}
+        self._time = self._first = self._last = self._agent = self._overhead = ""
+        self._agent_name = reader.agent
+        self._place: Dict[str, Any] = {"line": 0}
+        self._models: Dict[str, int] = {}               # calls of the main agent by model
+
+    # where, and what session
+
+    def at(self, time: str = "", line: Optional[int] = None, path: Optional[str] = None,
+           agent: Optional[str] = None, overhead: str = "") -> None:
+        """Where and when what is told next happened: ISO-8601 time, line, file (at first the
+        session's own), agent ("" is the main one and the first, any other a sub-agent). What is
+        not given, or is no time, stays as it was. ``overhead`` names what an agent of the
+        program's own does, such as "compaction"."""
+        if time and _TIME.match(time):
+            self._time = time
+            if time > self._last:
+                self._last = time
+            if not self._first or time < self._first:
+                self._first = time
+        if path is not None:
+            self._place = {"line": 0, "path": path} if path != self.paths[0] else {"line": 0}
+        if line is not None:
+            self._place["line"] = line
+        if agent is not None:
+            self._agent, self._overhead = agent, overhead
+
+    def session(self, identity: str = "", cwd: str = "", version: str = "", task: str = "",
+                agent: str = "") -> None:
+        """Facts of the session: its id, directory, the program's version, task, the agent's name.
+        Each stays as it was told first, but for the directory in which commands run from now on."""
+        for name, value in (("session_id", identity), ("cwd", cwd), ("version", version)):
+            if value:
+                self._source.setdefault(name, value)
+        self.cwd = cwd or self.cwd
+        self.task = self.task or task and task_line(task)
+        self._agent_name = agent or self._agent_name
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to a counter of the session's metadata, such as ``damaged_lines``."""
+        if by:
+            self._counters[name] = self._counters.get(name, 0) + by
+
+    def skip(self, path: str, line: int, reason: str) -> None:
+        """A line is damaged: it is counted and named."""
+        self.count("damaged_lines")
+        self._skip(path, line, reason)
+
+    def knows(self, identity: str) -> bool:
+        """Whether a response of this id was told."""
+        return identity in self._owners
+
+    # what entered the context
+
+    def prompt(self, text: str, size: Optional[int] = None) -> SessionEvent:
+        """A person said something. The main agent's first prompt is the task."""
+        if not self.task and not self._agent:
+            self.task = task_line(text)
+        return self._enter(EventType.USER_MESSAGE, len(text) if size is None else size)
+
+    def context(self, source: str, size: int, *, command: str = "", edited: str = "",
+                **data: Any) -> SessionEvent:
+        """Something else entered, from a `Source`; with it the user ran a shell command, or a file
+        was edited outside the session."""
+        event = self._enter(EventType.CONTEXT_LOAD, size, source=source, **data)
+        if command:
+            event.data["changes"] = shell_effects(command, self.cwd).changes
+        elif edited:
+            event.data["changes"] = [canonical_path(edited, self.cwd)]
+        return event
+
+    def compaction(self, size: int = 0, **data: Any) -> SessionEvent:
+        """The context was replaced by a summary of ``size`` characters: a new window begins."""
+        self._window().tools.memory.clear()
+        return self.context(Source.COMPACTION, size, **data)
+
+    def call_failed(self, text: str = "", kind: str = "") -> SessionEvent:
+        """A model call failed; ``kind`` where the text does not tell (`failure_kind`)."""
+        kind = kind or failure_kind({"message": text}) or "interrupted"
+        data = {"error_hash": digest_of(normal_message(text))} if text else {}
+        return self._enter(EventType.ERROR, 0, tool="model call", kind=kind, changes=[], **data)
+
+    def _enter(self, event_type: EventType, size: int, **data: Any) -> SessionEvent:
+        event = self._event(event_type, data)
+        self._window().add(event, size)
+        return event
+
+    def _event(self, event_type: EventType, data: Dict[str, Any]) -> SessionEvent:
+        data.update(self._place)
+        return SessionEvent("", self._time, event_type, data, agent_id=self._agent)
+
+    def _window(self) -> _Window:
+        window = self._windows.get(self._agent)
+        if window is None:
+            window = self._windows[self._agent] = _Window(self._agent, self._overhead)
+        return window
+
+    # what the model did
+
+    def call(self, identity: str, model: str, usage: Optional[Usage], *, text: int = 0,
+             thinking: Optional[int] = None, thoughts: Optional[int] = None,
+             complete: Optional[bool] = True, earlier: Iterable[Tuple[str, Usage]] = (),
+             milliseconds: int = 0) -> SessionEvent:
+        """A response, or more of one: told again it is the same, and its largest usage counts
+        (None: its usage is not known). What is told next of this agent belongs to it.
+
+        ``text`` and ``thinking``: characters of each (thinking 0: it is hidden); ``thoughts``:
+        tokens of its thinking where the provider tells them. ``complete``: whether the output is
+        final; False: a placeholder, None: not said. ``earlier``: model and usage of calls that
+        were billed before it for the same response. A response another agent told is a replay."""
+        identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
+        call = self._calls.get((self._agent, identity))
+        if call is None:
+            call = self._new_call(identity, model, usage)
+            call.event.duration_ms = milliseconds
+        elif usage != call.usage and usage is not None:
+            call.usage = Usage(*map(max, call.usage or usage, usage))
+        self._window().current = call
+        for number, (its_model, its_usage) in enumerate(earlier):
+            if number == len(call.earlier):
+                event = self._event(EventType.AI_RESPONSE, {
+                    "response_id": identity, "iteration": number})
+                event.model = its_model.lower() or call.event.model
+                call.earlier.append(_Call("", event, its_usage, True))
+        if text:
+            call.parts.append((text, None))
+        if thinking is not None:
+            self._thought(call, thinking)
+        call.thoughts = call.thoughts if thoughts is None else thoughts
+        call.complete = call.complete or complete
+        return call.event
+
+    def _new_call(self, identity: str, model: str, usage: Optional[Usage]) -> _Call:
+        event = self._event(EventType.AI_RESPONSE, {"response_id": identity})
+        window = self._window()
+        event.model = model.lower()
+        counted = self._owners.setdefault(identity, self._agent) == self._agent
+        call = self._calls[self._agent, identity] = _Call(identity, event, usage, counted)
+        if usage is not None:
+            window.calls += 1
+        window.add(call)
+        return call
+
+    def _thought(self, call: _Call, size: int) -> None:
+        if size and call.thinking is None:
+            call.thinking = self._event(EventType.THINKING, {"response_id": call.key})
+            call.thinking.model = call.event.model
+        call.hidden = call.hidden or not size
+        call.parts.append((size, call.thinking if size else None))
+
+    def rolled_up(self, identity: str, model: str, usage: Usage) -> SessionEvent:
+        """Several calls of which only the sum is known: their contexts are not, so what they took
+        in can be laid on no event."""
+        event = self._event(EventType.AI_RESPONSE, {"response_id": identity})
+        event.model = model.lower()
+        if self._counts(event, usage):
+            rest = self.context(Source.UNATTRIBUTED, 0, rolled_up=True)
+            rest.model = event.model
+            rest.tokens_input, rest.tokens_cache_write = sum(usage[:3]), sum(usage[1:3])
+            rest.tokens_cache_write_1h = usage.write_1h
+            event.tokens_cache_read, event.tokens_output = usage.read, usage.output
+            self._window().add(event)
+        return event
+
+    def _counts(self, event: SessionEvent, usage: Usage) -> bool:
+        """Whether a response counts in this session; if so, note its model."""
+        counted = self._claim(event.data["response_id"], usage.output)
+        if counted:
+            model = event.model or "default"
+            self._models[model] = self._models.get(model, 0) + (not event.agent_id)
+        else:
+            self.count("calls_elsewhere")
+        return counted
+
+    def tool(self, key: str, name: str, arguments: Any, size: Optional[int] = None, *,
+             kind: str = "", response: str = "", milliseconds: int = 0) -> SessionEvent:
+        """The response that was told last calls a tool; told twice it is one. ``size``: characters
+        of the call (None: those of its name and arguments as JSON). ``kind``: what the tool does
+        where its name does not tell (`TOOL_KINDS`). ``response``: the id of the response where
+        none was told. ``milliseconds``: how long it took; 0: until it returns."""
+        if key and key in self._tools:
+            return self._tools[key].event
+        window = self._window()
+        call, tools = window.current, window.tools
+        tools.cwd = self.cwd
+        event = tools.call(name, arguments, self._time, call.key if call else response,
+                           self._place["line"], kind)
+        event.data.update(self._place)
+        event.duration_ms = milliseconds
+        if call:
+            event.model = call.event.model
+            call.parts.append((len(name) + _json_size(arguments) if size is None else size, event))
+        self._tools[key or f"#{len(self._tools)}"] = _Tool(event, window, arguments)
+        return event
+
+    def returned(self, key: str, text: Optional[str], size: Optional[int] = None, *,
+                 failed: bool = False, lines: Tuple[int, int, int] = (0, 0, 0), cut: bool = False,
+                 kind: str = "") -> SessionEvent:
+        """A tool call returned ``size`` characters, of which ``text`` is what it printed or what a
+        file holds, without the frame around it (None: not known), or why it ``failed``; ``kind``
+        where the text does not tell why (`failure_kind`). ``lines``: number of the first line, how
+        many there are and how many the file has, 0 where that is not said. ``cut``: it is not all
+        there. A result whose call was not told is of a tool of unknown kind."""
+        tool = self._tools.get(key) or self._unknown_tool(key)
+        event = tool.event
+        if not tool.open:
+            return event
+        tool.open = False
+        tool.window.returned(tool, len(text or "") if size is None else size)
+        event.duration_ms = event.duration_ms or _milliseconds(event.timestamp, self._time)
+        if failed:
+            self.failed(key, text or "", kind)
+        elif cut:
+            event.data["truncated"] = True
+        elif text is not None and event.event_type is not EventType.ERROR:
+            tool.window.tools.result(event, text, *lines)
+        if event.data["tool"].lower() in AGENT_TOOLS and "kind" not in event.data:
+            event.data["changes"] = []
+        return event
+
+    def failed(self, key: str, text: str, kind: str = "") -> None:
+        """A tool call has failed, which was learnt apart from its result."""
+        tool = self._tools.get(key)
+        if tool and tool.event.event_type is not EventType.ERROR:
+            tool.window.tools.failure(tool.event, text, tool.arguments)
+            if kind:
+                tool.event.data["kind"] = kind
+
+    def _unknown_tool(self, key: str) -> _Tool:
+        event = self._event(EventType.TOOL_CALL, {
+            "tool": "unknown", "kind": "unreadable", "changes": ["?"]})
+        tool = self._tools[key] = _Tool(event, self._window(), None)
+        return tool
+
+    # the session
+
+    def finish(self, name: str = "") -> List[Session]:
+        """The session told (``name``: its id where that is not the one it was told to have), as a
+        list; an empty one where nothing was told."""
+        if not self._windows and not self._source:
+            return []
+        model, path = self._settle(), self.paths[0]
+        stem = os.path.splitext(os.path.basename(path))[0]
+        source = dict({"session_id": stem, "cwd": "", "version": ""}, **self._source,
+                      reader=self.reader.name, path=path)
+        if self.paths[1:]:
+            source["paths"] = self.paths[1:]
+        started = self._first or time_text(os.path.getmtime(path))
+        session = Session(slug(name or source["session_id"]), self._agent_name, self.task,
+                          SessionStatus.COMPLETED, started, self._last or started, model=model,
+                          metadata=dict(self._counters, source=source))
+        for number, event in enumerate(self._joined(), 1):
+            event.id = f"e{number}"
+            if event.model == model:
+                event.model = ""
+            session.add_event(event)
+        return [session]
+
+    def _settle(self) -> str:
+        """Decide which responses count here; the model most used by the main agent."""
+        for call in self._calls.values():
+            if call.usage is None:
+                call.event.data["unmetered"] = True
+                self.count("unmetered_calls")
+                continue
+            call.counted = call.counted and self._counts(call.event, call.usage)
+            for other in call.earlier:
+                other.counted = call.counted
+            if not call.counted:
+                continue
+            if call.hidden:
+                self.count("redacted_thinking_calls")
+            # An output below half of what four characters per token make of its text is none.
+            text = sum(size for size, _ in call.parts)
+            if call.complete is False or call.complete is None and 8 * call.usage.output < text:
+                self.count("output_lower_bound_calls")
+        models = self._models
+        return max(models, key=lambda name: models[name]) if models else "default"
+
+    def _joined(self) -> List[SessionEvent]:
+        """The events of all agents in one order: by time, and each agent's own order kept."""
+        keyed = []
+        for window in self._windows.values():
+            latest = ""
+            for event in window.finish(self._resends):
+                if event.timestamp > latest:
+                    latest = event.timestamp
+                keyed.append((latest, event))
+        keyed.sort(key=lambda pair: pair[0])
+        return [event for _, event in keyed]
+
+
 # ==================================================================================================
 # Readers
 # ==================================================================================================
 
 class TranscriptReader:
     """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new format is a subclass with
-    ``detect`` and ``read``, added to READERS."""
+    ``detect`` and ``read``, appended to READERS."""
 
     name = agent = ""
+    stamp = rb'"timestamp"\s*:\s*"([^"]{4,40})"'  # how a time is written
 
     def roots(self) -> List[str]:
         """Directories where the agent keeps its transcripts; none by default."""
@@ -5170,9 +5756,21 @@ class TranscriptReader:
         """Which files are read together; each alone by default."""
         return [[path] for path in paths]
 
-    def read(self, paths: List[str], claim: Callable[[str], bool], skip: Callable[[str, int, str], None]) -> List[Session]:
-        """The sessions of one group. ``claim(key)`` is True when the response of that id counts here; ``skip(path, line,
-        reason)`` names what is damaged. OSError when a file cannot be opened; nothing else is raised, whatever it holds."""
+    def span(self, path: str) -> List[str]:
+        """The first and the last time in a file, as texts that sort ("~": none is found): of two
+        files that hold the same response the first by them counts it."""
+        head = _head_of(path, _HEAD_SIZE)
+        tail = _head_of(path, _HEAD_SIZE, from_end=True)
+        found = [re.findall(self.stamp, part) for part in (head, tail)]
+        return [choose(stamps).decode("ascii", "replace") if stamps else "~"
+                for choose, stamps in zip((min, max), found)]
+
+    def read(self, paths: List[str], claim: Callable[..., bool],
+             skip: Callable[[str, int, str], None]) -> List[Session]:
+        """The sessions of one group, usually what one `Recorder` was told. ``claim(id, output
+        tokens)`` is True when the response of that id counts here; ``skip(path, line, reason)``
+        names what is damaged. OSError when a file cannot be opened; nothing else is raised,
+        whatever it holds."""
         raise NotImplementedError
 
 
@@ -5238,9 +5836,12 @@ def _session_id_in(path: str) -> str:
     return match.group(1).decode("utf-8", "replace") if match else ""
 
 
-def _head_of(path: str, size: int) -> bytes:
+def _head_of(path: str, size: int, *, from_end: bool = False) -> bytes:
+    """The first or the last bytes of a file; none where it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
+            if from_end:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - size))
             return file.read(size) or b""
     except OSError:
         return b""
@@ -5720,11 +6321,6 @@ def _result_size(content: Any) -> Tuple[str, int]:
     return text, len(text) + images * IMAGE_CHARACTERS
 
 
-def _milliseconds(start: str, end: str) -> int:
-    first, last = seconds_of(start), seconds_of(end)
-    return max(0, int((last - first) * 1000)) if first is not None and last is not None else 0
-
-
 def _claude_usage(usage: Dict[str, Any]) -> Tuple[int, int, int, int, int]:
     split = usage.get("cache_creation")
     hour = _count_of(split.get("ephemeral_1h_input_tokens")) if isinstance(split, dict) else 0
@@ -5787,11 +6383,12 @@ def _objects(text: bytes, path: str, line: int,
             skip(path, line or 1, f"not an object but a {type(entry).__name__}")
 
 
-def lines_of_ids(path: str) -> Dict[str, int]:
-    """Where in a file that is one JSON document each id stands first."""
-    found: Dict[str, int] = {}
+def places_of(path: str, key: bytes) -> Dict[Any, int]:
+    """The line at which each text under a key (a regular expression) stands first, in a file that
+    is one JSON document."""
+    found: Dict[Any, int] = {}
     for number, line in numbered_lines(path):
-        for identity in re.findall(rb'"(?:id|spanId|span_id)"\s*:\s*"([^"]{1,200})"', line):
+        for identity in re.findall(rb'"(?:%s)"\s*:\s*"([^"]{1,200})"' % key, line):
             found.setdefault(identity.decode("utf-8", "replace"), number)
     return found
 
@@ -5810,17 +6407,6 @@ def _time_text(value: Any) -> str:
     return value if value.__class__ is str and _TIME.match(value) else ""
 
 
-def _too_deep(value: Any) -> bool:
-    """True for nesting that later steps (writing JSON, hashing) could not follow."""
-    level = [value]
-    for _ in range(40):  # levels: real arguments have fewer than 10
-        level = [part for whole in level if whole.__class__ in (dict, list)
-                 for part in (whole.values() if whole.__class__ is dict else whole)]
-        if not level:
-            return False
-    return True
-
-
 def _arguments(value: Any) -> Dict[str, Any]:
     """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of texts."""
     if value.__class__ is str:
@@ -5837,16 +6423,6 @@ def _arguments(value: Any) -> Dict[str, Any]:
         elif command.__class__ is not str:
             value = {name: given for name, given in value.items() if name != key}
     return value
-
-
-def _json_size(value: Any) -> int:
-    """Characters of a value as JSON; 0 for what cannot be written."""
-    return len(value if value.__class__ is str else _as_json(value))
-
-
-def _as_json(value: Any) -> str:
-    """A value as JSON; "" for what cannot be written."""
-    return "" if _too_deep(value) else json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _content(content: Any) -> Tuple[str, int]:
@@ -6380,13 +6956,13 @@ _REWIND = "$rewindTo"
 
 
 class GeminiReader(TranscriptReader):
-    """Gemini CLI: one chat per file, an object (.json) or records (.jsonl) of which the last per id counts.
-
-    Every message of the model is one call. What a rewind took back was still spent.
-    """
+    """Gemini CLI: one chat per file, an object (.json) or records (.jsonl) of which the last per id
+    counts. Every message of the model is one call; what a rewind took back was still spent.
+    Thoughts are not sent back (measured: they do not show in the growth of the context)."""
 
     name = "gemini-cli"
     agent = "GEMINI-CLI"
+    stamp = rb'"(?:timestamp|startTime)"\s*:\s*"([^"]{4,40})"'
 
     def roots(self) -> List[str]:
         home = os.environ.get("GEMINI_CLI_HOME") or os.path.expanduser("~")
@@ -6394,8 +6970,8 @@ class GeminiReader(TranscriptReader):
 
     def detect(self, path: str, head: bytes) -> bool:
         start = head[:4096]
-        return b'"sessionId"' in start and b'"parentUuid"' not in head and b'"uuid"' not in start and (
-            b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
+        return b'"sessionId"' in start and b'"parentUuid"' not in head and b'"uuid"' not in start \
+            and (b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
 
     def group(self, paths: List[str]) -> List[List[str]]:
         """The files of one session id, and its sub-agents' in the folder named after it."""
@@ -6403,197 +6979,119 @@ class GeminiReader(TranscriptReader):
         for path in sorted(paths):
             key = _parent_chat(path) or _session_id_in(path) or path
             units.setdefault(key, []).append(path)
-        return [sorted(unit, key=lambda path: (bool(_parent_chat(path)), path)) for unit in units.values()]
+        return [sorted(unit, key=lambda path: (bool(_parent_chat(path)), path))
+                for unit in units.values()]
 
-    def read(self, paths: List[str], claim: Callable[[str], bool],
+    def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
+        told = Recorder(self, paths, claim, skip, resends_thoughts=False)
         chats: Dict[str, _Chat] = {}
-        skips = _Skips(skip)
         for path in paths:
-            header, records = _gemini_records(path, skips)
-            if header is None:
-                continue
-            identity = _text(header.get("sessionId")) or os.path.splitext(os.path.basename(path))[0]
-            agent = _parent_chat(path) and os.path.splitext(os.path.basename(path))[0]
-            chat = chats.setdefault(agent or identity, _Chat(path, identity, claim, agent))
-            chat.add(path, header, records)
-        mains = [chat for key, chat in chats.items() if not chat.agent_id] or list(chats.values())[:1]
-        for chat in chats.values():
-            chat.build()
-        for chat in mains:
-            chat.builder.agent_id = ""
-            chat.facts.count("damaged_lines", skips.count if chat is mains[0] else 0)
-        agents = [chat for chat in chats.values() if chat not in mains]
-        return [self._session(chat, agents if chat is mains[0] else []) for chat in mains]
-
-    def _session(self, main: _Chat, agents: List[_Chat]) -> Session:
-        for chat in agents:
-            main.facts.add(chat.facts)
-        paths = [path for chat in [main] + agents for path in chat.paths if path != main.facts.path]
-        return main.facts.session(self, [chat.builder for chat in [main] + agents], paths=paths)
+            own = os.path.splitext(os.path.basename(path))[0] if _parent_chat(path) else ""
+            chats.setdefault(own, _Chat(told)).add(path)
+        for name, chat in chats.items():
+            if chat.identity:
+                chat.tell(slug(name) if name and chat is not next(iter(chats.values())) else "")
+        return told.finish()
 
 
 def _parent_chat(path: str) -> str:
-    """The session a sub-agent's file belongs to (the name of its folder); "" for a chat of its own."""
+    """The session a sub-agent's file belongs to (the name of its folder); "" for a chat of its
+    own."""
     folder = os.path.basename(os.path.dirname(path))
     spawned = folder != "chats" and re.search(rb'"kind"\s*:\s*"subagent"', _head_of(path, 4096))
     return folder if spawned else ""
 
 
-def _gemini_records(path: str, skip: Callable[[str, int, str], None]) -> Tuple[
-        Optional[Dict[str, Any]], List[Tuple[int, Dict[str, Any]]]]:
-    """The header of a chat (None: there is no chat) and its records in order, with lines."""
-    header: Optional[Dict[str, Any]] = None
-    records: List[Tuple[int, Dict[str, Any]]] = []
-    for line, entry in transcript_entries(path, skip):
-        places = {} if line else lines_of_ids(path)
-        changed = _as_dict(entry.get("$set"))
-        if "sessionId" in entry or changed:
-            header = dict(header or {}, **(changed or entry))
-        else:
-            records.append((line, entry))
-        messages = _as_list((changed or entry).get("messages"))
-        if changed and "messages" in changed:
-            records.append((line, {_REWIND: None, "kept": {_text(_as_dict(m).get("id")) for m in messages}}))
-        records += [(line or places.get(_text(message.get("id")), 1), message) for message in messages
-                    if isinstance(message, dict)]
-    return header, records
-
-
-class _GeminiCall(Call):
-    """A call whose thoughts are not sent back (measured: they do not show in the growth of the context)."""
-
-    __slots__ = ("thoughts",)
-
-    thoughts: int
-
-    def share_output(self) -> None:
-        super().share_output()
-        self.visible = min(self.visible, self.output - self.thoughts)
-
-
 class _Chat:
-    """One chat while its files are read."""
+    """One chat, which may be in several files: what is known last of every message."""
 
-    def __init__(self, path: str, identity: str, claim: Callable[[str], bool], agent_id: str):
-        self.claim, self.agent_id = claim, slug(agent_id) if agent_id else ""
-        self.paths: List[str] = []
-        self.facts, self.builder, self.tools = _Facts(path), WindowBuilder(self.agent_id), ToolEvents()
-        self.facts.session_id = identity
+    def __init__(self, told: Recorder):
+        self.told, self.identity = told, ""
+        self.times: List[str] = []
+        self.tools = 0
         self.order: List[str] = []  # ids in the order they came; "" where messages were taken back
         self.messages: Dict[str, Tuple[int, str, Dict[str, Any]]] = {}
-        self.line, self.path = 0, path
 
-    def add(self, path: str, header: Dict[str, Any], records: List[Tuple[int, Dict[str, Any]]]) -> None:
-        self.paths.append(path)
-        for key in ("startTime", "lastUpdated"):
-            self.facts.seen(_time_text(header.get(key)))
-        for number, (line, record) in enumerate(records):
-            if _REWIND in record:
-                kept = record.get("kept")
-                if not isinstance(kept, set) or not kept.issuperset(filter(None, self.order)):
-                    self.order.append("")
-                continue
-            identity = _text(record.get("id")) or f"{path}:{number}"
-            if identity not in self.messages:
-                self.order.append(identity)
-            self.messages[identity] = (line, path, record)
+    def add(self, path: str) -> None:
+        """Take a file in."""
+        for line, entry in transcript_entries(path, self.told.skip):
+            places = {} if line else places_of(path, rb"id")
+            changed = _as_dict(entry.get("$set"))
+            header = changed or (entry if "sessionId" in entry else {})
+            if header:
+                stem = os.path.splitext(os.path.basename(path))[0]
+                self.identity = self.identity or _text(header.get("sessionId")) or stem
+                self.times += [_text(header.get(key)) for key in ("startTime", "lastUpdated")]
+            elif _REWIND in entry:
+                self.order.append("")
+            else:
+                self._message(entry, path, line)
+            messages = _as_list(header.get("messages"))
+            if "messages" in changed:
+                kept = {_text(_as_dict(message).get("id")) for message in messages}
+                self.order += [""] * (not kept.issuperset(filter(None, self.order)))
+            for message in map(_as_dict, messages):
+                if message:
+                    place = line or places.get(_text(message.get("id")), 1)
+                    self._message(message, path, place)
 
-    def build(self) -> None:
-        """Turn what is known last of every message into events."""
+    def _message(self, message: Dict[str, Any], path: str, line: int) -> None:
+        identity = _text(message.get("id")) or f"{path}:{len(self.order)}"
+        if identity not in self.messages:
+            self.order.append(identity)
+        self.messages[identity] = (line, path, message)
+
+    def tell(self, agent: str) -> None:
+        """Tell the messages."""
+        told = self.told
+        told.session(self.identity)
+        for moment in self.times:
+            told.at(moment, agent=agent)
         for identity in self.order:
             if not identity:
-                cut = self._event(EventType.CONTEXT_LOAD, self.facts.last, source="compaction", rewind=True)
-                self.builder.item(cut, 0)
-                self.tools.memory.clear()
+                told.compaction(rewind=True)
                 continue
-            self.line, self.path, record = self.messages[identity]
-            stamp, kind = _time_text(record.get("timestamp")), record.get("type")
-            self.facts.seen(stamp)
-            text, size = _content(record.get("content", record.get("parts")))
+            line, path, message = self.messages[identity]
+            stamp, kind = _text(message.get("timestamp")), message.get("type")
+            told.at(stamp, line, path)
+            text, size = _content(message.get("content", message.get("parts")))
             if kind == "user":
-                self.facts.task = self.facts.task or task_line(text)
-                self.builder.item(self._event(EventType.USER_MESSAGE, stamp), size)
+                told.prompt(text, size)
             elif kind in ("gemini", "model"):
-                self._response(identity, record, size, stamp)
+                self._response(f"{self.identity}:{identity}", message, size)
+                for tool in map(_as_dict, _as_list(message.get("toolCalls"))):
+                    told.at(stamp)
+                    self._tool(tool)
             elif kind == "error":
-                self.builder.item(self._event(EventType.ERROR, stamp, tool="model call", kind="transient",
-                                              changes=[], error_hash=digest_of(normal_message(text))), 0)
+                told.call_failed(text, "transient")
 
-    def _event(self, event_type: EventType, timestamp: str, **data: Any) -> SessionEvent:
-        data["line"] = self.line
-        if self.path != self.facts.path or self.agent_id:
-            data["path"] = self.path
-        return SessionEvent("", timestamp, event_type, data)
+    def _response(self, identity: str, message: Dict[str, Any], size: int) -> None:
+        tokens, usage, thoughts = message.get("tokens"), None, None
+        if isinstance(tokens, dict):
+            entered, output, cached, thoughts, tool = (_count_of(tokens.get(key)) for key in (
+                "input", "output", "cached", "thoughts", "tool"))
+            cached = min(cached, entered)
+            usage = Usage(entered - cached + tool, 0, 0, cached, output + thoughts)
+        self.told.call(identity, _text(message.get("model")), usage, text=size, thoughts=thoughts)
 
-    def _response(self, identity: str, record: Dict[str, Any], size: int, stamp: str) -> None:
-        event = self._event(EventType.AI_RESPONSE, stamp, response_id=identity)
-        event.model = _text(record.get("model")).lower()
-        usage = record.get("tokens")
-        if not isinstance(usage, dict):
-            event.data["unmetered"] = True
-            self.facts.count("unmetered_calls")
-            self.builder.item(event, size)
-            self._tool_calls(record, event, [])
-            return
-        counts = {key: _count_of(usage.get(key)) for key in ("input", "output", "cached", "thoughts", "tool")}
-        cached = min(counts["cached"], counts["input"])
-        call = _GeminiCall(event, self.facts.call(event, self.claim(f"{self.facts.session_id}:{identity}")))
-        self.builder.call(meter(call, counts["input"] - cached + counts["tool"], 0, cached,
-                                counts["output"] + counts["thoughts"]))
-        call.parts.append(("text", size, None))
-        self._tool_calls(record, event, call.parts)
-        thinking = None
-        if counts["thoughts"] and call.counted:
-            thinking = self._event(EventType.THINKING, stamp, response_id=identity)
-            thinking.model = event.model
-        call.thoughts = min(counts["thoughts"], call.output)
-        weigh_parts(call, call.thoughts, thinking)
-
-    def _tool_calls(self, record: Dict[str, Any], response: SessionEvent, parts: List[Any]) -> None:
-        for tool in _as_list(record.get("toolCalls")):
-            tool = _as_dict(tool)
-            name, arguments = _text(tool.get("name")), _arguments(tool.get("args"))
-            event = _gemini_call(self.tools, name, arguments, response)
-            event.data.update({key: value for key, value in response.data.items() if key in ("line", "path")})
-            parts.append(("tool", len(name) + _json_size(tool.get("args")), event))
-            self.builder.tool(event)
-            text, size, failed = _gemini_result(tool)
-            self.builder.result(event, size)
-            event.duration_ms = _milliseconds(response.timestamp, _time_text(tool.get("timestamp")))
-            if failed:
-                self.tools.failure(event, text, arguments)
-                if tool.get("status") == "cancelled":
-                    event.data["kind"] = "declined"
-                continue
-            shown = _GEMINI_SHOWN.search(text[:600])
-            self.tools.result(event, text)
-            if shown and event.event_type is EventType.FILE_READ:
-                event.data["lines"] = [int(shown.group(1)), int(shown.group(2))]
-                event.data["total_lines"] = int(shown.group(3))
-
-
-def _gemini_call(tools: ToolEvents, name: str, arguments: Dict[str, Any],
-                 response: SessionEvent) -> SessionEvent:
-    """The event of a tool call; line numbers, which begin at 0 in ``offset``, become the shared ones."""
-    given = dict(arguments)
-    first, last = given.get("start_line"), given.get("end_line")
-    if given.get("offset").__class__ is int:
-        given["offset"] += 1
-    elif first.__class__ is int and last.__class__ is int:
-        given.update(offset=first, limit=max(0, last - first + 1))
-    event = tools.call(name, given, response.timestamp, response.data["response_id"], response.data["line"])
-    event.model = response.model
-    if name == "read_many_files":
-        paths = [path for path in _as_list(given.get("include") or given.get("paths")) if path.__class__ is str]
-        if paths and not any(re.search(r"[*?\[{]", path) for path in paths):
-            event.event_type = EventType.FILE_READ
-            event.data["reads"] = [[canonical_path(path, tools.cwd), 1, None] for path in paths]
-            event.data["file_path"] = event.data["reads"][0][0]
-        elif paths:
-            event.event_type = EventType.SEARCH
-            event.data["query"] = mask_secrets(" ".join(paths)[:600])[:300]
-    return event
+    def _tool(self, tool: Dict[str, Any]) -> None:
+        told, name, given = self.told, _text(tool.get("name")), tool.get("args")
+        arguments = _arguments(given)
+        first, last = arguments.get("start_line"), arguments.get("end_line")
+        if arguments.get("offset").__class__ is int:
+            arguments = dict(arguments, offset=arguments["offset"] + 1)  # lines count from 0 there
+        elif first.__class__ is int and last.__class__ is int:
+            arguments = dict(arguments, offset=first, limit=max(0, last - first + 1))
+        self.tools += 1
+        key = f"{self.identity}:{self.tools}"
+        told.tool(key, name, arguments, len(name) + _json_size(given))
+        text, size, failed = _gemini_result(tool)
+        shown = _GEMINI_SHOWN.search(text[:600])
+        start, end, total = map(int, shown.groups()) if shown else (0, -1, 0)
+        told.at(_text(tool.get("timestamp")))
+        told.returned(key, text, size, failed=failed, lines=(start, end - start + 1, total),
+                      kind="declined" if tool.get("status") == "cancelled" else "")
 
 
 def _gemini_result(tool: Dict[str, Any]) -> Tuple[str, int, bool]:
@@ -6660,6 +7158,7 @@ class OtelReader(TranscriptReader):
 
     name = "otel"
     agent = "OTEL"
+    stamp = rb'"startTimeUnixNano"\s*:\s*"([^"]{4,40})"'
 
     def detect(self, path: str, head: bytes) -> bool:
         return bool(re.match(rb'\s*\{\s*"resource_?[sS]pans"\s*:', head))
@@ -6740,7 +7239,7 @@ class _Span:
 
 def _spans_of(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Span]:
     for line, entry in transcript_entries(path, skip):
-        places = {} if line else lines_of_ids(path)
+        places = {} if line else places_of(path, rb"spanId|span_id")
         for group in _as_list(entry.get("resourceSpans", entry.get("resource_spans"))):
             group = _as_dict(group)
             resource = _attributes(_as_dict(group.get("resource")).get("attributes"))
@@ -6973,11 +7472,10 @@ def _messages(value: Any) -> List[Dict[str, Any]]:
     return messages
 
 
-READERS = (ClaudeCodeReader(), CodexReader(), GeminiReader(), OtelReader())
+READERS: List[TranscriptReader] = [ClaudeCodeReader(), CodexReader(), GeminiReader(), OtelReader()]
 
 _UNKNOWN = "not a transcript of a known agent"
 _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
-_STAMP = _Pattern(rb'"(?:timestamp|startTime|startTimeUnixNano)"\s*:\s*"([^"]{4,40})"')
 
 
 # -- what an agent tells while it works: the hooks of Claude Code
@@ -7340,7 +7838,7 @@ class TranscriptScan:
         if moved:
             self.dropped.append(self.units.pop(moved))
         if old is None or old["files"] != group or fresh.intersection(group):
-            self.units[name] = {"files": group, "reader": reader.name, "order": _order_of(group[0]), "settings": "",
+            self.units[name] = {"files": group, "reader": reader.name, "order": [*reader.span(name), name], "settings": "",
                                 "rows": old["rows"] if old else [], "skipped": []}
         return name
 
@@ -7388,7 +7886,7 @@ class TranscriptScan:
         skipped: List[List[Any]] = []
         leans_on: set = set()
 
-        def claim(key: str) -> bool:
+        def claim(key: str, output: int = 0) -> bool:
             owner = owners.setdefault(key, name)
             if owner == name:
                 return True
@@ -7452,19 +7950,6 @@ class TranscriptScan:
                 "totals": scan_totals(chosen),
                 "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
                 "changes": _changes_text(before, rows) if before else ""}
-
-
-def _order_of(path: str) -> List[str]:
-    """First and last time in a file and its name: of two that hold the same response, the first in this order counts it."""
-    head = _STAMP.findall(_head_of(path, _HEAD_SIZE))
-    tail = head
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD_SIZE))
-            tail = _STAMP.findall(file.read())
-    except OSError:
-        pass
-    return [min(head).decode("ascii", "replace") if head else "~", max(tail).decode("ascii", "replace") if tail else "~", path]
 
 
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:

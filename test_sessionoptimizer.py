@@ -2765,6 +2765,114 @@ def test_tokens_are_laid_out_by_growth(tmp_path, optimizer):
     assert lines == {1, 2, 3, 5}
 
 
+def recorder(**options):
+    told = so.Recorder(so.TranscriptReader(), ["an-example"], **options)
+    told.at("2026-03-01T10:00:00Z", 1)
+    return told
+
+
+def laid(told):
+    """What the events of a told session are, with the tokens laid on them."""
+    session, = told.finish()
+    return [(event.event_type.name, event.data.get("source") or event.data.get("tool") or "",
+             event.tokens_input, event.tokens_output) for event in session.events]
+
+
+def test_a_response_a_tool_and_a_result_told_twice_are_one():
+    told = recorder()
+    told.prompt("Look at it", 40)
+    for output in (3, 90, 7):
+        told.call("r1", "m", so.Usage(1_000, output=output))
+        told.tool("t1", "Read", {"file_path": "/w/a.py"}, 100)
+    for _ in range(2):
+        told.returned("t1", "x = 1\n" * 50)
+    told.call("r2", "m", so.Usage(190, read=1_000, output=10), text=30)
+    assert laid(told) == [
+        ("CONTEXT_LOAD", "system", 980, 0), ("USER_MESSAGE", "", 20, 0), ("AI_RESPONSE", "", 50, 0),
+        ("FILE_READ", "Read", 140, 90), ("AI_RESPONSE", "", 0, 10)]
+
+
+def test_a_result_enters_with_the_call_that_follows_it():
+    """A command that runs in the background returns after another response has begun."""
+    told = recorder()
+    told.call("r1", "m", so.Usage(1_000, output=20))
+    told.tool("slow", "Bash", {"command": "make"}, 20)
+    told.tool("quick", "Bash", {"command": "ls src"}, 20)
+    told.returned("quick", "a.py", 200)
+    told.call("r2", "m", so.Usage(110, read=1_000, output=20), text=40)
+    told.returned("slow", "made", 400)
+    told.call("r3", "m", so.Usage(220, read=1_110, output=20), text=40)
+    events = laid(told)
+    assert [event for event in events if event[0] in ("SEARCH", "TOOL_CALL")] == [
+        ("SEARCH", "Bash", 90, 10), ("TOOL_CALL", "Bash", 200, 10)]
+
+
+def test_a_response_that_another_agent_told_is_a_replay():
+    told = recorder()
+    told.call("r1", "m", so.Usage(1_000, output=20), text=40)
+    told.at(agent="aside")
+    told.call("r1", "m", so.Usage(1_000, output=20), text=40)
+    told.call("r2", "m", so.Usage(30, read=1_020, output=20), text=40)
+    session, = told.finish()
+    assert sum(event.event_type is EventType.AI_RESPONSE for event in session.events) == 2
+    assert session.total_tokens == 1_000 + 30 + 40
+    assert [event.agent_id for event in session.events if event.data.get("response_id") == "r2"] == ["aside"]
+
+
+@pytest.mark.parametrize("name, arguments, kind, data", [
+    ("Read", {"file_path": "a.py", "offset": 3, "limit": 2}, "FILE_READ", {"file_path": "/w/a.py", "offset": 3}),
+    ("read_many_files", {"paths": ["a.py", "b.py"]}, "FILE_READ", {"reads": [["/w/a.py", 1, None], ["/w/b.py", 1, None]]}),
+    ("read_many_files", {"paths": ["src/*.py"]}, "SEARCH", {"query": "src/*.py"}),
+    ("Bash", {"command": "cat a.py"}, "FILE_READ", {"file_path": "/w/a.py"}),
+    ("Bash", {"command": "curl -u me:hunter2 example.org"}, "TOOL_CALL", {"command": "curl -u me:*** example.org"}),
+    ("grep", {"pattern": "x"}, "SEARCH", {"query": "x"}),
+    ("Edit", {"file_path": "a.py"}, "FILE_WRITE", {"changes": ["/w/a.py"]}),
+    ("TodoWrite", {}, "TOOL_CALL", {"changes": []}),
+    ("frobnicate", {}, "TOOL_CALL", {"changes": ["?"]}),
+    ("frobnicate", [1], "TOOL_CALL", {"changes": ["?"]})])
+def test_what_a_told_tool_becomes(name, arguments, kind, data):
+    told = recorder()
+    told.session(cwd="/w")
+    told.call("r1", "m", None)
+    event = told.tool("t", name, arguments)
+    assert event.event_type.name == kind and {key: event.data.get(key) for key in data} == data
+
+
+def test_failures_told_and_what_they_keep():
+    told = recorder()
+    for key, text, kind in (("a", "Exit code 2\nno", None), ("b", "429 too many requests", "transient"),
+                            ("c", "", "declined")):
+        told.tool(key, "Bash", {"command": "make"})
+        event = told.returned(key, text, failed=True, kind="declined" if key == "c" else "")
+        assert (event.event_type, event.data.get("kind")) == (EventType.ERROR, kind)
+        assert text not in json.dumps(event.data) or not text
+    assert told.returned("never told", "x" * 10).data["kind"] == "unreadable"
+    assert told.call_failed("overloaded").data["kind"] == "transient"
+    assert told.call_failed("no such model").data["kind"] == "interrupted"
+
+
+def test_nothing_told_is_no_session_and_a_sum_is_laid_on_no_item():
+    assert recorder().finish() == []
+    told = recorder()
+    told.prompt("x" * 100)
+    told.rolled_up("agent-1", "m", so.Usage(500, 100, 50, 2_000, 70))
+    session, = told.finish()
+    assert [(event.data.get("source"), event.tokens_input, event.tokens_cache_write, event.tokens_cache_write_1h,
+             event.tokens_cache_read, event.tokens_output) for event in session.events] == [
+        (None, 0, 0, 0, 0, 0), ("unattributed", 650, 150, 50, 0, 0), (None, 0, 0, 0, 2_000, 70)]
+
+
+@pytest.mark.parametrize("resends, answer", [(True, 90), (False, 30)])
+def test_thinking_gets_the_tokens_that_the_provider_tells(resends, answer):
+    """Where it is not sent back, the next context holds the rest of the output alone."""
+    told = recorder(resends_thoughts=resends)
+    told.call("r1", "m", so.Usage(1_000, output=90), text=400, thoughts=60)
+    told.prompt("more", 1_000)
+    told.call("r2", "m", so.Usage(300, read=1_000, output=5), text=20, thoughts=0)
+    assert laid(told)[1:] == [("AI_RESPONSE", "", answer, 30), ("THINKING", "", 0, 60),
+                              ("USER_MESSAGE", "", 300 - answer, 0), ("AI_RESPONSE", "", 0, 5)]
+
+
 # ==================================================================================================
 # Readers
 # ==================================================================================================
