@@ -5201,9 +5201,6 @@ def _as_json(value: Any) -> str:
     return "" if _too_deep(value) else json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-Usage = namedtuple("Usage", "uncached write_5m write_1h read output", defaults=(0, 0, 0, 0, 0))
-
-
 class _Call:
     """One model call while it is told. ``parts``: characters and event (None: its own) of what it
     wrote. ``visible``: tokens of its output that the next call's context can hold."""
