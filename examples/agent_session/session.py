@@ -113,7 +113,8 @@ _INIT = {  # what makes a shell's prompt say which command has ended with which 
     "zsh": r"""__so={mark}; unset HISTFILE; unsetopt PROMPT_SP PROMPT_CR; precmd_functions=() preexec_functions=(); """
            r"""setopt prompt_subst; RPS1=; PS2=; PS1=$'%{{\e]7773;${{__so}};%?\a%}}%% '""",
     "fish": r"""set -g __so {mark}; set -g fish_history ''; functions -e fish_right_prompt; """
-            r"""function fish_prompt; printf '\e]7773;%s;%d\a> ' $__so $status; end""",
+            r"""function fish_prompt; printf '> '; end; function __so_end --on-event fish_postexec; """
+            r"""printf '\e]7773;%s;%d\a' $__so $status; end""",
     "pwsh": r"""$__so='{mark}'; function prompt {{ $c = if ($?) {{ 0 }} elseif ($LASTEXITCODE) {{ $LASTEXITCODE }} """
             r"""else {{ 1 }}; "$([char]27)]7773;$__so;$c$([char]7)> " }}""",
 }
@@ -158,7 +159,8 @@ class _Running:
                 return self.feed(b"")
             if self.began:
                 del self.output[start + found.start():]
-            return self.end(int(found.group(2)))
+            status = int(found.group(2))
+            return self.end(status - 128 if status > 256 else status)  # a ksh says 256 + signal, others 128 + signal
         if len(self.output) > 2 * self.limit:
             del self.output[:-self.limit]
             self.scanned = len(self.output)
