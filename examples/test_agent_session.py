@@ -336,6 +336,20 @@ def test_a_time_out_ends_the_process_group_and_the_shell_goes_on(place, command)
 
 
 @posix
+def test_a_command_whose_caller_goes_away_is_ended(place):
+    async def work(session):
+        task = asyncio.ensure_future(session.execute(SLEEP))
+        while not running(SLEEP):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.wait({task})
+        after = await session.execute("echo next")
+        return task.cancelled(), after.output, running(SLEEP)
+
+    assert in_session(place, work) == (True, "next", [])
+
+
+@posix
 def test_a_background_process_of_an_earlier_command_survives_another_ones_time_out(place):
     async def work(session):
         await session.execute(f"{SLEEP}9 & echo $! >pid")

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Sequence, Union
 
 from agent_session.host import NONCE_BYTES, Tail, packed, proof, read_message, write_private
-from agent_session.terminal import CLEAN_BYTES, WINDOWS, Moment, clean_text, signal_begun, this_moment
+from agent_session.terminal import CLEAN_BYTES, WINDOWS, Moment, begun_in_session, clean_text, signal_begun, this_moment
 
 HOST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "host.py")
 START_SECONDS = 20  # for a terminal to be there, and for its shell to show a prompt
@@ -38,7 +38,7 @@ HISTORY = 20  # commands that are remembered
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _MARK = re.compile(rb"\x1b\]7773;([0-9a-f]{16});(C|[0-9]+)\x07")
 _TYPED = re.compile(rb"(?s) ?__so=([0-9a-f]{16}); printf (?:(?!__so=).)*?\x1b\]7773;\1;C\x07")
-_PREPARED = re.compile(rb"(?s) ?__so=[0-9a-f]{16}; unset .*?(?=\x1b\]7773;)")
+_PREPARED = re.compile(rb"(?s) ?__so=[0-9a-f]{16}(?:; unset |\r\n).*?(?=\x1b\]7773;)")
 _MARK_BYTES = 48  # the longest one
 _hosts: List["subprocess.Popen[bytes]"] = []  # started by this process and not reaped yet
 
@@ -125,6 +125,7 @@ _RUN = {  # say where the output begins, then run the file
 _POSIX_RUN = r""" __so={mark}; printf '\033]7773;%s;C\007' "$__so"; . {file}"""
 _FAMILIES = {"bash": "bash", "zsh": "zsh", "fish": "fish", "pwsh": "pwsh", "powershell": "pwsh",
              "sh": "sh", "dash": "sh", "ash": "sh", "ksh": "sh", "mksh": "sh", "busybox": "sh"}
+_MARK_LINE = {"fish": "set -g __so {mark}", "pwsh": "$__so='{mark}'"}
 QUIET = {"PAGER": "cat", "GIT_PAGER": "cat"}  # a pager would wait for a key
 
 
@@ -197,6 +198,7 @@ class AISession:
         self._family = family_of(config.arguments())
         self._tail = Tail(config.buffer_bytes)
         self._running: Optional[_Running] = None
+        self._cutting: Optional["asyncio.Task[None]"] = None
         self._carry = b""
         self._writer: Optional[asyncio.StreamWriter] = None
         self._listening: Optional["asyncio.Task[None]"] = None
@@ -408,6 +410,9 @@ class AISession:
             raise ValueError("a command is a text that is not empty")
         seconds = self.config.timeout if timeout is None else timeout
         async with self._turn:
+            if self._cutting:  # a command whose caller went away
+                await self._cutting
+                self._cutting = None
             if self.state != "running":
                 raise SessionError(f"session {self.name} is {self.state}")
             try:
@@ -437,12 +442,12 @@ class AISession:
             if late:
                 await self._cut_short(running, since)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().create_task(self._cut_short(running, since))
+            self._cutting = asyncio.get_running_loop().create_task(self._cut_short(running, since))
             raise
         finally:
-            self._running = None
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file)
+        self._running = None
         status = running.done.result() if running.done.done() else None
         output = await self._clean(bytes(running.output) if running.began else b"", keep_lines=True)
         ended = ", and the shell with it" if self.state != "running" else ""
@@ -472,8 +477,20 @@ class AISession:
                 await asyncio.wait({running.done}, timeout=patience)
         if not running.done.done():
             await self.stop(0)
-        elif not WINDOWS:
-            signal_begun(self.pid, signal.SIGKILL, since=since)
+        elif self.state == "running" and not WINDOWS:
+            until = time.monotonic() + GRACE_SECONDS
+            while begun_in_session(self.pid, since=since) and time.monotonic() < until:
+                signal_begun(self.pid, signal.SIGKILL, since=since)
+                await asyncio.sleep(0.02)
+            await self._new_prompt()
+
+    async def _new_prompt(self) -> None:
+        """Let the shell say now which of its jobs were ended, not in the middle of the next command."""
+        waiting = _Running(secrets.token_hex(8), 65_536)
+        self._running = waiting
+        line = _MARK_LINE.get(self._family, " __so={mark}").format(mark=waiting.mark.decode())
+        await self.send_input(line + "\n")
+        await asyncio.wait({waiting.done}, timeout=GRACE_SECONDS)
 
     # -- what is known of it ------------------------------------------------------------------------------------------
 
