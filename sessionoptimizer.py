@@ -61,7 +61,6 @@ from bisect import bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
-from json.decoder import scanstring  # type: ignore[attr-defined]
 
 try:
     import fcntl
@@ -5482,6 +5481,11 @@ class Recorder:
         self.count("damaged_lines")
         self._skip(path, line, reason)
 
+    @property
+    def agents(self) -> List[str]:
+        """The agents of whom something was told."""
+        return list(self._windows)
+
     def knows(self, identity: str) -> bool:
         """Whether a response of this id was told."""
         return identity in self._owners
@@ -5772,11 +5776,9 @@ class TranscriptReader:
 
 
 class ClaudeCodeReader(TranscriptReader):
-    """Claude Code: one JSONL file per session, sub-agents in files of their own or inline.
-
-    A response is spread over several lines that repeat its usage, and whole files repeat others (resume, fork); every
-    response is counted once, with its largest ``output_tokens``, for the unit that may claim it.
-    """
+    """Claude Code: one JSONL file per session, sub-agents in files of their own or inline. A
+    response is spread over several lines that repeat its usage, with an output that grows; whole
+    files repeat others (resume, fork)."""
 
     name = "claude-code"
     agent = "CLAUDE-CODE"
@@ -5784,53 +5786,294 @@ class ClaudeCodeReader(TranscriptReader):
     def roots(self) -> List[str]:
         given = os.environ.get("CLAUDE_CONFIG_DIR")
         homes = given.split(",") if given else ["~/.claude", "~/.config/claude"]
-        return [os.path.join(os.path.expanduser(home.strip()), "projects") for home in homes if home.strip()]
+        return [os.path.join(os.path.expanduser(home.strip()), "projects")
+                for home in homes if home.strip()]
 
     def detect(self, path: str, head: bytes) -> bool:
-        return b'"sessionId"' in head and (b'"parentUuid"' in head or b'"leafUuid"' in head or b'"isSidechain"' in head) \
+        marks = (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')
+        return b'"sessionId"' in head and any(mark in head for mark in marks) \
             or head.startswith(b'{"type":"summary"') and b'"leafUuid"' in head
 
     def companions(self, path: str) -> List[str]:
-        """The files of the session's sub-agents: below <session>/subagents, or beside the session."""
+        """The files of the session's sub-agents: below <session>/subagents, or beside it."""
         folder, name = os.path.split(os.path.abspath(path))
         session = os.path.splitext(name)[0]
-        found = [os.path.join(place, file) for place, _, files in os.walk(os.path.join(folder, session, "subagents"))
+        below = os.walk(os.path.join(folder, session, "subagents"))
+        found = [os.path.join(place, file) for place, _, files in below
                  for file in files if file.endswith(".jsonl")]
         beside = [os.path.join(folder, file) for file in os.listdir(folder)
                   if file.startswith("agent-") and file.endswith(".jsonl") and file != name]
         return found + [file for file in beside if _session_id_in(file) == session]
 
     def group(self, paths: List[str]) -> List[List[str]]:
-        """Main files with their sub-agents' files: those below <session>/subagents, and those beside the session that
-        name its id. A sub-agent whose session is not there stands alone."""
-        units = {path: [path] for path in paths if not _is_agent_file(path)}
+        """Main files with their sub-agents' files: those below <session>/subagents, and those
+        beside the session that name its id. A sub-agent whose session is not there stands alone."""
+        agents = [path for path in paths if _is_agent_file(path)]
+        units = {path: [path] for path in paths if path not in set(agents)}
         mains = {os.path.splitext(path)[0]: path for path in units}
-        by_session: Dict[Tuple[str, str], str] = {}
-        for path in paths:
-            if not _is_agent_file(path):
-                by_session.setdefault((os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]), path)
-        for path in paths:
-            if _is_agent_file(path):
-                folder = os.path.dirname(path)
-                above = (folder + os.sep).rpartition(f"{os.sep}subagents{os.sep}")[0]
-                main = mains.get(above) or by_session.get((folder, _session_id_in(path)))
-                units.setdefault(main or path, [] if main else [path])
-                if main:
-                    units[main].append(path)
+        for path in agents:
+            folder = os.path.dirname(path)
+            above = (folder + os.sep).rpartition(f"{os.sep}subagents{os.sep}")[0]
+            beside = os.path.join(folder, _session_id_in(path))
+            main = mains.get(above) or mains.get(beside) or path
+            units.setdefault(main, []).append(path)
         return list(units.values())
 
-    def read(self, paths: List[str], claim: Callable[[str], bool], skip: Callable[[str, int, str], None]) -> List[Session]:
-        return _ClaudeUnit(self, paths, claim, skip).session()
+    def read(self, paths: List[str], claim: Callable[..., bool],
+             skip: Callable[[str, int, str], None]) -> List[Session]:
+        return _ClaudeSession(Recorder(self, paths, claim, skip)).read()
 
 
 def _is_agent_file(path: str) -> bool:
-    return os.path.basename(path).startswith("agent-") and (f"{os.sep}subagents{os.sep}" in path or b'"isSidechain":true' in
-                                                            _head_of(path, 4096).replace(b": ", b":"))
+    return os.path.basename(path).startswith("agent-") and (
+        f"{os.sep}subagents{os.sep}" in path
+        or b'"isSidechain":true' in _head_of(path, 4096).replace(b": ", b":"))
 
 
 def _session_id_in(path: str) -> str:
     match = re.search(rb'"sessionId"\s*:\s*"([^"]{1,200})"', _head_of(path, 1 << 16))
     return match.group(1).decode("utf-8", "replace") if match else ""
+
+
+_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>",
+              "<local-command-stderr>", "<local-command-caveat>", "<bash-input>", "<bash-stdout>",
+              "<bash-stderr>", "<task-notification>", "<system-reminder>", "<ide_opened_file>",
+              "<ide_selection>", "[Request interrupted by user", "Caveat: The messages below")
+_PLACEHOLDERS_FROM = (2, 1, 8)  # the first version with responses whose output is never filled in
+_UUID = _Pattern(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
+
+
+class _ClaudeSession:
+    """One session while its files are told."""
+
+    def __init__(self, told: Recorder):
+        self.told, self.paths = told, told.paths
+        self.facts: Dict[str, str] = {}    # of the first line that has each
+        self.final: Optional[bool] = None  # whether an output without a stop reason is the last
+        self.command = ""                  # the first slash command, for want of a prompt
+        self.uuids: set = set()
+        self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
+        self.echoes: List[Tuple[str, int, str, Dict[str, Any]]] = []
+
+    def read(self) -> List[Session]:
+        """Tell all files."""
+        for path in self.paths:
+            is_agent = path != self.paths[0] or _is_agent_file(path)
+            own = os.path.basename(path)[len("agent-"):-len(".jsonl")] if is_agent else ""
+            self.told.at(path=path)
+            for line, text in numbered_lines(path):
+                entry = self._parsed(path, line, text)
+                if entry:
+                    self._entry(entry, path, line, own)
+        self._echoed()
+        self.told.session(task=self.command)
+        stem = os.path.splitext(os.path.basename(self.paths[0]))[0]
+        return self.told.finish(stem if _UUID.match(stem) else "")
+
+    def _parsed(self, path: str, line: int, text: bytes) -> Dict[str, Any]:
+        try:
+            entry = json.loads(text.decode("utf-8", "replace"))
+        except (ValueError, RecursionError) as error:
+            if text.endswith(b"\n") and text.strip():
+                self.told.skip(path, line, f"not JSON: {error}")
+                self._damaged_result(line, text)
+            return {}
+        if not isinstance(entry, dict):
+            self.told.skip(path, line, f"not an object but a {type(entry).__name__}")
+            return {}
+        return entry
+
+    def _damaged_result(self, line: int, text: bytes) -> None:
+        """A tool result in a line that is no JSON still entered the context: its size is the
+        line's."""
+        identity = re.search(rb'"tool_use_id"\s*:\s*"([^"]{1,100})"', text)
+        if identity:
+            self.told.at(line=line)
+            self.told.returned(identity.group(1).decode("utf-8", "replace"), None,
+                               len(text.split(b'"toolUseResult"')[0]), cut=True)
+
+    def _entry(self, entry: Dict[str, Any], path: str, line: int, own: str) -> None:
+        if len(self.facts) < 3:
+            self._note_facts(entry)
+        kind = entry.get("type")
+        if kind == "progress":
+            data = _as_dict(entry.get("data"))
+            inner = _as_dict(data.get("message"))
+            if _as_dict(inner.get("message")):
+                self.echoes.append((path, line, _text(data.get("agentId")), inner))
+        tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
+                "attachment": self._attachment}.get(_text(kind))
+        uuid = _text(entry.get("uuid"))
+        if tell and not (uuid and uuid in self.uuids):
+            self.uuids.add(uuid)
+            self._at(entry, line, self._agent_of(entry, own))
+            tell(entry)
+
+    def _at(self, entry: Dict[str, Any], line: int, agent: str) -> None:
+        overhead = ""
+        if agent.startswith("a"):
+            overhead = "compaction" if agent.startswith("acompact") else \
+                "suggestion" if agent.startswith("aprompt_suggestion") else ""
+        self.agent = agent
+        self.told.at(_text(entry.get("timestamp")), line, agent=agent, overhead=overhead)
+
+    def _note_facts(self, entry: Dict[str, Any]) -> None:
+        found = {name: entry[name] for name in ("sessionId", "cwd", "version")
+                 if _text(entry.get(name))}
+        self.facts = dict(found, **self.facts)
+        version = self.facts.get("version", "")
+        self.told.session(self.facts.get("sessionId", ""), self.facts.get("cwd", ""), version)
+        numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+        self.final = False if numbers >= _PLACEHOLDERS_FROM else None
+
+    def _agent_of(self, entry: Dict[str, Any], own: str) -> str:
+        """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
+        told apart by the line they begin with."""
+        agent = _text(entry.get("agentId"))
+        if own or entry.get("isSidechain") is not True:
+            return agent or own if own else ""
+        if not agent:
+            uuid = _text(entry.get("uuid"))
+            agent = self.roots.get(_text(entry.get("parentUuid"))) or "sidechain-" + uuid[:8]
+            self.roots[uuid] = agent
+        return agent
+
+    # what the model said
+
+    def _assistant(self, entry: Dict[str, Any]) -> None:
+        message, told = _as_dict(entry.get("message")), self.told
+        usage, model = message.get("usage"), _text(message.get("model"))
+        identity = next(filter(None, map(_text, (
+            message.get("id"), entry.get("requestId"), entry.get("uuid")))), "")
+        if model == "<synthetic>":
+            if entry.get("isApiErrorMessage") is True:
+                told.call_failed(_plain_text(message.get("content")))
+        elif identity and isinstance(usage, dict):
+            blocks = [block for block in map(_as_dict, _as_list(message.get("content"))) if block]
+            thinking = [len(_text(block.get("thinking"))) for block in blocks
+                        if block.get("type") in ("thinking", "redacted_thinking")]
+            text = sum(len(_text(block.get("text"))) for block in blocks
+                       if block.get("type") == "text")
+            told.call(identity, model, _claude_usage(usage), text=text,
+                      thinking=sum(thinking) if thinking else None,
+                      complete=True if message.get("stop_reason") else self.final,
+                      earlier=_earlier_iterations(usage))
+            for block in blocks:
+                if block.get("type") in ("tool_use", "server_tool_use"):
+                    name, given = _text(block.get("name")), block.get("input")
+                    told.tool(_text(block.get("id")), name, given, len(str(given)) + len(name))
+
+    # what entered
+
+    def _user(self, entry: Dict[str, Any]) -> None:
+        content = _as_dict(entry.get("message")).get("content")
+        if entry.get("isCompactSummary") is True:
+            self.told.compaction(len(_plain_text(content)))
+            return
+        text, images = "", 0
+        for block in content if isinstance(content, list) else [content]:
+            if isinstance(block, str):
+                text += block
+            elif isinstance(block, dict) and block.get("type") == "tool_result":
+                self._result(block, entry)
+            elif isinstance(block, dict):
+                text += _text(block.get("text"))
+                images += block.get("type") == "image"
+        size = len(text) + images * IMAGE_CHARACTERS
+        if size and entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN):
+            self.told.prompt(text, size)
+        elif size:
+            self._injected(text, size)
+
+    def _injected(self, text: str, size: int) -> None:
+        typed = re.match(r"\s*<bash-input>(.*?)</bash-input>", text, re.S)
+        event = self.told.context(Source.INJECTED, size, command=typed.group(1) if typed else "")
+        command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
+        if command:
+            # The user orders what comes next, and may have changed anything before.
+            event.data["changes"] = ["?"]
+            arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
+            if not self.agent and not self.command:
+                self.command = f"{command.group(1)} {arguments.group(1) if arguments else ''}"
+
+    def _result(self, block: Dict[str, Any], entry: Dict[str, Any]) -> None:
+        text, size = _result_size(block.get("content"))
+        first, count, total = _file_lines(entry.get("toolUseResult"))
+        self.told.returned(_text(block.get("tool_use_id")), text, size,
+                           failed=block.get("is_error") is True, lines=(first, count, total))
+
+    def _system(self, entry: Dict[str, Any]) -> None:
+        subtype = entry.get("subtype")
+        if subtype == "compact_boundary":
+            self.told.compaction()
+        elif subtype == "microcompact_boundary":
+            self.told.compaction(partial=True)
+        elif subtype == "api_error":
+            self.told.call_failed(kind="transient")
+
+    def _attachment(self, entry: Dict[str, Any]) -> None:
+        attachment = _as_dict(entry.get("attachment"))
+        kind = _text(attachment.get("type"))
+        if attachment:
+            edited = _text(attachment.get("filename")) if kind == "edited_text_file" else ""
+            self.told.context(Source.ATTACHMENT, len(json.dumps(attachment, ensure_ascii=False)),
+                              edited=edited, kind=kind[:40])
+
+    def _echoed(self) -> None:
+        """Tell the responses that only progress lines hold, and what their agents were told in
+        between."""
+        known, agents = set(filter(self.told.knows, map(_echo_id, self.echoes))), self.told.agents
+        for path, line, agent, inner in self.echoes:
+            self.told.at(path=path)
+            self._at(inner, line, agent)
+            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
+                self._assistant(inner)
+            elif inner.get("type") == "user" and agent not in agents:
+                self._user(inner)
+
+
+def _echo_id(echo: Tuple[str, int, str, Dict[str, Any]]) -> str:
+    return _text(echo[3]["message"].get("id"))
+
+
+def _file_lines(details: Any) -> Tuple[int, int, int]:
+    """The first line, how many, and how many the file has, as a read's details tell them."""
+    file = _as_dict(_as_dict(details).get("file"))
+    first, count, total = (_count_of(file.get(f"{name}Line{end}")) for name, end in (
+        ("start", ""), ("num", "s"), ("total", "s")))
+    return first, count, total
+
+
+def _plain_text(content: Any) -> str:
+    """The text of a message's content, which is a text or a list of blocks."""
+    if isinstance(content, list):
+        return "\n".join(_text(_as_dict(block).get("text")) for block in content
+                         if isinstance(block, dict))
+    return _text(content)
+
+
+def _result_size(content: Any) -> Tuple[str, int]:
+    """A tool result's text, and its size in characters with images at their weight."""
+    images = sum(_as_dict(block).get("type") == "image" for block in _as_list(content))
+    text = _plain_text(content)
+    return text, len(text) + images * IMAGE_CHARACTERS
+
+
+def _claude_usage(usage: Dict[str, Any]) -> Usage:
+    split = _as_dict(usage.get("cache_creation"))
+    hour = _count_of(split.get("ephemeral_1h_input_tokens"))
+    written = _count_of(usage.get("cache_creation_input_tokens")) \
+        or hour + _count_of(split.get("ephemeral_5m_input_tokens"))
+    hour = min(hour, written)
+    return Usage(_count_of(usage.get("input_tokens")), written - hour, hour,
+                 _count_of(usage.get("cache_read_input_tokens")),
+                 _count_of(usage.get("output_tokens")))
+
+
+def _earlier_iterations(usage: Dict[str, Any]) -> List[Tuple[str, Usage]]:
+    """Model and usage of the calls that the top level of a usage leaves out: all but the last."""
+    entries = [_as_dict(entry) for entry in _as_list(usage.get("iterations"))]
+    return [(_text(entry.get("model")), _claude_usage(entry)) for entry in entries[:-1] if entry]
 
 
 def _head_of(path: str, size: int, *, from_end: bool = False) -> bytes:
@@ -5844,493 +6087,9 @@ def _head_of(path: str, size: int, *, from_end: bool = False) -> bytes:
         return b""
 
 
-_BOOKKEEPING = (b'{"type":"file-history-snapshot"', b'{"type":"queue-operation"', b'{"type":"last-prompt"',
-                b'{"type":"mode"', b'{"type":"custom-title"', b'{"type":"ai-title"', b'{"type":"permission-mode"',
-                b'{"type":"summary"')
-_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>", "<local-command-stderr>",
-              "<bash-stderr>", "<local-command-caveat>", "<bash-input>",
-              "<bash-stdout>", "<task-notification>", "<system-reminder>", "<ide_opened_file>", "<ide_selection>",
-              "[Request interrupted by user", "Caveat: The messages below")
-_PLACEHOLDERS_FROM = (2, 1, 8)  # the first version that writes responses whose output is never filled in
-
-
-class _ClaudeMessages:
-    """What the messages of one session say, agent by agent: responses, what entered the context, tool results."""
-
-    def __init__(self, reader: ClaudeCodeReader, paths: List[str], claim: Callable[[str], bool],
-                 skip: Callable[[str, int, str], None]):
-        self.reader, self.paths, self.claim, self.report_skip = reader, paths, claim, skip
-        self.windows: Dict[str, WindowBuilder] = {}
-        self.tools: Dict[str, ToolEvents] = {}
-        self.calls: Dict[str, Tuple[Call, str]] = {}          # message id: call, agent
-        self.stopped: Dict[str, bool] = {}                     # message id: a line of it has a stop_reason
-        self.usage: Tuple[str, Any] = ("", None)               # message id and usage of the last line that had one
-        self.open: Dict[str, Tuple[SessionEvent, str, Any]] = {}  # tool use id: event, agent, input
-        self.echoes: List[Tuple[str, int, str, Any]] = []      # path, line, agent and message of progress lines
-        self.roots: Dict[str, str] = {}                        # uuid of an inline sidechain line: its agent
-        self.uuids: set = set()
-        self.iterations: set = set()                           # message id and number of the iterations counted
-        self.models: Dict[str, int] = {}
-        self.facts: Dict[str, Any] = {}                        # session id, cwd, version, task, first and last time
-        self.counters: Dict[str, int] = {}
-        self.path, self.line, self.file_agent = "", 0, ""
-
-    def _count(self, name: str) -> None:
-        self.counters[name] = self.counters.get(name, 0) + 1
-
-    def _window(self, agent: str) -> WindowBuilder:
-        window = self.windows.get(agent)
-        if window is None:
-            overhead = "compaction" if agent.startswith("acompact") else \
-                "suggestion" if agent.startswith("aprompt_suggestion") else ""
-            window = self.windows[agent] = WindowBuilder(agent, overhead)
-            self.tools[agent] = ToolEvents(self.facts.get("cwd", ""))
-        return window
-
-    def _event(self, event_type: EventType, entry: Dict[str, Any], **data: Any) -> SessionEvent:
-        data["line"] = self.line
-        if self.path != self.paths[0]:
-            data["path"] = self.path
-        return SessionEvent("", _text(entry.get("timestamp")), event_type, data)
-
-    def _assistant(self, entry: Dict[str, Any], agent: str) -> None:
-        message = entry.get("message")
-        if not isinstance(message, dict):
-            return
-        model = _text(message.get("model"))
-        if model == "<synthetic>":
-            if entry.get("isApiErrorMessage") is True:
-                text = _plain_text(message.get("content"))
-                event = self._event(EventType.ERROR, entry, tool="model call", error_hash=digest_of(normal_message(text)),
-                                    kind=failure_kind({"message": text}) or "interrupted", changes=[])
-                self._window(agent).item(event, 0)
-            return
-        key = _text(message.get("id")) or _text(entry.get("requestId")) or _text(entry.get("uuid"))
-        usage = message.get("usage")
-        if not key or not isinstance(usage, dict):
-            return
-        call, owner = self.calls.get(key) or self._new_call(key, entry, agent, model, usage)
-        if owner != agent:
-            return  # an aside that replays its parent's responses
-        if (key, usage) != self.usage:  # the lines of a response stand together and mostly repeat it
-            if usage.get("iterations"):
-                self._iterations(key, call, entry, agent, usage)
-            call.use(*_claude_usage(usage))
-            self.usage = (key, usage)
-        if key not in self.stopped or message.get("stop_reason"):
-            self.stopped[key] = bool(message.get("stop_reason"))
-        content = message.get("content")
-        for block in content if isinstance(content, list) else ():
-            if isinstance(block, dict):
-                self._block(block, call, entry, agent)
-
-    def _new_call(self, key: str, entry: Dict[str, Any], agent: str, model: str, usage: Dict[str, Any]) -> Tuple[Call, str]:
-        window, counted = self._window(agent), self.claim(key)
-        if not counted:
-            self._count("calls_elsewhere")
-        elif not agent or model not in self.models:
-            self.models[model] = self.models.get(model, 0) + (1 if not agent else 0)
-        event = self._event(EventType.AI_RESPONSE, entry, response_id=key)
-        event.model = model.lower()
-        self.calls[key] = (window.call(Call(event, counted)), agent)
-        return self.calls[key]
-
-    def _iterations(self, key: str, call: Call, entry: Dict[str, Any], agent: str, usage: Dict[str, Any]) -> None:
-        """The calls before the one whose usage the top level repeats: each billed, on its own model, once per response."""
-        for number, earlier in enumerate(_earlier_iterations(usage)):
-            if (key, number) not in self.iterations:
-                self.iterations.add((key, number))
-                event = self._event(EventType.AI_RESPONSE, entry, response_id=key, iteration=number)
-                event.model = _text(earlier.get("model")).lower() or call.event.model
-                extra = Call(event, call.counted)
-                extra.use(*_claude_usage(earlier))
-                self._window(agent).call_before(call, extra)
-
-    def _block(self, block: Dict[str, Any], call: Call, entry: Dict[str, Any], agent: str) -> None:
-        kind = block.get("type")
-        if kind == "text":
-            call.parts.append(("text", len(_text(block.get("text"))), None))
-        elif kind in ("thinking", "redacted_thinking"):
-            self._thinking(len(_text(block.get("thinking"))), call, entry)
-        elif kind in ("tool_use", "server_tool_use"):
-            name, arguments = _text(block.get("name")), block.get("input")
-            identity = _text(block.get("id"))
-            if identity and identity in self.open:
-                return
-            event = self.tools[agent].call(name, arguments, _text(entry.get("timestamp")),
-                                           _text(call.event.data["response_id"]), self.line)
-            event.model = call.event.model
-            if self.path != self.paths[0]:
-                event.data["path"] = self.path
-            size = len(str(arguments)) + len(name)
-            call.parts.append(("tool", size, event))
-            self.open[identity] = (event, agent, arguments)
-            self._window(agent).tool(event)
-
-    def _thinking(self, size: int, call: Call, entry: Dict[str, Any]) -> None:
-        if not size:
-            if call.counted and not any(kind == "thinking" and not s for kind, s, _ in call.parts):
-                self._count("redacted_thinking_calls")
-            call.parts.append(("thinking", 0, None))
-            return
-        known = next((event for kind, _, event in call.parts if kind == "thinking" and event), None)
-        if known is None:
-            known = self._event(EventType.THINKING, entry, response_id=call.event.data["response_id"])
-            known.model = call.event.model
-        call.parts.append(("thinking", size, known))
-
-    def _user(self, entry: Dict[str, Any], agent: str) -> None:
-        message = entry.get("message")
-        content = message.get("content") if isinstance(message, dict) else None
-        if entry.get("isCompactSummary") is True:
-            self._compaction(entry, agent, len(_plain_text(content)))
-            return
-        text, images = "", 0
-        for block in content if isinstance(content, list) else [content]:
-            if isinstance(block, str):
-                text += block
-            elif isinstance(block, dict) and block.get("type") == "tool_result":
-                self._result(block, entry, agent)
-            elif isinstance(block, dict):
-                text += _text(block.get("text"))
-                images += block.get("type") == "image"
-        if text or images:
-            self._prompt(entry, agent, text, images)
-
-    def _prompt(self, entry: Dict[str, Any], agent: str, text: str, images: int) -> None:
-        human = entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN)
-        if human:
-            event = self._event(EventType.USER_MESSAGE, entry)
-            if not agent and "task" not in self.facts and text.strip():
-                self.facts["task"] = task_line(text)
-        else:
-            event = self._event(EventType.CONTEXT_LOAD, entry, source="injected")
-            typed = re.match(r"\s*<bash-input>(.*?)</bash-input>", text, re.S)
-            if typed:  # a shell line of the user's own
-                event.data["changes"] = shell_effects(typed.group(1), self.facts.get("cwd", "")).changes
-            command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
-            if command:
-                event.data["changes"] = ["?"]  # the user orders what comes next, and may have changed anything before
-            if command and not agent:
-                arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
-                self.facts.setdefault("command", task_line(
-                    f"{command.group(1)} {arguments.group(1) if arguments else ''}"))
-        self._window(agent).item(event, len(text) + images * IMAGE_CHARACTERS)
-
-    def _compaction(self, entry: Dict[str, Any], agent: str, characters: int, **data: Any) -> None:
-        if agent in self.tools:
-            self.tools[agent].memory.clear()
-        self._window(agent).item(self._event(EventType.CONTEXT_LOAD, entry, source="compaction", **data), characters)
-
-    def _result(self, block: Dict[str, Any], entry: Dict[str, Any], agent: str) -> None:
-        identity = _text(block.get("tool_use_id"))
-        if identity not in self.open:
-            self._orphan(identity, entry, agent)
-        event, owner, arguments = self.open[identity]
-        text, characters = _result_size(block.get("content"))
-        details = entry.get("toolUseResult")
-        self._window(owner).result(event, characters)
-        event.duration_ms = _milliseconds(event.timestamp, _text(entry.get("timestamp")))
-        if block.get("is_error") is True:
-            self.tools[owner].failure(event, text, arguments)
-        else:
-            file = details.get("file") if isinstance(details, dict) and event.data["tool"] == "Read" else None
-            known = [_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")] if isinstance(
-                file, dict) else []
-            self.tools[owner].result(event, text, *known)
-        if event.data["tool"] in ("Task", "Agent") and "kind" not in event.data:
-            event.data["changes"] = []  # what the sub-agent changed is in its own events
-
-    def _orphan(self, identity: str, entry: Dict[str, Any], agent: str) -> None:
-        """A result whose call is in no readable line: a tool call of unknown kind."""
-        event = self._event(EventType.TOOL_CALL, entry, tool="unknown", kind="unreadable", changes=["?"])
-        self.open[identity] = (event, agent, None)
-        self._window(agent).tool(event)
-
-    def _system(self, entry: Dict[str, Any], agent: str) -> None:
-        subtype = entry.get("subtype")
-        if subtype == "compact_boundary":
-            self._compaction(entry, agent, 0)
-        elif subtype == "microcompact_boundary":
-            self._compaction(entry, agent, 0, partial=True)
-        elif subtype == "api_error":
-            self._window(agent).item(self._event(EventType.ERROR, entry, tool="model call", kind="transient", changes=[]), 0)
-
-    def _attachment(self, entry: Dict[str, Any], agent: str) -> None:
-        attachment = entry.get("attachment")
-        if not isinstance(attachment, dict):
-            return
-        event = self._event(EventType.CONTEXT_LOAD, entry, source="attachment", kind=_text(attachment.get("type"))[:40])
-        if attachment.get("type") == "edited_text_file" and isinstance(attachment.get("filename"), str):
-            event.data["changes"] = [canonical_path(attachment["filename"], self.facts.get("cwd", ""))]
-        self._window(agent).item(event, len(json.dumps(attachment, ensure_ascii=False)))
-
-    def _progress(self, entry: Dict[str, Any]) -> None:
-        data = entry.get("data")
-        inner = data.get("message") if isinstance(data, dict) else None
-        if not isinstance(data, dict) or not isinstance(inner, dict) or not isinstance(inner.get("message"), dict):
-            return
-        self.echoes.append((self.path, self.line, _text(data.get("agentId")), inner))
-
-    def _echoed(self) -> None:
-        """Read the responses that only progress lines hold, and what their agents were told in between."""
-        known, agents = set(self.calls), set(self.windows)
-        for path, line, agent, inner in self.echoes:
-            self.path, self.line, self.file_agent = path, line, agent
-            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
-                self._assistant(inner, self.file_agent)
-            elif inner.get("type") == "user" and self.file_agent not in agents:
-                self._user(inner, self.file_agent)
-
-
-class _ClaudeUnit(_ClaudeMessages):
-    """One session while its files are read."""
-
-    def session(self) -> List[Session]:
-        """The session of this unit; none when no file holds a line of one."""
-        for path in self.paths:
-            self._file(path)
-        self._echoed()
-        if not self.windows and "session_id" not in self.facts:
-            return []
-        placeholders = self.facts.get("version_number", ()) >= _PLACEHOLDERS_FROM
-        for message_id, (call, _) in self.calls.items():
-            call.exact = self.stopped[message_id]
-            implausible = 8 * call.output < sum(size for _, size, _ in call.parts)  # below half of 4 characters per token
-            if not call.exact and call.counted and (placeholders or implausible):
-                self._count("output_lower_bound_calls")
-        return [self._build()]
-
-    def _build(self) -> Session:
-        facts = self.facts
-        stem = os.path.splitext(os.path.basename(self.paths[0]))[0]
-        own_id = stem if _UUID.match(stem) or not facts.get("session_id") else facts["session_id"]
-        model = max(self.models, key=lambda name: self.models[name]) if self.models else "default"
-        source = {"reader": self.reader.name, "path": self.paths[0], "session_id": facts.get("session_id", stem),
-                  "cwd": facts.get("cwd", ""), "version": facts.get("version", "")}
-        if len(self.paths) > 1:
-            source["paths"] = self.paths[1:]
-        session = Session(slug(own_id), self.reader.agent, facts.get("task") or facts.get("command") or "",
-                          SessionStatus.COMPLETED, facts.get("first", ""), facts.get("last", ""), model=model,
-                          metadata=dict({"source": source}, **{k: v for k, v in self.counters.items() if v}))
-        session.events = join_windows(self.windows.values())
-        for event in session.events:
-            if event.model == model:
-                event.model = ""
-            session.total_tokens_input += event.tokens_input
-            session.total_tokens_output += event.tokens_output
-            session.total_duration_ms += event.duration_ms
-        return session
-
-    def _file(self, path: str) -> None:
-        self.path, self.line = path, 0
-        self.file_agent = os.path.basename(path)[6:-6] if path != self.paths[0] or _is_agent_file(path) else ""
-        for number, line in numbered_lines(path):
-            self.line = number
-            if b'"tool_use_id":"' in line and self._plain_result(line):
-                continue
-            if line.startswith(_BOOKKEEPING) or b'"type":"progress"' in line and b'"agent_progress"' not in line:
-                if b'"sessionId"' in line and "session_id" not in self.facts:
-                    self.facts["session_id"] = _session_id_in(path)
-                continue
-            entry = self._parsed(line)
-            if entry is not None:
-                self._entry(entry)
-
-    def _plain_result(self, line: bytes) -> bool:
-        """Take in a line that holds one successful tool result with a text, without parsing it (these lines are most of a
-        transcript's bytes); False leaves the line to the parser.
-
-        In JSON every quote inside a text follows a backslash, so '","' and '},"' are never part of one.
-        """
-        parts = _PLAIN_RESULT.match(line)
-        if parts and not self.file_agent and b'"isSidechain":true' in parts.group():
-            return False  # an inline sub-agent is followed from line to line
-        found = parts and self.open.get((parts.group(1) or parts.group(2)).decode())
-        if not found:
-            return False
-        start = parts.end()
-        end = line.find(b'}]},"', start)
-        close = line.find(b'","', start, end)
-        stamp = _RESULT_TAIL.match(line, end) if end > 0 else None
-        if not stamp or close >= 0 and line[close + 1:end] != b',"is_error":false':
-            return False
-        uuid = stamp.group(1)
-        if uuid not in self.uuids:
-            self.uuids.add(uuid)
-            event, owner, _ = found
-            self._take_result(event, owner, line[start:close if close >= 0 else end - 1], line, stamp)
-        return True
-
-    def _take_result(self, event: SessionEvent, owner: str, raw: bytes, line: bytes, stamp: Any) -> None:
-        facts, timestamp = self.facts, stamp.group(2).decode()
-        if timestamp > facts.get("last", ""):
-            facts["last"] = timestamp
-        event.duration_ms = _milliseconds(event.timestamp, timestamp)
-        if event.event_type is EventType.FILE_READ or event.event_type is EventType.SEARCH:
-            text = _json_text(raw)
-            file = _FILE_TAIL.search(line, max(stamp.end(), len(line) - 400)) if event.data["tool"] == "Read" else None
-            count, first, total = map(int, file.groups()) if file else (0, 0, 0)
-            self._window(owner).result(event, len(text))
-            self.tools[owner].result(event, text, first, count, total)
-        else:
-            self._window(owner).result(event, _json_length(raw))
-            if event.data["tool"] in ("Task", "Agent"):
-                event.data["changes"] = []  # what the sub-agent changed is in its own events
-
-    def _parsed(self, line: bytes) -> Optional[Dict[str, Any]]:
-        try:
-            entry = _parsed_line(line)
-        except (ValueError, RecursionError) as error:
-            if line.endswith(b"\n") and line.strip():
-                self._skip(f"not JSON: {error}")
-                self._damaged_result(line)
-            return None
-        if not isinstance(entry, dict):
-            self._skip(f"not an object but a {type(entry).__name__}")
-            return None
-        return entry
-
-    def _skip(self, reason: str) -> None:
-        self._count("damaged_lines")
-        self.report_skip(self.path, self.line, reason)
-
-    def _damaged_result(self, line: bytes) -> None:
-        """A tool result in a line that is no JSON still entered the context: its size is the line's."""
-        identity = re.search(rb'"tool_use_id"\s*:\s*"([^"]{1,100})"', line)
-        found = self.open.get(identity.group(1).decode("utf-8", "replace")) if identity else None
-        if found:
-            event, owner, _ = found
-            event.data["truncated"] = True  # what it showed is not known
-            self._window(owner).result(event, len(line.split(b'"toolUseResult"')[0]))
-
-    def _entry(self, entry: Dict[str, Any]) -> None:
-        kind = entry.get("type")
-        if kind == "progress":
-            self._progress(entry)
-            return
-        if kind not in ("assistant", "user", "system", "attachment"):
-            return
-        uuid = entry.get("uuid")
-        if isinstance(uuid, str):
-            key = uuid.encode("utf-8", "replace")
-            if key in self.uuids:
-                return
-            self.uuids.add(key)
-        self._facts(entry)
-        agent = self._agent_of(entry)
-        if kind == "assistant":
-            self._assistant(entry, agent)
-        elif kind == "user":
-            self._user(entry, agent)
-        elif kind == "system":
-            self._system(entry, agent)
-        else:
-            self._attachment(entry, agent)
-
-    def _facts(self, entry: Dict[str, Any]) -> None:
-        facts = self.facts
-        if not ("session_id" in facts and "cwd" in facts and "version" in facts):
-            for key, name in (("session_id", "sessionId"), ("cwd", "cwd"), ("version", "version")):
-                if key not in facts and isinstance(entry.get(name), str) and entry[name]:
-                    facts[key] = entry[name]
-                    if key == "version":
-                        facts["version_number"] = tuple(int(n) for n in re.findall(r"\d+", entry[name])[:3])
-        timestamp = _text(entry.get("timestamp"))
-        if timestamp:
-            if timestamp < facts.setdefault("first", timestamp):
-                facts["first"] = timestamp
-            if timestamp > facts.get("last", ""):
-                facts["last"] = timestamp
-
-    def _agent_of(self, entry: Dict[str, Any]) -> str:
-        """The agent a line belongs to: "" for the main one. Inline sidechains without an id are told apart by the line
-        they begin with."""
-        if self.file_agent:
-            return _text(entry.get("agentId")) or self.file_agent
-        if entry.get("isSidechain") is not True:
-            return ""
-        agent = _text(entry.get("agentId"))
-        if not agent:
-            parent = _text(entry.get("parentUuid"))
-            agent = self.roots.get(parent) or "sidechain-" + _text(entry.get("uuid"))[:8]
-            self.roots[_text(entry.get("uuid"))] = agent
-        return agent
-
-
-_PLAIN_RESULT = _Pattern(
-    rb'\{"parentUuid":(?:null|"[^"\\]*"),[^\[{\\]{0,800}"message":\{"role":"user","content":\[\{'
-    rb'(?:"tool_use_id":"([^"\\]+)","type":"tool_result","content":"'
-    rb'|"type":"tool_result","tool_use_id":"([^"\\]+)","content":")')
-_RESULT_TAIL = _Pattern(rb'\}\]\},"uuid":"([^"\\]+)","timestamp":"([^"\\]+)"')
-_FILE_TAIL = _Pattern(rb'"numLines":(\d+),"startLine":(\d+),"totalLines":(\d+)\}')
-
-
-_decode_entry = json.JSONDecoder().raw_decode
-
-
-def _parsed_line(line: bytes) -> Any:
-    """What ``json.loads`` makes of a line, with less ado where it begins and ends with an object."""
-    text = line.decode("utf-8", "replace")
-    if text.startswith("{"):
-        entry, end = _decode_entry(text)
-        if end + 1 >= len(text) and text[end:] in ("", "\n"):
-            return entry
-    return json.loads(text)
-
-
-def _json_length(raw: bytes) -> int:
-    """Characters of a text in JSON's spelling: an escape is one."""
-    if not raw.isascii() or b"\\u" in raw:
-        return len(_json_text(raw))
-    return len(raw) - raw.count(b"\\") + raw.count(b"\\\\")
-
-
-def _json_text(raw: bytes) -> str:
-    """The text that stands in JSON's spelling between two quotes; with a flaw in it, as it stands."""
-    text = raw.decode("utf-8", "replace")
-    try:
-        return scanstring(text + '"', 0, False)[0]
-    except ValueError:
-        return text
-
-
-_UUID = _Pattern(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
-
-
 def _text(value: Any) -> str:
     """The value where it is a text, else ""."""
     return value if value.__class__ is str else ""
-
-
-def _plain_text(content: Any) -> str:
-    """The text of a message's content, which is a text or a list of blocks."""
-    if isinstance(content, list):
-        return "\n".join(_text(block.get("text")) for block in content if isinstance(block, dict))
-    return _text(content)
-
-
-def _result_size(content: Any) -> Tuple[str, int]:
-    """A tool result's text, and its size in characters with images at their weight."""
-    images = sum(isinstance(block, dict) and block.get("type") == "image" for block in content) \
-        if isinstance(content, list) else 0
-    text = _plain_text(content)
-    return text, len(text) + images * IMAGE_CHARACTERS
-
-
-def _claude_usage(usage: Dict[str, Any]) -> Tuple[int, int, int, int, int]:
-    split = usage.get("cache_creation")
-    hour = _count_of(split.get("ephemeral_1h_input_tokens")) if isinstance(split, dict) else 0
-    five = _count_of(split.get("ephemeral_5m_input_tokens")) if isinstance(split, dict) else 0
-    return (_count_of(usage.get("input_tokens")), _count_of(usage.get("cache_creation_input_tokens")) or five + hour,
-            hour, _count_of(usage.get("cache_read_input_tokens")), _count_of(usage.get("output_tokens")))
-
-
-def _earlier_iterations(usage: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The iterations the top level of a usage leaves out: all but the last."""
-    iterations = usage.get("iterations")
-    entries = [entry for entry in iterations if isinstance(entry, dict)] if isinstance(iterations, list) else []
-    return entries[:-1]
 
 
 def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
