@@ -7237,6 +7237,7 @@ _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 # -- what an agent tells while it works: the hooks of Claude Code
 
 CHARACTERS_PER_TOKEN = 3.6  # over transcripts that record their output in full
+_PERSISTED = 2_000  # characters of a large output that are shown, the rest is in a file
 
 
 def estimated_tokens(characters: int) -> int:
@@ -7245,106 +7246,99 @@ def estimated_tokens(characters: int) -> int:
 
 
 def hook_event(payload: Dict[str, Any]) -> Optional[SessionEvent]:
-    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No prompt and no output is
-    kept. Tokens are estimates (``data["estimated"]``): a hook knows texts, not usage."""
-    make = _HOOKS.get(_text(payload.get("hook_event_name")))
-    if make is None:
+    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No
+    prompt and no output is kept. Tokens are estimates (``data["estimated"]``): a hook knows texts,
+    not usage."""
+    told, kind = _hook_recorder(payload), payload.get("hook_event_name")
+    prompt, answer = (_text(payload.get(name)) for name in ("prompt", "last_assistant_message"))
+    if kind == "UserPromptSubmit":
+        event = told.prompt(prompt)
+        event.tokens_input = estimated_tokens(len(prompt))
+    elif kind in ("Stop", "SubagentStop"):
+        event = told.call("", "", None)
+        event.tokens_output = estimated_tokens(len(answer))
+        if kind == "SubagentStop":
+            event.event_type = EventType.CUSTOM
+            agent_type = _text(payload.get("agent_type"))[:80]
+            event.data.update(source="sub-agent", agent_type=agent_type)
+    elif kind == "PreCompact":
+        event = told.compaction(trigger=_text(payload.get("trigger"))[:20])
+    elif kind in ("PostToolUse", "PostToolUseFailure"):
+        event = _hook_result(payload, told)
+    else:
         return None
-    event = make(payload)
-    event.timestamp, event.agent_id = now_text(), _text(payload.get("agent_id"))
-    event.duration_ms = _count_of(payload.get("duration_ms"))
     if event.tokens:
         event.data["estimated"] = True
+    event.duration_ms = _count_of(payload.get("duration_ms"))
+    return _unplaced(event)
+
+
+def _hook_recorder(payload: Dict[str, Any]) -> Recorder:
+    told = Recorder(ClaudeCodeReader(), [""])
+    told.session(cwd=_text(payload.get("cwd")))
+    told.at(now_text(), agent=_text(payload.get("agent_id")))
+    return told
+
+
+def _unplaced(event: SessionEvent) -> SessionEvent:
+    """A hook knows neither the line of a transcript nor a response."""
+    for name in ("line", "response_id"):
+        event.data.pop(name, None)
     return event
 
 
-def hook_call(payload: Dict[str, Any]) -> Tuple[ToolEvents, SessionEvent]:
-    """The tool call a hook tells of, as a scan would make it, and who can take in its result."""
-    tools, arguments = ToolEvents(_text(payload.get("cwd"))), payload.get("tool_input")
-    event = tools.call(_text(payload.get("tool_name")), arguments, "", "", 0)
-    del event.data["response_id"], event.data["line"]  # a hook knows neither
-    event.tokens_output = estimated_tokens(len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))))
-    return tools, event
+def hook_call(payload: Dict[str, Any], told: Optional[Recorder] = None) -> SessionEvent:
+    """The tool call a hook tells of, as a scan would make it."""
+    told, arguments = told or _hook_recorder(payload), payload.get("tool_input")
+    event = told.tool("call", _text(payload.get("tool_name")), arguments)
+    size = len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":")))
+    event.tokens_output = estimated_tokens(size)
+    return _unplaced(event)
 
 
-def _hook_prompt(payload: Dict[str, Any]) -> SessionEvent:
-    return SessionEvent("", "", EventType.USER_MESSAGE, {}, estimated_tokens(len(_text(payload.get("prompt")))))
-
-
-def _hook_answer(payload: Dict[str, Any]) -> SessionEvent:
-    return SessionEvent("", "", EventType.AI_RESPONSE, {}, 0, estimated_tokens(len(_text(payload.get("last_assistant_message")))))
-
-
-def _hook_subagent(payload: Dict[str, Any]) -> SessionEvent:
-    event = _hook_answer(payload)
-    event.event_type = EventType.CUSTOM
-    event.data.update(source="sub-agent", agent_type=_text(payload.get("agent_type"))[:80])
-    return event
-
-
-def _hook_compaction(payload: Dict[str, Any]) -> SessionEvent:
-    return SessionEvent("", "", EventType.CONTEXT_LOAD, {"source": "compaction", "trigger": _text(payload.get("trigger"))[:20]})
-
-
-def _hook_result(payload: Dict[str, Any]) -> SessionEvent:
-    tools, event = hook_call(payload)
-    response = payload.get("tool_response")
-    text, characters = _response_text(response)
-    event.tokens_input = estimated_tokens(characters)
-    details = response if isinstance(response, dict) else {}
-    file: Dict[str, Any] = details["file"] if isinstance(details.get("file"), dict) else {}
-    if details.get("type") == "file_unchanged":
-        event.data["unchanged"] = True
+def _hook_result(payload: Dict[str, Any], told: Recorder) -> SessionEvent:
+    event, response = hook_call(payload, told), payload.get("tool_response")
+    if payload["hook_event_name"] == "PostToolUseFailure":
+        text, size = _text(payload.get("error")), len(_text(payload.get("error")))
+        told.returned("call", text, failed=True,
+                      kind="interrupted" if payload.get("is_interrupt") is True else "")
     else:
-        tools.result(event, text, *[_count_of(file.get(name)) for name in ("startLine", "numLines", "totalLines")])
-    if details.get("persistedOutputPath") or details.get("interrupted") is True or details.get("truncated") is True:
-        event.data["truncated"] = True
-    if event.data["tool"] in ("Task", "Agent"):
-        event.data["changes"] = []  # what the sub-agent changed is in its own events
+        details = _as_dict(response)
+        text, size = _response_text(response)
+        cut = bool(details.get("persistedOutputPath")) or True in (
+            details.get("interrupted"), details.get("truncated"))
+        unchanged = details.get("type") == "file_unchanged"
+        told.returned("call", None if unchanged else text, lines=_file_lines(details), cut=cut)
+        if unchanged:
+            event.data["unchanged"] = True
+    event.tokens_input = estimated_tokens(size)
     return event
-
-
-def _hook_failure(payload: Dict[str, Any]) -> SessionEvent:
-    tools, event = hook_call(payload)
-    message = _text(payload.get("error"))
-    tools.failure(event, message, payload.get("tool_input"))
-    event.tokens_input = estimated_tokens(len(message))
-    if payload.get("is_interrupt") is True:
-        event.data["kind"] = "interrupted"
-    return event
-
-
-_HOOKS: Dict[str, Callable[[Dict[str, Any]], SessionEvent]] = {
-    "UserPromptSubmit": _hook_prompt, "PostToolUse": _hook_result, "PostToolUseFailure": _hook_failure,
-    "SubagentStop": _hook_subagent, "PreCompact": _hook_compaction, "Stop": _hook_answer}
-
-_PERSISTED = 2_000  # characters of a large output that are shown, the rest is in a file
 
 
 def _response_text(response: Any) -> Tuple[str, int]:
-    """The text of a tool's structured response as near as can be to what the model is shown, and its size in characters."""
-    if isinstance(response, dict) and isinstance(response.get("content"), list):
+    """The text of a tool's structured response as near as can be to what the model is shown, and
+    its size in characters."""
+    if isinstance(_as_dict(response).get("content"), list):
         response = response["content"]
     if isinstance(response, (str, list)):
         return _result_size(response)
-    if not isinstance(response, dict):
-        return "", 0
-    file: Dict[str, Any] = response["file"] if isinstance(response.get("file"), dict) else {}
-    if response.get("isImage") is True or "base64" in file:
+    details = _as_dict(response)
+    file = _as_dict(details.get("file"))
+    if details.get("isImage") is True or "base64" in file:
         return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
-    if "structuredPatch" in response:  # a write: the model is shown what changed, not the file
-        hunks = response["structuredPatch"] if isinstance(response["structuredPatch"], list) else []
-        text = "\n".join(_text(line) for hunk in hunks if isinstance(hunk, dict) for line in hunk.get("lines") or ())
-    elif "stdout" in response:
-        text = "\n".join(part for part in (_text(response["stdout"]), _text(response.get("stderr"))) if part)
+    if "structuredPatch" in details:  # a write: the model is shown what changed, not the file
+        text = "\n".join(_text(line) for hunk in _as_list(details["structuredPatch"])
+                         for line in _as_list(_as_dict(hunk).get("lines")))
+    elif "stdout" in details:
+        text = "\n".join(filter(None, map(_text, (details["stdout"], details.get("stderr")))))
     else:
-        found = [file.get("content"), response.get("content"), response.get("result"), response.get("filenames")]
-        text = next((part for part in found if part and isinstance(part, str)), "")
-        if not text and isinstance(response.get("filenames"), list):
-            text = "\n".join(map(str, response["filenames"]))
-        elif not text and not file:
-            text = json.dumps({key: value for key, value in response.items() if not key.startswith("duration")}, default=str)
-    return text, min(len(text), _PERSISTED) if response.get("persistedOutputPath") else len(text)
+        names = "\n".join(map(str, _as_list(details.get("filenames"))))
+        found = (file.get("content"), details.get("content"), details.get("result"), names)
+        text = next(filter(None, map(_text, found)), "")
+        if not text and not file and "filenames" not in details:
+            rest = {key: value for key, value in details.items() if not key.startswith("duration")}
+            text = json.dumps(rest, default=str)
+    return text, min(len(text), _PERSISTED) if details.get("persistedOutputPath") else len(text)
 
 
 class LiveHooks:
@@ -7416,7 +7410,7 @@ class LiveHooks:
         """See ``SessionOptimizer.guard``."""
         if payload.get("hook_event_name") != "PreToolUse":
             return None
-        session_id, call = slug(_text(payload.get("session_id"))), hook_call(payload)[1]
+        session_id, call = slug(_text(payload.get("session_id"))), hook_call(payload)
         agent, read = _text(payload.get("agent_id")), call.event_type is EventType.FILE_READ
         data = dict(call.data, content="same") if read else call.data  # the file's own time tells
         repeat = self.optimizer.would_repeat(session_id, call.event_type, data, agent)
