@@ -60,6 +60,8 @@ def check_task(task: Task) -> None:
     texts = [task.id, task.title, task.prompt, *task.requires, *task.after]
     if not all(isinstance(text, str) for text in texts) or not task.id.strip():
         raise CrewError(f"task {task.id!r}: id, title, prompt, requires and after are texts, the id not empty")
+    if not task.id.isprintable() or task.id != task.id.strip():
+        raise CrewError(f"task {task.id!r}: an id is one line of printable text")
     if any(mark in name for name in task.requires for mark in ",|"):
         raise CrewError(f"task {task.id}: a capability cannot contain a comma or a bar")
     if not all(isinstance(number, int) for number in (task.priority, task.max_attempts)) or task.max_attempts < 1:

@@ -17,6 +17,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 EXAMPLES = os.path.dirname(HERE)
 sys.path[:0] = [os.path.dirname(EXAMPLES), EXAMPLES]
 from crew import ALL, CrewError, Task, open_bus  # noqa: E402  (found through the line above)
+from crew import __main__ as crew_program  # noqa: E402
+from crew.agents import Agent, Runner  # noqa: E402
+from crew.report import crew_report  # noqa: E402
+from crew.repository import Conflict, Repository, safe_name  # noqa: E402
+from crew.worker import Rules, Worker  # noqa: E402
+from sessionoptimizer import SessionOptimizer, SessionStatus  # noqa: E402
 
 BACKENDS = ("sqlite", "redis")
 
@@ -308,7 +314,7 @@ while not ended.is_set():
     if bus.complete(claim, agent):
         os.write(log, f"accepted {claim.task.id} {claim.attempt}\\n".encode())
 """
-MEMBERS, TASKS, LETTERS, BROADCASTS = 8, 320, 160, 20
+MEMBERS, LETTERS, BROADCASTS = 8, 100, 12
 AGENTS = [f"m{number}" for number in range(MEMBERS)]
 
 
@@ -349,9 +355,9 @@ class Crowd:
         return [line.split()[1:] for line in self.log.read_text().splitlines() if line.startswith(word + " ")]
 
 
-def send_all(bus):
+def send_all(bus, tasks):
     """Tasks that depend on each other, letters to each agent, and broadcasts; returns what must be got."""
-    for number in range(TASKS):
+    for number in range(tasks):
         after = (f"t{number - 40}",) if number >= 40 else ()
         bus.submit(Task(f"t{number}", "", priority=number % 3, requires=("work",), after=after, max_attempts=50))
     for number in range(LETTERS):
@@ -362,10 +368,10 @@ def send_all(bus):
     return letters | {(agent, f"all{number}") for agent in AGENTS for number in range(BROADCASTS)}
 
 
-@pytest.mark.parametrize("kills", [0, 30])
-def test_whoever_is_killed_every_task_is_done_once_and_no_message_is_lost(where, open_queue, tmp_path, kills):
+@pytest.mark.parametrize("kills, tasks", [(0, 60), (20, 160)])
+def test_whoever_is_killed_every_task_is_done_once_and_no_message_is_lost(where, open_queue, tmp_path, kills, tasks):
     bus = open_queue(lease_seconds=1.0 if kills else 60.0)
-    expected = send_all(bus)
+    expected = send_all(bus, tasks)
     crowd, killed = Crowd(where, tmp_path.name, tmp_path / "log"), 0
     try:
         end = time.monotonic() + 45
@@ -385,15 +391,522 @@ def test_whoever_is_killed_every_task_is_done_once_and_no_message_is_lost(where,
             crowd.end(agent)
     assert killed == kills and set(states(bus).values()) == {"DONE"}
     accepted = [task for task, _ in crowd.lines("accepted")]
-    assert len(accepted) == len(set(accepted)) and TASKS - kills <= len(accepted) <= TASKS
+    assert len(accepted) == len(set(accepted)) and tasks - kills <= len(accepted) <= tasks
     got = [tuple(row) for row in crowd.lines("got")]
     assert set(got) == expected
     collected = []
-    while len(collected) < TASKS:
+    while len(collected) < tasks:
         found = bus.receive("collector", limit=50)
-        assert found, f"{TASKS - len(collected)} messages are lost"
+        assert found, f"{tasks - len(collected)} messages are lost"
         collected += [message.body for message in found if message.to != ALL]
-    assert sorted(collected) == sorted(f"t{number}" for number in range(TASKS))
+    assert sorted(collected) == sorted(f"t{number}" for number in range(tasks))
     if not kills:
         assert len(got) == len(expected) and {state.attempts for state in bus.tasks()} == {1}
-    assert json.dumps([state.result in AGENTS for state in bus.tasks()]).count("true") == TASKS
+    assert json.dumps([state.result in AGENTS for state in bus.tasks()]).count("true") == tasks
+
+
+# ---- The repository ----
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty home and no setting of this machine."""
+    for name in list(os.environ):
+        if name.startswith(("GIT_", "SESSIONOPTIMIZER_", "CLAUDE", "ANTHROPIC_", "CREW_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    return tmp_path
+
+
+def git(top, *arguments):
+    done = subprocess.run(["git", *arguments], cwd=str(top), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0, done.stdout.decode()
+    return done.stdout.decode().strip()
+
+
+@pytest.fixture
+def top(home):
+    """A repository with a module for each of eight tasks, and one that several of them change."""
+    place = home / "shop"
+    place.mkdir()
+    git(place, "init", "-q", "-b", "main")
+    git(place, "config", "user.email", "dev@example.org")
+    git(place, "config", "user.name", "Dev")
+    for number in range(1, 9):
+        (place / f"m{number}.txt").write_text(f"module {number}\n")
+    (place / "shared.txt").write_text("x = 0\n" + "-\n" * 20)
+    git(place, "add", "-A")
+    git(place, "commit", "-q", "-m", "Base")
+    return place
+
+
+@pytest.fixture
+def repository(top):
+    made = Repository(str(top), "team")
+    made.prepare()
+    return made
+
+
+def work_in(repository, task, files, attempt=1):
+    """A worktree of a task with a commit of these files: (path, base, head)."""
+    path, base = repository.add_worktree(task, attempt)
+    for name, text in files.items():
+        os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
+        with open(os.path.join(path, name), "w") as file:
+            file.write(text)
+    return path, base, repository.commit_all(path, "Work on " + task, "agent-1")
+
+
+def merge(repository, task, path, head):
+    tip = repository.tip()
+    commit = repository.join(path, head, tip, f"Merge it\n\nCrew-Task: {task}\n", "agent-1")
+    with repository.lock() as held:
+        repository.move(commit, tip, held)
+    return commit
+
+
+def test_a_merge_moves_the_crews_branch_alone_and_is_known_by_its_task(repository, top):
+    before = git(top, "rev-parse", "HEAD")
+    path, _, head = work_in(repository, "a b/ü", {"m1.txt": "one\ntwo\n", "new/file.txt": "x\n"})
+    commit = merge(repository, "a b/ü", path, head)
+    assert repository.merged() == {"a b/ü": commit} and repository.tip() == commit
+    measured = repository.measure(commit)
+    assert (measured.added, measured.deleted, measured.files) == (3, 1, ["m1.txt", "new/file.txt"])
+    assert git(top, "log", "-1", "--format=%an <%ae>", head) == "agent-1 <agent-1@crew.invalid>"
+    assert git(top, "rev-parse", "HEAD") == before and git(top, "status", "--porcelain") == ""
+
+
+def test_a_conflict_names_the_files_and_the_task_in_the_way(repository):
+    one, other = (work_in(repository, task, {"shared.txt": f"x = {task}\n"}) for task in ("t1", "t2"))
+    free = work_in(repository, "t3", {"m3.txt": "three\n"})
+    merge(repository, "t1", one[0], one[2])
+    with pytest.raises(Conflict) as met:
+        merge(repository, "t2", other[0], other[2])
+    assert (met.value.files, met.value.tasks) == (["shared.txt"], ["t1"])
+    merge(repository, "t3", free[0], free[2])  # what changed elsewhere merges
+    assert sorted(repository.merged()) == ["t1", "t3"]
+
+
+def test_a_branch_that_moved_meanwhile_is_not_moved(repository):
+    (one, base, head), (other, _, second) = (work_in(repository, task, {task: "x\n"}) for task in ("t1", "t2"))
+    late = repository.join(other, second, base, "late\n\nCrew-Task: t2\n", "agent-1")
+    merge(repository, "t1", one, head)
+    with repository.lock() as held, pytest.raises(CrewError, match="update-ref"):
+        repository.move(late, base, held)
+    assert list(repository.merged()) == ["t1"]
+
+
+@pytest.mark.parametrize(
+    "name, text, refused",
+    [
+        (".github/workflows/ci.yml", "on: push", True),
+        ("deep/down/.env", "A=1", True),
+        ("keys/server.pem", "x", True),
+        ("migrations/deep/0001.sql", "drop", True),
+        ("m1.txt", "ok = 1\nos.system('rm -rf /')", True),
+        ("github/workflows/ci.yml", "on: push", False),
+        ("environment.py", "A=1", False),
+        ("migrations.txt", "rm -r build", False),
+    ],
+)
+def test_protected_paths_and_forbidden_lines(repository, name, text, refused):
+    _, base, head = work_in(repository, "t1", {name: text})
+    protected = [*crew_program.PROTECTED, "migrations/*"]
+    assert bool(repository.refused(base, head, protected, [r"rm\s+-rf"])) is refused
+
+
+def test_a_deletion_and_a_rename_touch_protected_paths_and_a_removed_line_is_not_added(repository):
+    path, base, _ = work_in(repository, "t1", {})
+    git(path, "mv", "m1.txt", "other.txt")
+    with open(os.path.join(path, "shared.txt"), "w") as file:
+        file.write("-\n")
+    head = repository.commit_all(path, "Move", "agent-1")
+    assert repository.refused(base, head, ["m1.txt"], ["x = 0"]) == ["m1.txt is protected by m1.txt"]
+
+
+def test_what_a_killed_git_leaves_is_cleared(repository, top):
+    path, _, head = work_in(repository, "t1", {"m1.txt": "x\n"})
+    lock = os.path.join(repository.common, "refs", "heads", "crew", "team.lock")
+    with open(lock, "w"):
+        pass
+    merge(repository, "t1", path, head)
+    git(top, "worktree", "lock", path)
+    os.unlink(os.path.join(path, ".git"))
+    assert repository.worktrees_of("t1") == [path]
+    repository.remove_worktree(path)
+    repository.remove_worktree(repository.path_of("never", 1))
+    assert len(git(top, "worktree", "list").splitlines()) == 1
+    repository.tidy()
+    assert not os.path.exists(os.path.dirname(repository.worktrees))
+
+
+def test_names_that_differ_stay_different():
+    names = ["a b", "a-b", "a/b", "ü", "", "-", "x" * 80, "x" * 81]
+    assert len({safe_name(name) for name in names}) == len(names)
+    assert all(name and len(name) < 70 and "@" not in name for name in map(safe_name, names))
+
+
+def test_a_branch_that_is_checked_out_and_a_place_without_a_repository_are_refused(top, home):
+    with pytest.raises(CrewError, match="checked out"):
+        Repository(str(top), "team", "main").prepare()
+    with pytest.raises(CrewError, match="in no git repository"):
+        Repository(str(home), "team")
+
+
+# ---- One worker ----
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """Where the agents' scripts are, with the interpreter and the module to run them."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(EXAMPLES), EXAMPLES]))
+    place = tmp_path / "tools"
+    place.mkdir()
+    return place
+
+
+def agent_of(tools, code, name="script", **rest):
+    path = tools / (name + ".py")
+    path.write_text(code)
+    return Agent(name, [sys.executable, str(path), "{prompt}"], **rest)
+
+
+class Post:
+    """A bus in a file of the test's, a worker on it, and what came of its tasks."""
+
+    def __init__(self, tmp_path, repository, agent, rules=None, lease_seconds=20.0, queue="queue.db"):
+        self.bus = open_bus(str(tmp_path / queue), lease_seconds=lease_seconds)
+        self.store = str(tmp_path / "store")
+        self.repository = repository
+        self.worker = Worker(self.bus, repository, agent, rules or Rules(), name=agent.name + "-1", store=self.store)
+
+    def do(self, *tasks):
+        for task in tasks:
+            self.bus.submit(task)
+        self.worker.run()
+        report = crew_report(self.bus, self.repository, self.worker.optimizer)
+        assert self.repository.all_worktrees() == []
+        self.bus.close()
+        return report
+
+
+WRITE = "import os, sys; open(os.environ['CREW_TASK'] + '.txt', 'a').write(sys.argv[1] + '\\n')"
+
+
+def outcomes(report):
+    return {row["id"]: row["outcome"] for row in report["tasks"]}
+
+
+def test_an_agents_change_is_merged_with_its_prompt_as_it_is(tmp_path, repository, tools):
+    prompt = "$(touch x) 'quoted' \"twice\" {braces} ü"
+    report = Post(tmp_path, repository, agent_of(tools, WRITE)).do(Task("t1", "Write", prompt))
+    assert outcomes(report) == {"t1": "merged"} and repository.git("show", repository.into + ":t1.txt") == prompt
+    row = report["tasks"][0]
+    assert (row["added"], row["deleted"], row["files"], row["agent"]) == (1, 0, ["t1.txt"], "script-1")
+    assert (row["sessions"], row["cost_per_line"]) == (1, None)  # a script that logs nothing: no usage is known
+
+
+@pytest.mark.parametrize(
+    "code, rules, outcome, attempts",
+    [
+        ("import sys; print('no idea'); sys.exit(3)", {}, "agent", 2),
+        ("pass", {}, "unchanged", 1),
+        (WRITE, {"test": "grep never t1.txt"}, "tests", 2),
+        (WRITE, {"protected": ["t1*"]}, "protected", 1),
+        (WRITE, {"forbidden": ["do it"]}, "protected", 1),
+        (WRITE, {"protected": ["t2*"], "forbidden": ["other"], "test": "grep 'do it' t1.txt"}, "merged", 1),
+        ("import time; time.sleep(60)", {"agent_seconds": 0.3}, "agent", 2),
+        (WRITE, {"test": "sleep 60", "test_seconds": 0.3}, "tests", 2),
+        ("import subprocess as s; s.run('git checkout -q --orphan x$$ && git commit -qm x', shell=True)", {}, "history", 2),
+    ],
+)
+def test_what_becomes_of_a_task(tmp_path, repository, tools, code, rules, outcome, attempts):
+    report = Post(tmp_path, repository, agent_of(tools, code), Rules(**rules)).do(Task("t1", "x", "do it", max_attempts=2))
+    (row,) = report["tasks"]
+    assert (row["outcome"], row["attempts"]) == (outcome, attempts)
+    assert (repository.merged() != {}) is (outcome == "merged")
+    statuses = {session.status for session in SessionOptimizer(str(tmp_path / "store")).list_sessions()}
+    assert statuses == {SessionStatus.FAILED if outcome == "agent" else SessionStatus.COMPLETED}
+    left = repository.git("branch", "--list", "crew-left/*")
+    assert bool(left) is (outcome == "protected")
+
+
+def test_an_agent_that_cannot_be_started_is_named(tmp_path, repository):
+    report = Post(tmp_path, repository, Agent("nobody", ["/no/such/agent"])).do(Task("t1", "x", max_attempts=1))
+    assert "cannot start /no/such/agent" in report["tasks"][0]["error"]
+
+
+def test_notes_go_with_the_next_prompt_and_news_of_merges_do_not(tmp_path, repository, tools):
+    post = Post(tmp_path, repository, agent_of(tools, WRITE))
+    post.bus.send("user", "script-1", "keep it short")
+    post.bus.send("user", ALL, "tabs, not spaces", priority=90)
+    post.bus.send("script-2", ALL, {"task": "t0", "outcome": "merged"})
+    post.do(Task("t1", "one", "first", priority=90), Task("t2", "two", "second"))
+    said = repository.git("show", repository.into + ":t1.txt")
+    assert said == "first\n\nMessages for you:\nuser: tabs, not spaces\nuser: keep it short"
+    assert repository.git("show", repository.into + ":t2.txt") == "second"
+
+
+def test_a_merge_that_was_not_reported_is_reported_and_not_made_again(tmp_path, repository, tools):
+    post = Post(tmp_path, repository, agent_of(tools, WRITE), lease_seconds=0.5)
+    post.bus.submit(Task("t1", "Write"))
+    lost = post.bus.claim("script-9")
+    path, _, head = work_in(repository, "t1", {"m1.txt": "x\n"})
+    commit = merge(repository, "t1", path, head)
+    report = post.do()
+    (row,) = report["tasks"]
+    assert (row["outcome"], row["attempts"], row["commit"], row["sessions"]) == ("merged", 2, commit, 0)
+    assert repository.tip() == commit and lost.attempt == 1
+
+
+def test_a_worker_that_lost_its_lease_merges_nothing(tmp_path, repository, tools):
+    post = Post(tmp_path, repository, agent_of(tools, "import time; time.sleep(60)"), lease_seconds=0.4)
+    post.bus.submit(Task("t1", "Write"))
+    claim = post.bus.claim("script-1")
+    claim.renew = lambda: False  # as if it had been suspended
+    assert post.worker.do(claim) is False and repository.merged() == {}
+    assert post.bus.tasks()[0].status == "CLAIMED"
+    post.bus.close()
+
+
+def test_an_agent_ends_with_its_worker(tmp_path, tools):
+    """Three processes: one that starts the agent and is killed, the leash, and an agent that will not go."""
+    stubborn = tools / "stubborn.py"
+    stubborn.write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                        "print('started', flush=True)\nwhile True: time.sleep(0.05); open('alive', 'a').write('x')")
+    code = ("from crew.agents import Runner; import sys\n"
+            "Runner(sys.argv[1]).run([sys.executable, sys.argv[2]], sys.argv[1], 60, sys.argv[1] + '/out')")
+    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(stubborn)])
+    end = time.monotonic() + 20
+    while not (tmp_path / "alive").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    sizes = [-1]
+    while time.monotonic() < end and (len(sizes) < 8 or len(set(sizes[-8:])) > 1):
+        time.sleep(0.1)
+        sizes.append((tmp_path / "alive").stat().st_size)
+    assert len(set(sizes[-8:])) == 1, "the agent goes on"
+
+
+def test_what_an_agent_leaves_running_ends_with_it(tmp_path, tools):
+    code = "import subprocess as s; s.Popen('while :; do sleep 0.05; echo x >> alive; done', shell=True)"
+    (tools / "a.py").write_text(code)
+    assert Runner(str(tmp_path)).run([sys.executable, str(tools / "a.py")], str(tmp_path), 20, str(tmp_path / "o")).status == 0
+    time.sleep(0.2)
+    size = (tmp_path / "alive").stat().st_size if (tmp_path / "alive").exists() else 0
+    time.sleep(0.4)
+    assert ((tmp_path / "alive").stat().st_size if size else 0) == size
+
+
+@pytest.mark.parametrize("text", ["", "claude", "=x", "a:0=x", "a:b=x", "a=", "a='x"])
+def test_an_agent_that_is_not_understood(text):
+    with pytest.raises(CrewError, match="--agent"):
+        Agent.parse(text)
+
+
+def test_an_agent_as_it_is_written():
+    agent = Agent.parse("claude:2:python, docs=claude -p {prompt} --allowedTools 'Edit,Bash(git *)'")
+    assert (agent.name, agent.count, agent.capabilities) == ("claude", 2, ("python", "docs"))
+    assert agent.arguments("a 'b' {c}") == ["claude", "-p", "a 'b' {c}", "--allowedTools", "Edit,Bash(git *)"]
+    assert Agent.parse("sh=run.sh a=b").arguments("x") == ["run.sh", "a=b"]
+
+
+# ---- Eight tasks, five workers, two of them at once ----
+
+# Reads two files, changes its own and, for tasks 3 and 4, the same line of a shared one; tells how many run beside it.
+SCRIPTED = """
+import os, random, sys, time
+from sessionoptimizer import SessionOptimizer
+number = os.environ["CREW_TASK"][1:]
+running = sys.argv[2]
+mine = os.path.join(running, str(os.getpid()))
+open(mine, "w").close()
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+beside = sum(alive(pid) for pid in os.listdir(running) if pid.isdigit())
+with open(os.path.join(running, "most.log"), "a") as file:
+    file.write(f"{beside}\\n")
+optimizer, session = SessionOptimizer(), os.environ["SESSIONOPTIMIZER_SESSION"]
+for name in (f"m{number}.txt", "shared.txt"):
+    optimizer.log_event(session, "FILE_READ", {"file_path": os.path.abspath(name)}, tokens_input=1000)
+time.sleep(random.uniform(0, 0.5))
+with open(f"m{number}.txt", "a") as file:
+    file.write("done\\n")
+if number in "34":
+    with open("shared.txt", "r+") as file:
+        file.write(f"x = {number}")
+if number == "5":
+    open(".env", "w").close()
+optimizer.log_event(session, "AI_RESPONSE", tokens_output=int(number) * 10)
+os.unlink(mine)
+"""
+
+
+def crew_options(top, home, *rest):
+    return crew_program.build_parser().parse_args(
+        ["run", "--repo", str(top), "--name", "team", "--store", str(home / "store"), "--limit", "2", *rest]
+    )
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="counts the agents that run through /proc")
+@pytest.mark.parametrize("where, kills", [("sqlite", 0), ("sqlite", 8), ("redis", 8)], indirect=["where"])
+def test_eight_tasks_are_merged_or_named_whoever_is_killed(where, kills, top, home, tools, tmp_path):
+    running = tmp_path / "running"
+    running.mkdir()
+    agent = agent_of(tools, SCRIPTED)
+    options = crew_options(top, home, "--agent", f"script:5={' '.join(agent.command)} {running}", "--test", "grep -q done m*.txt",
+                           "--lease", "1.5" if kills else "60", "--queue", where)
+    crew = crew_program.Crew(options, dict(crew_program.settings_of(options), queue=where))
+    crew.repository.prepare()
+    pool, killed = crew.pool(), 0
+    with crew.bus() as bus:
+        for number in range(1, 9):
+            after = ("t1",) if number == 8 else ()
+            bus.submit(Task(f"t{number}", f"Task {number}", after=after, max_attempts=50))
+        thread = threading.Thread(target=pool.run)
+        thread.start()
+        end = time.monotonic() + 60
+        while thread.is_alive() and time.monotonic() < end:
+            time.sleep(random.uniform(0.1, 0.4))
+            busy = [pool.processes.get(state.agent) for state in bus.tasks() if state.status == "CLAIMED"]
+            if killed < kills and any(busy):
+                random.choice([process for process in busy if process]).kill()
+                killed += 1
+        thread.join(20)
+        assert not thread.is_alive() and killed == kills
+        crew_program.settle_left(crew.repository, crew.optimizer(), bus.tasks())
+        report = crew_report(bus, crew.repository, crew.optimizer())
+    found = outcomes(report)
+    assert {found.pop("t3"), found.pop("t4")} <= {"merged", "conflict"}  # an attempt made again may start after the merge
+    assert found == {"t1": "merged", "t2": "merged", "t5": "protected", "t6": "merged", "t7": "merged", "t8": "merged"}
+    log = git(top, "log", "--first-parent", "--format=%(trailers:key=Crew-Task,valueonly)", "main..crew/team").split()
+    assert len(log) == len(set(log)) == sum(row["outcome"] == "merged" for row in report["tasks"])  # each once
+    assert git(top, "worktree", "list").splitlines() == [f"{top}  {git(top, 'rev-parse', '--short', 'HEAD')} [main]"]
+    assert not os.path.exists(str(top) + ".crew") and git(top, "status", "--porcelain") == ""
+    check_the_sums(report, home)
+    assert max(map(int, (running / "most.log").read_text().split())) == 2
+    assert "shared.txt" in report["shared_files"] and (kills or len(report["shared_files"]) == 1)
+
+
+def check_the_sums(report, home):
+    """Tasks and agents add up to the totals, and those are what ``stats`` says of the store."""
+    stats = SessionOptimizer(str(home / "store")).agent_statistics("script")
+    totals = report["totals"]
+    assert (totals["tokens"], totals["sessions"]) == (stats["total_tokens"], stats["sessions_analyzed"])
+    assert totals["cost"] == pytest.approx(stats["total_cost"], rel=1e-9) and totals["cost"] > 0
+    for rows in (report["tasks"], report["agents"]):
+        for name in ("tokens", "sessions", "added", "deleted", "waste_tokens"):
+            assert sum(row[name] for row in rows) == totals[name], name
+        assert sum(row["cost"] for row in rows) == pytest.approx(totals["cost"], rel=1e-9)
+    assert totals["cost_per_line"] == pytest.approx(totals["cost"] / (totals["added"] + totals["deleted"]))
+
+
+# ---- The program ----
+
+
+def crew(top, *arguments, stdin="", status=0):
+    """The output of ``python3 examples/crew``."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", HERE, *arguments[:1], "--repo", str(top), *arguments[1:]],
+        input=stdin.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+    )
+    assert done.returncode == status, done.stderr.decode()
+    return done.stdout.decode() + done.stderr.decode()
+
+
+def lines_of(*tasks):
+    return "".join(task.to_json() + "\n" for task in tasks)
+
+
+def test_the_program_from_tasks_to_the_report(top, home, tools):
+    agent = "script:1:text=" + " ".join(agent_of(tools, WRITE).command)
+    tasks = lines_of(Task("t1", "One", "first", requires=("text",)), Task("t2", "Two", requires=("gpu",)))
+    options = ["--agent", agent, "--store", str(home / "store"), "--test", "ls t1.txt"]
+    output = crew(top, "run", "-", *options, stdin=tasks, status=3)
+    assert "nobody can do t2: it requires gpu" in output and "Crew crew, branch crew/crew" in output
+    report = json.loads(crew(top, "report", "--format", "json", status=3))
+    assert outcomes(report) == {"t1": "merged", "t2": "ready"} and report["totals"]["added"] == 1
+    status = crew(top, "status")
+    assert status.split()[:3] == ["DONE", "50", "t1"] and "READY      50 t2" in status
+    assert crew(top, "send", "script-1", "mind the gap") and crew(top, "send", "all", "hello", "--from", "boss")
+    told = [json.loads(line) for line in crew(top, "receive", "script-1").splitlines()]
+    assert [(row["from"], row["body"]) for row in told] == [("user", "mind the gap"), ("boss", "hello")]
+    assert crew(top, "receive", "script-1") == ""
+    able = ["--agent", agent.replace(":text", ":text,gpu"), *options[2:4]]
+    assert "t2                   merged" in crew(top, "run", *able)
+    crew(top, "clean")
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["report"], 1, "no crew crew has run"),
+        (["run", "--agent", "x"], 1, "--agent x"),
+        (["run", "/no/such/file", "--agent", "x=y"], 1, "/no/such/file"),
+        (["run", "-", "--agent", "x=y"], 1, "no task"),
+        (["run", "--agent", "x=y", "--into", "main"], 1, "checked out"),
+        (["run"], 2, "--agent"),
+        (["fly"], 2, "fly"),
+    ],
+)
+def test_a_request_that_cannot_be_met(top, arguments, status, message):
+    assert message in crew(top, *arguments, stdin="nothing\n", status=status)
+
+
+def test_when_the_whole_crew_is_killed_the_next_run_goes_on(top, home, tools):
+    code = "import os, time\nif not os.path.exists(r'%s'):\n    time.sleep(60)\n" % (home / "go") + WRITE
+    options = ["--agent", "script:2=" + " ".join(agent_of(tools, code).command), "--store", str(home / "store")]
+    command = [sys.executable, HERE, "run", "-", "--repo", str(top), *options]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first.stdin.write(lines_of(Task("t1", "One"), Task("t2", "Two")).encode())
+    first.stdin.close()
+    folder, end = str(top) + ".crew/crew", time.monotonic() + 30
+    while time.monotonic() < end and not (os.path.isdir(folder) and len(os.listdir(folder)) == 2):
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    while time.monotonic() < end and os.listdir(folder):  # the workers end by themselves
+        time.sleep(0.05)
+    (home / "go").write_text("")
+    assert crew(top, "run", *options).count("merged") == 2
+    assert len(git(top, "worktree", "list").splitlines()) == 1 and not os.path.exists(str(top) + ".crew")
+
+
+def test_the_real_claude_works_in_a_crew_and_its_tokens_are_what_the_model_counted(top, home, monkeypatch):
+    fake_api = pytest.importorskip("agent_session.fake_api")
+    if not shutil.which("claude"):
+        pytest.skip("claude is not on the path: npm install -g @anthropic-ai/claude-code")
+    script = {
+        f"number {n}": [
+            {"tool": "Read", "input": {"file_path": "shared.txt"}},
+            {"tool": "Write", "input": {"file_path": f"n{n}.txt", "content": "line\n" * n}},
+            {"text": "Done."},
+        ]
+        for n in (1, 2, 3)
+    }
+    tasks = [Task(f"n{n}", f"Write number {n}", f"Write the file of number {n}.") for n in (1, 2, 3)]
+    with fake_api.FakeApi(script) as api:
+        for name, value in (("BASE_URL", api.url), ("API_KEY", "any")):
+            monkeypatch.setenv("ANTHROPIC_" + name, value)
+        for name in ("DISABLE_AUTOUPDATER", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "IS_SANDBOX"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(home / "claude"))
+        options = ["--agent", "claude:2=claude -p {prompt} --allowedTools Read,Write", "--store", str(home / "store")]
+        report = json.loads(crew(top, "run", "-", *options, "--test", "ls n*.txt", "--format", "json", stdin=lines_of(*tasks)))
+    assert outcomes(report) == {"n1": "merged", "n2": "merged", "n3": "merged"} and report["totals"]["added"] == 6
+    counted = sum(row[name] for row in api.truth for name in ("uncached_input", "cache_write", "output"))
+    stats = SessionOptimizer(str(home / "store")).agent_statistics("claude-code")
+    assert report["totals"]["tokens"] == stats["total_tokens"] == counted > 0
+    assert report["totals"]["cost"] == pytest.approx(stats["total_cost"], rel=1e-9)
+    for row in report["tasks"]:
+        assert row["tokens"] == sum(
+            told[name] for told in api.truth if told["conversation"] == f"number {row['id'][1:]}"
+            for name in ("uncached_input", "cache_write", "output")
+        )
+    assert len(git(top, "worktree", "list").splitlines()) == 1
