@@ -1063,63 +1063,69 @@ def mask_secrets(text: str) -> str:
 # ==================================================================================================
 
 _PARSED_CHARS = 20_000  # characters of one command that are looked at, here-documents apart
-_NESTED_SHELLS = 6  # levels of bash -c, $( ) and the like
+_LONGEST_PATH = 1_000  # characters: what is longer is not known
 _EXPANSIONS = 40  # words that one word with variables or braces may become
-_GUARD = {ord(char): 0xE000 + at for at, char in enumerate("$`{*?[~")}  # quoted: without their meaning
+_GUARD = {ord(char): 0xE000 + at for at, char in enumerate("$`{*?[~")}  # quoted: without meaning
 _UNGUARD = {code: char for char, code in _GUARD.items()}
 _DRIVE = _Pattern(r"[A-Za-z]:(?=[\\/]|$)")
 _CANONICAL = _Pattern(r"(?:/\.?\w[\w.@+-]*)+\Z")  # most paths: there is nothing to normalise
-_WINDOWS = _Pattern(r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\")
-_MAYBE_WINDOWS = _Pattern(r"-(?<=[a-z]-)[A-Z]|:\\")  # in every text that _WINDOWS finds something in, and quick
+_WINDOWS = _Pattern(
+    r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\")
+# The name of the last group that matched is the kind of the piece, the group is its value.
 _PIECES = r"""(?xs)
   (?P<blank>[^\S\n]+|%(escape)s\r?\n)
-| (?P<doc><<-?[ \t]*\\?(?P<q>['"]?)(?P<end>[^\s'"|&;<>()]+)(?P=q))
+| <<-?[ \t]*\\?(?P<q>['"]?)(?P<doc>[^\s'"|&;<>()]+)(?P=q)
 | (?P<dup>\d*[<>]&(?:\d+|-))
 | (?P<redirect>(?:&|\d+|\*)?(?:>>|>\||<>|<<<|>&|>)(?!\()|\d*<(?!\())
 | (?P<op>&&|\|\||;;&?|\|&|[;|&()\n%(braces)s])
-| (?P<comment>\#[^\n]*)
-| (?P<single>@'.*?\n'@|'[^']*')
-| (?P<ansi>\$'[^'\\]*(?:\\.[^'\\]*)*')
-| (?P<double>@".*?\n"@|"[^"\\$`]*")
+| (?<![^\s|&;<>(){}])(?P<comment>\#[^\n]*)
+| @(?P<at>['"])(?P<here>\s*\n.*?)(?:\n(?P=at)@|\Z)
+| '(?P<single>[^']*)'
+| \$'(?P<ansi>[^'\\]*(?:\\.[^'\\]*)*)'
+| "(?P<double>[^"\\$`]*)"
 | (?P<quote>")
-| (?P<nested>[$<>]\(%(tick)s)
-| (?P<escape>%(escape)s.)
-| (?P<var>\$(?:\w+|\{[^}]*\}|[?@*\#!$-]))
+| [$<>](?P<nested>\()%(tick)s
+| %(escape)s(?P<escape>.)
+| (?P<var>\$(?:\w+|\{[^}]{0,99}\}|[?@*\#!$-]))
 | (?P<plain>[^\s'"`$|&;<>()%(plain)s]+|[\\$`{}])
 """
-_BASH = _Pattern(_PIECES % {"escape": r"\\", "braces": "", "tick": "|`", "plain": r"\\"})
+_BASH = _Pattern(_PIECES % {"escape": r"\\", "braces": "", "tick": "|(?P<tick>`)", "plain": r"\\"})
 _POWERSHELL = _Pattern(_PIECES % {"escape": "`", "braces": "{}", "tick": "", "plain": "{}"})
-# What _BASH makes of a text that has none of the characters in _NOT_SIMPLE: most commands.
-_NOT_SIMPLE = _Pattern(r"[\n'\"`$\\#()<]")
-_SIMPLE = _Pattern(r"\d*>&(?:\d+|-)|((?:&|\d+|\*)?(?:>>|>\||>&|>))|(&&|\|\||;;&?|\|&|[;|&])|([^\s|&;>]+)")
-_SED_RANGE = r"(\d+|\$)(?:,\s*(\+?\d+|\$))?\s*p"
-_IN_DOUBLE = _Pattern(r"""(?s)(?P<text>[^"\\$`]+)|(?P<escape>\\.)|(?P<nested>\$\(|`)|(?P<var>\$[\w{]?)|(?P<end>")""")
-_IN_NESTED = _Pattern(r"""(?xs)(?<!<)<<-?[ \t]*\\?(?P<q>['"]?)(?P<end>\w+)(?P=q)
-    |'[^']*'|"[^"\\]*(?:\\.[^"\\]*)*"|\\.|[()]""")
+_QUOTED = _Pattern(r"""(?xs)
+  (?P<text>[^"\\$`]+)|\\(?P<escape>[$`"\\])|\\\n(?P<none>)|(?P<backslash>\\.)
+| \$(?P<nested>\()|(?P<tick>`)|(?P<var>\$(?:\w+|\{\w*\}?))|(?P<dollar>\$)|(?P<quote>")""")
+_IN_NESTED = _Pattern(r"""(?xs)
+  (?<!<)<<-?[ \t]*\\?(['"]?)([A-Za-z_]\w*)\1.*?(?:\n[ \t]*\2(?!\w)|\Z)
+| '[^']*'|"[^"\\]*(?:\\.[^"\\]*)*"|\\.|[()]""")
 _ASSIGNMENT = _Pattern(r"\w+\+?=")
-_EXPANDED = _Pattern(r"\$(?:(\w+)|\{(\w+)\})|\{([^{}$]*,[^{}]*)\}")
+_EXPANDED = _Pattern(r"\$(?:(\w+)|\{(\w+)\})|\{([^{}]*)\}")
 _NO_FILE = _Pattern(r"/dev/(?!shm)|\$null$|nul$|\$\(\)", re.I)
 _PROGRAM = _Pattern(r"\.(?:exe|cmd|bat|ps1)$")
+_SED_SPAN = r"(\d{1,9}|\$)(?:,\s*(\+?\d{1,9}|\$))?\s*p"
+_SED_PRINTS = _Pattern(r"(?:%s[\s;|]*)+$" % _SED_SPAN)
+_AWK_LINES = _Pattern(r"""(?x)
+    \s*F?NR\s*(?:==\s*(\d{1,9})|>=\s*(\d{1,9})(?:\s*&&\s*F?NR\s*<=\s*(\d{1,9}))?)
+    \s*(?:\{\s*print\s*(?:\$0\s*)?\}\s*)?$""")
 _PATCHED = r"(?m)^(?:\*\*\* (?:(?:Update|Add|Delete) File|Move to): |\+\+\+ (?:b/)?)(\S[^\t\n]*)"
 
 
 class ShellEffects:
     """What one command line does.
 
-    reads: (path, first, last) of file lines in the output, 1-based and inclusive; last None = to the end,
-    first negative = that many lines from the end. searches: (query, scope). writes: the paths it names
-    (a directory stands for all below it). changes: [] nothing, paths, ["*"] anything, ["?"] not known.
-    pure: True when the output is the lines of `reads` (numbered or under echoed headings) and no more.
-    In one command line changes come before reads.
+    reads: (path, first, last) of file lines in the output, 1-based and inclusive; last None = to
+    the end, first negative = that many lines from the end. searches: (query, scope). writes: the
+    paths it names (a directory stands for all below it). changes: [] nothing, paths, ["*"] any,
+    ["?"] not known. pure: True when the output is the lines of `reads` (numbered or under echoed
+    headings) and no more. In one command line changes come before reads.
     """
 
     __slots__ = ("reads", "searches", "writes", "changes", "pure")
 
     def __init__(self) -> None:
-        self.reads: list = []
-        self.searches: list = []
-        self.writes: list = []
-        self.changes: list = []
+        self.reads: List[Tuple[str, int, Optional[int]]] = []
+        self.searches: List[Tuple[str, str]] = []
+        self.writes: List[str] = []
+        self.changes: List[str] = []
         self.pure = True
 
     @property
@@ -1130,26 +1136,29 @@ class ShellEffects:
         return "read" if self.reads else "search" if self.searches else "other"
 
     def settle(self) -> ShellEffects:
-        for mark in ("*", "?"):
-            if mark in self.changes:
-                self.changes = [mark]
-        self.changes = list(dict.fromkeys(self.changes))
+        marks = [mark for mark in "*?" if mark in self.changes]
+        self.changes = marks[:1] or list(dict.fromkeys(self.changes))
         self.writes = list(dict.fromkeys(self.writes))
-        self.pure = self.pure and bool(self.reads) and not self.searches and self.changes != ["?"]
+        self.pure &= bool(self.reads) and not self.searches and self.changes != ["?"]
         return self
 
 
-def shell_effects(command, cwd: str = "") -> ShellEffects:
-    """Return the effects of a command, a string or a list of arguments; paths are joined to `cwd`.
+def shell_effects(command: Any, cwd: str = "") -> ShellEffects:
+    """Return the effects of a command, a string or a list of strings; paths are joined to `cwd`.
 
-    What cannot be read gives changes ["?"]; no string raises.
+    What cannot be read, or costs more than a command line may, gives changes ["?"]; never raises.
     """
-    shell = _Shell(cwd)
-    if isinstance(command, str):
-        shell.run(command)
-    else:
-        words = [str(word).translate(_GUARD) for word in command or ()]
-        shell.show(shell.command(words, []) if words else [])
+    shell = _Shell(cwd if isinstance(cwd, str) else "", _Budget())
+    try:
+        if isinstance(command, str):
+            shell.run(command)
+        elif isinstance(command, (list, tuple)) and all(isinstance(word, str) for word in command):
+            words = [word.translate(_GUARD) for word in command]
+            shell.show(shell.command(words, []) if words else [])
+        elif command is not None:
+            shell.unknown()
+    except OverflowError:
+        shell.unknown()
     return shell.effects.settle()
 
 
@@ -1167,164 +1176,182 @@ def canonical_path(path: str, cwd: str = "") -> str:
     return posixpath.normpath(path)
 
 
+def patched_paths(patch: str) -> List[str]:
+    """Return the files a patch names in its headers, as often as it does; none for other text."""
+    return [path.rstrip() for path in re.findall(_PATCHED, patch) if path != "/dev/null"]
+
+
 def _plain(word: str) -> str:
     return word.translate(_UNGUARD)
 
 
-# A command line becomes (kind, value) tokens: word, redirect, doc (a here-document's body), nested (code),
-# cut (the rest was not read), or an operator.
+# A command line becomes (kind, value) tokens: word, redirect, doc (a here-document's body), nested
+# (code), cut (the rest was not read), or an operator.
 
 
-def _nested_code(text: str, at: int, opening: str) -> tuple:
+def _nested_code(text: str, at: int, opening: str) -> Tuple[str, int]:
     """Return (the code of a `$(` or backtick that starts before `at`, where it ends)."""
     if opening == "`":
         end = text.index("`", at)
         return text[at:end], end + 1
-    depth, start = 1, at
-    match = _IN_NESTED.search(text, at)
-    while match:
-        at = match.end()
+    depth = 1
+    for match in _IN_NESTED.finditer(text, at):
         depth += {"(": 1, ")": -1}.get(match.group(), 0)
         if not depth:
-            return text[start:match.start()], at
-        if match.group("end") and text[start] != "(":
-            at = text.index("\n" + match.group("end"), at)
-        match = _IN_NESTED.search(text, at)
+            return text[at:match.start()], match.end()
     raise ValueError("unbalanced parenthesis")
 
 
-def _double_quoted(text: str, at: int, tokens: list) -> tuple:
-    """Return (the value of a double-quoted string that starts before `at`, where it ends)."""
-    value = ""
-    while True:
-        match = _IN_DOUBLE.match(text, at)
-        if not match:
-            raise ValueError("unbalanced quote")
-        kind, piece, at = match.lastgroup, match.group(), match.end()
-        if kind == "end":
-            return value, at
-        if kind == "nested":
-            code, at = _nested_code(text, at, piece)
-            tokens.append(("nested", code))
-            value += "$()"
-        elif kind == "escape":
-            piece = piece[1:].replace("\n", "") if piece[1] in '$`"\\\n' else piece
-            value += piece.translate(_GUARD)
-        else:
-            value += piece if kind == "var" and piece != "$" else piece.translate(_GUARD)
-
-
-def _here_documents(text: str, at: int, pending: list) -> int:
-    """Fill the here-documents that start on the line before `at`; return where the last one ends."""
-    for tokens, place, end in pending:
-        match = re.compile(r"^[ \t]*%s[ \t\r]*$" % re.escape(end), re.M).search(text, at)
-        start, stop = match.span() if match else (len(text), len(text))
-        tokens[place] = ("doc", text[at:start])
-        at = min(stop + 1, len(text))
-    pending.clear()
-    return at
-
-
-def _tokens(text: str, *, windows: bool) -> list:
-    """Return the tokens of a command line; ValueError where quotes or parentheses do not balance."""
-    if windows or len(text) > _PARSED_CHARS or _NOT_SIMPLE.search(text):
-        return _lex(text, _POWERSHELL if windows else _BASH)
-    return [("word", word) if word else (op, "") if op else ("redirect", redirect)
-            for redirect, op, word in _SIMPLE.findall(text) if word or op or redirect]
-
-
-def _lex(text: str, pieces) -> list:
-    """The tokens of any command line."""
-    tokens: List[Any] = []
-    pending: List[Any] = []
-    word, at, limit = None, 0, _PARSED_CHARS
-    while at < len(text) and at < limit:
+def _tokens(text: str, outside: Any) -> List[Tuple[str, str]]:
+    """Return the tokens of a command line; ValueError where quotes or brackets do not balance."""
+    tokens: List[Tuple[str, str]] = []
+    documents: List[int] = []
+    word, redirect, at, limit, pieces = None, "word", 0, _PARSED_CHARS, outside
+    while at < len(text) and (at < limit or pieces is _QUOTED):
         match = pieces.match(text, at)
         if not match:
             raise ValueError("unbalanced quote")
-        kind, piece, at = match.lastgroup, match.group(), match.end()
-        if kind == "comment" and word is not None:
-            kind, piece, at = "plain", "#", match.start() + 1
+        kind, at = match.lastgroup, match.end()
+        piece = match.group(kind)
         if kind in ("blank", "op", "doc", "dup", "redirect", "comment"):
             if word is not None:
-                tokens.append(("word", word))
-            word = None
-            if kind == "op" and piece == "\n" and pending:
-                after = _here_documents(text, at, pending)
-                at, limit = after, limit + after - at
-            if kind in ("op", "redirect"):
-                tokens.append((piece, "") if kind == "op" else (kind, piece))
+                tokens.append((redirect, word))
+                word, redirect = None, "word"
+            if kind == "redirect":
+                redirect = piece
             elif kind == "doc":
-                pending.append((tokens, len(tokens), match.group("end")))
-                tokens.append(("doc", ""))
+                documents.append(len(tokens))
+                tokens.append(("doc", piece))
+            elif kind == "op":
+                tokens.append((piece, ""))
+            while piece == "\n" and documents:
+                place = documents.pop(0)
+                end = r"^[ \t]*%s[ \t\r]*(?:\n|\Z)|\Z" % re.escape(tokens[place][1])
+                body: Any = re.compile(end, re.M).search(text, at)
+                tokens[place] = "doc", text[at:body.start()]
+                at, limit = body.end(), limit + body.end() - at
             continue
-        if kind == "nested":
-            code, at = _nested_code(text, at, piece[-1])
+        if kind in ("nested", "tick"):
+            code, at = _nested_code(text, at, piece)
             tokens.append(("nested", "" if code.startswith("(") else code))
             piece = "$()"
         elif kind == "quote":
-            piece, at = _double_quoted(text, at, tokens)
-        elif kind not in ("var", "plain") or piece == "$":
-            cut = {"escape": (1, None), "ansi": (2, -1)}.get(kind, (0, None) if kind == "plain" else (1, -1))
-            piece = piece[cut[0]:cut[1]].translate(_GUARD)
+            pieces, piece = (outside if pieces is _QUOTED else _QUOTED), ""
+        elif kind not in ("var", "plain"):
+            piece = piece.translate(_GUARD)
         word = (word or "") + piece
-    if word is not None:
-        tokens.append(("word", word))
-    return tokens + [("cut", "")] if at < len(text) else tokens
+    if pieces is _QUOTED:
+        raise ValueError("unbalanced quote")
+    last = [] if word is None else [(redirect, word)]
+    return tokens + last + [("cut" if at < len(text) else ";", "")]
+
+
+def _options(args: List[str], valued: str) -> Tuple[List[Tuple[str, str]], List[str]]:
+    """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags.
+
+    `valued` are the options with a value. One marked < stands for the first operand, > for the
+    last; names of several letters after one dash are PowerShell's.
+    """
+    takes = {option.lstrip("<>"): option[0] for option in valued.split()}
+    letters = "".join(option[1:] for option in takes if not option[2:])
+    words = any(option[1] != "-" for option in takes if option[2:])
+    flags: List[Tuple[str, str]] = []
+    operands: List[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--":
+            operands.extend(rest)
+        elif not arg.startswith("-") or arg == "-":
+            operands += arg.split(",") if words else [arg]
+        elif arg[1:].isdigit():
+            flags.append(("-#", arg[1:]))
+        elif arg[1] == "-" or words:
+            name, equals, value = arg.partition("=")
+            name = name.lower() if words else name
+            flags.append((name, value if equals or name not in takes else next(rest, "")))
+        else:
+            plain, name, value = re.findall("(?s)([^=%s]*)(.?)(.*)" % letters, arg[1:])[0]
+            flags += [("-" + letter, "") for letter in plain]
+            if name:
+                flags.append(("-" + name, value or next(rest, "")))
+    first, last = ([value for name, value in flags if takes.get(name) == mark] for mark in "<>")
+    flags = [flag for flag in flags if takes.get(flag[0]) not in ("<", ">")]
+    return flags, ["|".join(first)] * bool(first) + operands + last
+
+
+def _skip(args: List[str], valued: str) -> int:
+    """Return how many options, settings and durations stand before the command of a wrapper."""
+    at = 0
+    while at < len(args) and re.match(r"-|\w+=|\d[\d.]*[smhd]?$", args[at]):
+        at += 2 if args[at] in valued.split() else 1
+    return at
+
+
+class _Budget:
+    """What may be spent on following one command line: a few hundred characters can ask for
+    gigabytes. OverflowError beyond it."""
+
+    characters = 200_000  # produced by expansions; a word of a command counts as 20
+    depth = 20  # commands and shells inside each other
+
+    def spend(self, characters: int) -> None:
+        self.characters -= characters
+        if self.characters < 0 or self.depth < 0:
+            raise OverflowError("a command line that costs too much to follow")
+
+
+_Step = namedtuple("_Step", "name args valued flags operands flow")
 
 
 class _Shell:
     """Follows one command line and collects its effects.
 
-    What flows through a pipe is a list of reads (file lines), a (query, scope) tuple (the hits of a search),
-    or None (anything else); [] is no output worth a word.
+    What flows through a pipe is a list of reads (file lines), a (query, scope) tuple (the hits of a
+    search), or None (anything else); [] is no output worth a word. The effects that _ROWS names are
+    methods that take a _Step and return what flows out.
     """
 
-    def __init__(self, cwd: str = "", variables=None, depth: int = 0) -> None:
+    def __init__(self, cwd: Optional[str], budget: _Budget) -> None:
         self.effects = ShellEffects()
         self.cwd = cwd  # None once it is lost
-        self.variables = variables or {}
-        self.depth = depth
+        self.variables: Dict[str, List[str]] = {"HOME": ["~"], "PWD": ["."]}
+        self.budget = budget
         self.windows = self.piped = self.optional = self.fresh = False
-        self.folders: list = []
+        self.folders: List[Optional[str]] = []
         self.doc = ""
 
-    def run(self, text: str, *, windows: bool = False) -> list:
+    def run(self, text: str, *, windows: bool = False) -> Any:
         """Follow a script; its output is shown, so nothing is left to flow on."""
-        self.windows = windows or _MAYBE_WINDOWS.search(text) is not None and bool(_WINDOWS.search(text[:_PARSED_CHARS]))
-        self.depth += 1
+        self.windows = windows or bool(_WINDOWS.search(text[:_PARSED_CHARS]))
         if text.lstrip().startswith("*** Begin Patch"):
             text = "apply_patch <<'~'\n" + text
+        self.budget.depth -= 1
+        self.budget.spend(0)
         try:
-            tokens = [("cut", "")]
-            if self.depth < _NESTED_SHELLS:
-                tokens = _tokens(text, windows=self.windows)
+            tokens = _tokens(text, _POWERSHELL if self.windows else _BASH)
         except ValueError:
             tokens = [("cut", "")]
-        flow: List[Any] = []
-        words, targets, redirect, self.doc = [], [], "", ""
+        words: List[str] = []
+        targets: List[Tuple[str, str]] = []
+        flow: Any = []
         for kind, value in tokens + [(";", "")]:
-            if kind == "word" and redirect:
-                targets.append((redirect, value))
-                redirect = ""
-            elif kind == "word":
+            if kind == "word":
                 words.append(value)
-            elif kind == "redirect":
-                redirect = value
             elif kind == "doc":
                 self.doc = value
             elif kind == "nested":
-                self.fresh = value.startswith("mktemp")  # a new file: writing to it changes nothing known
                 self.hidden(value)
             elif kind == "cut":
                 self.unknown()
+            elif value:
+                targets.append((kind, value))
             else:
                 flow = self.operator(kind, self.stage(words, targets, flow))
                 words, targets, self.doc = [], [], ""
-        self.depth -= 1
+        self.budget.depth += 1
         return []
 
-    def operator(self, kind: str, flow):
+    def operator(self, kind: str, flow: Any) -> Any:
         self.piped = kind in ("|", "|&")
         if self.piped:
             return flow
@@ -1336,636 +1363,463 @@ class _Shell:
             self.cwd = self.folders.pop()
         return []
 
-    def show(self, flow) -> None:
+    def show(self, flow: Any) -> None:
         """Take note of what a pipeline leaves on the screen."""
-        if flow is None:
+        if flow is None or flow and self.optional and isinstance(flow, list):
             self.effects.pure = False
         elif isinstance(flow, tuple):
             self.effects.searches.append(flow)
-        elif flow and self.optional:
-            self.effects.pure = False
         else:
             self.effects.reads += flow
 
     def hidden(self, code: str) -> None:
         """Follow code whose output is not shown: only its changes count."""
-        inner = _Shell(self.cwd, dict(self.variables), self.depth)
+        self.fresh = code.startswith("mktemp")  # a new file: to write it changes nothing known
+        inner = _Shell(self.cwd, self.budget)
+        inner.variables = self.variables
         inner.run(code, windows=self.windows)
         self.effects.changes += inner.effects.changes
         self.effects.writes += inner.effects.writes
 
-    def stage(self, words: list, targets: list, flow):
+    def stage(self, words: List[str], targets: List[Tuple[str, str]], flow: Any) -> Any:
         """Run one simple command with its redirections; return what flows out of it."""
-        words = self.prefix(words)
-        words = [each for word in words for each in self.expand(word)]
+        words = [each for word in self.prefix(words) for each in self.expand(word)]
         for redirect, value in targets:
-            if redirect.lstrip("0") == "<":
-                flow = self.read([value])
+            if redirect == "<":
+                flow = self.lines([value])
         flow = self.command(words, flow) if words else []
         for redirect, value in targets:
-            if ">" in redirect:
-                if not _NO_FILE.match(value):
-                    self.write(self.expand(value))
-                    flow = flow if redirect[0] in "23456789" else []
+            if ">" in redirect and not _NO_FILE.match(value):
+                self.change(self.expand(value))
+                flow = flow if redirect[0] in "23456789" else []
         return flow
 
-    def prefix(self, words: list) -> list:
+    def prefix(self, words: List[str]) -> List[str]:
         """Drop keywords and assignments in front of a command, and remember literal values."""
         while words and words[0] in _KEYWORDS:
-            self.effects.pure = self.effects.pure and words[0] in _PLAIN_KEYWORDS
-            words = words[1:]
+            self.effects.pure &= words.pop(0) in ("do", "done", "{", "}", "time")
         if words and words[0] in ("for", "foreach", "select", "case", "function", "[["):
-            if words[0] == "for" and words[2:3] == ["in"]:
-                self.variables[words[1]] = [each for word in words[3:] for each in self.expand(word)]
+            if words[2:3] == ["in"]:
+                values = [each for word in words[3:] for each in self.expand(word)]
+                self.variables[words[1]] = values
             return []
-        while self.windows and words[1:2] == ["="]:
+        if self.windows and words[1:2] == ["="]:
             self.optional, words = True, words[2:]
         if self.windows and words and not re.match(r"[A-Za-z_~?%/\\]|\.[./\\]|\. ", words[0]):
             return []
-        while words and "=" in words[0] and _ASSIGNMENT.match(words[0]):
-            name, _, value = words[0].partition("=")
-            words = words[1:]
-            if not words:
-                fresh = value == "$()" and self.fresh
-                self.variables[name] = ["/tmp/mktemp"] if fresh else self.expand(value)
-        return words
+        settings = list(itertools.takewhile(_ASSIGNMENT.match, words))
+        if settings and settings == words:
+            name, _, value = words[-1].partition("=")
+            fresh = self.fresh and value == "$()"
+            self.variables[name] = ["/tmp/mktemp"] if fresh else self.expand(value)
+        return words[len(settings):]
 
-    def expand(self, word: str) -> list:
-        """Return the words that variables and braces make of one word; what is unknown keeps its `$`."""
+    def expand(self, word: str) -> List[str]:
+        """Return the words that variables and braces make of one; what is unknown keeps its `$`."""
         if "$" not in word and "{" not in word:
             return [word]
         found = [word]
-        for part in itertools.islice(_EXPANDED.finditer(word), 8):
-            name = part.group(1) or part.group(2)
-            values = part.group(3).split(",") if not name else self.variables.get(name)
-            values = {"HOME": ["~"], "PWD": [self.cwd or part.group()]}.get(name, values)
-            if values:
-                found = [each.replace(part.group(), value, 1) for each in found for value in values]
-            if len(found) > _EXPANSIONS:
+        for part in _EXPANDED.finditer(word):
+            name, braced, choice = part.groups()
+            values = self.variables.get(name or braced, [part.group()])
+            values = choice.split(",") if choice and "," in choice else values
+            if len(found) * len(values) > _EXPANSIONS:
                 return ["$()"]
+            found = [each.replace(part.group(), value, 1) for each in found for value in values]
+            self.budget.spend(sum(map(len, found)))
         return ["$()"] if re.search(r"\{[^{}]*,", found[0]) else found
 
-    def command(self, words: list, flow):
+    def command(self, words: List[str], flow: Any) -> Any:
         """Run one command and return what flows out of it."""
         name, args = words[0], words[1:]
-        if name not in _COMMANDS:
-            name = _plain(name).replace("\\", "/").rsplit("/", 1)[-1].lower()
-            name = _PROGRAM.sub("", name) if not name.startswith(".") else name
-        if len(args) <= 3 and args and args[-1] in ("--version", "-V", "--help", "-h", "-help", "/?"):
-            return None
-        if "$" in words[0]:
+        if "$" in name:
             return self.unknown()
-        handler = _COMMANDS.get(name)
-        if handler:
-            return handler(self, name, args, flow)
-        verb = re.match(r"([a-z]+)-[a-z]", name)
+        if name not in _WORDS:
+            name = _plain(name).replace("\\", "/").rsplit("/", 1)[-1].lower()
+            name = _PROGRAM.sub("", name)
+        if name in ("dir", "findstr"):
+            args = [re.sub(r"^/(\w)(?::|$)", r"-\1", arg) for arg in args]
         cmdlet = self.windows or words[0][:1].isupper()
-        if cmdlet and verb and verb.group(1) in _HARMLESS_VERBS:
-            return _sh_filter(self, name, args, flow)
-        return _sh_tool(self, name, args, flow)
+        family = name.partition("-")[0] + "-*" if cmdlet else "*"
+        row = _WORDS.get(name) or _WORDS.get(family) or _WORDS["*"]
+        flags, operands = _options(args, row.valued)
+        given = {flag for flag, _ in flags}.union(operands[:2])
+        harmless = row.needs and not row.needs & given or row.idle & given
+        if harmless or len(args) < 4 and _HELP & set(args[-1:]):
+            row = row._replace(effect="harmless")
+        self.budget.depth -= 1
+        self.budget.spend(20 * len(words))
+        flow = getattr(self, row.effect)(_Step(name, args, row.valued, flags, operands, flow))
+        self.budget.depth += 1
+        return flow
 
     def path(self, word: str) -> str:
         """Return the canonical path of a word, "" when it is not known."""
-        if "$" in word or "`" in word or not word:
+        word = _plain(word.replace("\\", "/") if self.windows else word)
+        if not word or "$" in word or "`" in word:
             return ""
-        word = _plain(word)
         absolute = word.startswith(("/", "~", "\\\\")) or _DRIVE.match(word)
-        if self.windows and not absolute:
-            word = word.replace("\\", "/")
-        return canonical_path(word, self.cwd or "") if absolute or self.cwd is not None else ""
+        path = canonical_path(word, self.cwd or "")
+        known = absolute or self.cwd is not None
+        return path if known and len(path) <= _LONGEST_PATH else ""
 
-    def read(self, words, first=1, last=None) -> list:
+    def lines(self, words: List[str], first: int = 1, last: Optional[int] = None) -> Any:
+        """Return these lines of the files named."""
+        self.budget.spend(20 * len(words))
         paths = [self.path(word) for word in words]
-        if not all(paths):
-            self.effects.pure = False
+        self.effects.pure &= all(paths)
         return [(path, first, last) for path in paths if path]
 
-    def write(self, words) -> list:
-        """Note that the paths change; one that is not known, a glob or the whole tree may be anything."""
+    def cut(self, call: _Step, files: List[str], *spans: Tuple[int, Optional[int]]) -> Any:
+        """Return the lines of these (first, last) in the files, or in what flows in."""
+        flow = call.flow
+        if files:
+            return [read for span in spans for read in self.lines(files, *span)]
+        if spans == ((1, None),):
+            return flow or None
+        if not isinstance(flow, list) or len(flow) != 1 or flow[0][1] < 0:
+            return self.harmless(call)
+        path, start, stop = flow[0]
+        reads = []
+        for first, last in spans:
+            if first < 0 and stop:
+                first = max(stop - start + 2 + first, 1)
+            ends = [end for end in (stop, last and start + last - 1) if end]
+            reads.append((path, start + first - 1 if first > 0 else first, min(ends, default=None)))
+        return reads
+
+    def change(self, words: List[str]) -> Any:
+        """Note that the paths change; one not known, a glob or the whole tree may be anything."""
         for word in words:
             path = self.path(word)
             inside = (self.path(".") + "/").startswith(path.rstrip("/") + "/")
-            if not path or inside or re.search(r"[*?]", word):
-                self.effects.changes.append("*")
-            else:
-                self.effects.changes.append(path)
+            known = path and not inside and not re.search(r"[*?]", word)
+            self.effects.changes.append(path if known else "*")
             if path:
                 self.effects.writes.append(path)
         return []
 
-    def anything(self) -> None:
+    def found(self, call: _Step, query: str, places: List[str]) -> Any:
+        """Return a search in normal form: query; program, places, flags that change the answer."""
+        flags = sorted(flag + value for flag, value in call.flags if flag not in _NOISE)
+        if isinstance(call.flow, tuple):
+            return self.harmless(call._replace(args=[query] + flags))
+        if call.flow and not places:
+            places = ["%s:%s-%s" % read if read[1:] != (1, None) else read[0] for read in call.flow]
+        else:
+            places = [self.path(place) or place for place in places or ["."]]
+        return _plain(query) or "*", _plain(" ".join([call.name] + sorted(places) + flags))
+
+    # -- the effects of _ROWS
+
+    def quiet(self, call: _Step) -> Any:
+        return []
+
+    def harmless(self, call: _Step) -> Any:
+        """A command that changes nothing; over the hits of a search it makes another search."""
+        if not isinstance(call.flow, tuple):
+            return None
+        query, scope = call.flow
+        scope = _plain(" ".join([scope, "|", call.name] + call.args))
+        self.budget.spend(len(scope))
+        return query, scope
+
+    def anything(self, call: Optional[_Step] = None) -> None:
         self.effects.changes.append("*")
 
-    def unknown(self) -> None:
+    def unknown(self, call: Optional[_Step] = None) -> None:
         self.effects.changes.append("?")
 
+    def source(self, call: _Step) -> Any:
+        known = re.search(r"activate$|rc$|profile$|\.env$|nvm\.sh$", "".join(call.args[:1]))
+        return [] if known else self.unknown()
 
-def _options(args: list, valued: str = "", *, long: bool = False) -> tuple:
-    """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags unless long."""
-    flags: List[Any] = []
-    operands: List[Any] = []
-    at, takes = 0, valued.split()
-    while at < len(args):
-        arg, at = args[at], at + 1
-        if arg == "--":
-            return flags, operands + args[at:]
-        if len(arg) < 2 or arg[0] != "-":
-            operands.append(arg)
-        elif arg[1:].isdigit():
-            flags.append(("-#", arg[1:]))
-        elif arg[1] == "-" or long:
-            name, equals, value = arg.lower().partition("=") if long else arg.partition("=")
-            if not equals and name in takes and at < len(args):
-                value, at = args[at], at + 1
-            flags.append((name, value))
-        else:
-            for place, letter in enumerate(arg[1:], 2):
-                value = ""
-                if "-" + letter in takes:
-                    value = arg[place:] or (args[at] if at < len(args) else "")
-                    at += not arg[place:]
-                flags.append(("-" + letter, value))
-                if value:
-                    break
-    return flags, operands
-
-
-# Handlers: (shell, name, args, flow) -> flow.
-
-
-def _sh_filter(shell, name, args, flow):
-    """A harmless command; over the hits of a search it makes another search."""
-    return (flow[0], _plain(" ".join([flow[1], "|", name] + args))) if isinstance(flow, tuple) else None
-
-
-def _sh_quiet(shell, name, args, flow):
-    return []
-
-
-def _sh_source(shell, name, args, flow):
-    known = args and name in ("source", ".") and re.search(r"activate$|rc$|profile$|\.env$|nvm\.sh$", args[0])
-    return [] if known else shell.unknown()
-
-
-def _sh_cd(shell, name, args, flow):
-    operands = [arg for arg in args if arg == "-" or arg[:1] not in ("-", "/") or len(arg) > 2]
-    if name == "popd":
-        shell.cwd = shell.folders.pop() if shell.folders else None
-    else:
-        if name in ("pushd", "push-location"):
-            shell.folders.append(shell.cwd)
-        shell.cwd = shell.path(operands[0] if operands else "~") or None if operands != ["-"] else None
-    return []
-
-
-def _sh_cat(shell, name, args, flow):
-    valued = "-v -s -w -b -l -i -n" if name == "nl" else "-r --line-range -l --style"
-    flags, files = _options(args, valued)
-    files = [file for file in files if file != "-"]
-    if not files:
-        return flow or None
-    span = re.match(r"(\d+):(\d*)$", dict(flags).get("-r") or dict(flags).get("--line-range", ""))
-    return shell.read(files, *[int(part) if part else None for part in span.groups()] if span else ())
-
-
-def _sh_slice(shell, name, args, flow, first, last):
-    """Cut the lines first..last out of what flows in."""
-    if isinstance(flow, tuple) or not flow or len(flow) > 1 or flow[0][1] < 0:
-        return _sh_filter(shell, name, args, flow)
-    path, start, stop = flow[0]
-    if first < 0:
-        if stop:
-            return [(path, max(start, stop + first + 1), stop)]
-        return [(path, first, None)] if start == 1 else None
-    ends = [end for end in (stop, start + last - 1 if last else None) if end]
-    return [(path, start + first - 1, min(ends) if ends else None)]
-
-
-def _sh_head(shell, name, args, flow):
-    flags, files = _options(args, "-n -c --lines --bytes")
-    flags = dict(flags)
-    count = flags.get("-n") or flags.get("--lines") or flags.get("-#") or "10"
-    if "-c" in flags or "--bytes" in flags or not re.match(r"[+]?\d+$" if name == "tail" else r"\d+$", count):
-        return _sh_filter(shell, name, args, flow)
-    number = int(count)
-    first, last = (1, number) if name == "head" else (number, None) if count[0] == "+" else (-number, None)
-    return shell.read(files, first, last) if files else _sh_slice(shell, name, args, flow, first, last)
-
-
-def _sh_sed(shell, name, args, flow):
-    flags, files = _options([arg for arg in args if arg], "-e -f -l --expression")
-    scripts = [value for flag, value in flags if flag in ("-e", "--expression")]
-    scripts = scripts or [files.pop(0) if files else ""]
-    if any(flag in ("-i", "--in-place") for flag, value in flags):
-        return shell.write(files)
-    script = _plain(";".join(scripts))
-    printing = any(flag in ("-n", "--quiet") for flag, value in flags)
-    spans = re.findall(_SED_RANGE if printing else r"(1)?,?(\d+)q", script)
-    if not re.match(r"(?:%s[\s;]*)+$" % _SED_RANGE if printing else r"\d+q$", script.strip()):
-        searching = printing and (files or isinstance(flow, list) and flow)
-        if searching:
-            return _sh_search(shell, "sed", script, files, [], flow)
-        return _sh_filter(shell, name, args, flow)
-    reads = []
-    for first, last in spans:
-        first = -1 if first == "$" else int(first or 1)
-        if first < 0 or last == "$":
-            last = None
-        else:
-            last = int(last or first) + (first if last[:1] == "+" else 0)
-        cut = shell.read(files, first, last) if files else _sh_slice(shell, name, args, flow, first, last)
-        if not isinstance(cut, list):
-            return cut
-        reads += cut
-    return reads
-
-
-def _sh_awk(shell, name, args, flow):
-    flags, operands = _options(args, "-F -v -f")
-    script = _plain(operands[0]) if operands else ""
-    if re.search(r'>\s*["$]|\bsystem\(|\|\s*"', script):
-        return shell.unknown()
-    span = re.match(r"\s*F?NR\s*(>=|==)\s*(\d+)(?:\s*&&\s*F?NR\s*<=\s*(\d+))?\s*(?:\{\s*print[^}]*\}\s*)?$",
-                    script)
-    if not span or "{" in script and "$0" not in script and "print}" not in script.replace(" ", ""):
-        return _sh_filter(shell, name, args, flow)
-    first = int(span.group(2))
-    last = first if span.group(1) == "==" else int(span.group(3)) if span.group(3) else None
-    files = operands[1:]
-    return shell.read(files, first, last) if files else _sh_slice(shell, name, args, flow, first, last)
-
-
-def _sh_search(shell, name, query, places, flags, flow):
-    """Return a search in normal form: query; program, places and the flags that change the answer."""
-    if isinstance(flow, tuple):
-        return flow[0], "%s | %s" % (flow[1], " ".join([name, query] + flags))
-    if flow and not places:
-        places = ["%s:%s-%s" % read if read[1:] != (1, None) else read[0] for read in flow]
-    else:
-        places = [shell.path(place) or _plain(place) for place in places or ["."]]
-    return query, " ".join([name] + sorted(places) + flags)
-
-
-def _sh_grep(shell, name, args, flow):
-    if name == "findstr":
-        args = [re.sub(r"^/(?:c:)?", "-e" if word[:3].lower() == "/c:" else "-", word) for word in args]
-    flags, operands = _options(args, _GREP_VALUED + (" -E -r -d" if name in ("rg", "fd") else ""))
-    if any(flag in ("--fix", "-x", "--exec", "-X", "--exec-batch") for flag, _ in flags) and name == "fd":
-        return shell.unknown()
-    given = ("-e", "--regexp", "-f") if name not in ("fd", "fdfind") else ()
-    patterns = [value for flag, value in flags if flag in given]
-    if not patterns and ("--files", "") not in flags:
-        patterns = [operands.pop(0)] if operands else [""]
-    if shell.piped and not operands and not flow and name != "fd":
-        return None
-    kept = sorted(_plain(flag + value) for flag, value in flags if flag not in _GREP_NOISE.union(given))
-    return _sh_search(shell, name, _plain("|".join(patterns)) or "*", operands, kept, flow)
-
-
-def _sh_ls(shell, name, args, flow):
-    valued = _CMDLET_VALUED if shell.windows else "-I -L -P" if name == "tree" else "-I"
-    flags, operands = _options(args, valued, long=shell.windows)
-    switches = [each for each in operands if name == "dir" and re.match(r"/[a-z](?::|$)", each)]
-    operands = [each for each in operands if each not in switches]
-    flags += [(each, "") for each in switches]
-    kept = sorted(flag + value for flag, value in flags if flag not in ("-h", "-F", "-1", "-G", "--color"))
-    return _sh_search(shell, "ls" if name in ("dir", "gci", "get-childitem") else name, "*", operands, kept, [])
-
-
-def _sh_find(shell, name, args, flow):
-    first = next((at for at, arg in enumerate(args) if arg[0:1] in ("-", "(", "!")), len(args))
-    terms = args[first:]
-    for at, term in enumerate(terms):
-        if term in ("-delete", "-fprint", "-fls"):
-            shell.anything()
-        elif term in ("-exec", "-execdir", "-ok"):
-            run = list(itertools.takewhile(lambda word: word not in (";", "+"), terms[at + 1:]))
-            shell.command([word.replace("{}", "$_") for word in run] or ["true"], [])
-    return _sh_search(shell, "find", _plain(" ".join(terms)) or "*", args[:first], [], [])
-
-
-def _sh_xargs(shell, name, args, flow):
-    at = 0
-    while at < len(args) and args[at].startswith("-"):
-        at += 2 if args[at] in ("-n", "-I", "-P", "-L", "-d", "-s", "-a", "-E") else 1
-    names = [word.replace("{}", "$_") for word in args[at:]]
-    inner = shell.command(names + ["$_"], []) if names else None
-    return None if inner is None else _sh_filter(shell, name, args, flow)
-
-
-def _sh_write(shell, name, args, flow):
-    """Commands that change the files they name: all, or the last one where the others are only read."""
-    flags, files = _options(args, "-t -m -o -g -s -d" if name not in ("rm", "mkdir") else "-m")
-    target = [value for flag, value in flags if flag in ("-t", "--target-directory")]
-    if name in ("cp", "ln", "copy", "install", "rsync", "scp", "xcopy", "robocopy"):
-        files = target or [file for file in files[1:][-1:] if ":" not in file[2:]]
-    shell.write(files + target)
-    return flow if name == "tee" else []
-
-
-def _sh_dd(shell, name, args, flow):
-    return shell.write([arg[3:] for arg in args if arg.startswith("of=")])
-
-
-def _sh_patch(shell, name, args, flow):
-    text = "\n".join([shell.doc] + [_plain(arg) for arg in args if "\n" in arg])
-    paths = [path.strip() for path in re.findall(_PATCHED, text)]
-    if not paths and not {"--check", "--stat", "--dry-run"} & set(args):
-        shell.anything()
-    return shell.write([path.translate(_GUARD) for path in paths if path != "/dev/null"])
-
-
-def _sh_format(shell, name, args, flow):
-    """Formatters and linters: they write where a flag says so, or unless a flag forbids it."""
-    flags, files = _options(args, "-c -l --config --line-length --target-version --select --ignore --ext")
-    names = {flag for flag, _ in flags}
-    if name in ("ruff", "biome", "dprint") and files:
-        writes = files.pop(0) in ("format", "fmt") and name != "biome"
-    else:
-        writes = name in ("black", "isort", "rustfmt", "stylua")
-    writes = writes or names & {"--fix", "--write", "-w", "-i", "--in-place", "--apply", "-a", "-A"}
-    if not writes or names & {"--check", "--diff", "--check-only", "--fix-dry-run"}:
-        return _sh_filter(shell, name, args, flow)
-    shell.write(files or ["."])
-    return None
-
-
-def _sh_git(shell, name, args, flow):
-    folder, at = shell.cwd, 0
-    while at < len(args) and args[at].startswith("-"):
-        if args[at] == "-C" and args[at + 1:]:
-            shell.cwd = shell.path(args[at + 1]) or None
-        at += 2 if args[at] in ("-C", "-c", "--git-dir", "--work-tree") else 1
-    verb, rest = (args[at] if at < len(args) else "status"), args[at + 1:]
-    flow = _sh_git_verb(shell, verb, rest, flow)
-    shell.cwd = folder
-    return flow
-
-
-def _sh_git_verb(shell, verb, rest, flow):
-    flags, operands = _options(rest)
-    names = {flag for flag, _ in flags}
-    if verb == "grep":
-        return _sh_grep(shell, "git grep", rest, flow)
-    if verb in ("ls-files", "ls-tree"):
-        return _sh_search(shell, "git " + verb, "*", operands, sorted(names), [])
-    if verb in ("checkout", "restore") and ("--" in rest or verb == "restore"):
-        paths = rest[rest.index("--") + 1:] if "--" in rest else _options(rest, "-s --source")[1]
-        return shell.write(paths) if names != {"--staged"} and names != {"-S"} else []
-    if verb in ("rm", "mv"):
-        return shell.write(operands) if "--cached" not in names else []
-    if verb == "apply":
-        return _sh_patch(shell, verb, rest, flow)
-    if verb == "clone":
-        operands = _options(rest, "-b -o --depth --branch --origin")[1]
-        named = [re.sub(r"\.git$", "", posixpath.basename(each)) for each in operands]
-        return shell.write(operands[1:] or named)
-    if verb in ("checkout", "switch") and names & {"-b", "-B", "-c", "-C"} and len(operands) == 1:
+    def cd(self, call: _Step) -> Any:
+        operands = [each for each in call.operands if each not in ("/d", "/D")] or ["~"]
+        self.cwd = self.path(operands[0]) or None
+        if operands[0] == "-" or call.name == "popd":
+            self.cwd = None
         return []
-    if verb == "reset" and not names & {"--hard", "--merge", "--keep"} or verb == "clean" and "-n" in names:
-        return None
-    looks = verb in ("stash", "bisect", "submodule") and operands[:1] in _GIT_LOOKS
-    if verb in _GIT_CHANGES and not looks:
-        shell.anything()
-    elif not looks and verb not in _GIT_HARMLESS:
-        shell.unknown()
-    return _sh_filter(shell, "git " + verb, rest, flow) if verb not in _GIT_QUIET else []
 
+    def read(self, call: _Step) -> Any:
+        files = [file for file in call.operands if file != "-"]
+        given = dict(call.flags)
+        counts = [given[flag] for flag in _COUNTS if given.get(flag)]
+        if call.name in ("head", "tail"):
+            counts.append("10")
+        if not counts:
+            return self.cut(call, files, (1, None))
+        if not re.match(r"\+?\d{1,9}$", counts[0]):
+            return self.harmless(call)
+        number = int(counts[0])
+        if call.name == "tail" or {"-tail", "-last"} & set(given):
+            return self.cut(call, files, (number if "+" in counts[0] else -number, None))
+        return self.cut(call, files, (1, number))
 
-def _sh_tool(shell, name, args, flow):
-    """Programs with sub-commands, and programs not known: told by the verb."""
-    flags, operands = _options(args, "-C -w -p -F --prefix --filter --workspace --project")
-    verb, script = (operands + ["", ""])[:2]
-    names = {flag for flag, _ in flags}
-    scripts = name in _SCRIPT_RUNNERS
-    if verb in ("exec", "dlx", "x") and scripts or verb in ("exec", "run", "x") and name in _PACKAGE_RUNNERS:
-        return _sh_wrapper(shell, "npx", args[args.index(verb) + 1:], flow)
-    if verb == "pip":
-        return _sh_tool(shell, "pip", args[args.index(verb) + 1:], flow)
-    if verb in ("run", "run-script") and scripts:
-        verb = script
-    fixes = names & {"--fix", "--write", "--apply", "-u"} or re.search(r"[:-](?:fix|write)", verb)
-    managed = name in _MANAGERS
-    if managed and (fixes or verb in _CHANGE_VERBS or name == "yarn" and not verb):
-        if not names & {"--check", "--check-formatted", "--dry-run"}:
-            shell.anything()
-    elif name in ("docker", "kubectl", "gh"):
-        if script in ("checkout", "clone", "download") or name != "gh" and verb in _CONTAINER_RUNS:
-            shell.unknown()
-    elif fixes or not (managed and re.match(_TEST_TASK, verb) or re.match(r"[a-z][\w-]*$", name)
-                       and any(re.match(_LOOK_VERBS, each) for each in (verb, script))):
-        shell.unknown()
-    return _sh_filter(shell, name, args, flow)
+    def select(self, call: _Step) -> Any:
+        return self.read(call._replace(operands=[]))
 
+    def sed(self, call: _Step) -> Any:
+        script, *files = [each for each in call.operands if each] or [""]
+        given = dict(call.flags)
+        if "-i" in given or "--in-place" in given:
+            return self.change(files)
+        script, printing = _plain(script).strip(), "-n" in given or "--quiet" in given
+        if re.match(r"\d{1,9}q$", script) and not printing:
+            return self.cut(call, files, (1, int(script[:-1])))
+        if printing and _SED_PRINTS.match(script):
+            return self.cut(call, files, *[
+                (int(start.replace("$", "-1")), None if "$" in start + stop
+                 else int(stop or start) + int(start) * stop.startswith("+"))
+                for start, stop in re.findall(_SED_SPAN, script)])
+        if printing and (files or call.flow and isinstance(call.flow, list)):
+            return self.found(call._replace(flags=[]), script, files)
+        return self.harmless(call)
 
-def _sh_wrapper(shell, name, args, flow):
-    """Commands that run another one: sudo, timeout 10, env A=1, npx ..."""
-    valued, skip = _WRAPPERS.get(name, ("", 0))
-    at = 0
-    if name == "command" and args[:1] in (["-v"], ["-V"]):
-        return None
-    while at < len(args) and (args[at].startswith("-") or re.match(r"\w+=", args[at])):
-        at += 2 if args[at] in valued.split() else 1
-    rest = args[at + skip:]
-    if name == "npx" and rest:
-        rest = [re.sub(r"(?<=.)@[^/]*$", "", rest[0])] + rest[1:]
-    return shell.command(rest, flow) if rest else None
+    def awk(self, call: _Step) -> Any:
+        script, *files = call.operands or [""]
+        span = _AWK_LINES.match(_plain(script))
+        if span:
+            first, last = int(span.group(1) or span.group(2)), span.group(1) or span.group(3)
+            return self.cut(call, files, (first, int(last) if last else None))
+        writes = re.search(r'>\s*["$]|\bsystem\(|\|\s*"', _plain(script))
+        return self.unknown() if writes else self.harmless(call)
 
-
-def _sh_bash(shell, name, args, flow):
-    """Shells: `-c` and relatives are followed, a script is not known."""
-    windows = name in ("powershell", "pwsh", "cmd")
-    for at, arg in enumerate(args):
-        if re.match(r"-\w*c$|-command$|/[ck]$", arg, re.I):
-            code = args[at + 1:] if windows else args[at + 1:at + 2]
-            shell.windows = windows
-            if len(code) > 1:
-                return shell.command(code, flow)
-            return shell.run(_plain("".join(code)), windows=windows)
-    if windows and args and not args[0].startswith("-"):
-        return shell.run(_plain(" ".join(args)), windows=True)
-    if shell.doc and (not args or args == ["-s"]) and not windows:
-        return shell.run(shell.doc)
-    return None if args[:1] == ["-n"] else shell.unknown()
-
-
-def _sh_python(shell, name, args, flow):
-    """Interpreters: tests and modules of known tools are told apart, other code is not known."""
-    if "-m" in args[:3] and args[args.index("-m") + 1:]:
-        module = args[args.index("-m") + 1]
-        rest = args[args.index("-m") + 2:]
-        return shell.command([_MODULES.get(module, module)] + rest, flow)
-    if name == "perl" and args[:1] and re.match(r"-\w*i", args[0]):
-        return shell.write(_options(args, "-e")[1])
-    if name in ("bun", "deno") and args and re.match(r"[a-z]+$", args[0]):
-        return _sh_tool(shell, name, args, flow)
-    if {"--test", "--check", "--noEmit"} & set(args):
-        return None
-    return shell.unknown()
-
-
-def _sh_curl(shell, name, args, flow):
-    valued = "-o -H -X -d -u -A -b -F --output" if name == "curl" else "-O -P --output-document"
-    flags, operands = _options(args, valued)
-    given = [(flag, value) for flag, value in flags if flag in ("-o", "-O", "--output", "--output-document")]
-    named = [value for _, value in given if value]
-    if not named and (name == "wget" or ("-O", "") in flags or ("--remote-name", "") in flags):
-        named = [posixpath.basename(_plain(url)) or "index.html" for url in operands]
-    return shell.write([value for value in named if value not in ("-", "/dev/null")]) if named else None
-
-
-def _sh_archive(shell, name, args, flow):
-    if "-l" in args or name == "tar" and args and re.match(r"-?\w*t", args[0]):
-        return None
-    folder = [args[at + 1] for at, arg in enumerate(args[:-1]) if arg in ("-C", "-d", "-cf", "-czf", "czf")]
-    return shell.write(folder[-1:] or ["."])
-
-
-def _sh_cmdlet(shell, name, args, flow):
-    """PowerShell commands with named parameters."""
-    flags, operands = _options(args, _CMDLET_VALUED, long=True)
-    named = dict(flags)
-    where = [value for flag, value in flags if flag in ("-path", "-literalpath", "-filepath", "-destination")]
-    places = [each for word in where or operands[:1] for each in word.split(",") if each]
-    if name in ("select-string", "sls"):
-        query = named.get("-pattern") or (operands[0] if operands else "")
-        files = places if where else operands[1 - ("-pattern" in named):]
-        if shell.piped and not files and not flow:
+    def search(self, call: _Step) -> Any:
+        query, *places = call.operands or [""]
+        if ("--files", "") in call.flags:
+            query, places = "*", call.operands
+        if self.piped and not places and not call.flow:
             return None
-        return _sh_search(shell, name, _plain(query), files, [], flow)
-    if name in ("get-content", "gc"):
-        head = named.get("-totalcount") or named.get("-head") or named.get("-first") or ""
-        tail = named.get("-tail") or named.get("-last") or ""
-        first, last = (-int(tail), None) if tail.isdigit() else (1, int(head) if head.isdigit() else None)
-        return shell.read(places, first, last)
-    if name in ("move-item", "rename-item"):
-        return shell.write(where + operands or ["."])
-    if name == "copy-item":
-        return shell.write([named.get("-destination") or (operands[-1] if operands else ".")])
-    return shell.write(places or ["."])
+        return self.found(call, query, places)
+
+    def listing(self, call: _Step) -> Any:
+        return self.found(call._replace(flow=[]), "*", call.operands)
+
+    def find(self, call: _Step) -> Any:
+        args = call.args
+        at = next((at for at, arg in enumerate(args) if arg[:1] in ("-", "(", "!")), len(args))
+        terms = iter(args[at:])
+        for term in terms:
+            if term in ("-delete", "-fprint", "-fls"):
+                self.anything()
+            elif term in ("-exec", "-execdir", "-ok"):
+                run = itertools.takewhile(lambda word: word not in (";", "+"), terms)
+                self.command([word.replace("{}", "$_") for word in run] or ["true"], [])
+        return self.found(call._replace(flags=[], flow=[]), " ".join(args[at:]), args[:at])
+
+    def xargs(self, call: _Step) -> Any:
+        names = [word.replace("{}", "$_") for word in call.args[_skip(call.args, call.valued):]]
+        inner = self.command(names + ["$_"], []) if names else None
+        return None if inner is None else self.harmless(call)
+
+    def write(self, call: _Step) -> Any:
+        self.change(call.operands)
+        return call.flow if call.name == "tee" else []
+
+    def copy(self, call: _Step) -> Any:
+        """The last operand changes, the others are read; one with a colon is elsewhere."""
+        last = "".join(call.operands[1:][-1:])
+        return [] if last in ("", "-", "/dev/null") or ":" in last[2:] else self.change([last])
+
+    def fetch(self, call: _Step) -> Any:
+        self.copy(call)
+
+    def format(self, call: _Step) -> Any:
+        self.change(call.operands or ["."])
+
+    def patch(self, call: _Step) -> Any:
+        text = "\n".join([self.doc] + [arg for arg in call.args if "\n" in arg])
+        paths = [path.translate(_GUARD) for path in patched_paths(_plain(text))]
+        return self.change(paths) if paths else self.anything()
+
+    def verb(self, call: _Step) -> Any:
+        """A program whose sub-commands are rows."""
+        at = _skip(call.args, call.valued)
+        outside, inside = self.cwd, dict(zip(call.args[:at], call.args[1:])).get("-C")
+        if inside:
+            self.cwd = self.path(inside) or None
+        verb, *rest = call.args[at:] or ["status"]
+        flow = self.command([call.name + " " + verb] + rest, call.flow)
+        self.cwd = outside
+        return flow
+
+    def checkout(self, call: _Step) -> Any:
+        if "--" in call.args:
+            return self.change(call.args[call.args.index("--") + 1:])
+        fresh = {flag for flag, _ in call.flags} & {"-b", "-B", "-c", "-C"}
+        return [] if fresh and len(call.operands) == 1 else self.anything()
+
+    def wrap(self, call: _Step) -> Any:
+        """Commands that run another one: sudo, timeout 10, env A=1, npx name@version ..."""
+        at = _skip(call.args, call.valued)
+        rest = call.args[at:]
+        if not rest or call.name == "command" and {"-v", "-V"} & set(call.args[:at]):
+            return None
+        name, _, version = rest[0].rpartition("@")
+        if name and "/" not in version:
+            rest[0] = name
+        return self.command(rest, call.flow)
+
+    def shell(self, call: _Step) -> Any:
+        """Shells: `-c` and relatives are followed, a script is not known."""
+        windows = self.windows = call.name in ("powershell", "pwsh", "cmd")
+        at = 0 if windows else len(call.args)
+        at = next((at for at, arg in enumerate(call.args, 1)
+                   if re.match(r"-\w*c$|-command$|/[ck]$", arg, re.I)), at)
+        code = call.args[at:] if windows else call.args[at:at + 1]
+        if len(code) > 1:
+            return self.command(code, call.flow)
+        script = "".join(code) or self.doc * (not call.operands)
+        return self.run(_plain(script), windows=windows) if script else self.unknown()
+
+    def python(self, call: _Step) -> Any:
+        """Interpreters: modules of known tools are told apart, other code is not known."""
+        at = call.args.index("-m") + 1 if "-m" in call.args[:3] else len(call.args)
+        return self.command(call.args[at:], call.flow) if call.args[at:] else self.unknown()
+
+    def tool(self, call: _Step) -> Any:
+        """Programs with sub-commands, and programs not known: told by the verb."""
+        verb, script = (call.operands + ["", ""])[:2]
+        managed = call.name in _MANAGERS
+        rest = call.args[call.args.index(verb):] if verb else []
+        if managed and verb == "pip":
+            return self.command(rest, call.flow)
+        if managed and (verb in ("exec", "dlx", "x") or verb == "run" and call.name in _RUNNERS):
+            return self.command(["npx"] + rest[1:], call.flow)
+        if managed and verb in ("run", "run-script", "r"):
+            verb = script
+        given = {flag for flag, _ in call.flags}.union(re.split("[-_:]", verb), call.operands)
+        fixes = _FIXING & given
+        if managed and (fixes or verb in _CHANGE_VERBS or call.name == "yarn" and not verb):
+            return self.harmless(call) if _CHECKING & given else self.anything()
+        tests = managed and re.match(_TEST_TASK, verb)
+        looks = re.match(r"[a-z][\w-]*$", call.name) and (
+            re.match(_LOOK_VERBS, verb) or re.match(_LOOK_VERBS, script))
+        return self.harmless(call) if tests or looks and not fixes else self.unknown()
 
 
-def _sh_select(shell, name, args, flow):
-    named = dict(_options(args, "-first -last -skip", long=True)[0])
-    first, last = named.get("-first", ""), named.get("-last", "")
-    if first.isdigit() or last.isdigit():
-        skip = int(named.get("-skip") or 0)
-        span = (skip + 1, skip + int(first)) if first else (-int(last), None)
-        return _sh_slice(shell, name, args, flow, *span)
-    return _sh_filter(shell, name, args, flow)
-
-
-_KEYWORDS = frozenset("if then elif else while until do done fi esac ! { } in try catch & time".split())
-_PLAIN_KEYWORDS = frozenset("do done { } time".split())
-_GREP_VALUED = """
-    -A -B -C -e -f -g -t -T -m -M --glob --iglob --type --type-not --include --exclude --exclude-dir
-    --max-count --regexp --context --after-context --before-context --max-depth --max-columns --sort
-"""
-_GREP_NOISE = frozenset("""
-    -n -H -h -s --line-number --color --colour --heading --no-heading --with-filename -N -p
-    --no-messages --column --no-filename --text -I
+_HELP = frozenset("--version -V --help -h -help /?".split())
+_KEYWORDS = "if then elif else while until do done fi esac ! { } in try catch & time".split()
+_NOISE = frozenset("""
+    -n -H -h --line-number --color --colour --heading --no-heading --with-filename -N -p
+    --no-messages --column --no-filename --text -I -G
 """.split())
-_CMDLET_VALUED = """
-    -path -literalpath -filepath -destination -pattern -totalcount -head -first -tail -last -value -encoding
-    -filter -include -exclude -itemtype -name -erroraction -newname -type -width
-"""
-_HARMLESS_VERBS = frozenset("""
-    get test select where sort format measure out write convertto convertfrom resolve find show compare
-    group join split read wait foreach start stop
-""".split())
-_LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect|describe
-    |config|doctor|outdated|why|query|diff|check|ready|whoami|history|audit|capture|display|has|read|wait
-    |count|where|activate|freeze|tree)(?:-[\w-]+)?$"""
+_COUNTS = ("-n", "--lines", "-#", "-totalcount", "-head", "-first", "-tail", "-last")
+_LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect
+    |describe|config|doctor|outdated|why|query|diff|check|ready|whoami|history|audit|capture|display
+    |has|read|wait|count|where|activate|freeze|tree)(?:-[\w-]+)?$"""
 _CHANGE_VERBS = frozenset("""
-    install i ci add remove rm uninstall update upgrade up get tidy fmt format fix generate sync lock
+    install i ci add remove rm uninstall update upgrade up get tidy generate sync lock
     link dedupe create init tap mod reinstall cleanup deps.get deps.update
 """.split())
-_TEST_TASK = r"""(?x)(?:unit|run|cargo)?[-_:]?(?:t|tst|tests?|lint|type-?check|tsc|check|clippy|vet|verify
-    |spec|e2e|coverage|credo|dialyzer|bench|validate)(?:[-_:.]\S*)?$"""
-_PACKAGE_RUNNERS = frozenset("uv poetry pipenv hatch rye pdm bundle mise asdf conda pipx".split())
-_SCRIPT_RUNNERS = frozenset("npm pnpm yarn bun deno".split())
-_MANAGERS = _PACKAGE_RUNNERS | _SCRIPT_RUNNERS | frozenset("""
-    pip pip3 brew apt apt-get dnf yum pacman paru yay choco winget scoop gem cargo go mix dotnet swift
-    make just task rake gradle gradlew mvn mvnw composer terraform npm-check-updates flutter dart nx
-    turbo lerna
+_FIXING = frozenset("fmt format fix autofix write reformat --fix --write --apply -u".split())
+_CHECKING = frozenset("check dry --check --check-formatted --dry-run".split())
+_TEST_TASK = r"""(?x)(?:unit|run|cargo)?[-_:]?(?:t|tst|tests?|lint|type-?check|tsc|check|clippy|vet
+    |verify|spec|e2e|coverage|credo|dialyzer|bench|validate)(?:[-_:.]\S*)?$"""
+_RUNNERS = frozenset("uv poetry pipenv hatch rye pdm bundle asdf conda pipx".split())
+_MANAGERS = _RUNNERS | frozenset("""
+    npm pnpm yarn bun deno mise pip pip3 brew apt apt-get dnf yum pacman paru yay choco winget scoop
+    gem cargo go mix dotnet swift make just task rake gradle gradlew mvn mvnw composer terraform
+    npm-check-updates flutter dart nx turbo lerna
 """.split())
-_GIT_HARMLESS = frozenset("""
-    status log diff show branch blame remote rev-parse fetch add commit push tag config describe reflog
-    shortlog merge-base cat-file for-each-ref ls-remote rev-list name-rev symbolic-ref show-ref reset
-    check-ignore check-attr count-objects fsck gc notes worktree init diff-tree diff-index hash-object
-    var version help range-diff cherry whatchanged update-index write-tree archive bundle show-branch
-    update-ref
-""".split())
-_GIT_CHANGES = frozenset("""
-    checkout switch stash merge rebase pull revert cherry-pick clean reset am bisect submodule
-    filter-branch filter-repo sparse-checkout read-tree checkout-index lfs
-""".split())
-_CONTAINER_RUNS = ("run", "exec", "cp", "compose", "build")
-_GIT_LOOKS = (["list"], ["show"], ["status"], ["log"], ["drop"])
-_GIT_QUIET = frozenset("add config init".split())
-_MODULES = {"json.tool": "jq", **dict.fromkeys(
-    "unittest py_compile compileall timeit doctest coverage site http.server".split(), "pytest")}
-_WRAPPERS = {
-    "sudo": ("-u -g -p -C -h", 0), "timeout": ("-s -k --signal --kill-after", 1), "gtimeout": ("-s -k", 1),
-    "nice": ("-n", 0), "env": ("-u -C", 0), "npx": ("-p --package", 0), "stdbuf": ("-i -o -e", 0),
-    "flock": ("-w", 1), "wsl": ("-d -u", 0), "watch": ("-n", 0), "exec": ("-a", 0), "ionice": ("-c -n", 0),
-    **dict.fromkeys("time nohup command builtin caffeinate doas setsid bunx uvx chronic".split(), ("", 0)),
+# effect | words (+ joins a sub-command) | options with a value | changes only with | never with
+_ROWS = """
+tool | * | -C -w -p -F --prefix --filter --workspace --project |  |
+tool | bun deno |  |  | --check --test
+quiet | echo printf mktemp : true false export unset set shopt alias ulimit umask trap wait break \
+    continue exit return local declare readonly sleep chmod chown chgrp test [ read shift \
+    write-host write-output start-sleep write-error write-warning setlocal pwd esac ] ;; param \
+    clear cls git+add git+config git+init |  |  |
+harmless | date ps env printenv which whereis where wc du df stat file uniq cut tr jq yq diff cmp \
+    comm join md5sum sha1sum sha256sum shasum md5 ping id whoami uname hostname uptime free top \
+    htop lsof netstat ss dig nslookup host ip ifconfig ipconfig nc kill pkill killall pgrep man \
+    basename dirname realpath readlink seq expr column paste fold fmt rev od xxd hexdump strings \
+    base64 cksum look locale tput stty tty history jobs fg bg open xdg-open pbcopy pbpaste \
+    ccusage sysctl sw_vers system_profiler nvidia-smi lscpu lsblk lsusb lspci dmesg journalctl \
+    tasklist systeminfo ver vol wmic pytest py.test jest vitest tox nox rspec phpunit ctest mocha \
+    ava playwright cypress mypy pyright pyre flake8 pylint shellcheck actionlint hadolint \
+    yamllint bandit vulture gitleaks golangci-lint staticcheck nproc arch getent groups arp sort \
+    traceroute systemctl service openssl ffprobe identify cal bc dc sum nm ldd otool objdump \
+    mdfind mdls format-table format-list out-string out-null ft fl measure numfmt unittest \
+    py_compile compileall timeit doctest coverage site http.server json.tool get-* test-* \
+    select-* where-* sort-* format-* measure-* out-* write-* convertto-* convertfrom-* resolve-* \
+    find-* show-* compare-* group-* join-* split-* read-* wait-* foreach-* start-* stop-* \
+    git+status git+log git+diff git+show git+branch git+blame git+remote git+rev-parse git+fetch \
+    git+commit git+push git+tag git+describe git+reflog git+shortlog git+bundle git+merge-base \
+    git+cat-file git+for-each-ref git+ls-remote git+rev-list git+name-rev git+symbolic-ref \
+    git+show-ref git+check-ignore git+check-attr git+count-objects git+fsck git+gc git+notes \
+    git+worktree git+diff-tree git+diff-index git+hash-object git+var git+version git+help \
+    git+range-diff git+cherry git+whatchanged git+update-index git+write-tree git+archive \
+    git+show-branch git+update-ref |  |  |
+read | cat less more bat batcat tac zcat type view | -r --line-range -l --style |  |
+read | nl | -v -s -w -b -l -i -n |  |
+read | head tail | -n -c --lines --bytes |  | -c --bytes
+read | get-content gc | >-path >-literalpath -totalcount -head -first -tail -last -encoding |  |
+select | select-object select | -first -last -property | -first -last | -skip
+sed | sed gsed | <-e <--expression -f -l |  |
+awk | awk gawk mawk | -F -v -f |  |
+search | rg ripgrep | <-e <-f <--regexp -A -B -C -g -t -T -m -M -E -r -d --glob --iglob --type \
+    --type-not --include --exclude --max-count --context --max-depth --sort |  |
+search | grep egrep fgrep zgrep ag ack git+grep | <-e <-f <--regexp -A -B -C -m --include \
+    --exclude --exclude-dir --max-count --context |  |
+search | fd fdfind | -e -E -t -d --type --max-depth |  |
+search | findstr | <-c |  |
+search | select-string sls | <-pattern >-path >-literalpath -context -include -exclude -encoding \
+    |  |
+listing | ls ll dir exa eza vdir git+ls-files git+ls-tree | -I |  |
+listing | tree | -I -L -P |  |
+listing | gci get-childitem | >-path >-literalpath -filter -include -exclude -depth -erroraction \
+    |  |
+find | find gfind |  |  |
+xargs | xargs parallel | -n -I -P -L -d -s -a -E |  |
+cd | cd pushd popd chdir set-location push-location sl |  |  |
+verb | git | -C -c --git-dir --work-tree |  |
+verb | ruff biome dprint | --config |  |
+checkout | git+checkout git+switch |  |  |
+anything | git+merge git+rebase git+pull git+revert git+cherry-pick git+am git+filter-branch \
+    git+filter-repo git+sparse-checkout git+read-tree git+checkout-index git+lfs wget dd |  |  |
+anything | git+stash git+bisect git+submodule |  |  | list show status log drop
+anything | git+reset |  | --hard --merge --keep |
+anything | git+clean |  |  | -n --dry-run
+anything | tar unzip gunzip gzip 7z zip |  |  | -t -l tf tvf tzf --list
+write | rm rmdir unlink md rd del erase mv move ren tee touch mkdir | -m -d |  |
+write | truncate shred | -s -r |  |
+write | git+rm git+mv |  |  | --cached
+write | git+restore | -s --source |  | --staged -S
+write | set-content add-content out-file new-item remove-item clear-content move-item rename-item \
+    ni ri | >-path >-literalpath >-filepath >-destination -value -encoding -itemtype -name \
+    -newname -width -erroraction -filter -include -exclude |  |
+copy | cp ln install rsync scp copy xcopy robocopy copy-item | >-t >--target-directory \
+    >-destination -path |  |
+copy | git+clone | -b -o --depth --branch --origin |  |
+fetch | curl | >-o >--output -H -X -d -u -A -b -F |  |
+patch | patch apply_patch applypatch git+apply |  |  | --check --stat --dry-run
+format | black isort rustfmt stylua ruff+format dprint+fmt | -c -l --config --line-length |  | \
+    --check --diff --check-only
+format | prettier eslint gofmt goimports clang-format autopep8 yapf shfmt markdownlint stylelint \
+    rubocop standard xo oxlint ruff+check biome+check biome+format biome+lint | -c -l --config \
+    --select --ignore --ext | --fix --write -w -i --in-place --apply -a -A | --check --diff \
+    --fix-dry-run
+wrap | sudo env npx bunx uvx exec wsl doas command builtin time nohup caffeinate setsid chronic | \
+    -u -g -p -C -h -a -d --package |  |
+wrap | timeout gtimeout nice ionice watch stdbuf | -s -k --signal --kill-after -n -c -i -o -e | \
+    |
+shell | bash sh zsh dash ksh |  |  | -n
+shell | powershell pwsh cmd |  |  |
+python | python python3 python2 py pypy |  |  | --version
+unknown | node ruby perl php tsx ts-node tsc |  |  | --test --check --noEmit
+unknown | docker kubectl |  | run exec cp compose build |
+unknown | gh |  | checkout clone download |
+unknown | ssh eval invoke-expression iex |  |  |
+source | source . |  |  |
+"""
+_Word = namedtuple("_Word", "effect valued needs idle")
+_WORDS = {
+    word.replace("+", " "): _Word(effect.strip(), valued, set(needs.split()), set(idle.split()))
+    for effect, words, valued, needs, idle in (row.split("|") for row in _ROWS.strip().split("\n"))
+    for word in words.split()
 }
-
-
-_FAMILIES = (
-    (_sh_quiet, """
-        echo printf mktemp : true false export unset set shopt alias ulimit umask trap wait break
-        continue exit return local declare readonly sleep chmod chown chgrp test [ read shift
-        write-host write-output start-sleep write-error write-warning setlocal pwd esac ] ;; param
-        clear cls
-     """),
-    (_sh_filter, """
-        date ps env printenv which whereis where wc du df stat file uniq cut tr jq yq diff cmp comm
-        join md5sum sha1sum sha256sum shasum md5 ping id whoami uname hostname uptime free top htop
-        lsof netstat ss dig nslookup host ip ifconfig ipconfig nc ssh kill pkill killall pgrep man
-        basename dirname realpath readlink seq expr column paste fold fmt rev od xxd hexdump strings
-        base64 cksum look locale tput stty tty history jobs fg bg open xdg-open pbcopy pbpaste
-        ccusage sysctl sw_vers system_profiler nvidia-smi lscpu lsblk lsusb lspci dmesg journalctl
-        tasklist systeminfo ver vol wmic pytest py.test jest vitest tox nox rspec phpunit ctest
-        mocha ava playwright cypress mypy pyright pyre flake8 pylint shellcheck actionlint hadolint
-        yamllint bandit vulture gitleaks golangci-lint staticcheck nproc arch getent groups arp sort
-        traceroute systemctl service openssl ffprobe identify cal bc dc sum nm ldd otool objdump
-        mdfind mdls format-table format-list out-string out-null ft fl measure numfmt
-     """),
-    (_sh_cat, "cat less more bat batcat nl tac zcat type view"),
-    (_sh_head, "head tail"),
-    (_sh_sed, "sed gsed"),
-    (_sh_awk, "awk gawk mawk"),
-    (_sh_grep, "rg grep egrep fgrep ag ack findstr ripgrep fd fdfind zgrep"),
-    (_sh_ls, "ls ll tree dir gci get-childitem exa eza vdir"),
-    (_sh_find, "find gfind"),
-    (_sh_xargs, "xargs parallel"),
-    (_sh_cd, "cd pushd popd chdir set-location push-location sl"),
-    (_sh_git, "git"),
-    (_sh_curl, "curl wget"),
-    (_sh_write, """
-        tee touch mkdir rm rmdir unlink truncate mv cp ln install shred md rd del erase copy move
-        ren rename rsync scp xcopy robocopy
-     """),
-    (_sh_dd, "dd"),
-    (_sh_patch, "patch apply_patch applypatch"),
-    (_sh_archive, "tar unzip gunzip gzip 7z zip"),
-    (_sh_format, """
-        black isort prettier eslint ruff gofmt goimports rustfmt clang-format autopep8 yapf biome
-        stylua shfmt markdownlint stylelint rubocop dprint standard xo oxlint
-     """),
-    (_sh_wrapper, " ".join(_WRAPPERS)),
-    (_sh_bash, "bash sh zsh dash ksh powershell pwsh cmd"),
-    (_sh_python, "python python3 python2 py pypy node ruby perl php bun deno tsx ts-node tsc"),
-    (_sh_cmdlet, """
-        get-content gc select-string sls set-content add-content out-file new-item remove-item
-        move-item copy-item rename-item clear-content ni ri
-     """),
-    (_sh_select, "select-object select"),
-    (_sh_source, "source . eval invoke-expression iex"),
-)
-_COMMANDS = {name: handler for handler, names in _FAMILIES for name in names.split()}
 
 
 # ==================================================================================================
@@ -5167,11 +5021,6 @@ def _failure_kind_of(message: str) -> str:
     if head.startswith(("Exit code", "Process exited")):
         return ""  # what the command printed is not about the call
     return failure_kind({"message": head})
-
-
-def patched_paths(patch: str) -> List[str]:
-    """The files an ``apply_patch`` text names."""
-    return re.findall(r"^\*\*\* (?:(?:Update|Add|Delete) File|Move to): (.+?)\s*$", patch, re.M)
 
 
 def _milliseconds(start: str, end: str) -> int:
