@@ -181,6 +181,10 @@ class Severity(Enum):
 
 EVENT_TYPES = {member.value: member for member in EventType}
 
+# What an AI_RESPONSE's data tell of its call: why the provider says its cache was missed, the client's
+# version, the effort and the mode it ran in; and the slash command that a CONTEXT_LOAD event stands for.
+CACHE_MISS, VERSION, EFFORT, MODE, COMMAND = "cache_miss", "version", "effort", "mode", "command"
+
 
 class Source:
     """Where the tokens of a CONTEXT_LOAD event came from: its ``data["source"]``."""
@@ -826,20 +830,17 @@ class Session(_Record):
     @property
     def cost_in_pico(self) -> int:
         """`estimated_cost` in whole pico-dollars, the sum over the events in any order."""
-        if not self.events:
-            usage = Usage(self.total_tokens_input, 0, 0, 0, self.total_tokens_output)
-            return self.prices.lookup(self.model).cost(usage)
-        return sum(self.model_costs().values())
+        return sum(self.prices.lookup(*key).cost(usage) for key, usage in self.usages().items())
 
     def price_of(self, event: SessionEvent) -> Price:
         """What the tokens of an event cost."""
         return self.prices.lookup(event.model or self.model, event.rate)
 
-    def model_costs(self) -> Dict[str, int]:
-        """Pico-dollars by model."""
+    def usages(self) -> Dict[Tuple[str, str], Usage]:
+        """The usage by model and rate."""
         sums: Dict[Tuple[str, str], List[int]] = {}
         for event in self.events:
-            key = event.model, event.rate
+            key = event.model or self.model, event.rate
             row = sums.get(key)
             if row is None:
                 row = sums[key] = [0, 0, 0, 0, 0]
@@ -848,12 +849,10 @@ class Session(_Record):
             row[2] += event.tokens_cache_write_1h
             row[3] += event.tokens_cache_read
             row[4] += event.tokens_output
-        costs: Dict[str, int] = {}
-        for (model, rate), (entered, write, hour, read, output) in sums.items():
-            model = model or self.model
-            usage = Usage(entered - write, write - hour, hour, read, output)
-            costs[model] = costs.get(model, 0) + self.prices.lookup(model, rate).cost(usage)
-        return costs
+        if not self.events:
+            sums[self.model, ""] = [self.total_tokens_input, 0, 0, 0, self.total_tokens_output]
+        return {key: Usage(entered - write, write - hour, hour, read, output)
+                for key, (entered, write, hour, read, output) in sums.items()}
 
     @property
     def duration_seconds(self) -> float:
@@ -2199,7 +2198,11 @@ class Analysis:
         self.events = _events_of(session)
         self.by_id = {event.id: event for event in self.events}
         self._repeats: Optional[List[Tuple[SessionEvent, Repeat]]] = None
-        self._carry: Optional[Dict[int, int]] = None
+        self._walk: Optional[ContextWalk] = None
+        self._rebuilds: List[Dict[str, Any]] = []
+        self._carry: Optional[Dict[str, int]] = None
+        self.small_rebuilds = {"count": 0, "tokens": 0, "cost": 0}
+        self.hidden_output = {"calls": 0, "of": 0, "cost_if_visible": 0}
 
     @property
     def repeats(self) -> List[Tuple[SessionEvent, Repeat]]:
@@ -2219,84 +2222,306 @@ class Analysis:
             cost += billed * entered // total
         return cost
 
+    @property
+    def walk(self) -> ContextWalk:
+        """The session's contexts, followed to the end."""
+        return self._walk or self.follow()
+
+    @property
+    def rebuilds(self) -> List[Dict[str, Any]]:
+        """The rebuilds of SMALL tokens and more, with their causes, as `bill_of` has them."""
+        return self._rebuilds if self.walk else []
+
+    def follow(self, *watchers: Callable[[Step, Optional[Dict[str, Any]]], Any]) -> ContextWalk:
+        """Follow the contexts once. The watchers are called with every step of it, and the rebuild
+        where it is one."""
+        session, self._rebuilds = self.session, []
+        walk = self._walk = ContextWalk(session)
+        hidden, small = self.hidden_output, self.small_rebuilds
+        hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
+        for step in walk:
+            rebuild, tokens = None, step.kept - step.read if step.call else 0
+            if tokens >= SMALL:
+                rebuild = _rebuild(step, session)
+                self._rebuilds.append(rebuild)
+            elif tokens:
+                for name, value in (("count", 1), ("tokens", tokens), ("cost", step.rebuild_cost)):
+                    small[name] += value
+            hidden["of"] += step.call is not None
+            if step.last and hidden["calls"]:
+                visible = step.last.tokens_input
+                if visible > sum(event.tokens_output for event in step.events):
+                    hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
+            for watch in watchers:
+                watch(step, rebuild)
+        return walk
+
     def _carried(self, event: SessionEvent) -> int:
         if self._carry is None:
             self._carry = {}
-            if any(event.tokens_cache_read for event in self.events):
-                for window in self.session.windows():
-                    self._carry_window(window)
-        return self._carry.get(id(event), 0)
-
-    def _carry_window(self, window: List[SessionEvent]) -> None:
-        """Follow the context call by call: what a call's cache read covers is paid again, what entered
-        lies at the context's end, what the context lost is gone. Tokens written again after the cache
-        expired take no place of their own."""
-        held = _HeldContext(self._carry or {})
-        self._carry = held.costs
-        pending: List[SessionEvent] = []
-        answer: List[SessionEvent] = []
-        for event in window:
-            if event.event_type is not EventType.AI_RESPONSE:
-                pending.append(event)
-                continue
-            entered = answer + [e for e in pending if e.data.get("source") != "cache rebuild"]
-            rebuilt = sum(e.tokens_input for e in answer + pending)
-            before = event.tokens_cache_read + rebuilt - sum(e.tokens_input for e in entered)
-            held.cut(before)
-            held.read(event.tokens_cache_read, self.session.price_of(event).rates.read)
-            held.enter(before, entered)
-            pending, answer = [], [event]
-        held.cut(-1)
+            for piece in self.walk.pieces if any(e.tokens_cache_read for e in self.events) else ():
+                if piece.event is not None:
+                    self._carry[piece.event.id] = self._carry.get(piece.event.id, 0) + piece.paid(CARRIED)[1]
+        return self._carry.get(event.id, 0)
 
 
-class _HeldContext:
-    """The events that make up a context, by position, and what sending them again has cost (pico-dollars).
 
-    A read covers a prefix, so it is noted at the last event it covers whole; an event that leaves hands
-    what was noted at it to the one before, which was covered too.
+# What a context holds; what other tools return goes by the tool's name.
+START_LOAD, PROMPTS, FILE_READS, SEARCHES, SHELL = "start load", "prompts", "file reads", "searches", "shell"
+ANSWERS, ATTACHMENTS = "answers kept in context", "attachments and injected text"
+RELOAD, NOT_ATTRIBUTED = "reload after a compaction", "unattributed"
+_LOADED = {"": START_LOAD, "system": START_LOAD, "compaction": RELOAD, "unattributed": NOT_ATTRIBUTED}
+_CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
+             EventType.THINKING: ANSWERS, EventType.FILE_READ: FILE_READS, EventType.SEARCH: SEARCHES}
+_NOT_RETURNED = frozenset(_LOADED.values()) | {PROMPTS, ANSWERS, ATTACHMENTS}
+
+FIRST, CARRIED, AGAIN = 0, 1, 2  # how the tokens of a context are paid
+_PAIRED = 1 << 64  # tokens and their cost in one number: cost * _PAIRED + tokens
+SHORT_TTL, HOUR_TTL = 300, 3_600  # seconds that a cache lives
+_LAID_OUT = ("cache rebuild", "unattributed")  # loads that stand for no moment of their own
+
+
+def content_of(event: SessionEvent) -> str:
+    """What an event's input tokens are, in the bill's words."""
+    if event.event_type is EventType.CONTEXT_LOAD:
+        return _LOADED.get(event.data.get("source") or "", ATTACHMENTS)
+    known = _CONTENTS.get(event.event_type)
+    if known:
+        return known
+    return SHELL if event.data.get("command") else str(
+        event.data.get("tool") or event.event_type.value.lower().replace("_", " "))
+
+
+class Piece:
+    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands for
+    several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN."""
+
+    __slots__ = ("serial", "content", "event", "sums")
+
+    def __init__(self, serial: int, content: str, event: Optional[SessionEvent] = None):
+        self.serial, self.content, self.event = serial, content, event
+        self.sums = [0, 0, 0]
+
+    def paid(self, how: int) -> Tuple[int, int]:
+        """Tokens and pico-dollars."""
+        cost, tokens = divmod(self.sums[how], _PAIRED)
+        return tokens, cost
+
+
+class HeldContext:
+    """The pieces of a live context in order. A position is the number of tokens before it.
+
+    What is paid for a span of positions is noted where the span begins and ends, and summed up when
+    pieces leave: a call takes O(log pieces).
     """
 
-    def __init__(self, costs: Dict[int, int]):
-        self.costs = costs
-        self._events: List[SessionEvent] = []
-        self._starts: List[int] = []
-        self._ends: List[int] = []
-        self._whole: List[int] = []  # price of the reads whose last whole event this is
+    def __init__(self) -> None:
+        self.pieces: List[Piece] = []
+        self.ends: List[int] = []
+        self._notes: List[List[int]] = [[], [], []]
 
-    def enter(self, position: int, events: List[SessionEvent]) -> None:
-        """Events enter one after the other from ``position`` on (tokens)."""
-        for event in events:
-            if event.tokens_input:
-                self._events.append(event)
-                self._starts.append(position)
-                position += event.tokens_input
-                self._ends.append(position)
-                self._whole.append(0)
+    @property
+    def length(self) -> int:
+        """Tokens of the context."""
+        return self.ends[-1] if self.ends else 0
 
-    def read(self, tokens: int, price: int) -> None:
-        """The first ``tokens`` of the context are sent again."""
-        index = bisect_right(self._ends, tokens)
-        if index:
-            self._whole[index - 1] += price
-        if index < len(self._ends) and tokens > self._starts[index]:
-            self._add(index, price * (tokens - self._starts[index]))
+    def enter(self, piece: Piece, tokens: int) -> None:
+        """A piece enters at the end."""
+        self.ends.append(self.length + tokens)
+        self.pieces.append(piece)
+        for notes in self._notes:
+            notes.append(0)
 
-    def cut(self, length: int) -> None:
-        """The context holds no more than ``length`` tokens: what lay beyond is gone."""
-        while self._ends and self._ends[-1] > length:
-            price, start = self._whole[-1], self._starts[-1]
-            self._add(-1, price * (self._ends[-1] - start))
-            if len(self._whole) > 1:
-                self._whole[-2] += price
-            if start < length:
-                self._whole[-1], self._ends[-1] = 0, length
-                return
-            for column in (self._events, self._starts, self._ends, self._whole):
-                column.pop()
+    def find(self, position: int) -> Tuple[int, int]:
+        """The index of the piece that holds a position, and how far into the piece that is."""
+        index = bisect_right(self.ends, position)
+        return index, position - (self.ends[index - 1] if index else 0)
 
-    def _add(self, index: int, cost: int) -> None:
-        key = id(self._events[index])
-        self.costs[key] = self.costs.get(key, 0) + cost
+    def pay(self, how: int, start: int, end: int, price: int) -> None:
+        """The positions from ``start`` to ``end`` are paid, at pico-dollars per token."""
+        unit = price * _PAIRED + 1
+        for position, paid in ((end, unit), (start, -unit)):
+            index, inside = self.find(position)
+            if index:
+                self._notes[how][index - 1] += paid
+            if inside:
+                self.pieces[index].sums[how] += paid * inside
+
+    def settle(self) -> List[int]:
+        """Sum up what was noted; the sizes of the pieces."""
+        sizes = [end - start for start, end in zip([0] + self.ends, self.ends)]
+        for how, notes in enumerate(self._notes):
+            running = 0
+            for index in range(len(notes) - 1, -1, -1):
+                running += notes[index]
+                if running:
+                    self.pieces[index].sums[how] += running * sizes[index]
+                notes[index] = 0
+        return sizes
+
+    def lose(self, tokens: int) -> Dict[int, int]:
+        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What stays
+        of the pieces that lost some, by serial number."""
+        sizes, stays = self.settle(), {}
+        results = [i for i, piece in enumerate(self.pieces) if piece.content not in _NOT_RETURNED]
+        others = [i for i, piece in enumerate(self.pieces) if piece.content in _NOT_RETURNED]
+        for index in itertools.chain(results, reversed(others)):
+            part = min(tokens, sizes[index])
+            sizes[index] -= part
+            stays[self.pieces[index].serial] = sizes[index]
+            tokens -= part
+            if not tokens:
+                break
+        self.pieces = [piece for piece, size in zip(self.pieces, sizes) if size]
+        self.ends = list(itertools.accumulate(filter(None, sizes)))
+        self._notes = [[0] * len(self.ends) for _ in self._notes]
+        return stays
+
+
+class Step:
+    """A model call as its context shows it.
+
+    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``: the
+    call before in this window; ``events``: what came since, the answer of ``last`` first. ``held`` is the
+    context with all that; ``before``: its length at ``last``; ``stays``: what is left of the pieces that
+    lost tokens since, by serial number. The call read the positions up to ``read`` from the cache and
+    wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins what entered.
+    ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
+    """
+
+    __slots__ = ("call", "last", "previous", "events", "held", "before", "stays", "read", "kept",
+                 "rebuild_cost", "ttl")
+
+    def __init__(self, call: Optional[SessionEvent], previous: Optional[Step],
+                 events: List[SessionEvent], held: HeldContext, ttl: int):
+        self.call, self.previous, self.events, self.held, self.ttl = call, previous, events, held, ttl
+        self.last = previous.call if previous else None
+        self.before, self.rebuild_cost = held.length, 0
+        self.read = call.tokens_cache_read if call else 0
+        self.kept = self.read if call else held.length
+        self.stays: Dict[int, int] = {}
+
+    @property
+    def began(self) -> Optional[float]:
+        """When the call was sent (seconds since 1970): when the last thing that it answers had come."""
+        answered = seconds_of(self.call.timestamp) if self.call else None
+        if answered is None:
+            return None
+        came = [event for event in self.events if event.event_type not in (
+            EventType.AI_RESPONSE, EventType.THINKING) and event.data.get("source") not in _LAID_OUT]
+        times = [(seconds_of(event.timestamp) or 0.0) + event.duration_ms / 1000 for event in came]
+        return min(answered, max(times)) if times else answered
+
+    @property
+    def gap(self) -> Optional[float]:
+        """Seconds between the beginnings of the call before and this one; None where unknown."""
+        began = self.began
+        before = self.previous.began if self.previous else None
+        return None if began is None or before is None else began - before
+
+
+class ContextWalk:
+    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all that
+    entered; what was paid for them is complete when the walk is over. ``starts``: the start load of each
+    agent's first window (tokens)."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.pieces: List[Piece] = []
+        self.starts: Dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps, every event in one; the last of a window may be without a call."""
+        session = self.session
+        for window in session.windows() if session.events else [_events_of(session)]:
+            held, ttl, step = HeldContext(), 0, None
+            events: List[SessionEvent] = []
+            for event in window:
+                usage = event.tokens_cache_read or any(e.tokens_input for e in events)
+                if event.event_type is not EventType.AI_RESPONSE or not usage:
+                    events.append(event)
+                    continue
+                step = self._taken(Step(event, step, events, held, ttl))
+                yield step
+                step.previous = None
+                written = sum(e.tokens_cache_write for e in events)
+                if written:
+                    hour = sum(e.tokens_cache_write_1h for e in events)
+                    ttl = HOUR_TTL if 2 * hour >= written else SHORT_TTL
+                events = [event]
+            if events:
+                yield self._taken(Step(None, step, events, held, ttl))
+            held.settle()
+
+    def input_cost(self, event: SessionEvent) -> int:
+        """Pico-dollars of what entered with an event."""
+        return self.session.price_of(event).cost(event.usage._replace(read=0, output=0))
+
+    def _taken(self, step: Step) -> Step:
+        """Bring the held context to what the call saw, and pay."""
+        held, rebuilt, loads, entering = step.held, 0, [], []
+        for event in step.events:
+            source = event.data.get("source")
+            if not event.tokens_input:
+                if source == "history":
+                    loads.append(event)
+            elif source == "cache rebuild":
+                rebuilt += event.tokens_input
+                step.rebuild_cost += self.input_cost(event)
+            elif step.last is None and event.event_type is EventType.CONTEXT_LOAD \
+                    and content_of(event) in (START_LOAD, RELOAD):
+                loads.append(event)
+            else:
+                entering.append(event)
+        step.kept += rebuilt
+        if step.before > step.kept:
+            step.stays = held.lose(step.before - step.kept)
+        self._fill(step, loads)
+        if step.call and step.read:
+            held.pay(CARRIED, 0, step.read, self.session.price_of(step.call).rates.read)
+        if rebuilt:
+            price, rest = divmod(step.rebuild_cost, rebuilt)
+            held.pay(AGAIN, step.read, step.kept, price)
+            held.pieces[held.find(step.read)[0]].sums[AGAIN] += rest * _PAIRED
+        for event in entering:
+            self._enter(held, content_of(event), event.tokens_input, event, self.input_cost(event))
+        return step
+
+    def _fill(self, step: Step, loads: List[SessionEvent]) -> None:
+        """Name what the context holds beyond what was seen to enter: a window's loads, what other files
+        tell (history), else unattributed."""
+        held, told = step.held, {}  # type: Tuple[HeldContext, Dict[str, int]]
+        missing = step.kept + sum(event.tokens_input for event in loads) - held.length
+        for event in loads:
+            if event.data.get("source") == "history":
+                told.update(event.data.get("contents") or {})
+        rest = NOT_ATTRIBUTED
+        if step.last is None and missing:
+            rest = rest if told else RELOAD
+            start = told.pop(START_LOAD, max(0, missing - sum(told.values())))
+            agent = (step.call or step.events[0]).agent_id
+            start = min(start, self.starts.setdefault(agent, start))
+            told = dict({START_LOAD: start}, **told)
+        spans = [*told.items(), (rest, missing)]
+        counted: List[Tuple[Any, int]] = [(event, event.tokens_input) for event in loads]
+        for event, tokens in [(None, step.kept - held.length)] + counted:
+            cost = self.input_cost(event) if event else 0
+            while tokens:
+                content, room = spans[0]
+                part = min(tokens, room)
+                share = cost * part // tokens
+                self._enter(held, content, part, event, share)
+                tokens, cost = tokens - part, cost - share
+                spans[:1] = [(content, room - part)] if room > part else []
+
+    def _enter(self, held: HeldContext, content: str, tokens: int, event: Optional[SessionEvent],
+               cost: int) -> None:
+        if tokens:
+            piece = Piece(len(self.pieces), content, event)
+            if event is not None:
+                piece.sums[FIRST] = cost * _PAIRED + tokens
+            self.pieces.append(piece)
+            held.enter(piece, tokens)
 
 
 def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
@@ -2510,6 +2735,171 @@ def recommendations(report: OptimizationReport) -> List[str]:
     lines = [f"[{_LABELS[max(i.severity for i in issues)]}] {advice}" for advice, issues in ranked]
     return [f"[INCOMPLETE] An analyzer failed, so its waste is missing: {failure}"
             for failure in report.analyzer_errors] + lines
+
+
+# ---- the bill: every dollar in one cell, and why caches were lost (docs/bill.md) ----
+
+HOW_PAID = ("first", "carried", "again")
+CLASSES = ("uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output")
+ROUNDING = 500     # tokens of a rebuild below which it is the provider's rounding
+SMALL = 2_000      # tokens of a rebuild below which no cause is looked for
+GRACE = 30         # seconds beyond its time to live in which a cache may still be there
+_PREFIX_CHANGED = ("system_changed", "tools_changed", "messages_changed")
+_PROVIDER_SAYS = ("previous_message_not_found", "unavailable")
+_NO_CLOCK = ("codex", "gemini-cli")  # readers of agents whose data tell no time to live
+_SETTINGS = ("/mcp", "/plugin", "/agents", "/config")
+
+
+def cause_of(step: Step, session: Session) -> Tuple[str, str]:
+    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock", "none").
+    Meaningful for rebuilds of SMALL tokens and more."""
+    call, last = step.call, step.last
+    assert call is not None
+    told = str(call.data.get(CACHE_MISS) or "")
+    if told == "model_changed":
+        return told, "provider"
+    if last is not None and (last.model or session.model) != (call.model or session.model):
+        return "model_switch", "transcript"
+    if told in _PREFIX_CHANGED:
+        return told, "provider"
+    if expired(step, session):
+        return "expired", "clock"
+    between = {event.data.get("source") for event in step.events}
+    if "resume" in between:
+        return "resume", "transcript"
+    if step.before - step.kept >= ROUNDING:
+        return "shortened", "transcript"
+    commands = {event.data.get(COMMAND) for event in step.events
+                if event.event_type is EventType.CONTEXT_LOAD}
+    changed = last is not None and any(
+        last.data.get(name) and call.data.get(name) not in (None, last.data[name])
+        for name in (VERSION, EFFORT, MODE))
+    if changed or commands.intersection(_SETTINGS):
+        return "settings", "transcript"
+    return (told, "provider") if told in _PROVIDER_SAYS else ("not_explained", "none")
+
+
+def expired(step: Step, session: Session) -> bool:
+    """Whether the clock says that a rebuild came of a cache that had outlived its time."""
+    source = session.metadata.get("source")
+    if isinstance(source, dict) and source.get("reader") in _NO_CLOCK:
+        return False
+    if not step.ttl or 2 * (step.kept - step.read) < step.before:
+        return False
+    return (step.gap or 0.0) > step.ttl + GRACE
+
+
+def _rebuild(step: Step, session: Session) -> Dict[str, Any]:
+    """One rebuild in the words of the bill, in pico-dollars."""
+    call, tokens = step.call, step.kept - step.read
+    assert call is not None
+    cause, said_by = cause_of(step, session)
+    source = session.metadata.get("source")
+    gap = step.gap
+    read_price = session.price_of(call).rates.read
+    loaded = next(event for event in step.events if event.data.get("source") == "cache rebuild")
+    return {"session": session.id, "path": call.data.get("path") or (
+                source.get("path", "") if isinstance(source, dict) else ""),
+            "line": call.data.get("line", 0), "at": call.timestamp, "cause": cause, "source": said_by,
+            "gap_seconds": None if gap is None else round(gap, 3), "tokens": tokens,
+            "cost": step.rebuild_cost, "net_cost": step.rebuild_cost - tokens * read_price,
+            "model": call.model or session.model, "context": step.before, "event": loaded.id,
+            "after": _came_before(step)}
+
+
+def _came_before(step: Step) -> str:
+    """What stands right before a call: a slash command, "prompt", or the name of a tool."""
+    for event in reversed(step.events):
+        if event.event_type is EventType.USER_MESSAGE:
+            return "prompt"
+        name = COMMAND if event.event_type is EventType.CONTEXT_LOAD else "tool"
+        if event.data.get(name):
+            return str(event.data[name])
+    return ""
+
+
+def empty_bill() -> Dict[str, Any]:
+    """The bill of nothing."""
+    return {"total": 0, "guessed": 0, "classes": dict.fromkeys(CLASSES, 0), "models": {},
+            "unpriced": {"calls": 0, "tokens": 0},
+            "hidden_output": {"calls": 0, "of": 0, "cost_if_visible": 0},
+            "cells": [], "small_rebuilds": {"count": 0, "tokens": 0, "cost": 0}, "rebuilds": []}
+
+
+def bill_of(session: Session, analysis: Optional[Analysis] = None) -> Dict[str, Any]:
+    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content x how
+    it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``: calls whose
+    output is a placeholder, of all, and what the output of those would cost at its visible size."""
+    analysis = analysis or Analysis(session)
+    bill = empty_bill()
+    cells: Dict[Tuple[str, str], List[int]] = {}
+    for piece in analysis.walk.pieces:
+        for how, paid in enumerate(piece.sums):
+            if paid:
+                _add_to(cells, (piece.content, HOW_PAID[how]), *piece.paid(how))
+    for (model, rate), usage in session.usages().items():
+        price = session.prices.lookup(model, rate)
+        cost = price.cost(usage)
+        bill["total"] += cost
+        if not price.exact or model == "default" and session.imported:
+            bill["guessed"] += cost
+        bill["models"][model] = bill["models"].get(model, 0) + cost
+        for name, billed_as, tokens in zip(CLASSES, Usage._fields, usage):
+            bill["classes"][name] += price.cost(Usage(**{billed_as: tokens}))
+        if usage.output:
+            _add_to(cells, ("output", "output"), usage.output, price.cost(Usage(output=usage.output)))
+        if price.model == UNPRICED:
+            bill["unpriced"]["tokens"] += sum(usage)
+    bill.update(cells=_cell_rows(cells), small_rebuilds=analysis.small_rebuilds,
+                rebuilds=analysis.rebuilds, hidden_output=analysis.hidden_output)
+    bill["unpriced"]["calls"] = sum(
+        event.event_type is EventType.AI_RESPONSE and session.price_of(event).model == UNPRICED
+        for event in session.events) if bill["unpriced"]["tokens"] else 0
+    return bill
+
+
+def _add_to(cells: Dict[Tuple[str, str], List[int]], key: Tuple[str, str], tokens: int, cost: int) -> None:
+    cell = cells.setdefault(key, [0, 0])
+    cell[0] += tokens
+    cell[1] += cost
+
+
+def _cell_rows(cells: Dict[Tuple[str, str], List[int]]) -> List[Dict[str, Any]]:
+    ranked = sorted(cells.items(), key=lambda item: (-item[1][1], item[0]))
+    return [{"content": content, "how": how, "tokens": tokens, "cost": cost}
+            for (content, how), (tokens, cost) in ranked]
+
+
+def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
+    """The sum of bills, in any order the same."""
+    total = empty_bill()
+    cells: Dict[Tuple[str, str], List[int]] = {}
+    for bill in bills:
+        for name, part in bill.items():
+            if part.__class__ is int:
+                total[name] += part
+            elif part.__class__ is dict:
+                for key, value in part.items():
+                    total[name][key] = total[name].get(key, 0) + value
+        for cell in bill["cells"]:
+            _add_to(cells, (cell["content"], cell["how"]), cell["tokens"], cell["cost"])
+        total["rebuilds"] += bill["rebuilds"]
+    total["cells"] = _cell_rows(cells)
+    total["rebuilds"].sort(key=lambda rebuild: (-rebuild["net_cost"], rebuild["session"], rebuild["event"]))
+    return total
+
+
+_MONEY = frozenset(("total", "guessed", "classes", "models", "cost", "net_cost", "cost_if_visible",
+                    "saves"))
+
+
+def in_usd(part: Any, money: bool = False) -> Any:
+    """A bill or advice with its money in USD, rounded once to whole pico-dollars."""
+    if part.__class__ is dict:
+        return {name: in_usd(value, money or name in _MONEY) for name, value in part.items()}
+    if part.__class__ is list:
+        return [in_usd(value, money) for value in part]
+    return round(part / PICO, 12) if money and part.__class__ is int else part
 
 
 # ==================================================================================================

@@ -1007,6 +1007,7 @@ def calls_of_a_window():
         E("CONTEXT_LOAD", 1_000, source="system", _write=1_000), E("AI_RESPONSE", 0, 0),
         read_of(tokens=500, _write=500), E("AI_RESPONSE", 0, 10, _read=1_000),   # e3 lies at 1,000 to 1,500
         E("USER_MESSAGE", 100, _write=100), E("AI_RESPONSE", 0, 10, _read=1_500),  # reaches it whole
+        E("CONTEXT_LOAD", 400, source="cache rebuild", _write=400),
         E("USER_MESSAGE", 100, _write=100), E("AI_RESPONSE", 0, 10, _read=1_200)]  # reaches 200 of it
 
 
@@ -1021,7 +1022,7 @@ def test_waste_costs_what_it_was_billed_at_and_every_time_it_was_sent_again():
     # the system prompt: 1,000 at 0.01875, sent again whole by three calls
     assert cost_of("e1", session=session) == pytest.approx(0.01875 + 0.0045)
     # the last prompt enters with the last call and is never sent again
-    assert cost_of("e7", session=session) == pytest.approx(0.001875)
+    assert cost_of("e8", session=session) == pytest.approx(0.001875)
 
 
 def test_carry_ends_with_the_window_and_stays_with_the_agent():
