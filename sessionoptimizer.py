@@ -1006,6 +1006,8 @@ class OptimizationReport(_Record):
     analyzer_errors: List[str] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     token_use: Dict[str, int] = field(default_factory=dict)
+    bill: Dict[str, Any] = field(default_factory=dict)
+    advice: List[Dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> Dict[str, Any]:
         """A dict JSON can hold."""
@@ -2190,7 +2192,7 @@ class Analysis:
 
     A wasted input token costs the price class it was billed at, plus its carry: it is sent again with
     every later call of its window, at the cache-read price, while that call's cache read reaches its
-    position in the context.
+    position in the context. A cache rebuild costs what it was billed beyond a cache read, and no carry.
     """
 
     def __init__(self, session: Session):
@@ -2199,6 +2201,7 @@ class Analysis:
         self.by_id = {event.id: event for event in self.events}
         self._repeats: Optional[List[Tuple[SessionEvent, Repeat]]] = None
         self._walk: Optional[ContextWalk] = None
+        self._bill: Optional[Dict[str, Any]] = None
         self._rebuilds: List[Dict[str, Any]] = []
         self._carry: Optional[Dict[str, int]] = None
         self.small_rebuilds = {"count": 0, "tokens": 0, "cost": 0}
@@ -2218,9 +2221,18 @@ class Analysis:
         if total and entered:
             write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
             billed = ((total - write) * rates.uncached + (write - hour) * rates.write_5m
-                      + hour * rates.write_1h + self._carried(event))
+                      + hour * rates.write_1h)
+            rebuild = event.data.get("source") == "cache rebuild"
+            billed += -total * rates.read if rebuild else self._carried(event)
             cost += billed * entered // total
         return cost
+
+    @property
+    def bill(self) -> Dict[str, Any]:
+        """The session's bill (`bill_of`), in whole pico-dollars."""
+        if self._bill is None:
+            self._bill = bill_of(self.session, self)
+        return self._bill
 
     @property
     def walk(self) -> ContextWalk:
@@ -2601,19 +2613,23 @@ class ClaimsLedger:
         return total
 
 
-def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
+                 analysis: Optional[Analysis] = None) -> OptimizationReport:
     """Run the analyzers and charge what they claim. One that raises is named in the report, the others
     count."""
-    report = charged_report(session, analyzers)
+    analysis = analysis or Analysis(session)
+    report = charged_report(session, analyzers, analysis)
+    report.bill = in_usd(analysis.bill)
     report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
     report.notes, report.recommendations = report_notes(session), recommendations(report)
     return report
 
 
-def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer],
+                   analysis: Optional[Analysis] = None) -> OptimizationReport:
     """The findings of a report and its figures, without what only a reader wants: all that a summary
     needs."""
-    analysis = Analysis(session)
+    analysis = analysis or Analysis(session)
     issues, failures = [], []
     for analyzer in analyzers:
         try:
@@ -2743,6 +2759,8 @@ HOW_PAID = ("first", "carried", "again")
 CLASSES = ("uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output")
 ROUNDING = 500     # tokens of a rebuild below which it is the provider's rounding
 SMALL = 2_000      # tokens of a rebuild below which no cause is looked for
+LARGE_READ = 10_000     # tokens of one read
+LARGE_READ_SAVING = 60  # percent of a large read that a targeted one usually saves
 GRACE = 30         # seconds beyond its time to live in which a cache may still be there
 _PREFIX_CHANGED = ("system_changed", "tools_changed", "messages_changed")
 _PROVIDER_SAYS = ("previous_message_not_found", "unavailable")
@@ -2890,7 +2908,7 @@ def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
 
 
 _MONEY = frozenset(("total", "guessed", "classes", "models", "cost", "net_cost", "cost_if_visible",
-                    "saves"))
+                    "saves", "replay"))
 
 
 def in_usd(part: Any, money: bool = False) -> Any:
@@ -2900,6 +2918,131 @@ def in_usd(part: Any, money: bool = False) -> Any:
     if part.__class__ is list:
         return [in_usd(value, money) for value in part]
     return round(part / PICO, 12) if money and part.__class__ is int else part
+
+
+# What to do about a prefix that was lost: what happened, and the line to paste.
+_PREFIX_ADVICE = {
+    "system_changed": ("the system prompt changed in mid-session (instruction file, output style or "
+                       "client update)", "Edit CLAUDE.md, output styles and settings between sessions, "
+                       "not during one."),
+    "tools_changed": ("a tool server came or went in mid-session", "Connect MCP servers before the "
+                      "first prompt, and leave them connected."),
+    "messages_changed": ("the client rewrote earlier messages", "claude update"),
+    "model_switch": ("the model was changed in mid-session", "Switch models with a new session or right "
+                     "after /compact."),
+    "settings": ("settings were changed in mid-session", "Change settings before the first prompt.")}
+_LONG_ADVICE = {
+    "return 80000": ("return", "Leave a session above 80k tokens for longer than its cache lives? "
+                     "`/compact` before you leave."),
+    "compact 200000": ("context", "Keep the context below 200k tokens: `/compact` when it gets there."),
+    "compact 150000": ("context", "Keep the context below 150k tokens: `/compact` when it gets there.")}
+_READ_IN_PARTS = "Read files of more than 10,000 tokens in parts: search first, then read those lines."
+
+
+def advice_of(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """What to do tomorrow, the largest saving first, from rows of sessions (`bill_columns`): ``{"kind",
+    "text", "paste", "saves": {"low", "middle", "high"}, "sessions": [ids], "project"}``, in
+    pico-dollars. ``"point": False`` says that of the saving the range alone is known."""
+    found = _long_advice(rows) + _start_advice(rows) + _read_advice(rows) + _prefix_advice(rows)
+    found = [entry for entry in found if entry["saves"]["high"] > 0]
+    return sorted(found, key=lambda entry: (-entry["saves"]["middle"], entry["text"]))
+
+
+def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session: Dict[str, int],
+            **more: Any) -> Dict[str, Any]:
+    """``by_session``: the middle saving by session."""
+    helped = sorted((-value, key) for key, value in by_session.items() if value > 0)
+    return dict({"kind": kind, "text": text, "paste": paste,
+                 "saves": dict(zip(("low", "middle", "high"), saves)),
+                 "sessions": [key for _, key in helped], "project": ""}, **more)
+
+
+def _long_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """What a replay of the sessions themselves recommends."""
+    best: Dict[str, Dict[str, Any]] = {}
+    recorded = sum(row["bill"]["total"] for row in rows)
+    for policy, (kind, text) in _LONG_ADVICE.items():
+        saves = {row["id"]: row["replay"][policy] for row in rows if policy in row["replay"]}
+        totals = [sum(each[case] for each in saves.values()) for case in range(3)]
+        middle = {key: each[1] for key, each in saves.items()}
+        worse = [value for value in middle.values() if value < 0]
+        if is_recommended(recorded, totals) and (
+                kind not in best or best[kind]["saves"]["middle"] < totals[1]):
+            best[kind] = _advised(kind, text, "/compact", totals, middle, point=False, worse=len(worse),
+                                 worst=-min(worse, default=0))
+    return list(best.values())
+
+
+def is_recommended(recorded: int, saves: List[int]) -> bool:
+    """Whether a saving (worst, middle, best) is worth advising: the worst case saves, the middle one at
+    least 1% of what was ``recorded``."""
+    return saves[0] > 0 and 100 * saves[1] >= recorded
+
+
+def _start_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The start load of a project against the smallest seen with the same client and model."""
+    least: Dict[Tuple[str, str], int] = {}
+    projects: Dict[str, List[Dict[str, Any]]] = {}
+    for row in rows:
+        if row["start_load"] and row["project"]:
+            client = row["agent"], row["model"]
+            least[client] = min(least.get(client, row["start_load"]), row["start_load"])
+            projects.setdefault(row["project"], []).append(row)
+    found = []
+    for project, its_rows in projects.items():
+        paid = {row["id"]: paid_for(row["bill"], START_LOAD) for row in its_rows}
+        total, bill = sum(paid.values()), sum(row["bill"]["total"] for row in its_rows)
+        above = {row["id"]: paid[row["id"]] * (row["start_load"] - least[row["agent"], row["model"]])
+                 // row["start_load"] for row in its_rows}
+        tokens = sorted(row["start_load"] for row in its_rows)[len(its_rows) // 2]
+        per_1000, most = total * 1000 // tokens, sum(above.values())
+        if bill:
+            found.append(_advised(
+                "start_load", f"{os.path.basename(project)} loads {tokens // 1000}k tokens before the first "
+                f"prompt: ${total / PICO:,.2f}, {100 * total // bill}% of its bill.", "/context",
+                sorted((min(per_1000, most), most // 2, most)), above, project=project,
+                per_1000_tokens={"cost": per_1000}))
+    return found
+
+
+def paid_for(bill: Dict[str, Any], content: str) -> int:
+    """Pico-dollars paid for a content, first, carried and again."""
+    return sum(cell["cost"] for cell in bill["cells"] if cell["content"] == content)
+
+
+def _read_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Large reads with all that was paid for them: a part of each would have done, often but not always."""
+    paid = {row["id"]: sum(read["cost"] for read in row["large_reads"]) for row in rows}
+    files: Dict[str, int] = {}
+    for row in rows:
+        for read in row["large_reads"]:
+            files[read["file"]] = files.get(read["file"], 0) + read["cost"]
+    total = sum(paid.values())
+    most = sorted(files, key=lambda name: (-files[name], name))[:5]
+    names = ", ".join(os.path.basename(name) for name in most)
+    share = LARGE_READ_SAVING * total // 100
+    return [_advised("large_reads", f"Large files read whole cost ${total / PICO:,.2f}: {names}.",
+                    _READ_IN_PARTS, (0, share // 2, share), paid, files=most)] if total else []
+
+
+def _prefix_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of them."""
+    found = []
+    for cause, (what, paste) in _PREFIX_ADVICE.items():
+        net: Dict[str, int] = {}
+        for row in rows:
+            for rebuild in row["bill"]["rebuilds"]:
+                if rebuild["cause"] == cause:
+                    net[row["id"]] = net.get(row["id"], 0) + rebuild["net_cost"]
+        total = sum(net.values())
+        if total > 0:
+            versions = sorted({row["version"] for row in rows if row["id"] in net and row["version"]})
+            text = f"The cache was lost because {what}"
+            if cause == "messages_changed" and versions:
+                text += f" (version {', '.join(versions)})"
+            found.append(_advised("broken_prefix", f"{text}: ${total / PICO:,.2f}.", paste,
+                                 (total - max(net.values()), total, total), net, cause=cause))
+    return found
 
 
 # ==================================================================================================
@@ -3039,8 +3182,8 @@ class LargeFileAnalyzer(BaseAnalyzer):
     """
 
     issue_type = IssueType.LARGE_FILE_UNCOMPRESSED
-    limit = 10_000        # tokens of one read
-    saving_percent = 60   # of the read
+    limit = LARGE_READ    # tokens of one read
+    saving_percent = LARGE_READ_SAVING
 
     def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         for event in session.events:
@@ -7935,15 +8078,43 @@ class TranscriptScan:
                   and (not project or project in row["project"] or project in row["path"])]
         skipped = [entry for unit in self.scope for entry in self.units[unit].get("skipped", ())]
         skipped += [entry for entries in self.skipped.values() for entry in entries]
-        return {"sessions": sorted(chosen, key=lambda row: (row["started_at"], row["id"])),
-                "totals": scan_totals(chosen),
+        chosen.sort(key=lambda row: (row["started_at"], row["id"]))
+        return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in chosen],
+                "totals": scan_totals(chosen), **billed(chosen),
                 "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
                 "changes": _changes_text(before, rows) if before else ""}
 
 
+def bill_columns(analysis: Analysis) -> Dict[str, Any]:
+    """What a row of a session has for the bill and the advice: ``bill`` (pico-dollars), ``replay``
+    (policy: savings worst, middle and best), ``start_load`` (tokens of the main agent's first window),
+    ``version`` of the client, ``large_reads``."""
+    session, replay = analysis.session, {}  # type: Tuple[Session, Dict[str, List[int]]]
+    bill, source = analysis.bill, session.metadata.get("source")
+    reads = [{"file": str(piece.event.data.get("file_path") or ""), "tokens": piece.event.tokens_input,
+              "cost": sum(piece.paid(how)[1] for how in range(3))}
+             for piece in analysis.walk.pieces if piece.event is not None
+             and piece.event.event_type is EventType.FILE_READ and piece.event.tokens_input >= LARGE_READ]
+    source = source if isinstance(source, dict) else session.metadata
+    return {"bill": bill, "replay": replay, "start_load": analysis.walk.starts.get("", 0),
+            "version": str(source.get("version", "")), "project": str(source.get("cwd", "")),
+            "large_reads": reads}
+
+
+_IN_PICO = ("bill", "replay", "large_reads")  # columns of a row
+
+
+def billed(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """The bill of all rows together and the advice that follows from them, in USD."""
+    return {"bill": in_usd(add_bills(row["bill"] for row in rows)), "advice": in_usd(advice_of(rows))}
+
+
+ROW_FORMAT = 2  # rises when rows of sessions get other columns: kept ones are made anew
+
+
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:
     """A hash of what figures depend on besides the events: version, analyzers, their thresholds, prices of the user."""
-    parts: List[Any] = [__version__, prices.overrides]
+    parts: List[Any] = [__version__, ROW_FORMAT, prices.overrides]
     for analyzer in analyzers:
         cls, state = type(analyzer), sorted(getattr(analyzer, "__dict__", ()))
         thresholds = analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else state
@@ -8379,11 +8550,13 @@ class SessionOptimizer:
 
     def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
         session.prices = self.prices
-        report = build_report(session, self.analyzers)
+        analysis = Analysis(session)
+        columns = bill_columns(analysis)
+        report = build_report(session, self.analyzers, analysis)
         if store:
             self._create(session, replace=True, sync=False)
             self._live.forget(session.id)
-        return session_row(session, report)
+        return dict(session_row(session, report), **columns)
 
     def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
         """Log what a hook of Claude Code tells (the object it gets on standard input) to the
@@ -8467,7 +8640,7 @@ class SessionOptimizer:
         if not rows:
             message = f"No sessions found in the last {days} days"
             return {"agent": agent, "sessions": 0, "message": message}
-        return {"agent": agent, "period_days": days, **statistics_of(rows)}
+        return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
     def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
         """One row per session, oldest first: id, agent, task, model, status, started_at, tokens,
@@ -8487,7 +8660,10 @@ class SessionOptimizer:
                 session, news = self._live.glimpse(session_id), True
                 if session is None:
                     continue
-                row = summary_row(session, charged_report(session, self.analyzers))
+                analysis = Analysis(session)
+                columns = bill_columns(analysis)
+                report = charged_report(session, self.analyzers, analysis)
+                row = dict(summary_row(session, report), **columns)
             rows[session_id] = dict(row, id=session_id, stamp=stamp)
         if news or len(rows) != len(known):
             try:
