@@ -195,6 +195,9 @@ class Source:
     AGENT_MESSAGE = "agent message"  # what one agent said to another
     COMPACTION = "compaction"        # a new window begins
     REBUILD = "cache rebuild"        # context written again after the cache was lost
+    HISTORY = "history"              # counted in another file: 0 tokens, ``contents`` by the bill's names
+    RESUME = "resume"                # a new process went on with a context; enters nothing
+    CLEAR = "clear"                  # the user emptied the context: a new window begins
     UNATTRIBUTED = "unattributed"    # what nothing explains; no analyzer may claim it
 
 
@@ -2222,7 +2225,7 @@ class Analysis:
             write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
             billed = ((total - write) * rates.uncached + (write - hour) * rates.write_5m
                       + hour * rates.write_1h)
-            rebuild = event.data.get("source") == "cache rebuild"
+            rebuild = event.data.get("source") == Source.REBUILD
             billed += -total * rates.read if rebuild else self._carried(event)
             cost += billed * entered // total
         return cost
@@ -2282,7 +2285,8 @@ class Analysis:
 START_LOAD, PROMPTS, FILE_READS, SEARCHES, SHELL = "start load", "prompts", "file reads", "searches", "shell"
 ANSWERS, ATTACHMENTS = "answers kept in context", "attachments and injected text"
 RELOAD, NOT_ATTRIBUTED = "reload after a compaction", "unattributed"
-_LOADED = {"": START_LOAD, "system": START_LOAD, "compaction": RELOAD, "unattributed": NOT_ATTRIBUTED}
+_LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD,
+           Source.UNATTRIBUTED: NOT_ATTRIBUTED}
 _CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
              EventType.THINKING: ANSWERS, EventType.FILE_READ: FILE_READS, EventType.SEARCH: SEARCHES}
 _NOT_RETURNED = frozenset(_LOADED.values()) | {PROMPTS, ANSWERS, ATTACHMENTS}
@@ -2290,7 +2294,7 @@ _NOT_RETURNED = frozenset(_LOADED.values()) | {PROMPTS, ANSWERS, ATTACHMENTS}
 FIRST, CARRIED, AGAIN = 0, 1, 2  # how the tokens of a context are paid
 _PAIRED = 1 << 64  # tokens and their cost in one number: cost * _PAIRED + tokens
 SHORT_TTL, HOUR_TTL = 300, 3_600  # seconds that a cache lives
-_LAID_OUT = ("cache rebuild", "unattributed")  # loads that stand for no moment of their own
+_LAID_OUT = (Source.REBUILD, Source.UNATTRIBUTED)  # loads that stand for no moment of their own
 
 
 def content_of(event: SessionEvent) -> str:
@@ -2409,8 +2413,7 @@ class Step:
         self.call, self.previous, self.events, self.held, self.ttl = call, previous, events, held, ttl
         self.last = previous.call if previous else None
         self.before, self.rebuild_cost = held.length, 0
-        self.read = call.tokens_cache_read if call else 0
-        self.kept = self.read if call else held.length
+        self.read = self.kept = call.tokens_cache_read if call else held.length
         self.stays: Dict[int, int] = {}
 
     @property
@@ -2449,9 +2452,9 @@ class ContextWalk:
             held, ttl, step = HeldContext(), 0, None
             events: List[SessionEvent] = []
             for event in window:
-                usage = event.tokens_cache_read or any(e.tokens_input for e in events)
-                if event.event_type is not EventType.AI_RESPONSE or not usage:
-                    events.append(event)
+                called = event.event_type is EventType.AI_RESPONSE and any(e.tokens_input for e in events)
+                if not (called or event.tokens_cache_read):
+                    events.append(event)  # no call, or one whose usage is not told
                     continue
                 step = self._taken(Step(event, step, events, held, ttl))
                 yield step
@@ -2475,9 +2478,9 @@ class ContextWalk:
         for event in step.events:
             source = event.data.get("source")
             if not event.tokens_input:
-                if source == "history":
+                if source == Source.HISTORY:
                     loads.append(event)
-            elif source == "cache rebuild":
+            elif source == Source.REBUILD:
                 rebuilt += event.tokens_input
                 step.rebuild_cost += self.input_cost(event)
             elif step.last is None and event.event_type is EventType.CONTEXT_LOAD \
@@ -2505,7 +2508,7 @@ class ContextWalk:
         held, told = step.held, {}  # type: Tuple[HeldContext, Dict[str, int]]
         missing = step.kept + sum(event.tokens_input for event in loads) - held.length
         for event in loads:
-            if event.data.get("source") == "history":
+            if event.data.get("source") == Source.HISTORY:
                 told.update(event.data.get("contents") or {})
         rest = NOT_ATTRIBUTED
         if step.last is None and missing:
@@ -2783,7 +2786,7 @@ def cause_of(step: Step, session: Session) -> Tuple[str, str]:
     if expired(step, session):
         return "expired", "clock"
     between = {event.data.get("source") for event in step.events}
-    if "resume" in between:
+    if Source.RESUME in between:
         return "resume", "transcript"
     if step.before - step.kept >= ROUNDING:
         return "shortened", "transcript"
@@ -2815,7 +2818,7 @@ def _rebuild(step: Step, session: Session) -> Dict[str, Any]:
     source = session.metadata.get("source")
     gap = step.gap
     read_price = session.price_of(call).rates.read
-    loaded = next(event for event in step.events if event.data.get("source") == "cache rebuild")
+    loaded = next(event for event in step.events if event.data.get("source") == Source.REBUILD)
     return {"session": session.id, "path": call.data.get("path") or (
                 source.get("path", "") if isinstance(source, dict) else ""),
             "line": call.data.get("line", 0), "at": call.timestamp, "cause": cause, "source": said_by,

@@ -1155,6 +1155,215 @@ def test_what_is_no_issue_is_named():
     assert "Wrong" in report.analyzer_errors[0] and "INCOMPLETE" in report.recommendations[0]
 
 
+def six_calls(**metadata):
+    """Six calls on opus: a read of 30,000 tokens, a pause of 20 minutes after which the cache is gone but for
+    16,000 tokens of the system prompt, and the same read again. Each answer keeps 100 tokens."""
+    return session_of(
+        E("CONTEXT_LOAD", 20_000, _at=0, _write=20_000, source="system"), E("USER_MESSAGE", 1_000, _at=0, _write=1_000),
+        E("AI_RESPONSE", 100, 200, _at=0.1, _write=100),
+        read_of(tokens=30_000, _at=0.2, _write=30_000), E("AI_RESPONSE", 100, 200, _at=0.3, _write=100, _read=21_000),
+        E("SEARCH", 2_000, _at=0.4, _write=2_000, query="q"), E("AI_RESPONSE", 100, 200, _at=0.5, _write=100, _read=51_100),
+        E("USER_MESSAGE", 800, _at=20.4, _write=800), E("CONTEXT_LOAD", 37_200, _at=20.5, _write=37_200, source="cache rebuild"),
+        E("AI_RESPONSE", 100, 200, _at=20.5, _write=100, _read=16_000),
+        read_of(tokens=30_000, _at=20.6, _write=30_000), E("AI_RESPONSE", 100, 200, _at=20.7, _write=100, _read=54_100),
+        E("TOOL_CALL", 900, _at=20.8, _write=900, tool="Bash", command="make"),
+        E("AI_RESPONSE", 0, 200, _at=20.9, _read=84_200), **metadata)
+
+
+def cells_of(session):
+    return {(cell["content"], cell["how"]): cell["tokens"] for cell in so.bill_of(session)["cells"]}
+
+
+def test_the_bill_of_six_calls_as_counted_by_hand():
+    session = six_calls()
+    bill = so.bill_of(session)
+    assert cells_of(session) == {
+        ("start load", "first"): 20_000, ("start load", "carried"): 4 * 20_000 + 16_000, ("start load", "again"): 4_000,
+        ("prompts", "first"): 1_800, ("prompts", "carried"): 5_600, ("prompts", "again"): 1_000,
+        ("file reads", "first"): 60_000, ("file reads", "carried"): 120_000, ("file reads", "again"): 30_000,
+        ("searches", "first"): 2_000, ("searches", "carried"): 4_000, ("searches", "again"): 2_000,
+        ("answers kept in context", "first"): 500, ("answers kept in context", "carried"): 800,
+        ("answers kept in context", "again"): 200, ("shell", "first"): 900, ("output", "output"): 1_200}
+    usd = so.in_usd(bill)
+    assert usd["total"] == session.estimated_cost == sum(usd["models"].values())
+    # 85,200 entered and 37,200 again at 0.01875 per 1,000, 226,400 carried at 0.0015, 1,200 written at 0.075
+    assert usd["classes"] == {"uncached_input": 0.0, "cache_write_5m": 2.295, "cache_write_1h": 0.0,
+                              "cache_read": 0.3396, "output": 0.09}
+    rebuild, = usd["rebuilds"]
+    assert {name: rebuild[name] for name in ("session", "cause", "source", "gap_seconds", "tokens", "cost", "net_cost")} == {
+        "session": "s", "cause": "expired", "source": "clock", "gap_seconds": 1_200, "tokens": 37_200,
+        "cost": 0.6975, "net_cost": 0.6417}
+
+
+def assert_adds_up(session):
+    bill = so.bill_of(session)
+    paid = {how: [cell for cell in bill["cells"] if cell["how"] == how] for how in ("first", "carried", "again", "output")}
+    tokens = {how: sum(cell["tokens"] for cell in cells) for how, cells in paid.items()}
+    assert tokens["first"] + tokens["again"] == session.total_tokens_input
+    assert tokens["carried"] == sum(event.tokens_cache_read for event in session.events)
+    assert tokens["output"] == session.total_tokens_output
+    assert sum(cell["cost"] for cell in bill["cells"]) == bill["total"] == session.cost_in_pico
+    assert sum(bill["classes"].values()) == sum(bill["models"].values()) == bill["total"]
+    assert all(cell["tokens"] > 0 and cell["cost"] >= 0 for cell in bill["cells"])
+    assert len({(cell["content"], cell["how"]) for cell in bill["cells"]}) == len(bill["cells"])
+    for step in so.ContextWalk(session):
+        fresh = sum(event.tokens_input for event in step.events)
+        assert step.call is None or step.held.length == step.call.tokens_cache_read + fresh
+
+
+def random_calls(generator):
+    """Events of calls that read and write anything: more than the context, less, nothing."""
+    kinds = ["FILE_READ", "SEARCH", "USER_MESSAGE", "AI_RESPONSE", "AI_RESPONSE", "TOOL_CALL", "CONTEXT_LOAD"]
+    return session_of(*(
+        E(generator.choice(kinds), tokens, generator.choice((0, 5, 900)), _at=generator.choice((-9, 1, 7)) * number,
+          _agent=generator.choice(("", "", "b")), _model=generator.choice(("", "gpt-5", "unheard-of")), _write=tokens // 2,
+          _hour=generator.choice((0, tokens // 2)), _read=generator.choice((0, 900, 5_000, 40_000)), tool="T",
+          source=generator.choice(("", "compaction", "cache rebuild", "unattributed", "attachment")))
+        for number, tokens in enumerate(generator.choice((0, 5, 900, 3_001, 30_000)) for _ in range(generator.randrange(60)))))
+
+
+def test_every_token_of_a_bill_is_in_one_cell_whatever_the_calls_say():
+    generator = random.Random(7)
+    for _ in range(200):
+        assert_adds_up(random_calls(generator))
+
+
+def test_bills_add_up_in_any_order():
+    generator = random.Random(8)
+    bills = [so.bill_of(random_calls(generator)) for _ in range(6)]
+    total = so.add_bills(bills)
+    assert so.add_bills(reversed(bills)) == so.add_bills([so.add_bills(bills[:2]), so.add_bills(bills[2:])]) == total
+    assert total["total"] == sum(bill["total"] for bill in bills) == sum(cell["cost"] for cell in total["cells"])
+    assert so.add_bills([]) == so.empty_bill()
+
+
+def test_what_left_unmarked_is_the_oldest_result_of_a_tool():
+    session = session_of(
+        E("CONTEXT_LOAD", 1_000, source="system"), read_of(tokens=500), E("SEARCH", 500, query="q"), E("AI_RESPONSE", 0, 1),
+        E("USER_MESSAGE", 100), E("AI_RESPONSE", 0, 1, _read=1_300),  # 700 have left: the read, and 200 of the search
+        E("USER_MESSAGE", 100), E("AI_RESPONSE", 0, 1, _read=1_400))
+    cells = cells_of(session)
+    assert ("file reads", "carried") not in cells
+    assert cells["searches", "carried"] == 2 * 300 and cells["start load", "carried"] == 2_000
+    assert cells["prompts", "carried"] == 100
+
+
+def test_the_load_after_a_compaction_is_start_load_and_the_rest_reload():
+    session = session_of(
+        E("CONTEXT_LOAD", 1_000, source="system"), E("USER_MESSAGE", 50), E("AI_RESPONSE", 0, 1, _read=500),
+        E("CONTEXT_LOAD", 700, **COMPACTION), E("CONTEXT_LOAD", 1_500, source="system"), E("USER_MESSAGE", 50),
+        E("AI_RESPONSE", 0, 1, _read=600))
+    # the first call's load is 500 + 1,000; after the compaction 600 + 700 + 1,500 stand there
+    assert cells_of(session) == {
+        ("start load", "first"): 1_000 + 900, ("start load", "carried"): 500 + 600,
+        ("reload after a compaction", "first"): 1_300, ("prompts", "first"): 100, ("output", "output"): 2}
+
+
+def test_a_read_beyond_the_context_is_carried_but_unattributed():
+    session = session_of(E("CONTEXT_LOAD", 1_000, source="system"), E("AI_RESPONSE", 0, 1),
+                         E("USER_MESSAGE", 10), E("AI_RESPONSE", 0, 1, _read=1_200))
+    assert cells_of(session)["unattributed", "carried"] == 200
+
+
+def test_what_was_counted_elsewhere_keeps_its_content_and_has_no_first():
+    told = E("CONTEXT_LOAD", source="history", contents={"start load": 800, "file reads": 300})
+    session = session_of(told, E("USER_MESSAGE", 10), E("AI_RESPONSE", 0, 1, _read=1_150))
+    assert cells_of(session) == {("start load", "carried"): 800, ("file reads", "carried"): 300, ("prompts", "first"): 10,
+                                 ("unattributed", "carried"): 50, ("output", "output"): 1}
+
+
+CAUSES = [  # name, changes to the fourth call, what happens before it, cause, source
+    ("a pause longer than the cache lives", {}, [], "expired", "clock"),
+    ("another model", {"model": "gpt-5"}, [], "model_switch", "transcript"),
+    ("the provider names another model", {"cache_miss": "model_changed"}, [], "model_changed", "provider"),
+    ("the provider names the system prompt", {"cache_miss": "system_changed"}, [], "system_changed", "provider"),
+    ("the provider does not find the message", {"cache_miss": "previous_message_not_found"}, [], "expired", "clock"),
+    ("a pause of 330 seconds", {"minutes": 5.9}, [], "not_explained", "none"),
+    ("a pause of 331 seconds", {"minutes": 5.92}, [], "expired", "clock"),
+    ("an hour's cache", {"hour": True}, [], "not_explained", "none"),
+    ("a new process", {"hour": True}, [E("CONTEXT_LOAD", source="resume")], "resume", "transcript"),
+    ("a new client", {"hour": True, "version": "2"}, [], "settings", "transcript"),
+    ("a tool server", {"hour": True}, [E("CONTEXT_LOAD", source="injected", command="/mcp")], "settings", "transcript"),
+    ("a harmless command", {"hour": True}, [E("CONTEXT_LOAD", source="injected", command="/cost")], "not_explained", "none"),
+    ("a shorter context", {"hour": True, "lost": 500}, [], "shortened", "transcript"),
+    ("rounding", {"hour": True, "lost": 400}, [], "not_explained", "none"),
+    ("the provider does not know", {"hour": True, "cache_miss": "unavailable"}, [], "unavailable", "provider"),
+    ("a reader without a clock", {"source": {"reader": "codex", "path": "p"}}, [], "not_explained", "none"),
+]
+
+
+@pytest.mark.parametrize("name, changes, before, cause, source", CAUSES, ids=[case[0] for case in CAUSES])
+def test_why_a_cache_was_lost(name, changes, before, cause, source):
+    session = six_calls(**({"source": changes["source"]} if "source" in changes else {}))
+    prompt, rebuild, call = session.events[7:10]
+    call.model = changes.get("model", "")
+    session.events[6].data["version"], call.data["version"] = "1", changes.get("version", "1")
+    if "cache_miss" in changes:
+        call.data["cache_miss"] = changes["cache_miss"]
+    if "minutes" in changes:
+        prompt.timestamp = E("CUSTOM", _at=changes["minutes"]).timestamp
+    for event in session.events[:7] if "hour" in changes else ():
+        event.tokens_cache_write_1h = event.tokens_cache_write
+    rebuild.tokens_input -= changes.get("lost", 0)
+    rebuild.tokens_cache_write -= changes.get("lost", 0)
+    session.events[7:7] = before
+    found, = so.bill_of(session)["rebuilds"]
+    assert (found["cause"], found["source"]) == (cause, source)
+
+
+def test_small_rebuilds_are_one_line_and_have_no_cause():
+    session = six_calls()
+    session.events[8].tokens_input = session.events[8].tokens_cache_write = 1_999
+    bill = so.bill_of(session)
+    assert bill["rebuilds"] == [] and bill["small_rebuilds"] == {"count": 1, "tokens": 1_999, "cost": 1_999 * 18_750_000}
+
+
+def test_a_guessed_price_and_an_unpriced_model_are_told():
+    bill = so.bill_of(session_of(E("CUSTOM", 10), E("CUSTOM", 10, _model="unheard-of"), E("CUSTOM", 10, _model="unpriced"),
+                                 E("AI_RESPONSE", 0, 7, _model="unpriced")))
+    assert 0 < bill["guessed"] < bill["total"] and bill["unpriced"] == {"calls": 1, "tokens": 17}
+
+
+@pytest.mark.skipif(not os.path.isdir(REAL), reason="needs the real transcripts beside the project")
+def test_the_bills_of_real_sessions_add_up():
+    scan = so.TranscriptScan(None, "s")
+    scan.look_at([REAL])
+    sessions = [session for _, found in scan.read(None) for session in found]
+    assert len(sessions) > 100
+    for session in sessions:
+        assert_adds_up(session)
+
+
+ROW = {"agent": "Claude Code", "model": "opus", "replay": {}, "start_load": 0, "large_reads": [], "version": "2.1.9",
+       "project": "/home/me/shop-api"}
+
+
+def test_advice_names_what_to_do_where_and_what_it_saves():
+    bill = so.empty_bill()
+    bill.update(total=100 * so.PICO, cells=[{"content": "start load", "how": "carried", "tokens": 9, "cost": 40 * so.PICO}])
+    rows = [dict(ROW, id="a", bill=bill, start_load=40_000, large_reads=[{"file": "x/big.json", "tokens": 20_000,
+                                                                          "cost": 5 * so.PICO}]),
+            dict(ROW, id="b", bill=bill, start_load=20_000, project="/home/me/lib", replay={
+                "return 80000": [2 * so.PICO, 4 * so.PICO, 6 * so.PICO], "compact 200000": [-1, 9 * so.PICO, 9 * so.PICO]})]
+    advice = {entry["kind"]: entry for entry in so.in_usd(so.advice_of(rows))}
+    assert set(advice) == {"start_load", "large_reads", "return"}  # compacting could cost more
+    start = advice["start_load"]
+    assert start["text"] == "shop-api loads 40k tokens before the first prompt: $40.00, 40% of its bill."
+    assert start["saves"] == {"low": 1.0, "middle": 10.0, "high": 20.0} and start["project"] == "/home/me/shop-api"
+    assert advice["return"]["saves"] == {"low": 2.0, "middle": 4.0, "high": 6.0}
+    assert advice["return"]["point"] is False and advice["return"]["sessions"] == ["b"]
+    assert advice["large_reads"]["saves"] == {"low": 0.0, "middle": 1.5, "high": 3.0}
+    assert "big.json" in advice["large_reads"]["text"] and "search first" in advice["large_reads"]["paste"]
+
+
+def test_advice_on_broken_prefixes_names_the_cause_and_the_client():
+    session = six_calls(source={"reader": "claude-code", "path": "p", "version": "2.1.9", "cwd": "/home/me/shop-api"})
+    session.events[9].data["cache_miss"] = "messages_changed"
+    advice, = so.advice_of([dict(so.bill_columns(so.Analysis(session)), id="s", agent="A", model="m", large_reads=[])])
+    assert advice["kind"] == "broken_prefix" and "2.1.9" in advice["text"] and advice["sessions"] == ["s"]
+    assert advice["saves"] == {"low": 0, "middle": 641_700_000_000, "high": 641_700_000_000}
+
+
 # ==================================================================================================
 # Analyzers
 # ==================================================================================================
