@@ -218,6 +218,8 @@ TOOL_KINDS = {name: kind for kind, names in (
 ) for name in names.split()}
 AGENT_TOOLS = ("task", "agent")  # what a sub-agent changed is in its own events
 
+COMMITS = "commits"  # in the data of a command's event: the ids of the commits it made
+
 
 # ==================================================================================================
 # Prices
@@ -945,7 +947,8 @@ def _status(value: Any) -> SessionStatus:
 
 def is_compaction(event: SessionEvent) -> bool:
     """True where a new context window begins."""
-    return event.event_type is EventType.CONTEXT_LOAD and event.data.get("source") == "compaction"
+    return event.event_type is EventType.CONTEXT_LOAD and event.data.get("source") in (
+        Source.COMPACTION, Source.CLEAR)
 
 
 @dataclass(eq=False, repr=False)
@@ -5618,12 +5621,13 @@ class _Call:
             if thoughts:
                 data = {name: value for name, value in self.event.data.items()
                         if name in ("line", "path", "response_id")}
-                self.thinking = SessionEvent("", self.event.timestamp, EventType.THINKING, data,
-                                             0, thoughts, model=self.event.model)
+                self.thinking = SessionEvent("", self.event.timestamp, EventType.THINKING, data, 0,
+                                             thoughts, model=self.event.model, rate=self.event.rate)
         if self.counted:
             shares = share_out(rest, sizes)
             for (_, event), share in zip(self.parts, shares):
                 (event or self.event).tokens_output += share
+                (event or self.event).rate = self.event.rate
             self.event.tokens_output += rest - sum(shares)
 
 
@@ -5652,10 +5656,15 @@ class _Layout:
     def call(self, call: _Call) -> None:
         """A call takes in what has entered."""
         context = sum(call.usage[:4])  # type: ignore[index]
+        if context > LONG_CONTEXT:
+            call.event.rate = f"{call.event.rate} long".strip()
         if self._context - context > max(SHARP_DROP, self._context // 2):
             self.events.insert(self._start, _load(call, Source.COMPACTION, inferred=True))
             self._begin_window(self._start + 1)
         if call.counted:
+            if self._previous is not None and not self._previous.counted:
+                self.events.insert(self._start, _load(call, Source.RESUME))
+                self._start += 1
             self._lay_out(call, context - self._context)
         else:
             # What led to a response that is counted elsewhere is told there, but for what a
@@ -5725,13 +5734,13 @@ def _bill(call: _Call, laid: List[Tuple[SessionEvent, int]]) -> None:
     """Book the tokens, and the call's cache writes on them in proportion."""
     uncached, write_5m, write_1h, read, _ = call.usage or Usage()
     call.event.tokens_cache_read += read
-    tokens, model = [count for _, count in laid], call.event.model
+    tokens, model, rate = [count for _, count in laid], call.event.model, call.event.rate
     writes = share_out(write_5m + write_1h, tokens) if uncached else tokens
     hours = share_out(write_1h, writes) if write_5m else writes
     for (event, count), write, hour in zip(laid, writes, hours):
         if not event.model or not (
                 event.tokens_output or event.event_type is EventType.AI_RESPONSE):
-            event.model = model  # who takes it in pays for it
+            event.model, event.rate = model, rate  # who takes it in pays for it
         event.tokens_input += count
         event.tokens_cache_write += write
         event.tokens_cache_write_1h += hour
@@ -5783,6 +5792,9 @@ class _Window:
             if self.overhead:
                 event.data["overhead"] = self.overhead
         return layout.events
+
+
+_COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
 
 
 class _Tool:
@@ -5894,10 +5906,12 @@ class Recorder:
             event.data["changes"] = [canonical_path(edited, self.cwd)]
         return event
 
-    def compaction(self, size: int = 0, **data: Any) -> SessionEvent:
-        """The context was replaced by a summary of ``size`` characters: a new window begins."""
+    def compaction(self, size: int = 0, source: str = Source.COMPACTION,
+                   **data: Any) -> SessionEvent:
+        """The context was replaced by a summary of ``size`` characters, or emptied (Source.CLEAR):
+        a new window begins."""
         self._window().tools.memory.clear()
-        return self.context(Source.COMPACTION, size, **data)
+        return self.context(source, size, **data)
 
     def call_failed(self, text: str = "", kind: str = "") -> SessionEvent:
         """A model call failed; ``kind`` where the text does not tell (`failure_kind`)."""
@@ -5925,14 +5939,15 @@ class Recorder:
     def call(self, identity: str, model: str, usage: Optional[Usage], *, text: int = 0,
              thinking: Optional[int] = None, thoughts: Optional[int] = None,
              complete: Optional[bool] = True, earlier: Iterable[Tuple[str, Usage]] = (),
-             milliseconds: int = 0) -> SessionEvent:
+             fast: bool = False, milliseconds: int = 0) -> SessionEvent:
         """A response, or more of one: told again it is the same, and its largest usage counts
         (None: its usage is not known). What is told next of this agent belongs to it.
 
         ``text`` and ``thinking``: characters of each (thinking 0: it is hidden); ``thoughts``:
         tokens of its thinking where the provider tells them. ``complete``: whether the output is
         final; False: a placeholder, None: not said. ``earlier``: model and usage of calls that
-        were billed before it for the same response. A response another agent told is a replay."""
+        were billed before it for the same response. ``fast``: billed at the price of fast mode. A
+        response that another agent told is a replay."""
         identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
         call = self._calls.get((self._agent, identity))
         if call is None:
@@ -5953,6 +5968,7 @@ class Recorder:
             self._thought(call, thinking)
         call.thoughts = call.thoughts if thoughts is None else thoughts
         call.complete = call.complete or complete
+        call.event.rate = "fast" if fast else call.event.rate
         return call.event
 
     def _new_call(self, identity: str, model: str, usage: Optional[Usage]) -> _Call:
@@ -6041,6 +6057,10 @@ class Recorder:
             tool.window.tools.result(event, text, *lines)
         if event.data["tool"].lower() in AGENT_TOOLS and "kind" not in event.data:
             event.data["changes"] = []
+        if text and "commit" in event.data.get("command", ""):
+            commits = _COMMITTED.findall(text[:20_000])
+            if commits:
+                event.data[COMMITS] = commits
         return event
 
     def failed(self, key: str, text: str, kind: str = "") -> None:
@@ -6236,6 +6256,8 @@ class _ClaudeSession:
         self.facts: Dict[str, str] = {}    # of the first line that has each
         self.final: Optional[bool] = None  # whether an output without a stop reason is the last
         self.command = ""                  # the first slash command, for want of a prompt
+        self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
+        self.called = False                # whether the main agent's context holds a response
         self.uuids: set = set()
         self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
         self.echoes: List[Tuple[str, int, str, Dict[str, Any]]] = []
@@ -6281,8 +6303,9 @@ class _ClaudeSession:
         if len(self.facts) < 3:
             self._note_facts(entry)
         kind = entry.get("type")
-        if kind == "progress":
-            data = _as_dict(entry.get("data"))
+        if kind in ("progress", "attachment"):
+            data = _as_dict(entry.get("data") or entry.get("attachment"))
+            self._hooked(_text(data.get("hookName")), entry, line)
             inner = _as_dict(data.get("message"))
             if _as_dict(inner.get("message")):
                 self.echoes.append((path, line, _text(data.get("agentId")), inner))
@@ -6339,19 +6362,51 @@ class _ClaudeSession:
                         if block.get("type") in ("thinking", "redacted_thinking")]
             text = sum(len(_text(block.get("text"))) for block in blocks
                        if block.get("type") == "text")
-            told.call(identity, model, _claude_usage(usage), text=text,
-                      thinking=sum(thinking) if thinking else None,
-                      complete=True if message.get("stop_reason") else self.final,
-                      earlier=_earlier_iterations(usage))
+            event = told.call(identity, model, _claude_usage(usage), text=text,
+                              thinking=sum(thinking) if thinking else None,
+                              complete=True if message.get("stop_reason") else self.final,
+                              earlier=_earlier_iterations(usage),
+                              fast=usage.get("speed") == "fast")
+            self._note_call(event, entry, message)
             for block in blocks:
                 if block.get("type") in ("tool_use", "server_tool_use"):
                     name, given = _text(block.get("name")), block.get("input")
                     told.tool(_text(block.get("id")), name, given, len(str(given)) + len(name))
 
+    def _note_call(self, event: SessionEvent, entry: Dict[str, Any],
+                   message: Dict[str, Any]) -> None:
+        """What the bill asks of a call: why its cache was missed, and in what settings it ran."""
+        reason = _as_dict(_as_dict(message.get("diagnostics")).get("cache_miss_reason"))
+        effort = entry.get("effort")
+        self.marker = ""
+        for name, value in ((CACHE_MISS, reason.get("type")), (VERSION, entry.get("version")),
+                            (EFFORT, _as_dict(effort).get("level", effort)), (MODE, self.mode)):
+            if _text(value):
+                event.data[name] = _text(value)[:40]
+        self.called = self.called or not self.agent
+
     # what entered
+
+    def _hooked(self, name: str, entry: Dict[str, Any], line: int) -> None:
+        """A hook says that the program began anew, with the context or without it."""
+        if name not in ("SessionStart:resume", "SessionStart:clear") or name == self.marker:
+            return
+        self.marker = name
+        self._at(entry, line, "")
+        if name.endswith("resume"):
+            self.told.context(Source.RESUME, 0)
+        else:
+            self._cleared(entry)
+
+    def _cleared(self, entry: Dict[str, Any]) -> None:
+        """`/clear` in mid-file: what follows has no line before it."""
+        if self.called and entry.get("parentUuid") is None:
+            self.called = False
+            self.told.compaction(source=Source.CLEAR)
 
     def _user(self, entry: Dict[str, Any]) -> None:
         content = _as_dict(entry.get("message")).get("content")
+        self.mode = _text(entry.get("permissionMode")) or self.mode
         if entry.get("isCompactSummary") is True:
             self.told.compaction(len(_plain_text(content)))
             return
@@ -6368,6 +6423,8 @@ class _ClaudeSession:
         if size and entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN):
             self.told.prompt(text, size)
         elif size:
+            if "<command-name>/clear<" in text:
+                self._cleared(entry)
             self._injected(text, size)
 
     def _injected(self, text: str, size: int) -> None:
@@ -6376,7 +6433,7 @@ class _ClaudeSession:
         command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
         if command:
             # The user orders what comes next, and may have changed anything before.
-            event.data["changes"] = ["?"]
+            event.data.update({"changes": ["?"], COMMAND: mask_secrets(command.group(1))})
             arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
             if not self.agent and not self.command:
                 self.command = f"{command.group(1)} {arguments.group(1) if arguments else ''}"
@@ -7907,7 +7964,7 @@ class TranscriptScan:
         self.files: Dict[str, List[Any]] = state.get("files", {})
         self.units: Dict[str, Dict[str, Any]] = state.get("units", {})
         self.settings, self.again = settings, again
-        self.owners: Dict[str, str] = {}  # response id: the unit that counts it
+        self.owners: Dict[str, List[Any]] = {}  # response id: the unit that counts it, its output there
         self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
         self.scope: List[str] = []    # the units that the paths of this scan hold
         self.changed: List[str] = []
@@ -7995,9 +8052,10 @@ class TranscriptScan:
                 return reader.name, ""
         return "", _UNKNOWN
 
-    def read(self, owners: Optional[Dict[str, str]]) -> Iterator[Tuple[str, List[Session]]]:
-        """Read the changed units, earliest first, and those that lose a response to an earlier one; yield each unit's sessions
-        as they are read (a unit may come twice: the last counts). ``owners``: the response ids of the scans before."""
+    def read(self, owners: Optional[Dict[str, List[Any]]]) -> Iterator[Tuple[str, List[Session]]]:
+        """Read the changed units, earliest first, and those that lose a response to one that tells
+        more of it, or as much and is earlier; yield each unit's sessions as they are read (a unit
+        may come twice: the last counts). ``owners``: as the scans before left them."""
         from heapq import heapify, heappop, heappush
         gone = set(self.changed) | {unit["files"][0] for unit in self.dropped}
         leaning = {name for name, unit in self.units.items() if gone.intersection(unit.get("leans_on", ()))
@@ -8006,7 +8064,9 @@ class TranscriptScan:
         waiting = [(self.units[name]["order"], name) for name in leaning.union(self.changed)]
         heapify(waiting)
         known = owners if isinstance(owners, dict) else {}
-        self.owners = {key: name for key, name in known.items() if name not in gone}
+        held = {key: owner if isinstance(owner, list) else [owner, MAX_TOKENS]  # as 2.0.0 wrote it
+                for key, owner in known.items()}
+        self.owners = {key: owner for key, owner in held.items() if owner[0] not in gone}
         while waiting:
             _, name = heappop(waiting)
             losers: set = set()
@@ -8022,14 +8082,16 @@ class TranscriptScan:
         leans_on: set = set()
 
         def claim(key: str, output: int = 0) -> bool:
-            owner = owners.setdefault(key, name)
+            owner, told = owners.setdefault(key, [name, output])
             if owner == name:
+                owners[key] = [name, max(output, told)]
                 return True
-            later = self.units.get(owner)
-            if later is None or unit["order"] >= later["order"] or not all(map(os.path.exists, later["files"])):
+            other = self.units.get(owner)
+            if other is None or (-output, unit["order"]) >= (-told, other["order"]) or not all(
+                    map(os.path.exists, other["files"])):
                 leans_on.add(owner)
                 return False  # a session whose transcript is gone keeps what it has counted
-            owners[key] = name
+            owners[key] = [name, output]
             losers.add(owner)
             return True
 

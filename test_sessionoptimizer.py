@@ -3113,6 +3113,100 @@ def test_a_response_is_counted_once_with_its_largest_output(tmp_path, optimizer)
     assert row["model_calls"] == 1 and row["tokens"] == {"uncached_input": 10, "cache_write": 1_000, "cache_read": 0, "output": 700}
 
 
+@pytest.mark.parametrize("outputs, owner", [((6, 2_409), "b"), ((2_409, 2_409), "a"), ((2_409, 6), "a")])
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_response_belongs_to_the_file_that_tells_most_of_it(tmp_path, optimizer, outputs, owner, order):
+    """A fork in mid-response leaves its first block in the earlier file: the later one holds all of it."""
+    files = {}
+    for name, output in zip("ab", outputs):
+        transcript = Transcript(tmp_path, name * 8 + "-2222-4333-8444-555555555555")
+        transcript.prompt("x" * 40)
+        transcript.answer("m1", (10, 1_000, 0, output), text(400))
+        if name == "b":
+            transcript.answer("m2", (10, 50, 1_000, 5), text(40))
+        files[name] = transcript.save()
+    for name in order:  # one scan after the other
+        optimizer.scan([files[name]])
+    rows = {row["path"][-41]: row for row in optimizer.scan([str(tmp_path)])["sessions"]}
+    assert rows[owner]["tokens"]["output"] - (5 if owner == "b" else 0) == max(outputs)
+    assert sum(row["tokens"]["output"] for row in rows.values()) == max(outputs) + 5
+    assert sum(row["model_calls"] for row in rows.values()) == 2
+
+
+def hook_line(transcript, name, **more):
+    transcript.line("progress", data={"type": "hook_progress", "hookEvent": "SessionStart", "hookName": name}, **more)
+
+
+def scanned(transcript, optimizer):
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    return optimizer.get_session(row["id"])
+
+
+def test_what_the_bill_asks_of_a_call_is_kept(tmp_path, optimizer):
+    transcript = Transcript(tmp_path)
+    transcript.prompt("go", permissionMode="plan")
+    transcript.answer("m1", (10, 1_000, 0, 20), text(40), effort="high")
+    transcript.prompt("<command-name>/mcp</command-name>")
+    transcript.answer("m2", (10, 1_100, 0, 20), text(40), version="2.1.201")
+    missed = json.loads(transcript.lines[-1])
+    missed["message"]["diagnostics"] = {"cache_miss_reason": {"type": "tools_changed", "cache_missed_input_tokens": 1_000}}
+    missed["message"]["usage"]["speed"] = "fast"
+    transcript.lines[-1] = json.dumps(missed).encode() + b"\n"
+    session = scanned(transcript, optimizer)
+    first, second = [event for event in session.events if event.event_type is EventType.AI_RESPONSE]
+    keys = (so.CACHE_MISS, so.VERSION, so.EFFORT, so.MODE)
+    assert [first.data.get(key) for key in keys] == [None, "2.1.200", "high", "plan"]
+    assert [second.data.get(key) for key in keys] == ["tools_changed", "2.1.201", None, "plan"]
+    assert (first.rate, second.rate) == ("", "fast")
+    assert [event.data[so.COMMAND] for event in session.events if so.COMMAND in event.data] == ["/mcp"]
+
+
+@pytest.mark.parametrize("hook, more, sources", [
+    ("SessionStart:clear", {}, ["clear"]),
+    ("SessionStart:clear", {"parentUuid": "u1"}, []),     # it goes on from a line before
+    ("SessionStart:resume", {"parentUuid": "u1"}, ["resume"]),
+    ("SessionStart:compact", {}, []),                     # the boundary itself tells
+    ("PreToolUse:Read", {}, [])])
+def test_a_new_beginning_in_mid_file(tmp_path, optimizer, hook, more, sources):
+    """After `/clear` a read is no repetition; after a resume the context is what it was."""
+    transcript = tiny(tmp_path)
+    for _ in range(2):  # two hooks run
+        hook_line(transcript, hook, **more)
+    transcript.answer("m3", (10, 100, 1_160, 30), use("t9", "Read", file_path="/w/a.py"))
+    transcript.result("t9", "y" * 400)
+    transcript.answer("m4", (10, 400, 1_260, 30), text(100))
+    session = scanned(transcript, optimizer)
+    found = [event.data["source"] for event in session.events if event.data.get("source") in ("clear", "resume", "compaction")]
+    assert found == sources and len(list(session.windows())) == 1 + ("clear" in sources)
+    repeats = [issue for issue in optimizer.analyze(session.id).issues if issue.issue_type is IssueType.REPEATED_FILE_READ]
+    assert bool(repeats) == ("clear" not in sources)
+
+
+def test_a_session_that_goes_on_in_a_new_file_is_resumed_there(tmp_path, optimizer):
+    first = tiny(tmp_path)
+    first.save()
+    second = Transcript(tmp_path, "99999999-2222-4333-8444-555555555555")
+    second.lines = [line.replace(b'"sessionId": "1111', b'"sessionId": "9999') for line in first.lines]
+    second.prompt("go on")
+    second.answer("m9", (10, 200, 1_160, 30), text(60))
+    second.save()
+    optimizer.scan([str(tmp_path)])
+    resumed, = [session for session in map(optimizer.get_session, [s.id for s in optimizer.list_sessions()])
+                if session.metadata.get("calls_elsewhere")]
+    assert [event.data["source"] for event in resumed.events if event.event_type is EventType.CONTEXT_LOAD][0] == "resume"
+
+
+@pytest.mark.parametrize("command, printed, commits", [
+    ("git commit -m x", "[main 1a2b3c4] x\n 1 file changed", ["1a2b3c4"]),
+    ("git add . && git commit -qam x && git commit --amend", "[topic/a (root-commit) 1a2b3c4d5] x\n[topic/a 99887766] y", ["1a2b3c4d5", "99887766"]),
+    ("git commit -m x", "nothing to commit", None),
+    ("cat notes", "[main 1a2b3c4] x", None)])
+def test_commits_that_a_command_made(command, printed, commits):
+    told = recorder()
+    told.tool("t", "Bash", {"command": command})
+    assert told.returned("t", printed).data.get(so.COMMITS) == commits
+
+
 ROW_KEYS = ("id source path agent task model started_at model_calls tokens estimated_cost efficiency_score waste issues").split()
 
 
