@@ -186,6 +186,9 @@ EVENT_TYPES = {member.value: member for member in EventType}
 CACHE_MISS, VERSION, EFFORT, MODE, COMMAND = "cache_miss", "version", "effort", "mode", "command"
 
 
+UNPRICED = "default"
+
+
 class Source:
     """Where the tokens of a CONTEXT_LOAD event came from: its ``data["source"]``."""
 
@@ -6712,29 +6715,33 @@ class _Facts:
 # Codex CLI
 
 _ROLLOUT = _Pattern(rb'^\{(?=[^\n]*"payload"\s*:)[^\n]*?"type"\s*:\s*'
-                      rb'"(?:session_meta|turn_context|response_item|event_msg)"', re.M)
-_OLD_ROLLOUT = _Pattern(rb'\s*\{"id"\s*:\s*"[^"]*",\s*"timestamp"\s*:\s*"[^"]*",\s*"instructions"\s*:')
-_OUTPUT_HEAD = _Pattern(r"(?:Chunk ID|Exit code|Wall time|Process exited|Process running|Command):? ?")
+                    rb'"(?:session_meta|turn_context|response_item|event_msg)"', re.M)
+_OLD_ROLLOUT = _Pattern(
+    rb'\s*\{"id"\s*:\s*"[^"]*",\s*"timestamp"\s*:\s*"[^"]*",\s*"instructions"\s*:')
+_OUTPUT_HEAD = _Pattern(
+    r"(?:Chunk ID|Exit code|Wall time|Process exited|Process running|Command):? ?")
 _EXIT_CODE = _Pattern(r"(?:Exit code: |Process exited with code |\bexit code: )(-?\d{1,9})")
 _RUNNING = _Pattern(r"Process running with session ID (\d{1,18})")
 _CODEX_FAILURE = _Pattern(
-    r"failed in sandbox|[\w ]{1,40} failed: |error: |failed to parse function arguments|aborted by user|"
-    r"execution error|unsupported (?:custom tool )?call|collab spawn failed|tool call error", re.I)
-_CODEX_CUT = _Pattern(r"\A(?:Total output lines: \d+)|(?:…|\.\.\. ?)\d+ (?:tokens|chars|lines) truncated|"
-                        r"\[\.\.\. omitted \d+ of \d+ lines")
+    r"failed in sandbox|[\w ]{1,40} failed: |error: |failed to parse function arguments|aborted by "
+    r"user|execution error|unsupported (?:custom tool )?call|collab spawn failed|tool call error", re.I)
+_CODEX_CUT = _Pattern(
+    r"\A(?:Total output lines: \d+)|(?:…|\.\.\. ?)\d+ (?:tokens|chars|lines) truncated|"
+    r"\[\.\.\. omitted \d+ of \d+ lines")
 _INJECTED = _Pattern(r"\s*(?:<([a-z][\w -]{2,60})>[\s\S]*</\1>\s*$|# AGENTS\.md instructions|"
-                       r"<[A-Z_]{4,40}>)")
+                     r"<[A-Z_]{4,40}>)")
 _IDE_CONTEXT = "## My request for Codex:"  # what an editor adds to a prompt ends with this heading
 _LAYOUT_GAP = 2  # seconds within which items that follow their token count are written
+_CODEX_USAGE = ("input", "cached_input", "cache_write_input", "output", "reasoning_output")
 
 Outcome = namedtuple("Outcome", "text size exit_code running failed")
-Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered the context, the exit
-code (None: not told), the id of a process that still runs, and whether the call failed."""
+Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered the context,
+the exit code (None: not told), the id of a process that still runs, and whether the call failed."""
 
 
 class CodexReader(TranscriptReader):
-    """Codex CLI: one rollout per thread. Usage is the growth of the running total in ``token_count`` events,
-    many of which only repeat it.
+    """Codex CLI: one rollout per thread. Usage is the growth of the running total in ``token_count``
+    events, many of which only repeat it.
 
     A sub-agent's rollout is a window of its parent's session where the parent is read with it.
     """
@@ -6763,39 +6770,17 @@ class CodexReader(TranscriptReader):
         return [sorted(unit, key=lambda path: (threads[path][0] != root, _archived(path), path))
                 for root, unit in units.items()]
 
-    def read(self, paths: List[str], claim: Callable[[str], bool],
+    def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
-        rollouts: List[_Rollout] = []
-        names, counted = set(), set()
-
-        def once(key: str) -> bool:
-            """A unit may claim a key again; a sub-agent's rollout that begins with its parent's must not."""
-            new = key not in counted
-            counted.add(key)
-            return new and claim(key)
-
-        for path in sorted(paths, key=lambda path: (path != paths[0], _archived(path), path)):
-            if (os.path.basename(path), _thread_of(path)) not in names:
-                names.add((os.path.basename(path), _thread_of(path)))
-                rollouts.append(_Rollout(path, paths[0], once, _Skips(skip)))
-        found = [rollout for rollout in rollouts if rollout.read()]
-        for rollout in rollouts:
-            if rollout not in found:
-                skip(rollout.path, 0, "holds no session")
-        mains = {rollout.facts.session_id: rollout for rollout in reversed(found)
-                 if rollout.parent not in {other.facts.session_id for other in found}}
-        return [self._session(main, [rollout for rollout in found if _root(rollout, found) == identity])
-                for identity, main in mains.items()]
-
-    def _session(self, main: _Rollout, rollouts: List[_Rollout]) -> Session:
-        facts = main.facts
-        for rollout in rollouts:
-            if rollout is not main:
-                if rollout.facts.session_id != facts.session_id:
-                    rollout.builder.agent_id = slug(rollout.facts.session_id)
-                facts.add(rollout.facts)
-        return facts.session(self, [rollout.builder for rollout in rollouts],
-                             paths=[rollout.path for rollout in rollouts if rollout is not main])
+        copies: Dict[Any, str] = {}
+        for path in paths:
+            copies.setdefault((os.path.basename(path), _thread_of(path)), path)
+        told = Recorder(self, list(copies.values()), claim, skip)
+        main = _thread_of(paths[0])[0]
+        for path in copies.values():
+            if not _Rollout(told, path, main).tell():
+                skip(path, 0, "holds no session")
+        return told.finish()
 
 
 def _archived(path: str) -> bool:
@@ -6805,56 +6790,40 @@ def _archived(path: str) -> bool:
 def _thread_of(path: str) -> Tuple[str, str]:
     """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is none."""
     first = _head_of(path, 1 << 16).split(b"\n", 1)[0]
-    found = [re.search(rb'"%s"\s*:\s*"([^"]{1,200})"' % key, first) for key in (b"id", b"parent_thread_id")]
+    found = [re.search(rb'"%s"\s*:\s*"([^"]{1,200})"' % key, first)
+             for key in (b"id", b"parent_thread_id")]
     own, parent = (match.group(1).decode("utf-8", "replace") if match else "" for match in found)
     return own, parent
 
 
-def _root(rollout: _Rollout, rollouts: List[_Rollout]) -> str:
-    """The id of the thread above all others that this one was spawned from."""
-    parents = {other.facts.session_id: other.parent for other in rollouts}
-    identity = rollout.facts.session_id
-    for _ in rollouts:
-        if parents.get(identity) not in parents:
-            break
-        identity = parents[identity]
-    return identity
-
-
 class _Rollout:
-    """One rollout while it is read.
+    """One rollout while it is told.
 
-    A response's items are written before the token count that meters it (then they wait for it) or, to about
-    0.40, right after it (then the metered call takes them).
+    A response's items are written before the token count that meters it (then they wait for it) or, to
+    about 0.40, right after it (then the metered call takes them).
     """
 
-    def __init__(self, path: str, main_path: str, claim: Callable[[str], bool], skips: _Skips):
-        self.path, self.claim, self.skips = path, claim, skips
-        self.place = {} if path == main_path else {"path": path}
-        self.facts, self.builder, self.tools = _Facts(path), WindowBuilder(), ToolEvents()
-        self.parent = self.lineage = self.turn = self.model = self.now = self.response = ""
+    def __init__(self, told: Recorder, path: str, main: str):
+        self.told, self.path, self.main = told, path, main
+        self.own = self.lineage = self.turn = self.model = self.version = self.now = self.cwd = ""
         self.line = 0
-        self.known = False                  # a line of a rollout was seen
+        self.known = False        # a line of a rollout was seen
+        self.compacted = False    # a compaction since the last metered call
         self.total: Optional[Tuple[int, ...]] = None
-        self.taking: Optional[Call] = None  # a metered call that takes the items that follow
-        self.waiting: List[Tuple[str, int, Optional[SessionEvent], str]] = []
-        self.metered: List[Tuple[Call, int, Optional[SessionEvent]]] = []
-        self.open: Dict[str, Tuple[SessionEvent, Dict[str, Any]]] = {}
-        self.running: Dict[str, Tuple[SessionEvent, Dict[str, Any]]] = {}
-        self.compacted = False              # a compaction since the last metered call
+        self.call, self.called_at = "", ""  # a metered call that takes the items that follow, its time
+        self.waiting: List[Tuple[bool, str, int, Callable[[str], Any]]] = []  # by the model, time, line
+        self.open: Dict[str, Tuple[str, Dict[str, Any]]] = {}  # name and arguments by key of a call
+        self.running: Dict[str, str] = {}          # keys by id of a process
 
-    def read(self) -> bool:
-        """Read the file; False when it holds no line of a rollout."""
-        for line, entry in transcript_entries(self.path, self.skips):
-            self.line = line
-            stamp = _time_text(entry.get("timestamp"))
-            self.now = stamp or self.now
-            self.facts.seen(stamp)
+    def tell(self) -> bool:
+        """Tell the file; False when it holds no line of a rollout."""
+        agent = "" if self.path == self.told.paths[0] else slug(_thread_of(self.path)[0])
+        self.told.at(path=self.path, agent="" if agent == slug(self.main) else agent)
+        for line, entry in transcript_entries(self.path, self.told.skip):
+            self.line, self.now = line, _time_text(entry.get("timestamp")) or self.now
+            self.told.at(self.now, line)
             self._entry(entry)
         self._give_up()
-        for call, thoughts, event in self.metered:
-            weigh_parts(call, thoughts, event)
-        self.facts.count("damaged_lines", self.skips.count)
         return self.known
 
     def _entry(self, entry: Dict[str, Any]) -> None:
@@ -6871,49 +6840,44 @@ class _Rollout:
             handler(payload)
 
     def _meta(self, meta: Dict[str, Any]) -> None:
-        facts = self.facts
-        if facts.session_id:
+        if self.own:
             return  # forks and spawned threads repeat their ancestors' after their own
-        facts.session_id = _text(meta.get("id"))
-        facts.version = _text(meta.get("cli_version"))
-        facts.seen(_time_text(meta.get("timestamp")))
-        facts.cwd = self.tools.cwd = _text(meta.get("cwd"))
-        spawned = _as_dict(_as_dict(_as_dict(meta.get("source")).get("subagent")).get("thread_spawn"))
-        self.parent = _text(spawned.get("parent_thread_id")) or _text(meta.get("parent_thread_id"))
-        self.lineage = _text(meta.get("forked_from_id")) or facts.session_id
+        self.own = _text(meta.get("id"))
+        self.version = _text(meta.get("cli_version"))
+        self.cwd = _text(meta.get("cwd"))
+        self.lineage = _text(meta.get("forked_from_id")) or self.own
+        self.told.at(_time_text(meta.get("timestamp")))
+        self.told.session(self.own, self.cwd, self.version)
 
     def _turn(self, turn: Dict[str, Any]) -> None:
         self.model = _text(turn.get("model")).lower() or self.model
-        self.tools.cwd = _text(turn.get("cwd")) or self.tools.cwd
-        self.facts.cwd = self.facts.cwd or self.tools.cwd
+        self.cwd = _text(turn.get("cwd")) or self.cwd
+        self.told.session(cwd=self.cwd)
         self.turn = _text(turn.get("turn_id")) or self.turn
-
-    def _event(self, event_type: EventType, **data: Any) -> SessionEvent:
-        data.update(self.place, line=self.line)
-        return SessionEvent("", self.now, event_type, data, model=self.model)
 
     def _message(self, message: Dict[str, Any]) -> None:
         kind = message.get("type")
         if kind == "token_count":
             self._token_count(_as_dict(message.get("info")))
-        elif kind == "user_message" and not self.facts.task:
-            self.facts.task = task_line(_text(message.get("message")).rpartition(_IDE_CONTEXT)[2])
         elif kind in ("task_started", "turn_aborted"):
             self._give_up()
             self.turn = _text(message.get("turn_id")) or self.turn
         elif kind == "context_compacted" and not self.compacted or kind == "thread_rolled_back":
             self._compaction({})
         elif kind == "mcp_tool_call_end":
-            result = _as_dict(message.get("result"))
-            if "Err" in result or _as_dict(result.get("Ok")).get("isError") is True:
-                event, arguments = self.open.get(_text(message.get("call_id")), (None, {}))
-                if event:
-                    self.tools.failure(event, _as_json(result), arguments)
+            result, key = _as_dict(message.get("result")), self._key(message)
+            if key in self.open and (
+                    "Err" in result or _as_dict(result.get("Ok")).get("isError") is True):
+                self._enter(lambda _: self.told.failed(key, _as_json(result)))
+
+    def _key(self, item: Dict[str, Any]) -> str:
+        identity = _text(item.get("call_id"))
+        return f"{self.path}:{identity}" if identity else ""
 
     # usage
 
     def _token_count(self, info: Dict[str, Any]) -> None:
-        total, last = _codex_usage(info.get("total_token_usage")), _codex_usage(info.get("last_token_usage"))
+        total, last = (_codex_usage(info.get(f"{name}_token_usage")) for name in ("total", "last"))
         spent = last if total is None or self.total is None else None
         if total is not None and self.total is not None:
             if total == self.total:
@@ -6926,106 +6890,81 @@ class _Rollout:
             self._metered(*spent)
 
     def _metered(self, entered: int, cached: int, write: int, output: int, thoughts: int) -> None:
-        # A fork repeats its parent's token counts: the turn's id (or the thread it was forked from) and the
-        # running total are the same in both, the time is not.
+        # A fork repeats its parent's token counts: the turn's id (or the thread it was forked from) and
+        # the running total are the same in both, the time is not.
         name = self.turn if len(self.turn) > 30 else self.lineage + self.turn
-        counted = self.claim(f"codex:{name}:{'/'.join(map(str, self.total or (self.line,)))}")
-        response = self.response if self.waiting else f"r{self.line}"
-        event = self._event(EventType.AI_RESPONSE, response_id=response)
+        identity = f"codex:{name}:{'/'.join(map(str, self.total or (self.line,)))}"
         cached = min(cached, entered)
         write = min(write, entered - cached)
-        call = self.builder.call(meter(Call(event, counted), entered - cached - write, write, cached, output))
-        thoughts = min(thoughts, call.output)
-        thinking = self._event(EventType.THINKING, response_id=response) if thoughts and counted else None
-        self.facts.call(event, counted)
-        if self.waiting:
-            event.timestamp = self.waiting[0][3]
-        if thinking:
-            thinking.timestamp = event.timestamp
-        self.metered.append((call, thoughts, thinking))
-        self.taking, self.compacted = (None if self.waiting else call), False
         waiting, self.waiting = self.waiting, []
-        for kind, size, part, _ in waiting:
-            self._place(kind, size, part, call)
+        self.called_at = waiting[0][1] if waiting else self.now
+        self.told.at(self.called_at)
+        self.told.call(identity, self._priced_model(), Usage(
+            entered - cached - write, write, 0, cached, output), thoughts=thoughts)
+        self.call, self.compacted = "" if waiting else identity, False
+        for _, moment, line, verb in waiting:
+            self.told.at(moment, line)
+            verb(identity)
 
-    def _place(self, kind: str, size: int, event: Optional[SessionEvent], call: Optional[Call]) -> None:
-        if kind == "result" and event:
-            self.builder.result(event, size)
-        elif kind == "item" and event:
-            self.builder.item(event, size)
-        else:
-            if call and kind != "reasoning":
-                call.parts.append((kind, size, event))
-            if event:
-                self.builder.tool(event)
+    def _priced_model(self) -> str:
+        """The model; before 0.35 rollouts did not name it, and 0.34 had one default."""
+        return self.model or ("gpt-5-codex" if self.version.startswith("0.34.") else UNPRICED)
 
     def _give_up(self) -> None:
-        """Responses whose usage never came (aborted, or a version that does not write it) have no tokens of
-        their own; what they wrote enters the next call."""
-        waiting, self.waiting, self.taking = self.waiting, [], None
-        told = True
-        for place, (kind, size, event, stamp) in enumerate(waiting):
-            if kind in ("result", "item"):
-                told = True
-            elif told:
-                told = False
-                texts = [w[1] for w in waiting[place:] if w[0] == "text"][:1]
-                response = self._event(EventType.AI_RESPONSE, unmetered=True,
-                                       response_id=f"{self.response}.{place}")
-                response.timestamp = stamp
-                self.facts.count("unmetered_calls")
-                self.builder.item(response, sum(texts))
-            self._place(kind, size, event, None)
+        """Responses whose usage never came (aborted, or a version that does not write it) have no
+        tokens of their own; what they wrote enters the next call."""
+        waiting, self.waiting, self.call = self.waiting, [], ""
+        identity = ""
+        for by_model, moment, line, verb in waiting:
+            self.told.at(moment, line)
+            if by_model and not identity:
+                identity = f"{self.path}:{line}"
+                self.told.call(identity, self._priced_model(), None)
+            elif not by_model:
+                identity = ""
+            verb(identity)
 
     # items
 
     def _item(self, item: Dict[str, Any]) -> None:
         kind = _text(item.get("type"))
         if kind == "message" and item.get("role") == "assistant":
-            self._wrote("text", _content(item.get("content"))[1])
+            size = _content(item.get("content"))[1]
+            self._wrote(lambda call: self.told.call(call, self.model, None, text=size))
         elif kind in ("message", "agent_message"):
-            self._told(item, kind)
+            self._said(item, kind)
         elif kind == "reasoning":
-            self._wrote("reasoning", 0)
+            self._wrote(lambda call: None)
         elif kind.endswith("_output"):
             self._returned(item)
         elif kind.endswith("_call"):
             self._called(item, kind)
 
-    def _wrote(self, kind: str, size: int, event: Optional[SessionEvent] = None) -> None:
-        if self.taking and not self._follows(self.taking.event.timestamp):
-            self.taking = None
-        if self.taking:
-            self._place(kind, size, event, self.taking)
-            return
-        self.waiting.append((kind, size, event, self.now))
-
-    def _follows(self, timestamp: str) -> bool:
-        then, now = seconds_of(timestamp), seconds_of(self.now)
-        return then is None or now is None or now - then <= _LAYOUT_GAP
-
-    def _response_id(self) -> str:
-        if self.taking and self._follows(self.taking.event.timestamp):
-            return self.taking.event.data["response_id"]
-        if not any(kind not in ("result", "item") for kind, _, _, _ in self.waiting):
-            self.response = f"r{self.line}"
-        return self.response
-
-    def _enter(self, kind: str, size: int, event: SessionEvent) -> None:
-        if self.waiting:
-            self.waiting.append((kind, size, event, self.now))
+    def _wrote(self, verb: Callable[[str], Any]) -> None:
+        """The model wrote something: it belongs to the call just metered, or to the next."""
+        then, now = seconds_of(self.called_at), seconds_of(self.now)
+        if self.call and then is not None and now is not None and now - then > _LAYOUT_GAP:
+            self.call = ""
+        if self.call:
+            verb(self.call)
         else:
-            self._place(kind, size, event, None)
+            self.waiting.append((True, self.now, self.line, verb))
 
-    def _told(self, item: Dict[str, Any], kind: str) -> None:
+    def _enter(self, verb: Callable[[str], Any]) -> None:
+        """Something entered the context, behind what waits for its call."""
+        if self.waiting:
+            self.waiting.append((False, self.now, self.line, verb))
+        else:
+            verb("")
+
+    def _said(self, item: Dict[str, Any], kind: str) -> None:
         text, size = _content(item.get("content"))
-        human = item.get("role") == "user" and not _INJECTED.match(text)
-        if human:
-            self.taking = None
-            self.facts.task = self.facts.task or task_line(text.rpartition(_IDE_CONTEXT)[2])
-        event = self._event(EventType.USER_MESSAGE) if human else \
-            self._event(EventType.CONTEXT_LOAD, source="attachment" if kind == "message" else "agent message")
-        self._enter("item", size, event)
+        if item.get("role") == "user" and not _INJECTED.match(text):
+            self.call = ""
+            self._enter(lambda _: self.told.prompt(text.rpartition(_IDE_CONTEXT)[2], size))
+            return
+        source = Source.ATTACHMENT if kind == "message" else Source.AGENT_MESSAGE
+        self._enter(lambda _: self.told.context(source, size))
 
     def _called(self, item: Dict[str, Any], kind: str) -> None:
         name, raw = _text(item.get("name")), item.get("arguments")
@@ -7040,53 +6979,46 @@ class _Rollout:
         name = name or {"tool_search_call": "toolsearch"}.get(kind, kind[:-len("_call")])
         if _text(item.get("namespace")):
             name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")
-        arguments = _arguments(raw)
-        event = _codex_call(self.tools, name, arguments, self.now, self._response_id(), self.line)
-        event.model = self.model
-        event.data.update(self.place)
-        self._wrote("tool", len(name) + _json_size(raw), event)
-        if _text(item.get("call_id")):
-            self.open[item["call_id"]] = (event, arguments)
+        arguments, key = _arguments(raw), self._key(item)
+        if key:
+            self.open[key] = name, arguments
+        size = len(name) + _json_size(raw)
+        self._wrote(lambda call: _codex_call(self.told, key, name, arguments, size))
 
     def _returned(self, item: Dict[str, Any]) -> None:
-        event, arguments = self.open.get(_text(item.get("call_id")), (None, {}))
-        if event is None:
+        key = self._key(item)
+        if key in self.open:
+            outcome = _codex_outcome(item.get("output"))
+            size = outcome.size or _json_size(item.get("tools"))
+            self._enter(lambda _: self._result(key, outcome, size))
+
+    def _result(self, key: str, outcome: Outcome, size: int) -> None:
+        told, (name, arguments) = self.told, self.open[key]
+        if name == "write_stdin":  # input for a running command, or a look at it: that is what fails
+            command = key
+            if not outcome.running:
+                command = self.running.pop(str(arguments.get("session_id")), key)
+            told.returned(key, None, size)
+            if outcome.failed and not self._found_nothing(command, outcome):
+                told.failed(command, outcome.text)
             return
-        outcome = _codex_outcome(item.get("output"))
-        self._enter("result", outcome.size or _json_size(item.get("tools")), event)
-        event.duration_ms = _milliseconds(event.timestamp, self.now)
-        if event.data["tool"] == "write_stdin":
-            self._polled(event, arguments, outcome)
-        elif outcome.running:
-            self.running[outcome.running] = (event, arguments)
-            event.data["truncated"] = True
-        elif event.event_type is not EventType.ERROR:
-            self._judge(event, arguments, outcome)
+        if outcome.running:
+            self.running[outcome.running] = key
+        failed = outcome.failed and not self._found_nothing(key, outcome)
+        seen = name == "view_image" and not failed  # what a picture shows is not known
+        told.returned(key, None if seen else outcome.text, size, failed=failed and not outcome.running,
+                      cut=bool(outcome.running or _CODEX_CUT.search(outcome.text)))
 
-    def _polled(self, event: SessionEvent, arguments: Dict[str, Any], outcome: Outcome) -> None:
-        """Input for a running command, or a look at it: what fails is the command, not the look."""
-        command = self.running.get(str(arguments.get("session_id")))
-        if not outcome.running and command:
-            del self.running[str(arguments.get("session_id"))]
-            event, arguments = command
-        if outcome.failed and not _found_nothing(event, outcome):
-            self.tools.failure(event, outcome.text, arguments)
-
-    def _judge(self, event: SessionEvent, arguments: Dict[str, Any], outcome: Outcome) -> None:
-        if outcome.failed and not _found_nothing(event, outcome):
-            self.tools.failure(event, outcome.text, arguments)
-        elif _CODEX_CUT.search(outcome.text):
-            event.data["truncated"] = True
-        elif event.data["tool"] != "view_image":
-            self.tools.result(event, outcome.text)
+    def _found_nothing(self, key: str, outcome: Outcome) -> bool:
+        """A search or a test that answers "no" with exit code 1 and no text has not failed."""
+        return outcome.exit_code == 1 and outcome.text.strip() == "Exit code 1" \
+            and not self.told.tool(key, "", None).data.get("changes")
 
     def _compaction(self, compacted: Dict[str, Any]) -> None:
         self._give_up()
         kept = _as_list(compacted.get("replacement_history"))
         size = sum(_content(_as_dict(item).get("content"))[1] for item in kept)
-        self.builder.item(self._event(EventType.CONTEXT_LOAD, source="compaction"),
-                          size or len(_text(compacted.get("message"))))
-        self.tools.memory.clear()
+        self.told.compaction(size or len(_text(compacted.get("message"))))
         self.compacted = True
 
 
@@ -7094,27 +7026,24 @@ def _codex_usage(usage: Any) -> Optional[Tuple[int, ...]]:
     """Input (cached included), cached, cache writes, output (reasoning included), reasoning; or None."""
     if not isinstance(usage, dict):
         return None
-    return tuple(_count_of(usage.get(f"{key}_tokens")) for key in (
-        "input", "cached_input", "cache_write_input", "output", "reasoning_output"))
+    return tuple(_count_of(usage.get(f"{key}_tokens")) for key in _CODEX_USAGE)
 
 
-def _codex_call(tools: ToolEvents, name: str, arguments: Dict[str, Any], now: str, response: str,
-                line: int) -> SessionEvent:
-    """The event of a tool call. A patch given to the shell is a write of the files it names."""
-    event = tools.call(name, arguments, now, response, line)
-    data, command = event.data, arguments.get("command") or arguments.get("cmd") or ""
+def _codex_call(told: Recorder, key: str, name: str, arguments: Dict[str, Any], size: int) -> None:
+    """Tell a tool call. A patch given to the shell is a write of the files it names."""
+    event = told.tool(key, name, arguments, size)
+    command = arguments.get("command") or arguments.get("cmd") or ""
     text = command if isinstance(command, str) else "\n".join(command)
     if name == "write_stdin":
-        data["changes"] = ["?"] if arguments.get("chars") else []
+        event.data["changes"] = ["?"] if arguments.get("chars") else []
     elif "*** Begin Patch" in text and "apply_patch" in text[:text.index("*** Begin Patch")]:
-        cwd = _text(arguments.get("workdir")) or tools.cwd
+        cwd = _text(arguments.get("workdir")) or told.cwd
         moved = re.match(r"(?:[\s\S]{0,40}?\n)?\s*cd\s+(\S+)\s*&&", text)
         cwd = canonical_path(moved.group(1).strip("'\""), cwd) if moved else cwd
         paths = [canonical_path(path, cwd) for path in patched_paths(text)]
         event.event_type = EventType.FILE_WRITE
-        data.update(changes=paths or ["*"], file_path=paths[0] if paths else "")
-        data.pop("command", None)  # the patch is file content
-    return event
+        event.data.update(changes=paths or ["*"], file_path=paths[0] if paths else "")
+        event.data.pop("command", None)  # the patch is file content
 
 
 def _codex_outcome(output: Any) -> Outcome:
@@ -7129,7 +7058,8 @@ def _codex_outcome(output: Any) -> Outcome:
     head, body = "", text
     if _OUTPUT_HEAD.match(text):
         head, found, body = text.partition("\nOutput:")
-        head, body = (head, body.lstrip("\n")) if found and len(head) < 2000 else (text[:2000], text)
+        framed = bool(found) and len(head) < 2000
+        head, body = (head, body.lstrip("\n")) if framed else (text[:2000], text)
         told = _EXIT_CODE.search(head)
         code = int(told.group(1)) if told else code
     elif _CODEX_FAILURE.match(text):
@@ -7139,11 +7069,6 @@ def _codex_outcome(output: Any) -> Outcome:
     if code:
         failed, body = True, f"Exit code {code}\n{body}"
     return Outcome(body, size, code, running.group(1) if running else "", failed)
-
-
-def _found_nothing(event: SessionEvent, outcome: Outcome) -> bool:
-    """A search or a test that answers "no" with exit code 1 and no text has not failed."""
-    return outcome.exit_code == 1 and outcome.text.strip() == "Exit code 1" and not event.data.get("changes")
 
 
 # Gemini CLI
