@@ -7265,11 +7265,6 @@ _USAGE_KEYS = (
     ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_output_tokens"),
 )
 _LATEST = 4 * 10**18  # nanoseconds since 1970: the year 2096; what is later is no time
-# Tools of other agents under the name of the tool they are like.
-_TOOL_ALIASES = {
-    "get_file": "read_file", "code_search": "grep", "file_search": "glob", "create_file": "create",
-    "list_dir": "ls", "run_command_in_terminal": "bash", "run_in_terminal": "bash",
-    "replace_string_in_file": "edit", "semantic_search": "grep"}
 
 
 class OtelReader(TranscriptReader):
@@ -7293,12 +7288,17 @@ class OtelReader(TranscriptReader):
             units.setdefault(os.path.dirname(path), []).append(path)
         return list(units.values())
 
-    def read(self, paths: List[str], claim: Callable[[str], bool],
+    def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
         spans: Dict[Tuple[str, str], _Span] = {}
-        skips = _Skips(skip)
+        damaged: List[int] = []
+
+        def note(path: str, line: int, reason: str) -> None:
+            damaged.append(line)
+            skip(path, line, reason)
+
         for path in paths:
-            for span in _spans_of(path, skips):
+            for span in _spans_of(path, note):
                 spans.setdefault((span.trace, span.id), span)
         conversations: Dict[str, List[_Span]] = {}
         by_trace: Dict[str, str] = {}
@@ -7307,11 +7307,16 @@ class OtelReader(TranscriptReader):
                 by_trace.setdefault(span.trace, span.conversation)
         for span in sorted(spans.values(), key=lambda span: span.start):
             above = next((s.conversation for s in _ancestry(span, spans) if s.conversation), "")
-            conversations.setdefault(above or by_trace.get(span.trace) or span.trace, []).append(span)
-        sessions = [_Conversation(identity, members, spans, claim).session(self)
-                    for identity, members in conversations.items() if any(span.operation for span in members)]
-        if sessions and skips.count:
-            sessions[0].metadata["damaged_lines"] = skips.count
+            identity = above or by_trace.get(span.trace) or span.trace
+            conversations.setdefault(identity, []).append(span)
+        sessions: List[Session] = []
+        for identity, members in conversations.items():
+            if any(span.operation for span in members):
+                own = list(dict.fromkeys(span.path for span in members))
+                told = Recorder(self, own[:1] + sorted(own[1:]), claim, skip)
+                told.count("damaged_lines", 0 if sessions else len(damaged))
+                _Conversation(told, identity, members, spans).tell()
+                sessions += told.finish()
         return sessions
 
 
@@ -7349,6 +7354,16 @@ class _Span:
         given = self.attributes
         return tuple(next((_count_of(_integer(given[key])) for key in keys if key in given), 0)
                      for keys in _USAGE_KEYS)
+
+    @property
+    def identity(self) -> str:
+        """What tells it from all others."""
+        return f"otel:{self.trace}:{self.id}"
+
+    @property
+    def model(self) -> str:
+        """The model called, "" where that is not said."""
+        return self.text("gen_ai.response.model", "gen_ai.request.model", "model")
 
     @property
     def milliseconds(self) -> int:
@@ -7420,163 +7435,110 @@ def _iso_time(nanoseconds: int) -> str:
 
 
 class _Conversation:
-    """One conversation's spans while they become events."""
+    """One conversation's spans, in the order of their beginnings."""
 
-    def __init__(self, identity: str, members: List[_Span], spans: Dict[Tuple[str, str], _Span],
-                 claim: Callable[[str], bool]):
-        self.members, self.spans, self.claim = members, spans, claim
-        self.facts = _Facts(next((span.path for span in members)))
-        self.facts.session_id = identity
-        self.builders: Dict[str, WindowBuilder] = {}
-        self.tools: Dict[str, ToolEvents] = {}
-        self.metered: List[Tuple[Call, int, Optional[SessionEvent]]] = []  # weighed when all parts are known
-        self.calls: Dict[str, Call] = {}      # the latest of each agent
-        self.told: Dict[str, int] = {}        # how many input messages each agent's window has seen
-        self.open: Dict[str, SessionEvent] = {}  # tool calls whose result no span gave
+    def __init__(self, told: Recorder, identity: str, members: List[_Span],
+                 spans: Dict[Tuple[str, str], _Span]):
+        self.told, self.identity, self.members, self.spans = told, identity, members, spans
+        self.seen: Dict[str, int] = {}   # how many input messages each agent's window has seen
+        self.open: Dict[str, str] = {}   # keys of tool calls whose result no span gave, by their id
         self.above = {span.id for member in members if member.operation in _MODEL_CALLS
                       for span in list(_ancestry(member, spans))[1:]}
         # Cached tokens are part of the input by convention; a call with more of them shows otherwise.
-        self.exclusive = any(span.name in _OWN_SPANS or span.usage()[2] + span.usage()[3] > span.usage()[0]
-                             for span in members if span.operation in _MODEL_CALLS + ("invoke_agent",))
+        self.exclusive = any(
+            span.name in _OWN_SPANS or span.usage()[2] + span.usage()[3] > span.usage()[0]
+            for span in members if span.operation in _MODEL_CALLS + ("invoke_agent",))
 
-    def session(self, reader: OtelReader) -> Session:
+    def tell(self) -> None:
+        """Tell the spans."""
+        told = self.told
+        named = next((s for s in self.members if s.text("gen_ai.agent.name")), self.members[0])
+        agent = named.text("gen_ai.agent.name") or _text(named.resource.get("service.name")) or "OTEL"
+        told.session(self.identity, version=_text(named.resource.get("service.version")),
+                     agent=slug(agent.upper()))
         for span in self.members:
-            self.facts.seen(_iso_time(span.start))
-            self.facts.seen(_iso_time(span.end))
+            told.at(_iso_time(span.end))
+            told.at(_iso_time(span.start), span.line, span.path, self._agent_of(span))
             if span.operation in _MODEL_CALLS and span.id not in self.above:
                 self._call(span)
             elif span.operation == "invoke_agent" and span.id not in self.above:
                 self._agent(span)
             elif span.operation == "execute_tool":
                 self._tool(span)
-        for call in self.metered:
-            weigh_parts(*call)
-        named = next((span for span in self.members if span.text("gen_ai.agent.name")), self.members[0])
-        agent = named.text("gen_ai.agent.name") or _text(named.resource.get("service.name")) or "OTEL"
-        root = next((span for span in self.members if span.operation == "invoke_agent"), self.members[0])
-        self.facts.task = self.facts.task or task_line(root.name)
-        self.facts.version = _text(named.resource.get("service.version"))
-        paths = sorted({span.path for span in self.members} - {self.facts.path})
-        return self.facts.session(reader, self.builders.values(), agent=slug(agent.upper()), paths=paths)
+        root = next((s for s in self.members if s.operation == "invoke_agent"), self.members[0])
+        told.session(task=root.name)
 
-    def _window(self, span: _Span) -> str:
+    def _agent_of(self, span: _Span) -> str:
         """The agent of a span: the nearest invoke_agent that another one called; "" for the outermost."""
         agents = [s for s in _ancestry(span, self.spans) if s.operation == "invoke_agent"]
         name = "embeddings" if span.operation == "embeddings" else span.text("agent_id")
         if len(agents) > 1:
             name = f"{agents[0].text('gen_ai.agent.name') or 'agent'}-{agents[0].id[:8]}"
-        name = slug(name) if name else ""
-        if name not in self.builders:
-            self.builders[name], self.tools[name] = WindowBuilder(name), ToolEvents()
-        return name
+        return slug(name) if name else ""
 
-    def _event(self, event_type: EventType, span: _Span, **data: Any) -> SessionEvent:
-        data["line"] = span.line
-        if span.path != self.facts.path:
-            data["path"] = span.path
-        model = span.text("gen_ai.response.model", "gen_ai.request.model", "model").lower()
-        return SessionEvent("", _iso_time(span.start), event_type, data, 0, 0, span.milliseconds, model=model)
-
-    def _usage(self, span: _Span) -> Tuple[int, int, int, int, int]:
-        """Uncached input, cache write, cache read, output, reasoning: disjoint but for the last."""
+    def _usage(self, span: _Span) -> Tuple[Usage, int]:
+        """The usage, and the reasoning that is part of its output."""
         entered, output, read, write, thoughts = span.usage()
         if not self.exclusive:
             entered = max(0, entered - read - write)
-        return entered, write, read, output, min(thoughts, output)
-
-    def _response(self, span: _Span) -> SessionEvent:
-        response = span.text("gen_ai.response.id", "request_id") or span.id
-        return self._event(EventType.AI_RESPONSE, span, response_id=response)
-
-    def _counted(self, span: _Span, event: SessionEvent) -> bool:
-        return self.facts.call(event, self.claim(f"otel:{span.trace}:{span.id}"))
+        return Usage(entered, write, 0, read, output), min(thoughts, output)
 
     def _call(self, span: _Span) -> None:
-        agent, event = self._window(span), self._response(span)
-        builder = self.builders[agent]
-        self._entered(span, agent)
-        if not span.has_usage:
-            if span.failed:
-                self.tools[agent].failure(event, span.message)
-            else:
-                event.data["unmetered"] = True
-                self.facts.count("unmetered_calls")
-            builder.item(event, 0)
+        self._entered(span)
+        if not span.has_usage and span.failed:
+            self.told.call_failed(span.message)
             return
-        *usage, thoughts = self._usage(span)
-        call = builder.call(meter(Call(event, self._counted(span, event)), *usage))
-        thinking = self._event(EventType.THINKING, span, response_id=event.data["response_id"]) \
-            if thoughts and call.counted else None
-        for message in _messages(span.attributes.get("gen_ai.output.messages")):
-            call.parts.append(("text", _content(_as_list(message.get("parts")))[1], None))
-        self.calls[agent] = call
-        self.metered.append((call, min(thoughts, call.output), thinking))
+        usage, thoughts = self._usage(span) if span.has_usage else (None, 0)
+        messages = _messages(span.attributes.get("gen_ai.output.messages"))
+        text = sum(_content(_as_list(message.get("parts")))[1] for message in messages)
+        self.told.call(span.identity, span.model, usage, text=text, thoughts=thoughts,
+                       milliseconds=span.milliseconds)
 
     def _agent(self, span: _Span) -> None:
-        """An agent's span without the model calls below it. Its usage is a sum over calls whose contexts are
-        not known, so its input can be laid on no event."""
-        agent, event = self._window(span), self._response(span)
-        builder = self.builders[agent]
-        uncached, write, read, output, _ = self._usage(span)
-        if not any((uncached, write, read, output)):
-            event.data["unmetered"] = True
-            self.facts.count("unmetered_calls")
-        elif self._counted(span, event):
-            rest = self._event(EventType.CONTEXT_LOAD, span, source="unattributed", rolled_up=True)
-            rest.duration_ms, rest.tokens_input = 0, min(uncached + write, MAX_TOKENS)
-            rest.tokens_cache_write = min(write, rest.tokens_input)
-            event.tokens_cache_read, event.tokens_output = read, output
-            builder.item(rest, 0)
+        """An agent's span without the model calls below it."""
+        usage = self._usage(span)[0]
+        if any(usage):
+            self.told.rolled_up(span.identity, span.model, usage)
         else:
-            return
-        builder.item(event, 0)
+            self.told.call(span.identity, span.model, None)
 
     def _tool(self, span: _Span) -> None:
-        agent = self._window(span)
-        tools, call = self.tools[agent], self.calls.get(agent)
+        told = self.told
         name = span.text("gen_ai.tool.name", "tool_name") or span.name.partition(" ")[2] or "tool"
         given = span.attributes.get("gen_ai.tool.call.arguments")
         arguments = _arguments(given) or {key: span.text(other) for key, other in (
             ("command", "full_command"), ("file_path", "file_path")) if span.text(other)}
         if "glob" in arguments and not arguments.get("query"):
             arguments.setdefault("pattern", arguments["glob"])
-        response = call.event.data["response_id"] if call else span.parent
-        like = _TOOL_ALIASES.get(name, name)
-        event = tools.call(like, arguments, _iso_time(span.start), response, span.line)
-        event.data.update(self._event(event.event_type, span, tool=name).data)
-        event.duration_ms = span.milliseconds
-        event.model = call.event.model if call else ""
-        if call:
-            call.parts.append(("tool", len(name) + _json_size(arguments if given is None else given), event))
-        self.builders[agent].tool(event)
+        size = len(name) + _json_size(arguments if given is None else given)
+        told.tool(span.identity, name, arguments, size, response=span.parent,
+                  milliseconds=span.milliseconds)
         result = span.attributes.get("gen_ai.tool.call.result")
         text = result if result.__class__ is str else _as_json(result) if result is not None else ""
         size = len(text) or 4 * min(_integer(span.attributes.get("result_tokens")), MAX_TOKENS)
+        why = span.message or text if span.failed else text or None
         if size:
-            self.builders[agent].result(event, size)
-        else:
-            self.open[span.text("gen_ai.tool.call.id", "tool_use_id")] = event
+            told.returned(span.identity, why, size, failed=span.failed)
+            return
+        self.open[span.text("gen_ai.tool.call.id", "tool_use_id")] = span.identity
         if span.failed:
-            tools.failure(event, span.message or text, arguments)
-        elif text:
-            tools.result(event, text)
+            told.failed(span.identity, why or "")
 
-    def _entered(self, span: _Span, agent: str) -> None:
-        """The messages new in this call's input give sizes to prompts, and to results that no span has."""
-        messages = _messages(span.attributes.get("gen_ai.input.messages"))
-        seen = self.told.get(agent, 0)
-        self.told[agent] = len(messages)
+    def _entered(self, span: _Span) -> None:
+        """The messages new in this call's input give sizes to prompts, and to results no span has."""
+        messages, agent = _messages(span.attributes.get("gen_ai.input.messages")), self._agent_of(span)
+        seen = self.seen.get(agent, 0)
+        self.seen[agent] = len(messages)
         for message in messages[seen if seen <= len(messages) else 0:]:
             parts = _as_list(message.get("parts"))
-            text, size = _content(parts)
-            for part in parts:
-                event = self.open.pop(_text(_as_dict(part).get("id")), None)
-                if event is not None:
+            for part in map(_as_dict, parts):
+                key = self.open.pop(_text(part.get("id")), None)
+                if key is not None:
                     result = part.get("response", part.get("result", ""))
-                    self.builders[agent].result(event, _json_size(result))
+                    self.told.returned(key, None, _json_size(result))
+            text, size = _content(parts)
             if message.get("role") == "user" and size:
-                self.facts.task = self.facts.task or task_line(text)
-                self.builders[agent].item(self._event(EventType.USER_MESSAGE, span), size)
+                self.told.prompt(text, size)
 
 
 def _messages(value: Any) -> List[Dict[str, Any]]:
