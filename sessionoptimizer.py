@@ -207,17 +207,17 @@ class Source:
 # What a tool does, by its name in lower case. A tool that is not listed may change anything.
 TOOL_KINDS = {name: kind for kind, names in (
     ("read", """read read_file read_many_files view view_image cat notebookread get_file"""),
-    ("search", """grep glob ls search rg find websearch webfetch toolsearch web_search list_directory
+    ("search", """grep glob ls search rg find websearch webfetch toolsearch web_search list list_directory codesearch
         search_files search_file_content grep_search google_web_search web_fetch code_search
         file_search list_dir semantic_search"""),
     ("write", """edit multiedit write notebookedit write_file replace apply_patch create str_replace
-        edit_file delete_file create_file replace_string_in_file"""),
+        edit_file delete_file patch create_file replace_string_in_file"""),
     ("shell", """bash powershell shell shell_command exec_command local_shell run_shell_command
         container.exec execute_command run_command_in_terminal run_in_terminal"""),
     ("harmless", """todowrite todoread taskcreate taskupdate tasklist taskget taskoutput taskstop
         skill bashoutput killshell killbash askuserquestion exitplanmode enterplanmode sendmessage
         update_plan write_todos save_memory write_stdin wait monitor schedulewakeup
-        listmcpresources readmcpresource request_user_input slashcommand"""),
+        question invalid listmcpresources readmcpresource request_user_input slashcommand"""),
 ) for name in names.split()}
 AGENT_TOOLS = ("task", "agent")  # what a sub-agent changed is in its own events
 
@@ -7557,7 +7557,257 @@ def _messages(value: Any) -> List[Dict[str, Any]]:
     return messages
 
 
-READERS: List[TranscriptReader] = [ClaudeCodeReader(), CodexReader(), GeminiReader(), OtelReader()]
+# OpenCode
+
+_OPENCODE_EXPORT = _Pattern(rb'\s*\{\s*"info"\s*:\s*\{')
+_OPENCODE_LEGACY = os.sep + os.path.join("storage", "session", "")
+_OPENCODE_ID = rb'"%s"\s*:\s*"(ses_[^"]{1,200})"'
+_OPENCODE_LINE = _Pattern(r" *(\d+)(?:\| ?|: )")  # how the read tool numbers lines
+
+
+class OpenCodeReader(TranscriptReader):
+    """OpenCode: exported sessions, its SQLite database, and the folder of JSON files it had before. Every
+    assistant message is one call, or every step of one that has several; a session with a parent is a
+    sub-agent of it. Of a session that is in several places the database counts."""
+
+    name = "opencode"
+    agent = "OPENCODE"
+    stamp = rb'"created"\s*:\s*(\d{13})'
+
+    def roots(self) -> List[str]:
+        data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+        home = os.environ.get("OPENCODE_DATA_DIR") or os.path.join(data, "opencode")
+        names = sorted(os.listdir(home)) if os.path.isdir(home) else []
+        return [os.path.join(home, "storage", "session")] + [
+            os.path.join(home, name) for name in names
+            if name.startswith("opencode") and name.endswith(".db")]
+
+    def detect(self, path: str, head: bytes) -> bool:
+        if head.startswith(b"SQLite format 3"):  # its tables may stand in the write-ahead log alone
+            return os.path.basename(path).startswith("opencode")
+        return b'"ses_' in head and bool(_OPENCODE_EXPORT.match(head) or _OPENCODE_LEGACY in path)
+
+    def group(self, paths: List[str]) -> List[List[str]]:
+        """A database with the files it replaced; exports with those of their sub-agents."""
+        heads = {path: _head_of(path, _HEAD_SIZE) for path in paths}
+        named = {path: [match.group(1).decode() if match else "" for match in (
+            re.search(_OPENCODE_ID % key, head) for key in (b"id", b"parentID"))]
+            for path, head in heads.items()}
+        parents = {own: parent for own, parent in named.values() if parent}
+        units: Dict[str, List[str]] = {}
+        for path in sorted(paths, key=lambda path: (not path.endswith(".db"), path)):
+            key = named[path][0] or path
+            if path.endswith(".db"):
+                key = os.path.dirname(path)
+            elif _OPENCODE_LEGACY in path:
+                key = path.partition(_OPENCODE_LEGACY)[0]
+            for _ in parents:
+                key = parents.get(key, key)
+            units.setdefault(key, []).append(path)
+        return list(units.values())
+
+    def read(self, paths: List[str], claim: Callable[..., bool],
+             skip: Callable[[str, int, str], None]) -> List[Session]:
+        known: Dict[str, _Stored] = {}
+        for path in paths:
+            for stored in _opencode_sessions(path, skip):
+                known.setdefault(stored.identity, stored)
+        sessions: List[Session] = []
+        for root in known.values():
+            if root.parent not in known:
+                family = [root]
+                for member in family:  # grows while it is walked
+                    family += [one for one in known.values() if one.parent == member.identity]
+                files = list(dict.fromkeys(member.path for member in family))
+                told = Recorder(self, files, claim, skip)
+                for member in family:
+                    member.tell(told, "" if member is root else slug(member.identity))
+                sessions += told.finish()
+        return sessions
+
+
+def _opencode_sessions(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Stored]:
+    if path.endswith(".db"):
+        yield from _opencode_database(path, skip)
+        return
+    for _, entry in transcript_entries(path, skip):
+        if "info" in entry:
+            yield _Stored(path, _as_dict(entry["info"]), _as_list(entry.get("messages")),
+                          places_of(path, rb"id"))
+        else:
+            yield _Stored(path, entry, _opencode_files(path, entry), {})
+
+
+def _opencode_files(path: str, info: Dict[str, Any]) -> List[Any]:
+    """The messages of a session and their parts, each in a file of its own."""
+    storage = os.path.join(path.partition(_OPENCODE_LEGACY)[0], "storage")
+
+    def objects(kind: str, identity: str) -> List[Any]:
+        folder = os.path.join(storage, kind, slug(identity))
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [entry for name in names for _, entry in transcript_entries(
+            os.path.join(folder, name), lambda path, line, reason: None)]
+
+    return [{"info": message, "parts": objects("part", _text(message.get("id")))}
+            for message in objects("message", _text(info.get("id")))]
+
+
+def _opencode_database(path: str, skip: Callable[[str, int, str], None]) -> List[_Stored]:
+    """The sessions of a database, which is opened for reading only."""
+    import sqlite3
+    from urllib.request import pathname2url
+    for mode in ("mode=ro", "mode=ro&immutable=1"):  # the second where no lock file can be made
+        try:
+            base = sqlite3.connect(f"file:{pathname2url(path)}?{mode}", uri=True, timeout=5)
+            try:
+                base.row_factory = sqlite3.Row
+                rows = {table: [_opencode_row(row) for row in base.execute(
+                    f"SELECT rowid AS line, * FROM {table} ORDER BY id")]
+                    for table in ("session", "message", "part")}
+            finally:
+                base.close()
+            break
+        except sqlite3.Error as error:
+            reason = f"cannot be read as a database: {error}"
+    else:
+        skip(path, 0, reason)
+        return []
+    parts: Dict[str, List[Any]] = {}
+    for part in rows["part"]:
+        parts.setdefault(_text(part.get("message_id")), []).append(part)
+    messages: Dict[str, List[Any]] = {}
+    for message in rows["message"]:
+        messages.setdefault(_text(message.get("session_id")), []).append(
+            {"info": message, "parts": parts.get(_text(message.get("id")), [])})
+    places = {message["id"]: message["line"] for message in rows["message"]}
+    return [_Stored(path, row, messages.get(row["id"], []), places) for row in rows["session"]]
+
+
+def _opencode_row(row: Any) -> Dict[str, Any]:
+    """A row's columns, and what its JSON in ``data`` says."""
+    values = dict(row)
+    values.update(_arguments(values.pop("data", "{}") or "{}"))
+    values.setdefault("parentID", values.get("parent_id"))
+    values.setdefault("time", {"created": values.get("time_created"),
+                               "updated": values.get("time_updated")})
+    return values
+
+
+class _Stored:
+    """One stored session: its facts, and its messages with their parts."""
+
+    def __init__(self, path: str, info: Dict[str, Any], messages: List[Any], places: Dict[str, int]):
+        self.path, self.info, self.messages, self.places = path, info, messages, places
+        self.identity, self.parent = _text(info.get("id")), _text(info.get("parentID"))
+
+    def tell(self, told: Recorder, agent: str) -> None:
+        """Tell the session, the main one of its family or a sub-agent's."""
+        times = _as_dict(self.info.get("time"))
+        for moment in (times.get("updated"), times.get("created")):
+            told.at(_iso_time(_integer(moment) * 10**6), 1, self.path, agent)
+        told.session(self.identity, _text(self.info.get("directory")), _text(self.info.get("version")))
+        for message in map(_as_dict, self.messages):
+            info = _as_dict(message.get("info"))
+            began = _as_dict(info.get("time")).get("created")
+            told.at(_iso_time(_integer(began) * 10**6), self.places.get(_text(info.get("id")), 1))
+            parts = list(map(_as_dict, _as_list(message.get("parts"))))
+            if info.get("role") == "assistant":
+                self._answer(told, info, parts)
+            else:
+                self._prompt(told, parts)
+        told.session(task=_text(self.info.get("title")))
+
+    @staticmethod
+    def _prompt(told: Recorder, parts: List[Dict[str, Any]]) -> None:
+        for part in parts:
+            text = _text(part.get("text"))
+            if text and part.get("synthetic") is True:
+                told.context(Source.ATTACHMENT, len(text))
+            elif text:
+                told.prompt(text)
+
+    def _answer(self, told: Recorder, info: Dict[str, Any], parts: List[Dict[str, Any]]) -> None:
+        """A message of the model: a call, or one for each of its steps."""
+        steps: List[List[Dict[str, Any]]] = [[]]
+        for part in parts:
+            steps[-1].append(part)
+            if part.get("type") == "step-finish" and any(_opencode_usage(part)[0]):
+                steps.append([])
+        several = len(steps) > 2  # where there is one, the message repeats its tokens
+        for number, step in enumerate(steps[:-1] if several else [parts]):
+            self._step(told, info, step, f"{info.get('id')}" + (f"/{number}" if number else ""),
+                       step[-1] if several else info)
+        if info.get("summary") is True:
+            told.compaction(sum(len(_text(part.get("text"))) for part in parts))
+
+    def _step(self, told: Recorder, info: Dict[str, Any], parts: List[Dict[str, Any]], identity: str,
+              metered: Dict[str, Any]) -> None:
+        usage, thoughts = _opencode_usage(metered)
+        error = _as_dict(info.get("error"))
+        if not any(usage) and error:
+            text = _text(_as_dict(error.get("data")).get("message"))
+            told.call_failed(text or _text(error.get("name")))
+        elif any(usage) or parts:
+            told.call(identity, _text(info.get("modelID")), usage if any(usage) else None,
+                      thoughts=thoughts or None)
+        for part in parts:
+            text = _text(part.get("text"))
+            if part.get("type") == "text":
+                told.call(identity, "", None, text=len(text))
+            elif part.get("type") == "reasoning" and not thoughts:
+                told.call(identity, "", None, thinking=len(text))
+            elif part.get("type") == "tool":
+                _opencode_tool(told, part)
+
+
+def _opencode_usage(metered: Dict[str, Any]) -> Tuple[Usage, int]:
+    """The usage of a message or a step, and the reasoning in its output. Output contains reasoning, but
+    where the total or the sizes show otherwise."""
+    tokens = _as_dict(metered.get("tokens"))
+    entered, output, thoughts = (_count_of(tokens.get(k)) for k in ("input", "output", "reasoning"))
+    read, write = (_count_of(_as_dict(tokens.get("cache")).get(key)) for key in ("read", "write"))
+    apart = thoughts > output or _count_of(tokens.get("total")) == (
+        entered + output + thoughts + read + write)
+    return Usage(entered, write, 0, read, output + thoughts * apart), thoughts
+
+
+def _opencode_tool(told: Recorder, part: Dict[str, Any]) -> None:
+    """Tell a tool call and what it returned."""
+    state = _as_dict(part.get("state"))
+    name, key = _text(part.get("tool")), f"{part.get('callID')}:{part.get('id')}"
+    arguments, times = _arguments(state.get("input")), _as_dict(state.get("time"))
+    told.at(_iso_time(_integer(times.get("start")) * 10**6))
+    if "patchText" in arguments:
+        arguments = dict(arguments, patch=arguments["patchText"])
+    told.tool(key, name, arguments)
+    if state.get("status") not in ("completed", "error"):
+        return  # it was still running
+    told.at(_iso_time(_integer(times.get("end")) * 10**6))
+    metadata, text = _as_dict(state.get("metadata")), _text(state.get("output"))
+    size, failed = len(text), state.get("status") == "error" or name == "invalid"
+    if state.get("status") == "error":
+        text = _text(state.get("error"))
+        size = len(text)
+    elif _integer(metadata.get("exit")):
+        failed, text = True, f"Exit code {metadata['exit']}\n{text}"
+    lines = (0, 0, 0)
+    if name == "read" and not failed:
+        text, lines = _opencode_lines(text)
+    told.returned(key, text, size, failed=failed, lines=lines, cut=metadata.get("truncated") is True)
+
+
+def _opencode_lines(text: str) -> Tuple[str, Tuple[int, int, int]]:
+    """A file's own lines without the frame and the numbers around them; where they begin and how many."""
+    numbered = [(match, line) for match, line in
+                ((_OPENCODE_LINE.match(line), line) for line in text.split("\n")) if match]
+    if not numbered:
+        return text, (0, 0, 0)
+    first = int(numbered[0][0].group(1))
+    return "\n".join(line[match.end():] for match, line in numbered), (first, len(numbered), 0)
+
+
+READERS: List[TranscriptReader] = [
+    ClaudeCodeReader(), CodexReader(), GeminiReader(), OpenCodeReader(), OtelReader()]
 
 _UNKNOWN = "not a transcript of a known agent"
 _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
@@ -7819,22 +8069,33 @@ def _unreadable(error: OSError) -> None:
 
 
 def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
-    """Files that could be transcripts, as (path, size, mtime in ns): the files named, and .jsonl and .json files below
-    the directories named (dot-directories too, links are not followed). A path that is not there raises StorageError."""
+    """Files that could be transcripts, as (path, size, mtime in ns): the files named, and .jsonl, .json
+    and .db files below the directories named (dot-directories too, links are not followed). A path that
+    is not there raises StorageError."""
     for path in paths:
         if not os.path.exists(path):
-            raise StorageError(path, "there is no such file or directory", "give a transcript or a folder that holds some")
+            raise StorageError(path, "there is no such file or directory",
+                               "give a transcript or a folder that holds some")
         if not os.path.isdir(path):
             for file in [path] + [more for reader in READERS for more in reader.companions(path)]:
-                info = os.stat(file)
-                yield os.path.abspath(file), info.st_size, info.st_mtime_ns
+                yield (os.path.abspath(file), *_stamp_of(file))
             continue
         for folder, _, _ in os.walk(path, onerror=_unreadable):
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.endswith((".jsonl", ".json")) and entry.is_file(follow_symlinks=False):
-                        info = entry.stat(follow_symlinks=False)
-                        yield os.path.abspath(entry.path), info.st_size, info.st_mtime_ns
+                    if entry.name.endswith((".jsonl", ".json", ".db")) \
+                            and entry.is_file(follow_symlinks=False):
+                        yield (os.path.abspath(entry.path), *_stamp_of(entry.path))
+
+
+def _stamp_of(path: str) -> Tuple[int, int]:
+    """Size and time of change of a file; of a database with its write-ahead log."""
+    info = os.stat(path)
+    log = path + "-wal"
+    if path.endswith(".db") and os.path.exists(log):
+        more = os.stat(log)
+        return info.st_size + more.st_size, max(info.st_mtime_ns, more.st_mtime_ns)
+    return info.st_size, info.st_mtime_ns
 
 
 class TranscriptScan:
@@ -7863,7 +8124,7 @@ class TranscriptScan:
         """``look`` below these paths (None: where each agent keeps its transcripts). StorageError for one that is not
         there."""
         if paths is None:
-            paths = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)]
+            paths = [root for reader in READERS for root in reader.roots() if os.path.exists(root)]
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         self.look(find_transcripts(roots))
         for path in map(os.path.abspath, roots):
@@ -7877,8 +8138,7 @@ class TranscriptScan:
         for unit in {known[path][3] for path in seen if path in known}:
             for path in self.units.get(unit, {}).get("files", ()):  # a session is read whole, whatever part of it was named
                 if path not in seen and os.path.exists(path):
-                    info = os.stat(path)
-                    seen[path] = [info.st_size, info.st_mtime_ns]
+                    seen[path] = list(_stamp_of(path))
         fresh = [path for path, stamp in seen.items() if path not in known or known[path][:2] != stamp]
         if not fresh and all(path in seen for unit in {known[path][3] for path in seen if known[path][3]}
                              for path in self.units.get(unit, {}).get("files", ())):
@@ -7888,7 +8148,8 @@ class TranscriptScan:
         self.scope = sorted(units)
         self.changed = [unit for unit in self.scope if self.again or self.units[unit].get("settings") != self.settings]
         for path in seen:
-            if not known[path][2] and not (path.endswith(".json") and known[path][4] == _UNKNOWN):  # JSON of another kind
+            other = path.endswith((".json", ".db")) and known[path][4] == _UNKNOWN  # of another kind
+            if not known[path][2] and not other:
                 self.skipped.setdefault(path, [[path, 0, known[path][4] if len(known[path]) > 4 else "no known transcript"]])
 
     def _regroup(self, seen: Dict[str, List[int]], fresh: set) -> set:

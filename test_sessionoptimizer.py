@@ -3606,6 +3606,133 @@ def test_a_hook_makes_the_event_a_scan_makes(optimizer, case):
     assert not payloads
 
 
+OPENCODE_SAMPLES = os.path.join(os.path.dirname(MODULE), "examples", "transcripts", "opencode")
+
+
+def opencode_exports(case):
+    folder = os.path.join(OPENCODE_SAMPLES, case)
+    return [json.loads(read(os.path.join(folder, name))) for name in sorted(os.listdir(folder))]
+
+
+def opencode_database(path, exports):
+    """What `opencode export` wrote, as the program's own database holds it."""
+    import sqlite3
+    base = sqlite3.connect(str(path))
+    base.executescript("""
+        PRAGMA journal_mode = WAL;
+        CREATE TABLE session (id text PRIMARY KEY, project_id text, parent_id text, slug text, directory text,
+            title text, version text, time_created integer, time_updated integer);
+        CREATE TABLE message (id text PRIMARY KEY, session_id text, time_created integer, time_updated integer, data text);
+        CREATE TABLE part (id text PRIMARY KEY, message_id text, session_id text, time_created integer, data text);
+    """)
+    for serial, export in enumerate(exports):
+        info = export["info"]
+        base.execute("INSERT INTO session VALUES (?, 'p', ?, ?, ?, ?, ?, ?, ?)", (
+            info["id"], info.get("parentID"), info["slug"], info["directory"], info["title"], info["version"],
+            info["time"]["created"], info["time"]["updated"]))
+        for number, message in enumerate(export["messages"]):
+            body = {k: v for k, v in message["info"].items() if k not in ("id", "sessionID")}
+            name = "msg_%d_%04d" % (serial, number)
+            base.execute("INSERT INTO message VALUES (?, ?, 1, 1, ?)", (name, info["id"], json.dumps(body)))
+            for place, part in enumerate(message["parts"]):
+                body = {k: v for k, v in part.items() if k not in ("id", "sessionID", "messageID")}
+                base.execute("INSERT INTO part VALUES (?, ?, ?, 1, ?)", (
+                    "prt_%d_%04d_%02d" % (serial, number, place), name, info["id"], json.dumps(body)))
+    base.commit()
+    return base
+
+
+def opencode_tree(root, exports):
+    """The same as the folder of JSON files that older versions kept."""
+    for export in exports:
+        info = export["info"]
+        files = {os.path.join("session", "p", info["id"]): info}
+        for message in export["messages"]:
+            files[os.path.join("message", info["id"], message["info"]["id"])] = message["info"]
+            for part in message["parts"]:
+                files[os.path.join("part", message["info"]["id"], part["id"])] = part
+        for name, value in files.items():
+            path = os.path.join(str(root), "storage", name + ".json")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write(path, json.dumps(value))
+
+
+def told_by(optimizer, path):
+    result = optimizer.scan([str(path)], store=False)
+    return [(row["task"], row["tokens"], row["model_calls"], row["waste"], row["started_at"],
+             [(i["issue_type"], i["claims"]) for i in row["issues"]]) for row in result["sessions"]]
+
+
+@pytest.mark.parametrize("case", sorted(os.listdir(OPENCODE_SAMPLES)))
+def test_opencode_says_the_same_in_exports_database_and_files(optimizer, tmp_path, case):
+    exports = opencode_exports(case)
+    expected = told_by(optimizer, os.path.join(OPENCODE_SAMPLES, case))
+    assert len(expected) == 1
+    (tmp_path / "base").mkdir()
+    open_base = opencode_database(tmp_path / "base" / "opencode.db", exports)  # open, as while the program runs
+    assert told_by(optimizer, tmp_path / "base") == expected
+    opencode_tree(tmp_path / "tree", [
+        dict(export, messages=[dict(m, info=dict(m["info"], id="msg_%04d" % n), parts=[
+            dict(part, id="prt_%04d" % k) for k, part in enumerate(m["parts"])])
+            for n, m in enumerate(export["messages"], 100 * place)])
+        for place, export in enumerate(exports)])
+    assert told_by(optimizer, tmp_path / "tree") == expected
+    opencode_tree(tmp_path / "base", exports)  # an older copy beside the database counts once
+    assert told_by(optimizer, tmp_path / "base") == expected
+    open_base.close()
+
+
+def test_a_new_row_in_the_write_ahead_log_is_a_change(optimizer, tmp_path):
+    first, second = (opencode_exports(case) for case in ("opencode-read-twice", "opencode-search-twice"))
+    base = opencode_database(tmp_path / "opencode.db", first)
+    assert len(optimizer.scan([str(tmp_path)])["sessions"]) == 1
+    assert optimizer.scan([str(tmp_path)])["changes"] == "nothing since the last scan"
+    info = second[0]["info"]
+    base.execute("INSERT INTO session VALUES (?, 'p', NULL, 's', '/w', 'another', '1', ?, ?)",
+                 (info["id"], info["time"]["created"], info["time"]["updated"]))
+    base.execute("INSERT INTO message VALUES ('msg_z', ?, 1, 1, ?)", (
+        info["id"], json.dumps(second[0]["messages"][1]["info"])))
+    base.commit()
+    assert len(optimizer.scan([str(tmp_path)])["sessions"]) == 2
+    base.close()
+
+
+@pytest.mark.parametrize("tokens, usage", [
+    ({"input": 10, "output": 50, "reasoning": 20, "cache": {"read": 5, "write": 3}}, (10, 3, 0, 5, 50)),
+    ({"total": 68, "input": 10, "output": 50, "reasoning": 20, "cache": {"read": 5, "write": 3}}, (10, 3, 0, 5, 50)),
+    ({"total": 88, "input": 10, "output": 50, "reasoning": 20, "cache": {"read": 5, "write": 3}}, (10, 3, 0, 5, 70)),
+    ({"input": 10, "output": 5, "reasoning": 20, "cache": {"read": 5, "write": 3}}, (10, 3, 0, 5, 25)),
+    ({"input": -1, "output": "5", "cache": None}, (0, 0, 0, 0, 0))])
+def test_opencode_counts_reasoning_once(tokens, usage):
+    assert tuple(so._opencode_usage({"tokens": tokens})[0]) == usage
+
+
+def test_a_message_of_several_steps_is_several_calls(optimizer, tmp_path):
+    export, = opencode_exports("opencode-read-twice")
+    message = next(m for m in export["messages"] if m["info"]["role"] == "assistant")
+    finish = next(part for part in message["parts"] if part["type"] == "step-finish")
+    before, = told_by(optimizer, os.path.join(OPENCODE_SAMPLES, "opencode-read-twice"))
+    message["parts"].append(dict(finish, id="prt_more", tokens=dict(finish["tokens"], input=7, total=None)))
+    write(str(tmp_path / "export.json"), json.dumps(export))
+    after, = told_by(optimizer, tmp_path)
+    assert after[2] == before[2] + 1
+    assert after[1]["uncached_input"] == before[1]["uncached_input"] + 7
+
+
+def test_a_database_of_another_kind_is_no_transcript(optimizer, tmp_path):
+    import sqlite3
+    for name in ("state.db", "opencode.db"):
+        base = sqlite3.connect(str(tmp_path / name))
+        base.execute("CREATE TABLE other (id text)")
+        base.commit()
+        base.close()
+    write(str(tmp_path / "opencode-old.db"), b"SQLite format 3\0 and no more")
+    result = optimizer.scan([str(tmp_path)])
+    assert result["sessions"] == []
+    assert sorted(os.path.basename(entry["path"]) for entry in result["skipped"]) == ["opencode-old.db", "opencode.db"]
+    assert all("database" in entry["reason"] for entry in result["skipped"])
+
+
 # ==================================================================================================
 # Scan
 # ==================================================================================================

@@ -2,7 +2,7 @@
 
     python3 examples/transcripts/make_cases.py
 
-The same bytes come out on every run: no clock, no chance. generator/recorders.py knows the three formats,
+The same bytes come out on every run: no clock, no chance. generator/recorders.py knows the formats,
 generator/labels.py what a case is, generator/waste.py and generator/accounting.py hold the cases.
 """
 
@@ -29,12 +29,13 @@ def write_case(recorder):
 
 
 def main():
-    from generator import accounting, labels, waste
+    from generator import accounting, labels, opencode, waste
 
-    for folder in ("claude-code", "codex", "gemini"):
+    for folder in ("claude-code", "codex", "gemini", "opencode"):
         shutil.rmtree(os.path.join(HERE, folder), ignore_errors=True)
     waste.write_all()
     accounting.write_all()
+    opencode.write_all()
     for recorder in labels.ALL:
         write_case(recorder)
     with open(os.path.join(HERE, "labels.json"), "w", encoding="utf-8", newline="\n") as stream:

@@ -556,3 +556,105 @@ class Gemini(Recorder):
         return self.use("replace", {"file_path": path, "old_string": old, "new_string": new},
                         "Successfully modified file: %s/%s (1 replacements)." % (self.cwd, path),
                         text=text)
+
+
+class OpenCode(Recorder):
+    """Sessions as `opencode export` gives them: {"info": ..., "messages": [{"info", "parts"}]}."""
+    agent, folder, model, version = "opencode", "opencode", "gpt-5.2", "1.2.10"
+    parent = None
+
+    def open(self):
+        self.sid = self.key("ses_", 24)
+        self.head = {"id": self.sid, "slug": "quiet-otter", "projectID": self.key("", 40),
+                     "directory": self.cwd, "title": self.task or "A helper's work",
+                     "version": self.version, "time": {"created": self.clock(), "updated": self.clock()}}
+        if self.parent:
+            self.head["parentID"] = self.parent
+        self.messages = []
+        self.files[self.sid + ".json"] = {"info": self.head, "messages": self.messages}
+
+    def clock(self, seconds=0):
+        self.stamp(seconds)
+        return int((self.now - datetime(1970, 1, 1)).total_seconds() * 1000)
+
+    def part(self, message, kind, **fields):
+        message["parts"].append(dict({"id": self.key("prt_"), "sessionID": self.sid,
+                                      "messageID": message["info"]["id"], "type": kind}, **fields))
+        return message["parts"][-1]
+
+    def add(self, role, **fields):
+        self.head["time"]["updated"] = self.clock()
+        info = dict({"id": self.key("msg_"), "sessionID": self.sid, "role": role,
+                     "time": {"created": self.clock()}}, **fields)
+        self.messages.append({"info": info, "parts": []})
+        return self.messages[-1]
+
+    def ask(self, text):
+        self.entering += tokens_of(text)
+        message = self.add("user", agent="build", model={"providerID": "openai", "modelID": self.model})
+        self.part(message, "text", text=text)
+
+    def turn(self, *tools, text="", output=None, thought=0, summary=False):
+        visible = self.visible(text, tools)
+        output = visible + thought if output is None else output
+        read, fresh = self.charge(output, visible)
+        tokens = {"total": read + fresh + output, "input": fresh, "output": output,
+                  "reasoning": thought, "cache": {"read": read, "write": 0}}
+        message = self.add("assistant", modelID=self.model, providerID="openai", mode="build", cost=0,
+                           path={"cwd": self.cwd, "root": self.cwd}, tokens=tokens,
+                           finish="tool-calls" if tools else "stop", **({"summary": True} if summary else {}))
+        self.part(message, "step-start")
+        if text:
+            self.part(message, "text", text=text)
+        for tool in tools:
+            state = {"status": "error" if tool.error else "completed", "input": tool.input,
+                     "error" if tool.error else "output": tool.result,
+                     "metadata": dict({"truncated": False}, **(tool.extra or {})),
+                     "time": {"start": self.clock(), "end": self.clock(1)}}
+            self.part(message, "tool", callID=self.key("call_"), tool=tool.name, state=state)
+            self.entering += tool.tokens
+        self.part(message, "step-finish", reason="stop", cost=0, tokens=tokens)
+        message["info"]["time"]["completed"] = self.clock()
+
+    def path(self, path):
+        return self.cwd + "/" + path
+
+    def read(self, path, lines=10, first=None, text="", tokens=None):
+        where = {"filePath": self.path(path)}
+        if first is not None:
+            where.update(offset=first, limit=lines)
+        numbered = ["%05d| %s" % (number, line) for number, line in
+                    enumerate(self.source(path, lines, first or 1), first or 1)]
+        return self.use("read", where, "<file>\n%s\n\n(End of file - total %d lines)\n</file>" % (
+            "\n".join(numbered), lines), tokens, text)
+
+    def run(self, command, output="", code=0, text=""):
+        return self.use("bash", {"command": command, "description": "Run it"}, output, text=text,
+                        extra={"exit": code, "description": "Run it"})
+
+    def search(self, pattern, where="src", seed=0, text=""):
+        return self.use("grep", {"pattern": pattern, "path": self.path(where)},
+                        matches(pattern, where, seed), text=text)
+
+    def edit(self, path, text=""):
+        old, new = self.change(path)
+        return self.use("edit", {"filePath": self.path(path), "oldString": old, "newString": new},
+                        "Edit applied successfully.", text=text)
+
+    def compact(self, summary):
+        """The user asks for a summary, which replaces the context."""
+        self.part(self.add("user"), "compaction", auto=False)
+        self.turn(text=summary, summary=True)
+        self.context, self.entering, self.back = PREFIX, SYSTEM + tokens_of(summary), 0
+
+    def helper(self, task, story):
+        """A sub-agent: a session of its own, whose parent is this one."""
+        kind = type("Helper", (OpenCode,), {"parent": self.sid})
+        child = kind(self.name + "-helper", task, self.cwd.rsplit("/", 1)[1], self.now)
+        story(child)
+        self.files.update(child.files)
+        for name, amount in child.usage.items():
+            self.usage[name] += amount
+        self.now = child.now
+        return self.use("task", {"description": task, "prompt": task, "subagent_type": "general"},
+                        "It is done.", extra={"sessionId": child.sid})
