@@ -186,9 +186,6 @@ EVENT_TYPES = {member.value: member for member in EventType}
 CACHE_MISS, VERSION, EFFORT, MODE, COMMAND = "cache_miss", "version", "effort", "mode", "command"
 
 
-UNPRICED = "default"
-
-
 class Source:
     """Where the tokens of a CONTEXT_LOAD event came from: its ``data["source"]``."""
 
@@ -2730,6 +2727,8 @@ def report_notes(session: Session) -> List[str]:
         price = session.prices.lookup(model)
         if not price.exact:
             notes.append(f"no price for model {model!r}: priced as {price.model}")
+        elif model == UNPRICED:
+            notes.append("no price for a model that the transcript does not name: not priced")
         elif model == "default" and session.imported and session.total_tokens:
             notes.append("no price for a model that the transcript does not name: priced as default")
     for count, text in ((session.metadata.get("output_lower_bound_calls"),
@@ -5078,209 +5077,6 @@ SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
-class Call:
-    """One model call while its transcript is read. Tokens are disjoint: uncached input, cache write (``write_1h`` is
-    part of it), cache read, output (thinking included). ``context`` is what the model had before it."""
-
-    __slots__ = ("event", "uncached", "write", "write_1h", "read", "output", "parts", "counted", "exact", "context",
-                 "visible")
-
-    def __init__(self, event: SessionEvent, counted: bool = True):
-        self.event, self.counted, self.exact = event, counted, True
-        self.uncached = self.write = self.write_1h = self.read = self.output = 0
-        self.parts: List[Tuple[str, int, Optional[SessionEvent]]] = []  # kind, characters, event
-        self.context: Optional[int] = None  # where it is not the sum of the call's input
-        self.visible = 0  # tokens of the output that the next call's context can hold
-
-    def use(self, uncached: int, write: int, write_1h: int, read: int, output: int) -> None:
-        """Take a usage report in; of several for one response the largest counts."""
-        self.uncached, self.write = max(self.uncached, uncached), max(self.write, write)
-        self.write_1h, self.read = min(self.write, max(self.write_1h, write_1h)), max(self.read, read)
-        self.output = max(self.output, output)
-
-    def share_output(self) -> None:
-        """Give the output to text, thinking and tool calls by size. Of it the next context can hold what is visible: at
-        most half its characters (hidden thinking is in no text); where the output is a placeholder, 3.6 per token."""
-        sizes = [size for _, size, _ in self.parts]
-        characters = sum(sizes)
-        self.visible = min(self.output if self.exact else max(self.output, characters * 10 // 36), characters // 2)
-        if not self.counted:
-            return
-        shares = share_out(self.output, sizes)
-        for (_, _, event), share in zip(self.parts, shares):
-            (event or self.event).tokens_output += share
-        self.event.tokens_output += self.output - sum(shares)
-
-
-class WindowBuilder:
-    """The events of one agent, with tokens laid out by growth: what a call's context gained over the call before is
-    shared among what entered it. The sums over the events equal the calls' usage to the token."""
-
-    def __init__(self, agent_id: str = "", overhead: str = ""):
-        self.agent_id, self.overhead = agent_id, overhead
-        self.calls = 0
-        self._steps: List[List[Any]] = []        # [event or Call, characters that enter]
-        self._open: Dict[int, Tuple[int, int]] = {}  # id of an event without a result: (step, calls so far)
-
-    def call(self, call: Call) -> Call:
-        """A model call begins; what was added before has entered its context."""
-        self.calls += 1
-        self._steps.append([call, 0])
-        return call
-
-    def call_before(self, later: Call, call: Call) -> None:
-        """A call becomes known that was made right before another one."""
-        index = next(i for i, step in enumerate(self._steps) if step[0] is later)
-        self._steps.insert(index, [call, 0])
-        self._open = {key: (step + (step >= index), calls) for key, (step, calls) in self._open.items()}
-
-    def item(self, event: SessionEvent, characters: int) -> None:
-        """A prompt, an attachment or a compaction that enters with the next call; a compaction told twice (its boundary and
-        its summary) is one."""
-        last: List[Any] = self._steps[-1] if self._steps else [None, 0]
-        if is_compaction(event) and isinstance(last[0], SessionEvent) and is_compaction(last[0]):
-            last[1] += characters
-        else:
-            self._steps.append([event, characters])
-
-    def tool(self, event: SessionEvent) -> None:
-        """A tool call; its result enters when it comes."""
-        self._open[id(event)] = (len(self._steps), self.calls)
-        self._steps.append([event, 0])
-
-    def result(self, event: SessionEvent, characters: int) -> None:
-        """A tool's result; one that comes after a later call has begun enters there."""
-        step, calls = self._open.pop(id(event), (None, 0))
-        if step is None:
-            return
-        if calls != self.calls:
-            self._steps[step] = [None, 0]
-            self._steps.append([event, characters])
-        else:
-            self._steps[step][1] += characters
-
-    def finish(self) -> List[SessionEvent]:
-        """The events in order, tokens laid out."""
-        events: List[SessionEvent] = []
-        pending: List[Tuple[SessionEvent, int]] = []
-        previous, before, start = None, 0, 0  # the call before, its context, where this call's items begin
-        for entry, characters in self._steps:
-            if entry is None:
-                continue
-            if not isinstance(entry, Call):
-                compacts = is_compaction(entry)
-                pending = [] if compacts else pending
-                pending.append((entry, characters))
-                events.append(entry)
-                if compacts:
-                    previous, before, start = None, 0, len(events)
-                continue
-            context = entry.uncached + entry.write + entry.read if entry.context is None else entry.context
-            if previous is not None and before - context > max(SHARP_DROP, before // 2):
-                cut = SessionEvent("", entry.event.timestamp, EventType.CONTEXT_LOAD,
-                                   {"source": "compaction", "inferred": True, "line": entry.event.data.get("line")})
-                events.insert(start, cut)
-                previous, before, start = None, 0, start + 1
-            if entry.counted:
-                self._lay_out(entry, previous, pending, context - before, events, start)
-            else:
-                # What led to a response that is counted elsewhere is told there, but for what a response here has written.
-                events[start:] = [event for event in events[start:] if event.tokens_output]
-            entry.share_output()
-            previous, before, pending = entry, context, []
-            events += self._answer(entry)
-            start = len(events)
-        for event in events if self.agent_id or self.overhead else ():
-            event.agent_id = self.agent_id
-            if self.overhead:
-                event.data["overhead"] = self.overhead
-        return events
-
-    @staticmethod
-    def _answer(call: Call) -> List[SessionEvent]:
-        thoughts = {id(event): event for kind, _, event in call.parts if kind == "thinking" and event}
-        return [call.event, *thoughts.values()] if call.counted else []
-
-    def _lay_out(self, call: Call, previous: Optional[Call], pending: List[Tuple[SessionEvent, int]], growth: int,
-                 events: List[SessionEvent], start: int) -> None:
-        fresh = call.uncached + call.write
-        rebuilt = max(0, fresh - max(growth, 0))
-        left = fresh - rebuilt
-        laid: List[Tuple[SessionEvent, int]] = []
-        if rebuilt:
-            rebuild = self._load(call, "cache rebuild")
-            events.append(rebuild)
-            laid.append((rebuild, rebuilt))
-        if previous is not None and previous.counted:
-            answer = min(left, previous.visible)
-            laid.append((previous.event, answer))
-            left -= answer
-        sizes = [size for _, size in pending]
-        entered = min(left, sum(size // 2 for size in sizes))
-        laid += zip((event for event, _ in pending), self._capped(entered, sizes))
-        if left > entered:
-            rest = self._load(call, "system" if previous is None else "unattributed")
-            if previous is None and events[start:]:
-                rest.timestamp = events[start].timestamp
-            events.insert(start if previous is None else len(events), rest)
-            laid.append((rest, left - entered))
-        self._bill(call, laid)
-
-    @staticmethod
-    def _capped(total: int, sizes: List[int]) -> List[int]:
-        """Shares of ``total`` in proportion to the sizes, none above half its size (characters to tokens)."""
-        shares = share_out(total, sizes)
-        if len(sizes) < 2:
-            return shares  # the total is no more than half the sizes
-        spare = 0
-        for index, size in enumerate(sizes):
-            if shares[index] > size // 2:
-                spare += shares[index] - size // 2
-                shares[index] = size // 2
-        for index, size in enumerate(sizes) if spare else ():
-            if spare and shares[index] < size // 2:
-                more = min(spare, size // 2 - shares[index])
-                shares[index] += more
-                spare -= more
-        return shares
-
-    @staticmethod
-    def _load(call: Call, source: str) -> SessionEvent:
-        return SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD,
-                            {"source": source, "line": call.event.data.get("line")}, model=call.event.model)
-
-    @staticmethod
-    def _bill(call: Call, laid: List[Tuple[SessionEvent, int]]) -> None:
-        """Book the tokens, and the call's cache writes on them in proportion."""
-        call.event.tokens_cache_read += call.read
-        tokens, model = [count for _, count in laid], call.event.model
-        writes = tokens if not call.uncached else share_out(call.write, tokens)
-        hours = writes if call.write_1h == call.write else share_out(call.write_1h, writes)
-        for (event, count), write, write_1h in zip(laid, writes, hours):
-            if not event.model or not event.tokens_output and event.event_type is not EventType.AI_RESPONSE:
-                event.model = model  # who takes it in pays for it
-            event.tokens_input += count
-            event.tokens_cache_write += write
-            if write_1h:
-                event.tokens_cache_write_1h += write_1h
-
-
-def join_windows(builders: Iterable[WindowBuilder]) -> List[SessionEvent]:
-    """The events of several agents in one order: by time, and each agent's own order kept."""
-    keyed = []
-    for builder in builders:
-        latest = ""
-        for event in builder.finish():
-            if event.timestamp > latest:
-                latest = event.timestamp
-            keyed.append((latest, event))
-    keyed.sort(key=lambda pair: pair[0])
-    events = [event for _, event in keyed]
-    for number, event in enumerate(events, 1):
-        event.id = f"e{number}"
-    return events
-
-
 class LineMemory:
     """What reads have shown in one context window, to tell whether a later read shows the same. Texts are split into
     lines only when a file is read a second time; most never are."""
@@ -6545,17 +6341,6 @@ def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
         yield from enumerate(file, 2)
 
 
-class _Skips:
-    """Passes damaged lines on and counts them."""
-
-    def __init__(self, report: Callable[[str, int, str], None]):
-        self.report, self.count = report, 0
-
-    def __call__(self, path: str, line: int, reason: str) -> None:
-        self.count += 1
-        self.report(path, line, reason)
-
-
 def transcript_entries(path: str,
                        skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
     """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A last line
@@ -6636,80 +6421,6 @@ def _content(content: Any) -> Tuple[str, int]:
     text = "\n".join(part if part.__class__ is str else _text(_as_dict(part).get("text")) for part in content) \
         if isinstance(content, list) else _text(content)
     return text, len(text) + images * IMAGE_CHARACTERS
-
-
-def meter(call: Call, uncached: int, write: int, read: int, output: int) -> Call:
-    """Book a usage whose categories are disjoint, kept below what an event can hold."""
-    uncached, output = min(uncached, MAX_TOKENS), min(output, MAX_TOKENS)
-    call.use(uncached, min(write, MAX_TOKENS - uncached), 0, min(read, MAX_TOKENS), output)
-    return call
-
-
-def weigh_parts(call: Call, thoughts: int, thinking: Optional[SessionEvent]) -> None:
-    """Size the parts of a call so that thinking gets exactly ``thoughts`` tokens of its output and the other
-    parts the rest."""
-    others = call.parts
-    size, rest = sum(part[1] for part in others), call.output - thoughts
-    if not size:
-        others, size = [("text", 1, None)] + others, 1
-    # Four times: enough for the limit of half a token per character never to bind where the tokens are known.
-    call.parts = [(kind, 4 * characters * rest, event) for kind, characters, event in others]
-    if thoughts:
-        call.parts.append(("thinking", 4 * size * thoughts, thinking))
-
-
-class _Facts:
-    """What is known of a session beside its events."""
-
-    def __init__(self, path: str):
-        self.path, self.task, self.session_id, self.cwd, self.version = path, "", "", "", ""
-        self.first = self.last = ""
-        self.models: Dict[str, int] = {}
-        self.counters: Dict[str, int] = {}
-
-    def seen(self, timestamp: str) -> None:
-        if timestamp:
-            self.first = min(self.first or timestamp, timestamp)
-            self.last = max(self.last, timestamp)
-
-    def count(self, name: str, by: int = 1) -> None:
-        self.counters[name] = self.counters.get(name, 0) + by
-
-    def call(self, event: SessionEvent, counted: bool) -> bool:
-        """Note a call's model, or that the call is counted elsewhere."""
-        if counted:
-            self.models[event.model or "default"] = self.models.get(event.model or "default", 0) + 1
-        else:
-            self.count("calls_elsewhere")
-        return counted
-
-    def add(self, other: _Facts) -> None:
-        """Take in what is known of a sub-agent."""
-        self.seen(other.first)
-        self.seen(other.last)
-        for name, calls in other.models.items():
-            self.models[name] = self.models.get(name, 0) + calls
-        for name, count in other.counters.items():
-            self.count(name, count)
-
-    def session(self, reader: TranscriptReader, builders: Iterable[WindowBuilder], *, agent: str = "",
-                paths: Iterable[str] = ()) -> Session:
-        """The session: its totals are the sums of its events."""
-        model = max(self.models, key=lambda name: self.models[name]) if self.models else "default"
-        source: Dict[str, Any] = {"reader": reader.name, "path": self.path, "session_id": self.session_id,
-                                  "cwd": self.cwd, "version": self.version}
-        if paths:
-            source["paths"] = list(paths)
-        started = self.first or time_text(os.path.getmtime(self.path))
-        identity = self.session_id or os.path.splitext(os.path.basename(self.path))[0]
-        session = Session(slug(identity), agent or reader.agent, self.task, SessionStatus.COMPLETED, started,
-                          self.last or started, model=model,
-                          metadata=dict({name: n for name, n in self.counters.items() if n}, source=source))
-        for event in join_windows(builders):
-            if event.model == model:
-                event.model = ""
-            session.add_event(event)
-        return session
 
 
 # Codex CLI
@@ -7589,10 +7300,12 @@ class OpenCodeReader(TranscriptReader):
 
     def group(self, paths: List[str]) -> List[List[str]]:
         """A database with the files it replaced; exports with those of their sub-agents."""
-        heads = {path: _head_of(path, _HEAD_SIZE) for path in paths}
-        named = {path: [match.group(1).decode() if match else "" for match in (
-            re.search(_OPENCODE_ID % key, head) for key in (b"id", b"parentID"))]
-            for path, head in heads.items()}
+        named = {}
+        for path in paths:
+            head = _head_of(path, _HEAD_SIZE)
+            found = (re.search(_OPENCODE_ID % key, head) for key in (b"id", b"parentID"))
+            named[path] = [match.group(1).decode("utf-8", "replace") if match else ""
+                           for match in found]
         parents = {own: parent for own, parent in named.values() if parent}
         units: Dict[str, List[str]] = {}
         for path in sorted(paths, key=lambda path: (not path.endswith(".db"), path)):

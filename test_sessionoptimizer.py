@@ -3748,7 +3748,7 @@ def test_the_samples_add_up_and_every_file_is_read_or_named(optimizer):
     used = {path for row in result["sessions"] for source in [optimizer.get_session(row["id"]).metadata["source"]]
             for path in [source["path"]] + source.get("paths", [])}
     assert used | {entry["path"] for entry in result["skipped"]} >= set(transcripts_in(SAMPLES))
-    assert {row["agent"] for row in result["sessions"]} == {"CLAUDE-CODE", "CODEX", "GEMINI-CLI"}
+    assert {row["agent"] for row in result["sessions"]} == {"CLAUDE-CODE", "CODEX", "GEMINI-CLI", "OPENCODE"}
 
 
 @pytest.mark.skipif(not os.path.isdir(REAL), reason="the real transcripts are not here")
@@ -3966,7 +3966,7 @@ def test_filters_narrow_what_a_scan_reports(optimizer):
     def scanned(**filters):
         return len(optimizer.scan([SAMPLES], **filters)["sessions"])
     everything = scanned()
-    by_agent = [scanned(agent=name) for name in ("claude-code", "codex", "gemini-cli")]
+    by_agent = [scanned(agent=name) for name in ("claude-code", "codex", "gemini-cli", "opencode")]
     assert min(by_agent) > 0 and sum(by_agent) == everything and scanned(agent="nobody") == 0
     assert scanned(agent="CLAUDE-CODE") == by_agent[0] == scanned(agent="Claude Code")
     assert 0 < scanned(project="/home/dev/shop") < everything and scanned(project="no such place") == 0
