@@ -46,6 +46,7 @@ The rooms of this module, in order:
 """
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import itertools
@@ -1069,6 +1070,9 @@ def mask_secrets(text: str) -> str:
 # Shell
 # ==================================================================================================
 
+if TYPE_CHECKING:
+    Words = List[str]
+    Pairs = List[Tuple[str, str]]
 _PARSED_CHARS = 20_000  # characters of one command that are looked at, here-documents apart
 _LONGEST_PATH = 1_000  # characters: what is longer is not known
 _EXPANSIONS = 40  # words that one word with variables or braces may become
@@ -1078,14 +1082,14 @@ _DRIVE = _Pattern(r"[A-Za-z]:(?=[\\/]|$)")
 _CANONICAL = _Pattern(r"(?:/\.?\w[\w.@+-]*)+\Z")  # most paths: there is nothing to normalise
 _WINDOWS = _Pattern(
     r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\")
-# The name of the last group that matched is the kind of the piece, the group is its value.
+# The last group that matched names the kind of a piece and holds its value; no group: a gap.
 _PIECES = r"""(?xs)
-  (?P<blank>[^\S\n]+|%(escape)s\r?\n)
+  [^\S\n]+|%(escape)s\r?\n
 | <<-?[ \t]*\\?(?P<q>['"]?)(?P<doc>[^\s'"|&;<>()]+)(?P=q)
-| (?P<dup>\d*[<>]&(?:\d+|-))
+| \d*[<>]&(?:\d+|-)
 | (?P<redirect>(?:&|\d+|\*)?(?:>>|>\||<>|<<<|>&|>)(?!\()|\d*<(?!\())
 | (?P<op>&&|\|\||;;&?|\|&|[;|&()\n%(braces)s])
-| (?<![^\s|&;<>(){}])(?P<comment>\#[^\n]*)
+| (?<![^\s|&;<>(){}])\#[^\n]*
 | @(?P<at>['"])(?P<here>\s*\n.*?)(?:\n(?P=at)@|\Z)
 | '(?P<single>[^']*)'
 | \$'(?P<ansi>[^'\\]*(?:\\.[^'\\]*)*)'
@@ -1107,8 +1111,8 @@ _IN_NESTED = _Pattern(r"""(?xs)
 _ASSIGNMENT = _Pattern(r"\w+\+?=")
 _EXPANDED = _Pattern(r"\$(?:(\w+)|\{(\w+)\})|\{([^{}]*)\}")
 _NO_FILE = _Pattern(r"/dev/(?!shm)|\$null$|nul$|\$\(\)", re.I)
-_PROGRAM = _Pattern(r"\.(?:exe|cmd|bat|ps1)$")
-_SED_SPAN = r"(\d{1,9}|\$)(?:,\s*(\+?\d{1,9}|\$))?\s*p"
+_PROGRAM = _Pattern(r"\.(?:exe|cmd|bat|ps1)$|(?<=.)@[^@]*$")
+_SED_SPAN = r"(\d{1,9})(?:,\s*(\+?)(\d{1,9}|\$))?\s*p"
 _SED_PRINTS = _Pattern(r"(?:%s[\s;|]*)+$" % _SED_SPAN)
 _AWK_LINES = _Pattern(r"""(?x)
     \s*F?NR\s*(?:==\s*(\d{1,9})|>=\s*(\d{1,9})(?:\s*&&\s*F?NR\s*<=\s*(\d{1,9}))?)
@@ -1130,9 +1134,9 @@ class ShellEffects:
 
     def __init__(self) -> None:
         self.reads: List[Tuple[str, int, Optional[int]]] = []
-        self.searches: List[Tuple[str, str]] = []
-        self.writes: List[str] = []
-        self.changes: List[str] = []
+        self.searches: Pairs = []
+        self.writes: Words = []
+        self.changes: Words = []
         self.pure = True
 
     @property
@@ -1155,14 +1159,13 @@ def shell_effects(command: Any, cwd: str = "") -> ShellEffects:
 
     What cannot be read, or costs more than a command line may, gives changes ["?"]; never raises.
     """
-    shell = _Shell(cwd if isinstance(cwd, str) else "", _Budget())
+    shell = _Shell(cwd if isinstance(cwd, str) else "")
     try:
         if isinstance(command, str):
             shell.run(command)
         elif isinstance(command, (list, tuple)) and all(isinstance(word, str) for word in command):
-            words = [word.translate(_GUARD) for word in command]
-            shell.show(shell.command(words, []) if words else [])
-        elif command is not None:
+            shell.show(shell.command([word.translate(_GUARD) for word in command or ["true"]], []))
+        else:
             shell.unknown()
     except OverflowError:
         shell.unknown()
@@ -1171,7 +1174,7 @@ def shell_effects(command: Any, cwd: str = "") -> ShellEffects:
 
 def canonical_path(path: str, cwd: str = "") -> str:
     """Return `path` joined to `cwd` and normalised, with forward slashes on Windows."""
-    windows = cwd[1:2] == ":" and _DRIVE.match(cwd)
+    windows = _DRIVE.match(cwd)
     if not windows and _CANONICAL.match(path):
         return path
     if windows or _DRIVE.match(path) or path.startswith((".\\", "..\\", "\\\\", "~\\")):
@@ -1183,7 +1186,7 @@ def canonical_path(path: str, cwd: str = "") -> str:
     return posixpath.normpath(path)
 
 
-def patched_paths(patch: str) -> List[str]:
+def patched_paths(patch: str) -> Words:
     """Return the files a patch names in its headers, as often as it does; none for other text."""
     return [path.rstrip() for path in re.findall(_PATCHED, patch) if path != "/dev/null"]
 
@@ -1209,9 +1212,9 @@ def _nested_code(text: str, at: int, opening: str) -> Tuple[str, int]:
     raise ValueError("unbalanced parenthesis")
 
 
-def _tokens(text: str, outside: Any) -> List[Tuple[str, str]]:
+def _tokens(text: str, outside: Any) -> Pairs:
     """Return the tokens of a command line; ValueError where quotes or brackets do not balance."""
-    tokens: List[Tuple[str, str]] = []
+    tokens: Pairs = []
     documents: List[int] = []
     word, redirect, at, limit, pieces = None, "word", 0, _PARSED_CHARS, outside
     while at < len(text) and (at < limit or pieces is _QUOTED):
@@ -1219,8 +1222,8 @@ def _tokens(text: str, outside: Any) -> List[Tuple[str, str]]:
         if not match:
             raise ValueError("unbalanced quote")
         kind, at = match.lastgroup, match.end()
-        piece = match.group(kind)
-        if kind in ("blank", "op", "doc", "dup", "redirect", "comment"):
+        piece = match.group(kind or 0)
+        if kind in (None, "op", "doc", "redirect"):
             if word is not None:
                 tokens.append((redirect, word))
                 word, redirect = None, "word"
@@ -1253,7 +1256,7 @@ def _tokens(text: str, outside: Any) -> List[Tuple[str, str]]:
     return tokens + last + [("cut" if at < len(text) else ";", "")]
 
 
-def _options(args: List[str], valued: str) -> Tuple[List[Tuple[str, str]], List[str]]:
+def _options(args: Words, valued: str) -> Tuple[Pairs, Words]:
     """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags.
 
     `valued` are the options with a value. One marked < stands for the first operand, > for the
@@ -1262,31 +1265,30 @@ def _options(args: List[str], valued: str) -> Tuple[List[Tuple[str, str]], List[
     takes = {option.lstrip("<>"): option[0] for option in valued.split()}
     letters = "".join(option[1:] for option in takes if not option[2:])
     words = any(option[1] != "-" for option in takes if option[2:])
-    flags: List[Tuple[str, str]] = []
-    operands: List[str] = []
+    flags: Pairs = []
+    operands: Words = []
     rest = iter(args)
     for arg in rest:
+        name, equals, value = arg.partition("=")
         if arg == "--":
             operands.extend(rest)
-        elif not arg.startswith("-") or arg == "-":
+        elif arg[:1] != "-" or arg == "-":
             operands += arg.split(",") if words else [arg]
         elif arg[1:].isdigit():
             flags.append(("-#", arg[1:]))
-        elif arg[1] == "-" or words:
-            name, equals, value = arg.partition("=")
-            name = name.lower() if words else name
-            flags.append((name, value if equals or name not in takes else next(rest, "")))
         else:
-            plain, name, value = re.findall("(?s)([^=%s]*)(.?)(.*)" % letters, arg[1:])[0]
-            flags += [("-" + letter, "") for letter in plain]
-            if name:
-                flags.append(("-" + name, value or next(rest, "")))
+            name = name.lower() if words else name
+            if not words and name[1:2] != "-":
+                plain, name, value = re.findall("(?s)-([^=%s]*)(.?)(.*)" % letters, arg)[0]
+                flags += [("-" + letter, "") for letter in plain]
+                name, equals = "-" + name, value
+            flags.append((name, value if equals or name not in takes else next(rest, "")))
     first, last = ([value for name, value in flags if takes.get(name) == mark] for mark in "<>")
-    flags = [flag for flag in flags if takes.get(flag[0]) not in ("<", ">")]
+    flags = [flag for flag in flags if takes.get(flag[0], "-") == "-" and flag != ("-", "")]
     return flags, ["|".join(first)] * bool(first) + operands + last
 
 
-def _skip(args: List[str], valued: str) -> int:
+def _skip(args: Words, valued: str) -> int:
     """Return how many options, settings and durations stand before the command of a wrapper."""
     at = 0
     while at < len(args) and re.match(r"-|\w+=|\d[\d.]*[smhd]?$", args[at]):
@@ -1318,11 +1320,11 @@ class _Shell:
     methods that take a _Step and return what flows out.
     """
 
-    def __init__(self, cwd: Optional[str], budget: _Budget) -> None:
+    def __init__(self, cwd: str) -> None:
         self.effects = ShellEffects()
-        self.cwd = cwd  # None once it is lost
-        self.variables: Dict[str, List[str]] = {"HOME": ["~"], "PWD": ["."]}
-        self.budget = budget
+        self.cwd: Optional[str] = cwd  # None once it is lost
+        self.variables = {"HOME": ["~"], "PWD": ["."]}
+        self.budget = _Budget()
         self.windows = self.piped = self.optional = self.fresh = False
         self.folders: List[Optional[str]] = []
         self.doc = ""
@@ -1338,8 +1340,8 @@ class _Shell:
             tokens = _tokens(text, _POWERSHELL if self.windows else _BASH)
         except ValueError:
             tokens = [("cut", "")]
-        words: List[str] = []
-        targets: List[Tuple[str, str]] = []
+        words: Words = []
+        targets: Pairs = []
         flow: Any = []
         for kind, value in tokens + [(";", "")]:
             if kind == "word":
@@ -1382,13 +1384,13 @@ class _Shell:
     def hidden(self, code: str) -> None:
         """Follow code whose output is not shown: only its changes count."""
         self.fresh = code.startswith("mktemp")  # a new file: to write it changes nothing known
-        inner = _Shell(self.cwd, self.budget)
-        inner.variables = self.variables
+        inner = copy.copy(self)
+        inner.effects, inner.folders = ShellEffects(), []
         inner.run(code, windows=self.windows)
         self.effects.changes += inner.effects.changes
         self.effects.writes += inner.effects.writes
 
-    def stage(self, words: List[str], targets: List[Tuple[str, str]], flow: Any) -> Any:
+    def stage(self, words: Words, targets: Pairs, flow: Any) -> Any:
         """Run one simple command with its redirections; return what flows out of it."""
         words = [each for word in self.prefix(words) for each in self.expand(word)]
         for redirect, value in targets:
@@ -1401,7 +1403,7 @@ class _Shell:
                 flow = flow if redirect[0] in "23456789" else []
         return flow
 
-    def prefix(self, words: List[str]) -> List[str]:
+    def prefix(self, words: Words) -> Words:
         """Drop keywords and assignments in front of a command, and remember literal values."""
         while words and words[0] in _KEYWORDS:
             self.effects.pure &= words.pop(0) in ("do", "done", "{", "}", "time")
@@ -1421,7 +1423,7 @@ class _Shell:
             self.variables[name] = ["/tmp/mktemp"] if fresh else self.expand(value)
         return words[len(settings):]
 
-    def expand(self, word: str) -> List[str]:
+    def expand(self, word: str) -> Words:
         """Return the words that variables and braces make of one; what is unknown keeps its `$`."""
         if "$" not in word and "{" not in word:
             return [word]
@@ -1436,7 +1438,7 @@ class _Shell:
             self.budget.spend(sum(map(len, found)))
         return ["$()"] if re.search(r"\{[^{}]*,", found[0]) else found
 
-    def command(self, words: List[str], flow: Any) -> Any:
+    def command(self, words: Words, flow: Any) -> Any:
         """Run one command and return what flows out of it."""
         name, args = words[0], words[1:]
         if "$" in name:
@@ -1444,13 +1446,11 @@ class _Shell:
         if name not in _WORDS:
             name = _plain(name).replace("\\", "/").rsplit("/", 1)[-1].lower()
             name = _PROGRAM.sub("", name)
-        if name in ("dir", "findstr"):
-            args = [re.sub(r"^/(\w)(?::|$)", r"-\1", arg) for arg in args]
         cmdlet = self.windows or words[0][:1].isupper()
         family = name.partition("-")[0] + "-*" if cmdlet else "*"
         row = _WORDS.get(name) or _WORDS.get(family) or _WORDS["*"]
         flags, operands = _options(args, row.valued)
-        given = {flag for flag, _ in flags}.union(operands[:2])
+        given = {flag for flag, _ in flags}.union(map(posixpath.basename, operands[:2]))
         harmless = row.needs and not row.needs & given or row.idle & given
         if harmless or len(args) < 4 and _HELP & set(args[-1:]):
             row = row._replace(effect="harmless")
@@ -1470,32 +1470,29 @@ class _Shell:
         known = absolute or self.cwd is not None
         return path if known and len(path) <= _LONGEST_PATH else ""
 
-    def lines(self, words: List[str], first: int = 1, last: Optional[int] = None) -> Any:
-        """Return these lines of the files named."""
+    def lines(self, words: Words) -> Any:
+        """Return the lines of the files named."""
         self.budget.spend(20 * len(words))
         paths = [self.path(word) for word in words]
         self.effects.pure &= all(paths)
-        return [(path, first, last) for path in paths if path]
+        return [(path, 1, None) for path in paths if path]
 
-    def cut(self, call: _Step, files: List[str], *spans: Tuple[int, Optional[int]]) -> Any:
+    def cut(self, call: _Step, files: Words, *spans: Tuple[int, Optional[int]]) -> Any:
         """Return the lines of these (first, last) in the files, or in what flows in."""
-        flow = call.flow
-        if files:
-            return [read for span in spans for read in self.lines(files, *span)]
-        if spans == ((1, None),):
-            return flow or None
-        if not isinstance(flow, list) or len(flow) != 1 or flow[0][1] < 0:
+        flow = self.lines(files) if files else call.flow
+        if not files and (not isinstance(flow, list) or len(flow) != 1 or flow[0][1] < 0):
             return self.harmless(call)
-        path, start, stop = flow[0]
         reads = []
-        for first, last in spans:
-            if first < 0 and stop:
-                first = max(stop - start + 2 + first, 1)
-            ends = [end for end in (stop, last and start + last - 1) if end]
-            reads.append((path, start + first - 1 if first > 0 else first, min(ends, default=None)))
+        for path, start, stop in flow:
+            for first, last in spans:
+                if first < 0 and stop:
+                    first = max(stop - start + 2 + first, 1)
+                ends = [end for end in (stop, last and start + last - 1) if end]
+                first += start - 1 if first > 0 else 0
+                reads.append((path, first, min(ends, default=None)))
         return reads
 
-    def change(self, words: List[str]) -> Any:
+    def change(self, words: Words) -> Any:
         """Note that the paths change; one not known, a glob or the whole tree may be anything."""
         for word in words:
             path = self.path(word)
@@ -1506,7 +1503,7 @@ class _Shell:
                 self.effects.writes.append(path)
         return []
 
-    def found(self, call: _Step, query: str, places: List[str]) -> Any:
+    def found(self, call: _Step, query: str, places: Words) -> Any:
         """Return a search in normal form: query; program, places, flags that change the answer."""
         flags = sorted(flag + value for flag, value in call.flags if flag not in _NOISE)
         if isinstance(call.flow, tuple):
@@ -1537,14 +1534,10 @@ class _Shell:
     def unknown(self, call: Optional[_Step] = None) -> None:
         self.effects.changes.append("?")
 
-    def source(self, call: _Step) -> Any:
-        known = re.search(r"activate$|rc$|profile$|\.env$|nvm\.sh$", "".join(call.args[:1]))
-        return [] if known else self.unknown()
-
     def cd(self, call: _Step) -> Any:
-        operands = [each for each in call.operands if each not in ("/d", "/D")] or ["~"]
-        self.cwd = self.path(operands[0]) or None
-        if operands[0] == "-" or call.name == "popd":
+        place = (call.operands or ["~"])[-1]
+        self.cwd = self.path(place) or None
+        if place == "-" or call.name == "popd":
             self.cwd = None
         return []
 
@@ -1555,7 +1548,7 @@ class _Shell:
         if call.name in ("head", "tail"):
             counts.append("10")
         if not counts:
-            return self.cut(call, files, (1, None))
+            return self.lines(files) if files else call.flow or None
         if not re.match(r"\+?\d{1,9}$", counts[0]):
             return self.harmless(call)
         number = int(counts[0])
@@ -1571,15 +1564,15 @@ class _Shell:
         given = dict(call.flags)
         if "-i" in given or "--in-place" in given:
             return self.change(files)
-        script, printing = _plain(script).strip(), "-n" in given or "--quiet" in given
-        if re.match(r"\d{1,9}q$", script) and not printing:
-            return self.cut(call, files, (1, int(script[:-1])))
-        if printing and _SED_PRINTS.match(script):
+        script = _plain(script).strip()
+        if "-n" not in given and "--quiet" not in given:
+            quits = re.match(r"\d{1,9}q$", script)
+            return self.cut(call, files, (1, int(script[:-1]))) if quits else self.harmless(call)
+        if _SED_PRINTS.match(script):
             return self.cut(call, files, *[
-                (int(start.replace("$", "-1")), None if "$" in start + stop
-                 else int(stop or start) + int(start) * stop.startswith("+"))
-                for start, stop in re.findall(_SED_SPAN, script)])
-        if printing and (files or call.flow and isinstance(call.flow, list)):
+                (int(first), None if last == "$" else int(last or first) + int(first) * bool(plus))
+                for first, plus, last in re.findall(_SED_SPAN, script)])
+        if files or call.flow and isinstance(call.flow, list):
             return self.found(call._replace(flags=[]), script, files)
         return self.harmless(call)
 
@@ -1587,8 +1580,8 @@ class _Shell:
         script, *files = call.operands or [""]
         span = _AWK_LINES.match(_plain(script))
         if span:
-            first, last = int(span.group(1) or span.group(2)), span.group(1) or span.group(3)
-            return self.cut(call, files, (first, int(last) if last else None))
+            exact, first, last = span.groups()
+            return self.cut(call, files, (int(exact or first), int(exact or last or 0) or None))
         writes = re.search(r'>\s*["$]|\bsystem\(|\|\s*"', _plain(script))
         return self.unknown() if writes else self.harmless(call)
 
@@ -1601,11 +1594,11 @@ class _Shell:
         return self.found(call, query, places)
 
     def listing(self, call: _Step) -> Any:
-        return self.found(call._replace(flow=[]), "*", call.operands)
+        return self.found(call, "*", call.operands)
 
     def find(self, call: _Step) -> Any:
         args = call.args
-        at = next((at for at, arg in enumerate(args) if arg[:1] in ("-", "(", "!")), len(args))
+        at = len(list(itertools.takewhile(lambda word: word[:1] not in "-(!", args)))
         terms = iter(args[at:])
         for term in terms:
             if term in ("-delete", "-fprint", "-fls"):
@@ -1613,7 +1606,7 @@ class _Shell:
             elif term in ("-exec", "-execdir", "-ok"):
                 run = itertools.takewhile(lambda word: word not in (";", "+"), terms)
                 self.command([word.replace("{}", "$_") for word in run] or ["true"], [])
-        return self.found(call._replace(flags=[], flow=[]), " ".join(args[at:]), args[:at])
+        return self.found(call._replace(flags=[]), " ".join(args[at:]), args[:at])
 
     def xargs(self, call: _Step) -> Any:
         names = [word.replace("{}", "$_") for word in call.args[_skip(call.args, call.valued):]]
@@ -1621,7 +1614,7 @@ class _Shell:
         return None if inner is None else self.harmless(call)
 
     def write(self, call: _Step) -> Any:
-        self.change(call.operands)
+        self.change(call.operands or ["."])
         return call.flow if call.name == "tee" else []
 
     def copy(self, call: _Step) -> Any:
@@ -1631,9 +1624,6 @@ class _Shell:
 
     def fetch(self, call: _Step) -> Any:
         self.copy(call)
-
-    def format(self, call: _Step) -> Any:
-        self.change(call.operands or ["."])
 
     def patch(self, call: _Step) -> Any:
         text = "\n".join([self.doc] + [arg for arg in call.args if "\n" in arg])
@@ -1654,19 +1644,14 @@ class _Shell:
     def checkout(self, call: _Step) -> Any:
         if "--" in call.args:
             return self.change(call.args[call.args.index("--") + 1:])
-        fresh = {flag for flag, _ in call.flags} & {"-b", "-B", "-c", "-C"}
-        return [] if fresh and len(call.operands) == 1 else self.anything()
+        return self.anything() if call.operands else []
 
     def wrap(self, call: _Step) -> Any:
         """Commands that run another one: sudo, timeout 10, env A=1, npx name@version ..."""
         at = _skip(call.args, call.valued)
-        rest = call.args[at:]
-        if not rest or call.name == "command" and {"-v", "-V"} & set(call.args[:at]):
+        if at >= len(call.args) or call.name == "command" and {"-v", "-V"} & set(call.args[:at]):
             return None
-        name, _, version = rest[0].rpartition("@")
-        if name and "/" not in version:
-            rest[0] = name
-        return self.command(rest, call.flow)
+        return self.command(call.args[at:], call.flow)
 
     def shell(self, call: _Step) -> Any:
         """Shells: `-c` and relatives are followed, a script is not known."""
@@ -1689,11 +1674,9 @@ class _Shell:
         """Programs with sub-commands, and programs not known: told by the verb."""
         verb, script = (call.operands + ["", ""])[:2]
         managed = call.name in _MANAGERS
-        rest = call.args[call.args.index(verb):] if verb else []
-        if managed and verb == "pip":
-            return self.command(rest, call.flow)
-        if managed and (verb in ("exec", "dlx", "x") or verb == "run" and call.name in _RUNNERS):
-            return self.command(["npx"] + rest[1:], call.flow)
+        runs = verb in ("exec", "dlx", "x") or verb == "run" and call.name in _RUNNERS
+        if managed and (runs or verb == "pip"):
+            return self.command(["npx"] + call.args[call.args.index(verb) + runs:], call.flow)
         if managed and verb in ("run", "run-script", "r"):
             verb = script
         given = {flag for flag, _ in call.flags}.union(re.split("[-_:]", verb), call.operands)
@@ -1758,7 +1741,7 @@ harmless | date ps env printenv which whereis where wc du df stat file uniq cut 
     git+show-ref git+check-ignore git+check-attr git+count-objects git+fsck git+gc git+notes \
     git+worktree git+diff-tree git+diff-index git+hash-object git+var git+version git+help \
     git+range-diff git+cherry git+whatchanged git+update-index git+write-tree git+archive \
-    git+show-branch git+update-ref |  |  |
+    git+show-branch git+update-ref findstr |  |  |
 read | cat less more bat batcat tac zcat type view | -r --line-range -l --style |  |
 read | nl | -v -s -w -b -l -i -n |  |
 read | head tail | -n -c --lines --bytes |  | -c --bytes
@@ -1771,7 +1754,6 @@ search | rg ripgrep | <-e <-f <--regexp -A -B -C -g -t -T -m -M -E -r -d --glob 
 search | grep egrep fgrep zgrep ag ack git+grep | <-e <-f <--regexp -A -B -C -m --include \
     --exclude --exclude-dir --max-count --context |  |
 search | fd fdfind | -e -E -t -d --type --max-depth |  |
-search | findstr | <-c |  |
 search | select-string sls | <-pattern >-path >-literalpath -context -include -exclude -encoding \
     |  |
 listing | ls ll dir exa eza vdir git+ls-files git+ls-tree | -I |  |
@@ -1783,7 +1765,7 @@ xargs | xargs parallel | -n -I -P -L -d -s -a -E |  |
 cd | cd pushd popd chdir set-location push-location sl |  |  |
 verb | git | -C -c --git-dir --work-tree |  |
 verb | ruff biome dprint | --config |  |
-checkout | git+checkout git+switch |  |  |
+checkout | git+checkout git+switch | -b -B -c -C |  |
 anything | git+merge git+rebase git+pull git+revert git+cherry-pick git+am git+filter-branch \
     git+filter-repo git+sparse-checkout git+read-tree git+checkout-index git+lfs wget dd |  |  |
 anything | git+stash git+bisect git+submodule |  |  | list show status log drop
@@ -1802,9 +1784,9 @@ copy | cp ln install rsync scp copy xcopy robocopy copy-item | >-t >--target-dir
 copy | git+clone | -b -o --depth --branch --origin |  |
 fetch | curl | >-o >--output -H -X -d -u -A -b -F |  |
 patch | patch apply_patch applypatch git+apply |  |  | --check --stat --dry-run
-format | black isort rustfmt stylua ruff+format dprint+fmt | -c -l --config --line-length |  | \
+write | black isort rustfmt stylua ruff+format dprint+fmt | -c -l --config --line-length |  | \
     --check --diff --check-only
-format | prettier eslint gofmt goimports clang-format autopep8 yapf shfmt markdownlint stylelint \
+write | prettier eslint gofmt goimports clang-format autopep8 yapf shfmt markdownlint stylelint \
     rubocop standard xo oxlint ruff+check biome+check biome+format biome+lint | -c -l --config \
     --select --ignore --ext | --fix --write -w -i --in-place --apply -a -A | --check --diff \
     --fix-dry-run
@@ -1819,7 +1801,7 @@ unknown | node ruby perl php tsx ts-node tsc |  |  | --test --check --noEmit
 unknown | docker kubectl |  | run exec cp compose build |
 unknown | gh |  | checkout clone download |
 unknown | ssh eval invoke-expression iex |  |  |
-source | source . |  |  |
+unknown | source . |  |  | activate .bashrc .zshrc .profile .bash_profile .env .envrc nvm.sh env
 """
 _Word = namedtuple("_Word", "effect valued needs idle")
 _WORDS = {

@@ -585,7 +585,6 @@ READS = [  # command, reads, pure
     ("sed -n '1,80p' a.py", [("/w/a.py", 1, 80)], True),
     ("sed -n 5p a.py", [("/w/a.py", 5, 5)], True),
     ("sed -n '5,$p' a.py", [("/w/a.py", 5, None)], True),
-    ("sed -n '$p' a.py", [("/w/a.py", -1, None)], True),
     ("sed -n '1,5p;8,9p' a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
     ("sed -n -e 1,5p -e 8,9p a.py", [("/w/a.py", 1, 5), ("/w/a.py", 8, 9)], True),
     ("sed 20q a.py", [("/w/a.py", 1, 20)], True),
@@ -672,8 +671,8 @@ SEARCHES = [  # command, searches
     ("find . -name '*.py' -exec grep -l foo {} +", [("-name *.py -exec grep -l foo {} +", "find /w")]),
     ("Select-String -Path src\\a.py -Pattern 'foo'", [("foo", "select-string /w/src/a.py")]),
     ("Get-ChildItem src -Recurse", [("*", "get-childitem /w/src -recurse")]),
-    ("cmd /c dir /s src", [("*", "dir /w/src -s")]),
-    ("findstr /i foo a.py", [("foo", "findstr /w/a.py -i")]),
+    ("cmd /c dir src", [("*", "dir /w/src")]),
+    ("rg foo src | findstr bar", [("foo", "rg /w/src | findstr bar")]),
 ]
 
 
@@ -889,6 +888,115 @@ def test_no_random_text_is_too_strange():
 def test_long_commands_are_cut_but_here_documents_are_not():
     assert so.shell_effects("echo a; " * 5_000 + "rm x", W).changes == ["?"]
     assert so.shell_effects("cat > a <<'E'\n" + "x\n" * 50_000 + "E\nrm b", W).changes == ["/w/a", "/w/b"]
+
+
+COSTLY = {  # what n of something may ask for, and n; twice as much may cost 2.5 times as much
+    "a variable doubled": (lambda n: "A=xxxxxxxxxx;" + "A=$A$A;" * n + "cat $A", 30),
+    "find in find": (lambda n: "find . " + "-exec find . " * n, 44),
+    "an exec without an end": (lambda n: "find . " + "-exec a " * n, 500),
+    "an exec with an end": (lambda n: "find . " + "-exec a ; " * n, 500),
+    "commas after a brace": (lambda n: "echo {" + "," * n, 4_000),
+    "braces": (lambda n: "echo " + "{a,b}" * n, 500),
+    "words times choices": (lambda n: "echo " + "x" * n + "{" + "," * n + "}", 1_000),
+    "at signs": (lambda n: "npx " + "@" * n + "/", 4_000),
+    "wrappers": (lambda n: "sudo " * n + "cat a", 400),
+    "runners": (lambda n: "uv run " * n + "cat a", 400),
+    "settings": (lambda n: "A=1 " * n + "cat a", 500),
+    "keywords": (lambda n: "! " * n + "cat a", 500),
+    "folders": (lambda n: "cd a;" * n + "cat a", 400),
+    "pipes over a search": (lambda n: "rg x" + "|a" * n, 500),
+    "substitutions": (lambda n: "echo " + "$(a)" * n, 500),
+    "substitutions inside each other": (lambda n: "echo " + "$(" * n + ")" * n, 400),
+    "shells inside each other": (lambda n: "bash -c " * n + "x", 400),
+    "variables and substitutions": (lambda n: "".join("A%d=1;$(a);" % i for i in range(n)), 200),
+    "open braces": (lambda n: "cat " + "${" * n, 4_000),
+    "here-documents": (lambda n: "<<E\n" * n, 2_000),
+    "here-documents of other names": (lambda n: "".join("cat <<E%d\n" % i for i in range(n)), 400),
+    "here-strings": (lambda n: "Get-A " + "@'\n" * n, 2_000),
+    "ranges": (lambda n: "sed -n '" + "1,2p;" * n + "' f", 1_000),
+    "files": (lambda n: "cat" + " a" * n, 1_000),
+    "a patch of blanks": (lambda n: "*** Begin Patch\n*** Update File: a" + " " * n + "b", 4_000),
+}
+
+
+def operations(function, *args):
+    """Calls that a function makes, its own and the interpreter's: counted, so the same on each machine."""
+    count = 0
+
+    def note(*_):
+        nonlocal count
+        count += 1
+
+    function(*args)  # what is compiled at first use
+    sys.setprofile(note)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_command_twice_as_long_costs_twice_as_much(name):
+    make, n = COSTLY[name]
+    once, twice = (operations(so.shell_effects, make(size), W) for size in (n, 2 * n))
+    assert twice <= 2.5 * once
+    words = [make(size).split(" ") for size in (n, 2 * n)]
+    assert operations(so.shell_effects, words[1], W) <= 2.5 * operations(so.shell_effects, words[0], W)
+
+
+def test_the_largest_commands_end():
+    """What a regular expression does inside is not counted: a hundred times the sizes, in a minute."""
+    code = ("import test_sessionoptimizer as t\n"
+            "for make, n in t.COSTLY.values():\n"
+            "    for text in (make(n), make(50 * n)):\n"
+            "        for command in (text, text.split(' '), ['bash', '-lc', text]):\n"
+            "            t.so.shell_effects(command, t.W)\n"
+            "        t.so.patched_paths(text)\n")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.mark.parametrize("command", [
+    "A=xxxxxxxxxx;" + "A=$A$A;" * 30 + "cat $A", "find . " + "-exec find . " * 22, "sudo " * 900 + "cat a",
+    "echo; " * 4_000, "cat" + " a" * 9_999, ["cat"] + ["a"] * 20_000, "cat " + "a/" * 5_000 + "{b,c}" * 5,
+], ids=lambda command: str(command)[:20])
+def test_what_costs_too_much_is_not_known(command):
+    assert so.shell_effects(command, W).changes == ["?"]
+
+
+@pytest.mark.parametrize("command, reads", [
+    ("A=src; B=$A/lib; cat $B/a.py", ["/w/src/lib/a.py"]),
+    ("sudo -E env A=1 timeout 5 nice -n 5 nohup bash -c 'bash -c \"cat a.py\"'", ["/w/a.py"]),
+    ("for f in a b; do for g in c d; do cat $f/$g; done; done", ["/w/a/c", "/w/a/d", "/w/b/c", "/w/b/d"]),
+    ("cat" + " a.py" * 500, ["/w/a.py"] * 500),
+    ("cat {a,b}/{c,d}/{e,f}.py", ["/w/%s/%s/%s.py" % (a, c, e) for a in "ab" for c in "cd" for e in "ef"]),
+    ("cat > x.md <<'E'\n" + "long text " * 100_000 + "\nE\ncat a.py", ["/w/a.py"]),
+    ("npx eslint@8 src; npx @scope/tool@latest list; cat a.py", ["/w/a.py"]),
+])
+def test_what_costs_little_is_followed(command, reads):
+    effects = so.shell_effects(command, W)
+    assert [path for path, _, _ in effects.reads] == reads and "?" not in effects.changes
+
+
+@pytest.mark.parametrize("command, changes", [
+    (None, ["?"]), (5, ["?"]), (True, ["?"]), ({"command": "ls"}, ["?"]), (["cat", 5], ["?"]), ([["cat"]], ["?"]),
+    (b"cat a", ["?"]), ([], []), ((), []), ("", []), (("cat", "a"), []),
+])
+def test_a_command_that_is_none(command, changes):
+    assert so.shell_effects(command, W).changes == changes
+    assert so.shell_effects(command, {"cwd": 1}).changes == changes
+    deep = command
+    for _ in range(5_000):
+        deep = [deep]
+    assert so.shell_effects(deep, W).changes == ["?"]
+
+
+@pytest.mark.parametrize("command", [
+    "head -n %s a", "head -%s a", "tail -n +%s a", "sed -n %sp a", "sed -n 1,%sp a", "sed -n '1,+%sp' a", "sed %sq a",
+    "awk NR==%s a", "awk 'NR>=1 && NR<=%s' a", "Get-Content a -Tail %s", "cat a | head -n %s"])
+def test_a_number_of_4301_digits_is_no_line(command):
+    assert so.shell_effects(command % ("9" * 4_301), W).reads == []
+    assert so.shell_effects(command % 999, W).reads
 
 
 # ==================================================================================================
