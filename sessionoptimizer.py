@@ -1256,13 +1256,12 @@ def _tokens(text: str, outside: Any) -> Pairs:
     return tokens + last + [("cut" if at < len(text) else ";", "")]
 
 
-def _options(args: Words, valued: str) -> Tuple[Pairs, Words]:
+def _options(args: Words, takes: Dict[str, str]) -> Tuple[Pairs, Words]:
     """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags.
 
-    `valued` are the options with a value. One marked < stands for the first operand, > for the
-    last; names of several letters after one dash are PowerShell's.
+    `takes` are the options with a value and their mark: with < it stands for the first operand,
+    with > for the last. Names of several letters after one dash are PowerShell's.
     """
-    takes = {option.lstrip("<>"): option[0] for option in valued.split()}
     letters = "".join(option[1:] for option in takes if not option[2:])
     words = any(option[1] != "-" for option in takes if option[2:])
     flags: Pairs = []
@@ -1288,11 +1287,11 @@ def _options(args: Words, valued: str) -> Tuple[Pairs, Words]:
     return flags, ["|".join(first)] * bool(first) + operands + last
 
 
-def _skip(args: Words, valued: str) -> int:
+def _skip(args: Words, takes: Dict[str, str]) -> int:
     """Return how many options, settings and durations stand before the command of a wrapper."""
     at = 0
     while at < len(args) and re.match(r"-|\w+=|\d[\d.]*[smhd]?$", args[at]):
-        at += 2 if args[at] in valued.split() else 1
+        at += 2 if args[at] in takes else 1
     return at
 
 
@@ -1309,7 +1308,7 @@ class _Budget:
             raise OverflowError("a command line that costs too much to follow")
 
 
-_Step = namedtuple("_Step", "name args valued flags operands flow")
+_Step = namedtuple("_Step", "name args takes flags operands flow")
 
 
 class _Shell:
@@ -1449,14 +1448,14 @@ class _Shell:
         cmdlet = self.windows or words[0][:1].isupper()
         family = name.partition("-")[0] + "-*" if cmdlet else "*"
         row = _WORDS.get(name) or _WORDS.get(family) or _WORDS["*"]
-        flags, operands = _options(args, row.valued)
+        flags, operands = _options(args, row.takes)
         given = {flag for flag, _ in flags}.union(map(posixpath.basename, operands[:2]))
         harmless = row.needs and not row.needs & given or row.idle & given
         if harmless or len(args) < 4 and _HELP & set(args[-1:]):
             row = row._replace(effect="harmless")
         self.budget.depth -= 1
         self.budget.spend(20 * len(words))
-        flow = getattr(self, row.effect)(_Step(name, args, row.valued, flags, operands, flow))
+        flow = getattr(self, row.effect)(_Step(name, args, row.takes, flags, operands, flow))
         self.budget.depth += 1
         return flow
 
@@ -1609,7 +1608,7 @@ class _Shell:
         return self.found(call._replace(flags=[]), " ".join(args[at:]), args[:at])
 
     def xargs(self, call: _Step) -> Any:
-        names = [word.replace("{}", "$_") for word in call.args[_skip(call.args, call.valued):]]
+        names = [word.replace("{}", "$_") for word in call.args[_skip(call.args, call.takes):]]
         inner = self.command(names + ["$_"], []) if names else None
         return None if inner is None else self.harmless(call)
 
@@ -1627,12 +1626,12 @@ class _Shell:
 
     def patch(self, call: _Step) -> Any:
         text = "\n".join([self.doc] + [arg for arg in call.args if "\n" in arg])
-        paths = [path.translate(_GUARD) for path in patched_paths(_plain(text))]
+        paths = [path.translate(_GUARD) for path in patched_paths(text)]
         return self.change(paths) if paths else self.anything()
 
     def verb(self, call: _Step) -> Any:
         """A program whose sub-commands are rows."""
-        at = _skip(call.args, call.valued)
+        at = _skip(call.args, call.takes)
         outside, inside = self.cwd, dict(zip(call.args[:at], call.args[1:])).get("-C")
         if inside:
             self.cwd = self.path(inside) or None
@@ -1648,7 +1647,7 @@ class _Shell:
 
     def wrap(self, call: _Step) -> Any:
         """Commands that run another one: sudo, timeout 10, env A=1, npx name@version ..."""
-        at = _skip(call.args, call.valued)
+        at = _skip(call.args, call.takes)
         if at >= len(call.args) or call.name == "command" and {"-v", "-V"} & set(call.args[:at]):
             return None
         return self.command(call.args[at:], call.flow)
@@ -1803,9 +1802,11 @@ unknown | gh |  | checkout clone download |
 unknown | ssh eval invoke-expression iex |  |  |
 unknown | source . |  |  | activate .bashrc .zshrc .profile .bash_profile .env .envrc nvm.sh env
 """
-_Word = namedtuple("_Word", "effect valued needs idle")
+_Word = namedtuple("_Word", "effect takes needs idle")
 _WORDS = {
-    word.replace("+", " "): _Word(effect.strip(), valued, set(needs.split()), set(idle.split()))
+    word.replace("+", " "): _Word(
+        effect.strip(), {option.lstrip("<>"): option[0] for option in valued.split()},
+        set(needs.split()), set(idle.split()))
     for effect, words, valued, needs, idle in (row.split("|") for row in _ROWS.strip().split("\n"))
     for word in words.split()
 }
