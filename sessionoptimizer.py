@@ -4690,8 +4690,9 @@ class Store:
         self.sessions = os.path.join(self.root, "sessions")
         self.reports = os.path.join(self.root, "reports")
         self.warnings: List[str] = []
-        self._warn = warn or (lambda message: None)
+        self._warn = warn
         self._checked = False
+        self.state = State(self.root, self._report)
 
     def prepare(self) -> None:
         """Create the directories of the store; StorageError where that is not possible."""
@@ -4741,9 +4742,6 @@ class Store:
     def _report_path(self, session_id: str) -> str:
         return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
 
-    def _state_path(self, name: str) -> str:
-        return os.path.join(self.root, check_id(name) + ".json")
-
     def own_prices(self) -> dict:
         """What the user put into prices.json; empty without it. InvalidValue when it cannot be used."""
         path = os.path.join(self.root, "prices.json")
@@ -4761,14 +4759,6 @@ class Store:
     def write_report(self, session_id: str, report: dict) -> None:
         """Save a report in one step. It can be computed again, so it is not forced to the disk."""
         _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
-
-    def write_json(self, name: str, value) -> None:
-        """Save a small state file of the store in one step."""
-        _replace(self._state_path(name), _encode(value).encode(), sync=False)
-
-    def read_json(self, name: str):
-        """What `write_json` saved under this name, or None when it is missing or damaged."""
-        return _read_json(self._state_path(name))
 
     def _open(self, path: str, *, exclusive: bool):
         with _naming(path):
@@ -5041,10 +5031,25 @@ class Store:
             self._report(remark and remark + " (in memory: the store cannot be written)")
             return _lay_out(doc), info
 
+    def lock_scan(self) -> int:
+        """The descriptor of the lock that one scan of the store holds while it reads what changed; close it with
+        `_release`."""
+        path = os.path.join(self.root, "scan.lock")
+        with _naming(path):
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
+            try:
+                _lock(fd, True)
+            except BaseException:
+                os.close(fd)
+                raise
+        return fd
+
     def _report(self, remark: str) -> None:
         if remark:
             self.warnings.append(remark)
-            self._warn(remark)
+            if self._warn:
+                self._warn(remark)
 
 
 def _read_json(path: str):
@@ -5056,6 +5061,257 @@ def _read_json(path: str):
             os.close(fd)
     except (OSError, ValueError, RecursionError):
         return None
+
+
+# -- what a store knows across its sessions
+
+_STATE_TABLES = ("files", "units", "responses", "rows", "deleted", "summaries")
+_STATE_VERSION = 1
+_STATE_WAIT = 60.0  # seconds to wait for other processes
+_OLD_STATE = ("scan.json", "scan-responses.json", "summaries.json", "deleted.json")  # of version 2.0
+
+
+class State:
+    """What scans have read and found, which ids were deleted, and summaries, in one SQLite file.
+
+    Every method is one transaction on a connection of its own, so threads, processes and forks
+    may share a State. Keys and values are JSON. Reading creates nothing; where the file cannot be
+    written, it is read as it is. A damaged file is begun afresh, with a warning."""
+
+    def __init__(self, root: str, report):
+        self.root, self.path = root, os.path.join(root, "state.sqlite3")
+        self._report, self._readable = report, True
+
+    def generation(self) -> int:
+        """A number that grows whenever a scan saves what it found."""
+        return self._run(_generation)
+
+    def scanned(self) -> tuple:
+        """Where the next scan starts, of one moment: the generation; {path: [size, mtime in ns,
+        reader, unit, reason]}; {first file of a unit: what is known of it}; {deleted id: a number
+        that grows with every deletion}."""
+        return self._run(lambda db: (_generation(db), _table(db, "files"), _table(db, "units"),
+                                     _table(db, "deleted", "serial")))
+
+    def owners(self) -> dict:
+        """{response id: [the unit that counts it, its output there]}."""
+        responses = self._run(lambda db: _table(db, "responses")).items()
+        return {response: [unit, output] for unit, found in responses
+                for response, output in found.items()}
+
+    def rows_of(self, units) -> dict:
+        """{unit: the rows of its sessions}, in the order they were read."""
+        def work(db):
+            found: dict = {_encode(unit): [] for unit in units}
+            for part, value in db.execute("SELECT part, value FROM rows ORDER BY serial"):
+                if part in found:
+                    found[part].append(value)
+            return {unit: json.loads(f"[{','.join(found[_encode(unit)])}]") for unit in units}
+        return self._run(work)
+
+    def units_of_rows(self) -> dict:
+        """{session id: the unit it was read from}."""
+        return self._run(lambda db: _table(db, "rows", "part"))
+
+    def summaries(self, settings: str) -> dict:
+        """{session id: row} of the summaries made under these settings."""
+        rows = self._run(lambda db: _table(db, "summaries")).items()
+        return {session_id: row for session_id, (under, row) in rows if under == settings}
+
+    def save_summaries(self, settings: str, rows: dict, gone) -> None:
+        """Keep the rows given, drop those of the ids `gone`."""
+        entries = _entries({session_id: [settings, row] for session_id, row in rows.items()})
+        lost = [(_encode(session_id),) for session_id in gone]
+
+        def work(db):
+            db.executemany("DELETE FROM summaries WHERE key = ?", lost)
+            _put(db, "summaries", entries)
+        self._run(work, write=True)
+
+    def save_scan(self, files: dict, units: dict, owners: dict, rows: dict, dropped, mark: int):
+        """Keep what a scan has read: `files`, and for each of `units` its responses and rows;
+        forget the units `dropped`. The ids deleted since `mark` are left out and returned; those
+        deleted before whose rows have come back are deleted no more."""
+        work = _scan_work(files, units, owners, rows, dropped, mark)
+        return set(map(json.loads, self._run(work, write=True)))
+
+    def forget(self, session_id: str, imported: bool) -> None:
+        """Drop row and summary of a session. One that was `imported` or has a row stays away from
+        later scans."""
+        key = (_encode(session_id),)
+
+        def known(db):
+            return [db.execute(f"SELECT 1 FROM {table} WHERE key = ?", key).fetchone()
+                    for table in ("rows", "summaries")]
+
+        def work(db):
+            if imported or known(db)[0]:
+                db.execute("REPLACE INTO deleted(key) VALUES (?)", key)
+            for table in ("rows", "summaries"):
+                db.execute(f"DELETE FROM {table} WHERE key = ?", key)
+        if imported or any(self._run(known)):
+            self._run(work, write=True)
+
+    def _run(self, work, write: bool = False):
+        """What `work(connection)` returns, done in one transaction; StorageError when the file
+        cannot be used."""
+        import sqlite3
+        try:
+            return self._transact(work, write)
+        except sqlite3.OperationalError as error:
+            if not str(error).startswith("no such table"):
+                raise StorageError(self.path, f"{error}", _YOURS) from error
+            self._begin_afresh(error)
+        except (sqlite3.DatabaseError, ValueError) as error:
+            self._begin_afresh(error)
+        return self._transact(work, write)
+
+    def _transact(self, work, write: bool):
+        db = self._open(write)
+        try:
+            db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            found = work(db)
+            db.execute("COMMIT")
+            return found
+        finally:
+            db.close()
+
+    def _open(self, write: bool):
+        import sqlite3
+        if os.path.islink(self.path):
+            raise StorageError(self.path, *_LINKED)
+        there = os.path.exists(self.path)
+        older = any(os.path.exists(os.path.join(self.root, name)) for name in _OLD_STATE)
+        target, uri = self.path, False
+        if not write and not (os.access(self.root, os.W_OK) and (there or older)):
+            from urllib.parse import quote
+            target, uri = ":memory:", True
+            if there and self._readable and os.path.getsize(self.path):
+                target = f"file:{quote(self.path)}?immutable=1"
+        elif not there:
+            self._create()
+        db = sqlite3.connect(target, _STATE_WAIT, isolation_level=None, uri=uri)
+        try:
+            db.execute("PRAGMA secure_delete = ON")
+            if db.execute("PRAGMA user_version").fetchone()[0] != _STATE_VERSION:
+                self._prepare(db)
+            db.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _create(self) -> None:
+        with _naming(self.path):
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
+            try:
+                # Only a file that is new: closing one that SQLite uses would drop its locks.
+                os.close(os.open(self.path, _CREATE, 0o600))
+            except FileExistsError:
+                pass
+
+    def _prepare(self, db) -> None:
+        """Make the tables, and take over what version 2.0 left."""
+        import sqlite3
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            pass  # another process is at it, or the file system cannot
+        db.execute("BEGIN IMMEDIATE")
+        version, = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _STATE_VERSION):
+            raise sqlite3.DatabaseError("made by another version")
+        if not version:
+            for table in _STATE_TABLES:
+                db.execute(f"CREATE TABLE {table}(serial INTEGER PRIMARY KEY AUTOINCREMENT, "
+                           "key TEXT UNIQUE, part TEXT, value TEXT)")
+            db.execute("CREATE INDEX rows_by_part ON rows(part)")
+            for work in self._taken_over():
+                work(db)
+            db.execute(f"PRAGMA user_version = {_STATE_VERSION}")
+        db.execute("COMMIT")
+        self.remove_older()
+
+    def _taken_over(self):
+        """Yield what writes the state of version 2.0; parts that are something else are left."""
+        scan, owners, summaries, deleted = (
+            _read_json(os.path.join(self.root, name)) for name in _OLD_STATE)
+        deleted = deleted if isinstance(deleted, list) else []
+        try:
+            rows = {name: [row for row in unit.pop("rows") if row["id"] not in deleted]
+                    for name, unit in scan["units"].items()}
+            held = {response: owner if isinstance(owner, list) else [owner, MAX_TOKENS]
+                    for response, owner in owners.items()}
+            yield _scan_work(scan["files"], scan["units"], held, rows, (), 0)
+        except (TypeError, KeyError, AttributeError, ValueError):
+            pass
+        try:
+            found = {name: [summaries["settings"], row] for name, row in summaries["rows"].items()
+                     if name not in deleted}
+            yield lambda db: _put(db, "summaries", _entries(found))
+        except (TypeError, KeyError, AttributeError, ValueError):
+            pass
+        yield lambda db: _put(db, "deleted", _entries(dict.fromkeys(map(str, deleted))))
+
+    def remove_older(self) -> None:
+        """Remove the state files of version 2.0, where that is possible."""
+        for name in _OLD_STATE:
+            try:
+                os.unlink(os.path.join(self.root, name))
+            except OSError:
+                pass
+
+    def _begin_afresh(self, error: Exception) -> None:
+        if os.access(self.root, os.W_OK):
+            with _naming(self.path):
+                for ending in ("", "-wal", "-shm", "-journal"):
+                    if os.path.lexists(self.path + ending):
+                        os.unlink(self.path + ending)
+        self._readable = False
+        self._report(f"{_printable(self.path)} was damaged ({error}) and is begun afresh: the next "
+                     "scan reads everything again, and deleted sessions may come back")
+
+
+def _entries(found: dict) -> list:
+    return [(_encode(key), _encode(value)) for key, value in found.items()]
+
+
+def _table(db, name: str, column: str = "value") -> dict:
+    pairs = db.execute(f"SELECT key || ':' || {column} FROM {name} ORDER BY serial")
+    return json.loads("{%s}" % ",".join([pair for pair, in pairs]))
+
+
+def _generation(db) -> int:
+    return db.execute("SELECT total(seq) FROM sqlite_sequence WHERE name IN ('files', 'units')").fetchone()[0]
+
+
+def _put(db, table: str, entries: list) -> None:
+    db.executemany(f"REPLACE INTO {table}(key, value) VALUES (?, ?)", entries)
+
+
+def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark: int):
+    """See `State.save_scan`; what it does in its transaction returns the ids as JSON."""
+    responses: dict = {unit: {} for unit in units}
+    for response, (unit, output) in owners.items():
+        if unit in responses:
+            responses[unit][response] = output
+    found = [(_encode(row["id"]), _encode(row), _encode(unit))
+             for unit in units for row in rows.get(unit, ())]
+    gone = [(_encode(unit),) for unit in {*dropped, *units}]
+    entries = {"files": _entries(files), "units": _entries(units),
+               "responses": _entries(responses)}
+
+    def work(db):
+        late = {key for key, in db.execute("SELECT key FROM deleted WHERE serial > ?", (mark,))}
+        for table, column in (("units", "key"), ("responses", "key"), ("rows", "part")):
+            db.executemany(f"DELETE FROM {table} WHERE {column} = ?", gone)
+        for table, those in entries.items():
+            _put(db, table, those)
+        kept = [entry for entry in found if entry[0] not in late]
+        db.executemany("REPLACE INTO rows(key, value, part) VALUES (?, ?, ?)", kept)
+        db.executemany("DELETE FROM deleted WHERE key = ?", [entry[:1] for entry in kept])
+        return late
+    return work
 
 
 # ==================================================================================================
@@ -7804,22 +8060,25 @@ def _stamp_of(path: str) -> Tuple[int, int]:
 class TranscriptScan:
     """Finds which transcripts changed since the last scan, reads those, and counts each response for one session.
 
-    ``state`` is what the last scan left: {"files": {path: [size, mtime, reader, unit, reason]}, "units": {unit: {"files",
-    "reader", "order", "settings", "rows", "skipped"}}}. A unit is one session's files, named by the first. ``settings``: a
+    ``state``: what the scans before left, and where ``save`` keeps what this one finds; None for neither. A unit is one
+    session's files, named by the first: {"files", "reader", "order", "settings", "skipped", "leans_on"}. ``settings``: a
     hash of what the rows depend on besides the files; units read under others count as changed, and all with ``again``.
     """
 
-    def __init__(self, state: Optional[Dict[str, Any]], settings: str = "", again: bool = False):
-        state = state if isinstance(state, dict) and state.get("version") == 1 and isinstance(state.get("units"), dict) \
-            and isinstance(state.get("files"), dict) else {}
-        self.files: Dict[str, List[Any]] = state.get("files", {})
-        self.units: Dict[str, Dict[str, Any]] = state.get("units", {})
-        self.settings, self.again = settings, again
+    def __init__(self, state: Optional[State], settings: str = "", again: bool = False):
+        self.state, self.settings, self.again = state, settings, again
+        self.generation, files, units, deleted = state.scanned() if state else (0, {}, {}, {})
+        self.files: Dict[str, List[Any]] = files
+        self.units: Dict[str, Dict[str, Any]] = units
+        self.deleted: Dict[str, int] = deleted
+        self.rows: Dict[str, List[Dict[str, Any]]] = {}  # of the units in scope or read
         self.owners: Dict[str, List[Any]] = {}  # response id: the unit that counts it, its output there
         self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
         self.scope: List[str] = []    # the units that the paths of this scan hold
         self.changed: List[str] = []
         self.dropped: List[Dict[str, Any]] = []  # units whose files have moved or now belong to others
+        self._news: Dict[str, List[Any]] = {}  # files the state does not know so
+        self._touched: set = set()  # units the state does not know so
         self._gone: Optional[Dict[str, str]] = None
         self._taken: Optional[Dict[str, str]] = None  # session id: the unit that has it
 
@@ -7850,6 +8109,8 @@ class TranscriptScan:
             units = self._regroup(seen, set(fresh))
         self.scope = sorted(units)
         self.changed = [unit for unit in self.scope if self.again or self.units[unit].get("settings") != self.settings]
+        if self.state:
+            self.rows = self.state.rows_of(self.scope + [unit["files"][0] for unit in self.dropped])
         for path in seen:
             other = path.endswith((".json", ".db")) and known[path][4] == _UNKNOWN  # of another kind
             if not known[path][2] and not other:
@@ -7860,7 +8121,7 @@ class TranscriptScan:
         for path, stamp in sorted(seen.items()):
             if path in fresh:
                 name, reason = self._detect(path, stamp[0])
-                self.files[path] = [*stamp, name, "", reason]
+                self.files[path] = self._news[path] = [*stamp, name, "", reason]
             if self.files[path][2]:
                 by_reader.setdefault(self.files[path][2], []).append(path)
         units = set()
@@ -7875,14 +8136,17 @@ class TranscriptScan:
             before = self.files[path][3]
             if before != name and before == path and before in self.units:
                 self.dropped.append(self.units.pop(before))  # a sub-agent whose session has come
-            self.files[path][3] = name
+            if before != name:
+                self.files[path][3] = name
+                self._news[path] = self.files[path]
         old = self.units.get(name)
         moved = self._moved().pop(os.path.basename(name), None) if old is None else None
         if moved:
             self.dropped.append(self.units.pop(moved))
         if old is None or old["files"] != group or fresh.intersection(group):
-            self.units[name] = {"files": group, "reader": reader.name, "order": [*reader.span(name), name], "settings": "",
-                                "rows": old["rows"] if old else [], "skipped": []}
+            self.units[name] = {"files": group, "reader": reader.name, "order": [*reader.span(name), name],
+                                "settings": "", "skipped": []}
+            self._touched.add(name)
         return name
 
     def _moved(self) -> Dict[str, str]:
@@ -7903,10 +8167,10 @@ class TranscriptScan:
                 return reader.name, ""
         return "", _UNKNOWN
 
-    def read(self, owners: Optional[Dict[str, List[Any]]]) -> Iterator[Tuple[str, List[Session]]]:
+    def read(self) -> Iterator[Tuple[str, List[Session]]]:
         """Read the changed units, earliest first, and those that lose a response to one that tells
         more of it, or as much and is earlier; yield each unit's sessions as they are read (a unit
-        may come twice: the last counts). ``owners``: as the scans before left them."""
+        may come twice: the last counts)."""
         from heapq import heapify, heappop, heappush
         gone = set(self.changed) | {unit["files"][0] for unit in self.dropped}
         leaning = {name for name, unit in self.units.items() if gone.intersection(unit.get("leans_on", ()))
@@ -7914,15 +8178,14 @@ class TranscriptScan:
         gone |= leaning
         waiting = [(self.units[name]["order"], name) for name in leaning.union(self.changed)]
         heapify(waiting)
-        known = owners if isinstance(owners, dict) else {}
-        held = {key: owner if isinstance(owner, list) else [owner, MAX_TOKENS]  # as 2.0.0 wrote it
-                for key, owner in known.items()}
-        self.owners = {key: owner for key, owner in held.items() if owner[0] not in gone}
+        known = self.state.owners() if self.state else {}
+        self.owners = {key: owner for key, owner in known.items() if owner[0] not in gone}
         while waiting:
             _, name = heappop(waiting)
             losers: set = set()
             yield name, self._read_unit(name, losers)
             self.units[name]["settings"] = self.settings
+            self._touched.add(name)
             queued = {unit for _, unit in waiting}
             for loser in losers - queued:
                 heappush(waiting, (self.units[loser]["order"], loser))
@@ -7958,25 +8221,28 @@ class TranscriptScan:
         unit["leans_on"] = sorted(leans_on)
         return sessions
 
-    def to_state(self) -> Dict[str, Any]:
-        """What the next scan starts from."""
-        return {"version": 1, "files": self.files, "units": self.units}
+    def save(self) -> List[str]:
+        """Keep in the state what was read; the ids of sessions that were deleted meanwhile, whose rows are left out."""
+        if self.state is None:
+            return []
+        mark, gone = max(self.deleted.values(), default=0), [unit["files"][0] for unit in self.dropped]
+        units = {name: self.units[name] for name in self._touched if name in self.units}
+        late = self.state.save_scan(self._news, units, self.owners, self.rows, gone, mark)
+        for name, rows in self.rows.items() if late else ():
+            self.rows[name] = [row for row in rows if row["id"] not in late]
+        return sorted(late)
 
-    def rows(self) -> List[Dict[str, Any]]:
+    def all_rows(self) -> List[Dict[str, Any]]:
         """The ``session_row`` of every session in scope."""
-        return [row for unit in self.scope for row in self.units[unit]["rows"]]
-
-    def leave_out(self, deleted: set) -> None:
-        """Drop the rows of sessions that were deleted."""
-        for unit in self.scope if deleted else ():
-            self.units[unit]["rows"] = [row for row in self.units[unit]["rows"] if row["id"] not in deleted]
+        return [row for unit in self.scope for row in self.rows.get(unit, ())]
 
     def free_id(self, wanted: str, unit: str, store: Optional[Store]) -> str:
         """The id itself, with a suffix when another transcript or a session of the user's has it."""
         if self._taken is None:
+            known = self.state.units_of_rows() if self.state else {}
             unchanged = set(self.units).difference(self.changed)
-            self._taken = {row["id"]: name for name in unchanged for row in self.units[name]["rows"]}
-        number, session_id, own = 1, wanted, [row["id"] for row in self.units[unit]["rows"]]
+            self._taken = {session_id: name for session_id, name in known.items() if name in unchanged}
+        number, session_id, own = 1, wanted, [row["id"] for row in self.rows.get(unit, ())]
         while self._taken.get(session_id, unit) != unit or not (
                 store is None or session_id in own or _replaceable(store, session_id, unit)):
             number += 1
@@ -7987,14 +8253,14 @@ class TranscriptScan:
     def result(self, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str) -> Dict[str, Any]:
         """What ``SessionOptimizer.scan`` returns; ``before``: the rows as they were."""
         after, names = since_seconds(since), {agent.lower(), agent.lower().replace(" ", "-")}
-        rows = self.rows()
+        rows = self.all_rows()
         chosen = [row for row in rows
                   if (not agent or row["agent"].lower() in names or row["source"] in names)
                   and (after is None or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
                   and (not project or project in row["project"] or project in row["path"])]
+        chosen.sort(key=lambda row: (row["started_at"], row["id"]))
         skipped = [entry for unit in self.scope for entry in self.units[unit].get("skipped", ())]
         skipped += [entry for entries in self.skipped.values() for entry in entries]
-        chosen.sort(key=lambda row: (row["started_at"], row["id"]))
         return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in chosen],
                 "totals": scan_totals(chosen), **billed(chosen),
                 "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
@@ -8051,7 +8317,10 @@ def _replaceable(store: Store, session_id: str, path: str) -> bool:
     """True where no session has this id, or one of this transcript's: imported before, or logged live by hooks."""
     if not os.path.lexists(store.find(session_id)):
         return True
-    metadata = (store.readable_head(session_id) or {}).get("metadata", {})
+    try:
+        metadata = store.head(session_id)["metadata"]
+    except (StorageError, SessionNotFound, KeyError):
+        return False
     source, transcript = metadata.get("source"), metadata.get("transcript_path")
     if transcript is not None and os.path.realpath(str(transcript)) == os.path.realpath(path):
         return True
@@ -8382,16 +8651,13 @@ class SessionOptimizer:
         if not isinstance(session_id, str):
             return False
         session = self._live.readable(session_id)
-        try:
-            deleted = self.store.delete(session_id)
-        except InvalidSessionId:
-            deleted = False
         metadata = session.metadata if session is not None else {}
-        if deleted and (isinstance(metadata.get("source"), dict) or "transcript_path" in metadata):
-            gone = self.store.read_json("deleted") or []
-            self.store.write_json("deleted", sorted(set(gone) | {session_id}))
-        self._live.forget(session_id)
-        return deleted
+        imported = isinstance(metadata.get("source"), dict) or "transcript_path" in metadata
+        try:
+            self.store.state.forget(session_id, imported)
+        except StorageError as error:
+            _warn(f"session {session_id} may come back with the next scan: {error}")
+        return self._drop(session_id)
 
     def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
         """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that
@@ -8427,42 +8693,54 @@ class SessionOptimizer:
         with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped":
         [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there.
         """
-        state = self.store.read_json("scan") if store else None
-        scan = TranscriptScan(state, settings_of(self.analyzers, self.prices), again)
-        scan.look_at(paths)
-        before = scan.rows()
-        gone = self.store.read_json("deleted") if store else None
-        deleted = set(gone) if isinstance(gone, list) else set()
-        scan.leave_out(deleted)
+        def look() -> TranscriptScan:
+            scan = TranscriptScan(self.store.state if store else None, settings, again)
+            scan.look_at(roots)
+            return scan
+
+        settings = settings_of(self.analyzers, self.prices)
+        roots = [paths] if isinstance(paths, (str, os.PathLike)) else paths and list(paths)
+        scan = look()
+        before, lock = scan.all_rows(), None
         if scan.changed or scan.dropped:
-            with _CollectorPaused():
-                deleted -= self._read_changed(scan, store, set() if again else deleted, progress)
-            if store:
-                self.store.write_json("scan-responses", scan.owners)
-                self.store.write_json("scan", scan.to_state())
-                self.store.write_json("deleted", sorted(deleted))
+            try:
+                if store:
+                    lock = self.store.lock_scan()
+                    if self.store.state.generation() != scan.generation:
+                        scan = look()  # another scan was faster
+                with _CollectorPaused():
+                    self._read_changed(scan, progress)
+            finally:
+                if lock is not None:
+                    _release(lock)
         return scan.result(before, agent, since, project)
 
-    def _read_changed(self, scan: TranscriptScan, store: bool, deleted: set,
-                      progress: Optional[Callable[[int, int], None]]) -> set:
-        """Read, analyze and store what changed, but for the ``deleted`` sessions; the ids of what
-        was read."""
-        stored = set()
-        for row in [row for unit in scan.dropped for row in unit["rows"]] if store else []:
-            self.store.delete(row["id"])
-            self._live.forget(row["id"])
-        owners = self.store.read_json("scan-responses") if store else None
-        for done, (name, sessions) in enumerate(scan.read(owners), 1):
+    def _read_changed(self, scan: TranscriptScan,
+                      progress: Optional[Callable[[int, int], None]]) -> None:
+        """Read, analyze and store what changed, but for sessions that were deleted."""
+        store = self.store if scan.state else None
+        for unit in scan.dropped if store else ():
+            for row in scan.rows[unit["files"][0]]:
+                self._drop(row["id"])
+        for done, (name, sessions) in enumerate(scan.read(), 1):
             rows = []
             for session in sessions:
-                session.id = scan.free_id(session.id, name, self.store if store else None)
-                if session.id not in deleted:
-                    stored.add(session.id)
-                    rows.append(self._scanned(session, store))
-            scan.units[name]["rows"] = rows
+                session.id = scan.free_id(session.id, name, store)
+                if scan.again or session.id not in scan.deleted:
+                    rows.append(self._scanned(session, store is not None))
+            scan.rows[name] = rows
             if progress:
                 progress(done, max(done, len(scan.changed)))
-        return stored
+        for session_id in scan.save():
+            self._drop(session_id)
+
+    def _drop(self, session_id: str) -> bool:
+        try:
+            return self.store.delete(session_id)
+        except InvalidSessionId:
+            return False
+        finally:
+            self._live.forget(session_id)
 
     def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
         session.prices = self.prices
@@ -8564,31 +8842,34 @@ class SessionOptimizer:
         error_rate (percent of the events; a single error is no rate), spike (the largest event as
         a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions
         come from the store; a damaged session is named in a warning and left out."""
-        saved = self.store.read_json("summaries")
         settings = settings_of(self.analyzers, self.prices)
-        known = {}
-        if isinstance(saved, dict) and saved.get("settings") == settings:
-            known = saved["rows"]
-        rows, news = {}, False
+        known = self.store.state.summaries(settings)
+        rows, news = {}, {}
         for session_id, info in self.store.files():
             row, stamp = known.get(session_id), [info.st_size, info.st_mtime_ns]
-            if row is None or row["stamp"] != stamp or "spike" not in row:
-                session, news = self._live.glimpse(session_id), True
+            if row is None or row["stamp"] != stamp:
+                session = self._live.glimpse(session_id)
                 if session is None:
                     continue
                 analysis = Analysis(session)
-                columns = bill_columns(analysis)
                 report = charged_report(session, self.analyzers, analysis)
-                row = dict(summary_row(session, report), **columns)
-            rows[session_id] = dict(row, id=session_id, stamp=stamp)
-        if news or len(rows) != len(known):
-            try:
-                self.store.write_json("summaries", {"settings": settings, "rows": rows})
-            except StorageError as error:
-                _warn(f"the summaries could not be saved: {error}")
+                row = dict(summary_row(session, report), **bill_columns(analysis))
+                row = news[session_id] = dict(row, id=session_id, stamp=stamp)
+            rows[session_id] = row
+        self._keep_summaries(settings, news, known.keys() - rows.keys())
         since = time.time() - days * 86400 if days is not None else float("-inf")
         return sorted((row for row in rows.values() if row["started"] >= since),
                       key=lambda row: (row["started"], row["id"]))
+
+    def _keep_summaries(self, settings: str, news: Dict[str, Any], gone: Iterable[str]) -> None:
+        try:
+            if news or gone:
+                self.store.state.save_summaries(settings, news, gone)
+            for session_id in news:
+                if not os.path.lexists(self.store.find(session_id)):
+                    self.store.state.forget(session_id, False)  # deleted meanwhile
+        except StorageError as error:
+            _warn(f"the summaries could not be saved: {error}")
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:

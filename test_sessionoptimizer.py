@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
 
@@ -2359,7 +2360,8 @@ def test_create_is_exclusive_unless_replace(store):
 
 
 def test_nothing_is_created_by_reading(store):
-    assert heads(store) == {} and store.read_json("index") is None
+    assert heads(store) == {} and store.state.scanned() == (0, {}, {}, {}) and store.state.summaries("") == {}
+    store.state.forget("s1", False)
     assert not store.delete("s1")
     for call in (store.load, store.archive):
         with pytest.raises(SessionNotFound, match="s1"):
@@ -2412,17 +2414,9 @@ def test_a_change_loses_no_event_that_comes_meanwhile(store):
 def test_delete_takes_the_report_along(store):
     filled(store, 1)
     store.write_report("s1", {"a": 1})
+    assert json.loads(read(os.path.join(store.reports, "s1_report.json"))) == {"a": 1}
     assert store.delete("s1") and not store.delete("s1")
     assert os.listdir(store.reports) == os.listdir(store.sessions) == []
-
-
-def test_reports_and_state(store):
-    store.write_report("s1", {"a": [1]})
-    store.write_json("index", [1, 2])
-    assert json.loads(read(os.path.join(store.reports, "s1_report.json"))) == {"a": [1]} and store.read_json("index") == [1, 2]
-    for damage in (b"", b"{", b"[" * 100_000, b"\xff", b"NaN"):
-        write(os.path.join(store.root, "index.json"), damage)
-        assert store.read_json("index") is None
 
 
 # what other processes did
@@ -2827,9 +2821,9 @@ def test_linked_directory_is_refused(store, tmp_path):
                                  "a:b", "~", None, 5, b"a", ["a"]])
 def test_bad_ids_are_refused_everywhere(store, bad, tmp_path):
     filled(store, 1)
-    calls = [so.check_id, store.load, store.find, store.archive, store.delete, store.read_json, store.head,
+    calls = [so.check_id, store.load, store.find, store.archive, store.delete, store.head,
              lambda i: store.create(header(i), [], {}), lambda i: store.append(i, make()),
-             lambda i: store.write_report(i, {}), lambda i: store.write_json(i, {}), lambda i: store.tail(i, ())]
+             lambda i: store.write_report(i, {}), lambda i: store.tail(i, ())]
     for call in calls:
         with pytest.raises(InvalidSessionId, match="characters A-Z"):
             call(bad)
@@ -2860,6 +2854,179 @@ def test_older_names_that_break_the_rule_stay_readable(store):
 def test_slug(text, expected):
     assert so.slug(text) == expected and so.check_id(so.slug(text))
     assert so.check_id(so.slug("-" * 500)) and len(so.slug("-" * 500)) == 100
+
+
+# what a store knows across its sessions
+
+def unit_of(name, *, rows=1, size=0):
+    """(files, units, owners, rows) of one unit, as a scan saves them."""
+    about = {"files": [name], "reader": "claude-code", "order": ["a", "b", name], "settings": "s", "skipped": []}
+    found = [{"id": f"{name}-{number}", "task": "x" * size} for number in range(rows)]
+    return {name: [1, 2, "claude-code", name, ""]}, {name: about}, {f"r-{name}": [name, 7]}, {name: found}
+
+
+def test_a_state_keeps_what_scans_found(store):
+    state, odd = store.state, "/t/\udce9 '\"\u2028.jsonl"
+    for name in ("a", odd):
+        assert state.save_scan(*unit_of(name, rows=2), [], 0) == set()
+    assert set(state.scanned()[1]) == set(state.scanned()[2]) == {"a", odd} and state.owners() == {"r-a": ["a", 7], f"r-{odd}": [odd, 7]}
+    assert [row["id"] for row in state.rows_of(["a", odd, "none"])[odd]] == [odd + "-0", odd + "-1"]
+    assert state.rows_of(["none"]) == {"none": []} and state.units_of_rows()["a-1"] == "a"
+    before = state.generation()
+    state.save_scan({}, {}, {}, {}, ["a"], 0)
+    assert set(state.scanned()[2]) == set(state.units_of_rows().values()) == {odd} and state.owners() == {f"r-{odd}": [odd, 7]}
+    state.save_scan(*unit_of("a"), [], 0)
+    assert state.generation() > before
+
+
+def test_what_was_deleted_during_a_scan_stays_deleted(store):
+    state = store.state
+    state.forget("early", True)
+    mark = max(state.scanned()[3].values())
+    state.forget("u-1", True), state.forget("never-imported", False)
+    files, units, owners, rows = unit_of("u", rows=3)
+    rows["u"].append({"id": "early"})
+    assert state.save_scan(files, units, owners, rows, [], mark) == {"u-1"}
+    assert [row["id"] for row in state.rows_of(["u"])["u"]] == ["u-0", "u-2", "early"] and list(state.scanned()[3]) == ["u-1"]
+    state.forget("u-0", False)  # it has a row, so a scan would bring it back
+    assert list(state.scanned()[3]) == ["u-1", "u-0"] and [row["id"] for row in state.rows_of(["u"])["u"]] == ["u-2", "early"]
+
+
+def test_summaries_belong_to_their_settings(store):
+    store.state.save_summaries("a", {"s1": {"x": 1}, "s2": {"x": 2}}, [])
+    store.state.save_summaries("b", {"s2": {"x": 3}}, ["s3"])
+    assert store.state.summaries("a") == {"s1": {"x": 1}} and store.state.summaries("b") == {"s2": {"x": 3}}
+    store.state.save_summaries("a", {}, ["s1"])
+    store.state.forget("s2", False)
+    assert store.state.summaries("a") == store.state.summaries("b") == store.state.scanned()[3] == {}
+
+
+@posix_only
+def test_the_state_is_its_owners_alone(store):
+    previous = os.umask(0)
+    try:
+        store.state.forget("s1", True)
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(os.stat(store.state.path).st_mode) == 0o600 and os.listdir(store.root) == ["state.sqlite3"]
+    os.rename(store.state.path, store.root + ".elsewhere")
+    os.symlink(store.root + ".elsewhere", store.state.path)
+    with pytest.raises(StorageError, match="symbolic link"):
+        store.state.scanned()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs /proc")
+def test_an_update_writes_what_changed_and_not_what_the_history_holds(store):
+    def written():
+        return int(re.search(rb"wchar: (\d+)", read("/proc/self/io")).group(1))
+
+    parts = [unit_of(f"/transcripts/{number:05}.jsonl", size=5_000) for number in range(1_000)]
+    files, units, owners, rows = ({key: value for part in parts for key, value in part[kind].items()} for kind in range(4))
+    store.state.save_scan(files, units, owners, rows, [], 0)
+    size, before = os.path.getsize(store.state.path), written()
+    store.state.save_scan(*unit_of("/transcripts/00500.jsonl", size=6_000), [], 0)
+    assert size > 5_000_000 and written() - before < 500_000
+
+
+@pytest.mark.parametrize("damage", [b"x" * 700, b"SQLite format 3\0" + b"\1" * 5_000, b"\0" * 10_000, "middle", "tables", "json", "version"],
+                         ids=lambda value: str(value)[:12])
+def test_a_damaged_state_is_begun_afresh(tmp_path, optimizer, damage):
+    import sqlite3
+    path = tiny(tmp_path / "t").save()
+    row, = optimizer.scan([path])["sessions"]
+    state = optimizer.store.state
+    if damage == "middle":
+        data = read(state.path)
+        damage = data[:4_096] + b"\xa5" * (len(data) - 4_096)
+    if isinstance(damage, bytes):
+        write(state.path, damage)
+    else:
+        db = sqlite3.connect(state.path)
+        db.execute({"tables": "DROP TABLE units", "json": "UPDATE files SET value = '[1'", "version": "PRAGMA user_version = 9"}[damage])
+        db.commit()
+        db.close()
+    fresh = SessionOptimizer(optimizer.store.root)
+    with pytest.warns(SessionOptimizerWarning, match="state.sqlite3 was damaged .* begun afresh"):
+        assert fresh.scan([path])["sessions"] == [row]
+    assert fresh.scan([path])["changes"] == "nothing since the last scan" and len(fresh.list_sessions()) == 1
+
+
+def old_state_of(store):
+    """Write the state files of version 2.0 in place of the state there is."""
+    state = store.state
+    _, files, units, deleted = state.scanned()
+    rows = state.rows_of(units)
+    found = {"scan": {"version": 1, "files": files, "units": {name: dict(unit, rows=rows[name]) for name, unit in units.items()}},
+             "scan-responses": state.owners(), "deleted": sorted(deleted),
+             "summaries": {"settings": SETTINGS, "rows": state.summaries(SETTINGS)}}
+    os.unlink(state.path)
+    for name, value in found.items():
+        write(os.path.join(store.root, name + ".json"), json.dumps(value))
+
+
+SETTINGS = so.settings_of([cls() for cls in so.BUILT_IN_ANALYZERS], so.PriceList())
+
+
+def test_the_state_of_version_2_0_is_taken_over(tmp_path, optimizer, monkeypatch):
+    for name in ("a", "b", "c"):
+        tiny(tmp_path / "t", name=name * 8 + "-2222-4333-8444-555555555555").save()
+    rows = optimizer.scan([str(tmp_path / "t")])["sessions"]
+    assert optimizer.delete_session(rows.pop(0)["id"]) and len(optimizer.summaries()) == 2
+    before = optimizer.summaries()
+    old_state_of(optimizer.store)
+    fresh = SessionOptimizer(optimizer.store.root)
+    monkeypatch.setattr(so.Store, "load_marked", lambda *_: pytest.fail("a session was read"))
+    result = fresh.scan([str(tmp_path / "t")])
+    assert result["sessions"] == rows and result["changes"] == "nothing since the last scan" and fresh.summaries() == before
+    assert sorted(os.listdir(fresh.store.root)) == ["reports", "scan.lock", "sessions", "state.sqlite3"]
+
+
+@pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1]),
+                                         ("summaries", {"rows": 5}), ("scan", "not JSON")])
+def test_old_state_files_that_hold_something_else_are_left_out(tmp_path, optimizer, name, value):
+    path = tiny(tmp_path / "t").save()
+    write(os.path.join(optimizer.store.root, name + ".json"), "{" if value == "not JSON" else json.dumps(value))
+    assert optimizer.scan([path])["totals"]["sessions"] == 1 and len(optimizer.summaries()) == 1
+
+
+def scan_alone(root, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        SessionOptimizer(root).scan([folder])
+
+
+@posix_only
+def test_two_scans_at_once_keep_all_units(tmp_path, optimizer):
+    for number in range(24):
+        tiny(tmp_path / "ab"[number % 2], name=f"{number:08}-2222-4333-8444-555555555555").save()
+    scans = [fork.Process(target=scan_alone, args=(optimizer.store.root, str(tmp_path / name))) for name in "abab"]
+    for scan in scans:
+        scan.start()
+    for scan in scans:
+        scan.join()
+    assert [scan.exitcode for scan in scans] == [0] * 4
+    assert len(optimizer.store.state.scanned()[2]) == len(optimizer.store.state.units_of_rows()) == 24 == len(optimizer.list_sessions())
+    assert optimizer.scan([str(tmp_path)])["changes"] == "nothing since the last scan"
+
+
+@posix_only
+def test_deletes_during_a_scan_all_stick(tmp_path, optimizer):
+    transcripts = [tiny(tmp_path / "t", name=f"{number:08}-2222-4333-8444-555555555555") for number in range(48)]
+    for transcript in transcripts:
+        transcript.save()
+    ids = [row["id"] for row in optimizer.scan([str(tmp_path / "t")])["sessions"]]
+    for transcript in transcripts:  # so that the scan has to read them all again
+        transcript.answer("m3", (5, 0, 1_160, 7), text(20))
+        transcript.save()
+    scan = fork.Process(target=scan_alone, args=(optimizer.store.root, str(tmp_path / "t")))
+    deletes = [fork.Process(target=SessionOptimizer(optimizer.store.root).delete_session, args=(name,)) for name in ids[::2]]
+    for process in [scan, *deletes]:
+        process.start()
+    for process in [scan, *deletes]:
+        process.join()
+    assert [process.exitcode for process in [scan, *deletes]] == [0] * 25
+    assert sorted(session.id for session in optimizer.list_sessions()) == sorted(ids[1::2])
+    assert sorted(row["id"] for row in optimizer.scan([str(tmp_path / "t")])["sessions"]) == sorted(ids[1::2])
 
 
 # disks
@@ -2983,10 +3150,15 @@ def test_read_only_file_system(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path)]).returncode:
         pytest.skip("no mount here")
     try:
-        store = Store(tmp_path / "store")
+        optimizer = SessionOptimizer(tmp_path / "store")
+        store = Store(optimizer.store.root)
         path = filled(store, 3)
+        rows = optimizer.scan([tiny(tmp_path / "t").save()])["sessions"]
         write(path, read(path)[:-20])
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        assert optimizer.scan([str(tmp_path / "t")])["sessions"] == rows
+        with pytest.warns(SessionOptimizerWarning, match="in memory|summaries could not be saved: .*state.sqlite3"):
+            assert len(optimizer.summaries()) == 2
         assert len(store.load("s1")["events"]) == 3 and "in memory" in store.warnings[0]
         with pytest.raises(StorageError, match="read-only"):
             store.append("s1", make())
@@ -3002,13 +3174,6 @@ def test_no_hard_links(store, monkeypatch):
     with pytest.raises(SessionExists):
         store.create(header(), [], {})
     assert len(store.load("s1")["events"]) == 2 and os.listdir(store.sessions) == ["s1.json"]
-
-
-@pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1])])
-def test_state_files_that_hold_something_else_are_started_afresh(tmp_path, optimizer, name, value):
-    path = tiny(tmp_path / "t").save()
-    optimizer.store.write_json(name, value)
-    assert optimizer.scan([path])["totals"]["sessions"] == 1
 
 
 # ==================================================================================================
@@ -4782,17 +4947,6 @@ def test_one_failure_is_no_rate_and_those_of_others_do_not_count(optimizer):
     store_session(optimizer, "one", [FAILED[0], ANSWER])
     store_session(optimizer, "declined", [("ERROR", {"message": "declined by the user"}, 0, 0)] * 5 + [ANSWER])
     assert [alert for alert in optimizer.alerts() if alert["kind"] == "HIGH_ERROR_RATE"] == []
-
-
-def test_rows_of_an_earlier_summary_file_are_made_anew(optimizer):
-    store_session(optimizer, "s", ALERTING["TOKEN_SPIKE"][0])
-    optimizer.summaries()
-    saved = optimizer.store.read_json("summaries")
-    for row in saved["rows"].values():
-        for name in ("spike", "error_rate", "last_at"):
-            del row[name]
-    optimizer.store.write_json("summaries", saved)
-    assert [alert["kind"] for alert in optimizer.alerts()] == ["TOKEN_SPIKE"]
 
 
 def test_an_empty_store_has_no_alerts(optimizer):

@@ -183,7 +183,7 @@ class Benchmark:
         loads = parse(os.path.join(store, "sessions"), whole=True)
         again = lambda m: lambda: m.SessionOptimizer(Path(stores[m])).agent_statistics("BENCH")  # noqa: E731
         self.row("stats, 50 events each (floor: json.load of all files)",
-                 lambda m: forget(Path(stores[m], "summaries.json"), again(m)), loads, None, rounds=1, alone=False)
+                 lambda m: forget(Path(stores[m], "state.sqlite3"), again(m)), loads, None, rounds=1, alone=False)
         self.row("stats again, nothing changed (same floor)", again, loads, None, alone=False)
         long = {m: make_store(m, 1, sizes["events"]) for m in (self.ours, self.other) if m}
         self.row(f"analyze, {sizes['events']:,} events (floor: json.loads of each line)",
@@ -192,7 +192,7 @@ class Benchmark:
         tree, kept = make_transcripts(sizes["megabytes"]), tempfile.mkdtemp()
         scan = command(self.ours, kept, "scan", tree)
         self.row(f"scan, {sizes['megabytes']} MB (floor: json.loads of each line)",
-                 lambda m: forget(Path(kept, "scan.json"), scan), parse(tree), 1.0)
+                 lambda m: forget(Path(kept, "state.sqlite3"), scan), parse(tree), 1.0)
         self.row("scan again, nothing changed", lambda m: scan, None, 0.3)
 
 
