@@ -8467,6 +8467,26 @@ class _LiveSessions:
             session.__dict__.update(_events=None, _load=self.refreshed)
             return self.adopt(session)
 
+    def create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
+        """Store a session; InvalidValue for what JSON cannot hold."""
+        events = [event.to_dict() for event in session.events]
+        try:
+            self.store.create(session._head(), events, session._foot(), replace=replace, sync=sync)
+        except (TypeError, ValueError) as error:
+            raise _not_json(error, "metadata or data") from None
+
+    def make_room(self, session_id: str) -> None:
+        """Keep a session that has ended under another id; SessionExists for one that has not."""
+        old = self.refreshed(session_id)
+        if old is not None and old.status is SessionStatus.ACTIVE:
+            raise SessionExists(
+                f"session {session_id} is still active: end it first (sessionoptimizer end "
+                f"{session_id} --status ABANDONED) or use another id")
+        if old is not None:
+            kept = self.store.archive(session_id)
+            self.forget(session_id)
+            _warn(f"session {session_id} had ended and is kept as {kept}")
+
     def forget(self, session_id: str) -> None:
         """Hand the object out no more."""
         with self._lock:
@@ -8533,33 +8553,15 @@ class SessionOptimizer:
         base, number = session.id, 1
         while True:
             try:
-                self._create(session)
+                self._live.create(session)
                 return self._live.adopt(session)
             except SessionExists:
                 if session_id:
-                    self._make_room(session_id)
+                    self._live.make_room(session_id)
                     continue
                 number += 1
                 session.id = f"{base}_{number}"
                 session.events[0].id = f"{session.id}_start"
-
-    def _create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
-        events = [event.to_dict() for event in session.events]
-        try:
-            self.store.create(session._head(), events, session._foot(), replace=replace, sync=sync)
-        except (TypeError, ValueError) as error:
-            raise _not_json(error, "metadata or data") from None
-
-    def _make_room(self, session_id: str) -> None:
-        old = self._live.refreshed(session_id)
-        if old is not None and old.status is SessionStatus.ACTIVE:
-            raise SessionExists(
-                f"session {session_id} is still active: end it first (sessionoptimizer end "
-                f"{session_id} --status ABANDONED) or use another id")
-        if old is not None:
-            kept = self.store.archive(session_id)
-            self._live.forget(session_id)
-            _warn(f"session {session_id} had ended and is kept as {kept}")
 
     def log_event(self, session_id: str, event_type: Union[EventType, str],
                   data: Optional[Dict[str, Any]] = None, tokens_input: int = 0,
@@ -8674,7 +8676,7 @@ class SessionOptimizer:
         if old is not None and old.to_dict() != session.to_dict():
             kept = self.store.archive(session.id)
             _warn(f"session {session.id} was there already and is kept as {kept}")
-        self._create(session, replace=True)
+        self._live.create(session, replace=True)
         self._live.forget(session.id)
         return self._live.refreshed(session.id)
 
@@ -8748,7 +8750,7 @@ class SessionOptimizer:
         columns = bill_columns(analysis)
         report = build_report(session, self.analyzers, analysis)
         if store:
-            self._create(session, replace=True, sync=False)
+            self._live.create(session, replace=True, sync=False)
             self._live.forget(session.id)
         return dict(session_row(session, report), **columns)
 
