@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Send an alert when a session was inefficient, and a summary when it ends: to stdout, a file or a webhook.
+"""Tell somebody when a session was inefficient: a terminal, a file, a webhook, or the agents of a crew on their own bus.
 
-    python3 examples/message_bus_alerts.py [--to TARGET] [--threshold 70] [--store DIR]
+    python3 examples/message_bus_alerts.py [--session ID | --since 2026-01-31] [--to TARGET] [--threshold 70] [--summary]
 
-TARGET is ``-`` (stdout, the default), a file that gets one JSON object per line, or an http(s) URL that gets
-the same object by POST; its ``text`` is what chat webhooks show. Priorities: HIGH below 50%, MEDIUM below the
-threshold, LOW for a summary.
+TARGET is ``-`` (stdout, the default), a file that gets one JSON object per line, an http(s) URL that gets the same object by
+POST (its ``text`` is what chat webhooks show), or the queue of a crew: ``bus:FILE`` or a ``redis://`` URL with the crew's name
+behind a ``#``. There the alert is a note to the worker whose session it was, else to all: it goes with the next prompt.
+Priorities: HIGH below 50%, MEDIUM below the threshold, LOW for a summary.
 """
 from __future__ import annotations
 
@@ -14,21 +15,23 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import urllib.request
 from typing import Any, Callable, Dict
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import EventType, SessionOptimizer, now_text, plain  # noqa: E402
+if HERE not in sys.path:
+    sys.path.append(HERE)
+from crew import ALL, CrewError, open_bus  # noqa: E402
+from sessionoptimizer import Session, SessionOptimizer, SessionOptimizerError, now_text, parse_time, plain  # noqa: E402
 
-# A bus is any function that takes a message and raises OSError when it cannot be sent. To use your own,
-# import it instead (from synapselink import quick_send) and call it with subject, text and priority.
 Message = Dict[str, Any]
-Bus = Callable[[Message], None]
+Bus = Callable[[Message], None]  # takes a message; raises OSError when it cannot be sent
 HIGH_BELOW = 50.0      # percent
 WEBHOOK_TIMEOUT = 5.0  # seconds
+PRIORITIES = {"HIGH": 90, "MEDIUM": 50, "LOW": 10}  # of a message, on a crew's bus
 
 
 def to_stdout(message: Message) -> None:
@@ -49,21 +52,42 @@ def to_webhook(url: str, message: Message) -> None:
         pass
 
 
+def to_crew(where: str, name: str, message: Message) -> None:
+    """Send a message as a note on a crew's bus, once however often it is tried; OSError when the bus cannot be had."""
+    try:
+        with open_bus(where, name=name) as bus:
+            bus.send("alerts", message.get("agent") or ALL, f"{message['subject']}\n{message['text']}",
+                     priority=PRIORITIES.get(message["priority"], 50),
+                     message_id=f"{message['session_id']}:{message['subject']}" if message["session_id"] else "")
+    except CrewError as error:
+        raise OSError(str(error)) from error
+
+
 def bus_to(target: str) -> Bus:
-    """The bus a target names: ``-``, a URL or a file; ValueError for a URL that is not http or https."""
+    """The bus a target names; ValueError for a URL it has no way to send to."""
     if target == "-":
         return to_stdout
     if target.startswith(("http://", "https://")):
         return functools.partial(to_webhook, target)
+    if target.startswith("bus:"):
+        return functools.partial(to_crew, target[4:], "")
+    if target.startswith(("redis://", "rediss://", "unix://")):
+        where, _, name = target.partition("#")
+        return functools.partial(to_crew, where, f"crew:{name or 'crew'}")
     if "://" in target:
-        raise ValueError(f"cannot send to {target}: give an http(s) URL, a file, or - for standard output")
+        raise ValueError(f"cannot send to {target}: give an http(s) URL, bus:FILE, a redis:// URL, a file, or -")
     return functools.partial(to_file, target)
 
 
-def make_message(subject: str, lines: list[str], priority: str, session_id: str = "") -> Message:
-    """A message of one shape for every bus."""
+def make_message(subject: str, lines: list[str], priority: str, session_id: str = "", agent: str = "") -> Message:
+    """A message of one shape for every bus; ``agent``: the worker of a crew it is for."""
     return {"subject": subject, "text": "\n".join(lines), "priority": priority, "session_id": session_id,
-            "time": now_text()}
+            "agent": agent, "time": now_text()}
+
+
+def worker_of(session: Session) -> str:
+    """The worker of a crew whose session it is; "" for a session of no crew."""
+    return str(session.metadata.get("crew_agent") or "")
 
 
 def send_efficiency_alert(optimizer: SessionOptimizer, session_id: str, bus: Bus,
@@ -79,7 +103,7 @@ def send_efficiency_alert(optimizer: SessionOptimizer, session_id: str, bus: Bus
     lines += [f"- [{issue.severity.value}] {plain(issue.description)}" for issue in report.issues[:3]]
     lines += [f"* {plain(advice)}" for advice in report.recommendations[:3]]
     bus(make_message(f"Low efficiency: {plain(session.agent)}, {score:.0f}%", lines,
-                     "HIGH" if score < HIGH_BELOW else "MEDIUM", session_id))
+                     "HIGH" if score < HIGH_BELOW else "MEDIUM", session_id, worker_of(session)))
     return True
 
 
@@ -92,34 +116,34 @@ def send_session_summary(optimizer: SessionOptimizer, session_id: str, bus: Bus)
              f"Efficiency: {report.efficiency_score:.1f}%, issues: {len(report.issues)}",
              f"Tokens: {session.total_tokens_input:,} in, {session.total_tokens_output:,} out "
              f"(${report.estimated_cost:.4f})"]
-    bus(make_message(f"Session summary: {plain(session.agent)}", lines, "LOW", session_id))
+    bus(make_message(f"Session summary: {plain(session.agent)}", lines, "LOW", session_id, worker_of(session)))
     return True
 
 
-def demo(optimizer: SessionOptimizer, bus: Bus, threshold: float) -> None:
-    """A session that reads one file four times."""
-    session = optimizer.start_session("FORGE", "Plan with a bad memory", model="opus")
-    for _ in range(4):
-        optimizer.log_event(session.id, EventType.FILE_READ, {"file_path": "src/plan.py"}, tokens_input=500)
-    optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=400)
-    optimizer.end_session(session.id)
-    send_efficiency_alert(optimizer, session.id, bus, threshold)
-    send_session_summary(optimizer, session.id, bus)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run the demonstration; 1 when a message could not be sent."""
+    """Send what is to be told of the sessions in the store; 1 when a message could not be sent."""
     parser = argparse.ArgumentParser(description="Send efficiency alerts and session summaries.")
-    parser.add_argument("--to", default="-", metavar="TARGET", help="- (default), a file, or an http(s) URL")
+    parser.add_argument("--session", metavar="ID", help="of this session (default: of all)")
+    parser.add_argument("--since", default="1970-01-01", metavar="WHEN", help="of sessions started since then (ISO-8601)")
+    parser.add_argument("--to", default="-", metavar="TARGET", help="- (default), a file, a URL, or a crew's bus")
     parser.add_argument("--threshold", type=float, default=70.0, metavar="PERCENT", help="alert below (70)")
-    parser.add_argument("--store", metavar="DIR", help="keep the session there (default: a temporary store)")
+    parser.add_argument("--summary", action="store_true", help="a summary of every session too")
+    parser.add_argument("--store", metavar="DIR", help="the store (default: as for sessionoptimizer)")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            demo(SessionOptimizer(options.store or scratch), bus_to(options.to), options.threshold)
-        except (OSError, ValueError) as error:
-            print(f"message_bus_alerts: not sent: {error}", file=sys.stderr)
-            return 1
+    sent = 0
+    try:
+        optimizer, bus, since = SessionOptimizer(options.store), bus_to(options.to), parse_time(options.since)
+        if since is None:
+            raise ValueError(f"--since {options.since} is no time")
+        found = [options.session] if options.session else [
+            session.id for session in reversed(optimizer.list_sessions(since=since, limit=sys.maxsize))]
+        for session_id in found:
+            sent += send_efficiency_alert(optimizer, session_id, bus, options.threshold)
+            sent += options.summary and send_session_summary(optimizer, session_id, bus)
+    except (OSError, ValueError, SessionOptimizerError) as error:
+        print(f"message_bus_alerts: not sent: {error}", file=sys.stderr)
+        return 1
+    print(f"{sent} of {len(found)} sessions told" if not options.summary else f"{sent} messages sent", file=sys.stderr)
     return 0
 
 

@@ -5,6 +5,7 @@ The sessions are ordinary ones with ``collab_id``, ``task_id``, ``crew_agent`` a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from typing import Any, Dict, List, Tuple
 from sessionoptimizer import READERS, Session, SessionOptimizer, SessionStatus, find_transcripts, slug
 
 from .bus import CrewError, Task, TaskState
-from .repository import Repository
+from .repository import Repository, safe_name
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RECORD = os.path.join(os.path.dirname(HERE), "agent_session", "record.py")
@@ -114,6 +115,9 @@ class Attempt:
         self.path = repository.path_of(self.task.id, self.number)
         self.folder = os.path.join(repository.state, "attempts", os.path.basename(self.path))
         self.crew = repository.crew
+        self.id = slug(f"{self.crew}-{safe_name(task.id)}-{number}")
+        self.recorded = self.id + "-recorded"
+        self.store = os.path.join(self.folder, "store")
         self.output = os.path.join(self.folder, "output.txt")
         self.ledger = os.path.join(repository.state, "sessions.jsonl")
 
@@ -123,10 +127,8 @@ class Attempt:
         os.makedirs(self.folder, mode=0o700)
         with open(os.path.join(self.folder, "worker"), "w", encoding="utf-8") as file:
             file.write(worker)
-        session_id = slug(f"{self.crew}-{self.task.id}-{self.number}")
-        optimizer = SessionOptimizer(os.path.join(self.folder, "store"))
-        optimizer.start_session(agent.name, self.task.title, session_id=session_id)
-        return {"SESSIONOPTIMIZER_HOME": str(optimizer.storage_path), "SESSIONOPTIMIZER_SESSION": session_id,
+        SessionOptimizer(self.store).start_session(agent.name, self.task.title, session_id=self.id)
+        return {"SESSIONOPTIMIZER_HOME": self.store, "SESSIONOPTIMIZER_SESSION": self.id,
                 "CREW_TASK": self.task.id, "CREW_AGENT": worker, "CREW_NAME": self.crew}
 
     def _worker(self) -> str:
@@ -134,39 +136,51 @@ class Attempt:
             return file.read()
 
     def command(self, agent: Agent, prompt: str) -> List[str]:
-        """The agent's command, recorded."""
-        return agent.arguments(prompt)
+        """The agent's command under ``record``, where that can be had; it knows an agent's log by the agent's process."""
+        command = agent.arguments(prompt)
+        if not os.path.exists(RECORD) or importlib.util.find_spec("ptyprocess") is None:
+            return command
+        return [sys.executable, RECORD, "--store", self.store, "--agent", agent.name, "--task", self.task.title,
+                "--session-id", self.recorded, "--result", os.path.join(self.folder, "result.json"), "--", *command]
 
     def settle(self, optimizer: SessionOptimizer, status: SessionStatus) -> List[str]:
         """Bring the sessions of this attempt into the store and return their ids; [] when nothing was begun."""
-        store = os.path.join(self.folder, "store")
-        if not os.path.isdir(store):
-            return []
-        scratch = SessionOptimizer(store)
-        started = os.path.getmtime(self.folder) - CLOCK_SECONDS
-        self._read_transcripts(scratch, started)
-        told = [session for session in scratch.list_sessions(limit=1_000) if self._is_ours(session)]
-        for session in told:
-            if session.status is SessionStatus.ACTIVE:
-                scratch.end_session(session.id, status)
-        used = [session for session in told if session.total_tokens] or told
-        ids = [self._import(optimizer, session, status) for session in used]
+        scratch = SessionOptimizer(self.store) if os.path.isdir(self.store) else None
+        own = scratch.get_session(self.id) if scratch else None
+        ids = []
+        if scratch and own:
+            if own.status is SessionStatus.ACTIVE:
+                scratch.end_session(self.id, status)
+            ids = [self._import(optimizer, session, status) for session in self._used(scratch, own)]
         shutil.rmtree(self.folder, ignore_errors=True)
         return ids
 
-    def _read_transcripts(self, scratch: SessionOptimizer, started: float) -> None:
+    def _read_transcripts(self, scratch: SessionOptimizer) -> None:
         """Read what agents wrote to their logs since the attempt began."""
+        started = os.path.getmtime(os.path.join(self.folder, "worker")) - CLOCK_SECONDS
         roots = [root for reader in READERS for root in reader.roots() if os.path.isdir(root)]
         recent = [path for path, _, changed in find_transcripts(roots) if changed >= started]
         if recent:
             scratch.scan(recent)
 
-    def _is_ours(self, session: Session) -> bool:
-        """Whether a session was logged by hand here, or its transcript is of this worktree."""
-        source = session.metadata.get("source")
-        if not isinstance(source, dict):
-            return True
-        folder = os.path.realpath(str(source.get("cwd") or os.sep))
+    def _used(self, scratch: SessionOptimizer, own: Session) -> List[Session]:
+        """The sessions that say what the attempt cost: the agents' own logs, what a script logged itself, and without that the
+        answers that went through ``record``. Without any, the script's empty one: the cost is not known then, and an estimate
+        from what stood on the screen does not go into the sums."""
+        told: Dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(self.folder, "result.json"), encoding="utf-8") as file:
+                told = json.load(file)
+        if told.get("source") != "log":
+            self._read_transcripts(scratch)
+        logs = [session for session in scratch.list_sessions(limit=1_000)
+                if session.imported and (session.id in told.get("sessions", ()) or self._is_here(session))]
+        through = [scratch.get_session(self.recorded)] if told.get("source") == "pass-through" else []
+        return logs + ([own] if own.total_tokens or not logs + through else []) + ([] if own.total_tokens else through)
+
+    def _is_here(self, session: Session) -> bool:
+        """Whether a transcript is of this attempt's worktree."""
+        folder = os.path.realpath(str(session.metadata["source"].get("cwd") or os.sep))
         return folder == self.path or folder.startswith(self.path + os.sep)
 
     def _import(self, optimizer: SessionOptimizer, session: Session, status: SessionStatus) -> str:

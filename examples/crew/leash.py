@@ -7,6 +7,8 @@ that is killed closes the pipe to here, whatever it could not do any more, so no
 """
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -14,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 GRACE_SECONDS = 2.0  # between asking the processes to end and ending them
 LOOK_SECONDS = 0.05
@@ -38,19 +40,54 @@ def let_go(seconds: float) -> bool:
     return bool(readable) and not os.read(0, 1024)
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """Ask the whole process group to end; what has not after the grace is killed, this process with it."""
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that none gets away (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def descendants() -> List[int]:
+    """The processes below this one; where there is no /proc, none is known."""
+    children: Dict[int, List[int]] = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"/proc/{int(name)}/stat", encoding="latin-1") as file:
+                state, parent = file.read().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(name))
+    found, waiting = [], [os.getpid()]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def send(number: int) -> int:
+    """Send a signal to everything below this process; how many there were."""
+    found = descendants()
+    for process in found:
+        with contextlib.suppress(OSError):
+            os.kill(process, number)
+    return len(found)
+
+
+def end_all(process: subprocess.Popen) -> None:
+    """Ask all processes to end, and after the grace end them, until none is left."""
     os.killpg(0, signal.SIGTERM)
-    end = time.monotonic() + GRACE_SECONDS
-    while process.poll() is None and time.monotonic() < end:
+    number, end = signal.SIGTERM, time.monotonic() + GRACE_SECONDS
+    while send(number) or process.poll() is None:
+        if time.monotonic() > end:
+            number = signal.SIGKILL
+            process.kill()
         time.sleep(LOOK_SECONDS)
-    os.killpg(0, signal.SIGKILL)
 
 
 def main(argv: List[str]) -> int:
     """Run the command and return its status, 128 and its signal for one that was killed."""
     folder, limit, command = argv[0], int(argv[1]), argv[2:]
     signal.signal(signal.SIGTERM, lambda *_: None)  # meant for the others of the group
+    adopt_orphans()
     while limit and take_slot(folder, limit) is None:
         if let_go(LOOK_SECONDS):
             return 1
@@ -61,7 +98,8 @@ def main(argv: List[str]) -> int:
         return 127
     while process.poll() is None:
         if let_go(LOOK_SECONDS):
-            end_group(process)
+            break
+    end_all(process)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 

@@ -75,9 +75,12 @@ class Repository:
 
         ``held``: locks that stay held while git runs, though this process be killed."""
         known = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
-        done = subprocess.run(["git", *SETTINGS, *arguments], cwd=cwd or self.top, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GIT_SECONDS, pass_fds=held,
-                              env={**known, "LC_ALL": "C", **environment})
+        try:
+            done = subprocess.run(["git", *SETTINGS, *arguments], cwd=cwd or self.top, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GIT_SECONDS, pass_fds=held,
+                                  env={**known, "LC_ALL": "C", **environment})
+        except subprocess.TimeoutExpired as error:
+            raise CrewError(f"git {arguments[0]} took more than {GIT_SECONDS:g} s") from error
         if done.returncode not in status:
             words = done.stderr.decode(errors="replace").strip() or done.stdout.decode(errors="replace").strip()
             raise CrewError(f"git {arguments[0]}: {words[-500:]}")

@@ -59,7 +59,7 @@ class SqliteBus(Bus):
         self._db.row_factory = sqlite3.Row
         try:
             self._prepare(lease_seconds)
-        except sqlite3.Error as error:
+        except (CrewError, sqlite3.Error) as error:
             self._db.close()
             raise CrewError(f"cannot use {path} as a queue: {error}") from error
 
@@ -76,13 +76,16 @@ class SqliteBus(Bus):
     def _change(self) -> Iterator[sqlite3.Connection]:
         """One transaction that holds the write lock from its start, so that what it read stays true."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise CrewError(f"the queue cannot be changed: {error}") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, Iterator, List, Tuple
 
-from sessionoptimizer import SessionOptimizer, SessionStatus, mask_secrets
+from sessionoptimizer import SessionOptimizer, SessionOptimizerError, SessionStatus, mask_secrets
 
 from .agents import Agent, Attempt, Ended, Runner
 from .bus import ALL, Bus, Claim, CrewError
@@ -86,7 +86,7 @@ class Worker:
                 return self.bus.fail(claim, str(refusal), retry=refusal.again)
             except Lost:
                 return False
-            except CrewError as error:
+            except (CrewError, OSError, SessionOptimizerError) as error:
                 return self.bus.fail(claim, f"crew: {error}")
             except (KeyboardInterrupt, SystemExit):
                 self.bus.fail(claim, "the worker was stopped")
