@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Report every session to a health monitor, and say how an agent is doing: HEALTHY, WARNING or CRITICAL.
+"""How every agent is doing: HEALTHY, WARNING or CRITICAL, from its sessions and, for a crew, from its queue.
 
-    python3 examples/agent_health.py [--agent NAME] [--days 7] [--store DIR]
+    python3 examples/agent_health.py [--agent NAME] [--days 7] [--store DIR] [--queue WHERE] [--format text|json]
 
-HEALTHY from an average efficiency of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without sessions. With
-``--store`` and ``--agent`` it reports on the sessions that are there; else it makes some of its own.
+HEALTHY from an average efficiency of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without sessions. With ``--queue``
+(a crew's queue.db, or redis://HOST#crew:NAME) a worker is CRITICAL when a task ended after it gave no sign of life, and
+WARNING when one of its attempts failed. Status 3 when somebody is CRITICAL, for a health check from cron.
 """
 from __future__ import annotations
 
@@ -12,30 +13,19 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-from typing import Any, Protocol
+from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import EventType, SessionOptimizer, now_text  # noqa: E402
+if HERE not in sys.path:
+    sys.path.append(HERE)
+from crew import Bus, CrewError, open_bus  # noqa: E402
+from sessionoptimizer import EventType, SessionOptimizer, SessionOptimizerError, now_text, plain  # noqa: E402
 
 HEALTHY_FROM, WARNING_FROM = 85.0, 70.0  # average efficiency, percent
-
-
-class HealthMonitor(Protocol):
-    """Who wants to know. To use your own, import it instead: ``from agenthealth import AgentHealth``."""
-
-    def report_session(self, agent: str, metrics: dict[str, Any]) -> None:
-        """Take the metrics of one session."""
-
-
-class JsonLines:
-    """A monitor that prints one JSON object per session, for a log collector."""
-
-    def report_session(self, agent: str, metrics: dict[str, Any]) -> None:
-        """Print the metrics."""
-        print(json.dumps(dict(metrics, agent=agent), sort_keys=True))
+DONE, FAILED, UNWELL = 0, 1, 3
 
 
 def session_metrics(optimizer: SessionOptimizer, session_id: str) -> dict[str, Any] | None:
@@ -44,21 +34,12 @@ def session_metrics(optimizer: SessionOptimizer, session_id: str) -> dict[str, A
     if report is None or session is None:
         return None
     errors = sum(event.event_type is EventType.ERROR for event in session.events)
-    return {"session_id": session_id, "status": session.status.value,
+    return {"session_id": session_id, "agent": session.agent, "status": session.status.value,
             "efficiency_score": report.efficiency_score, "total_tokens": report.total_tokens,
             "waste_tokens": report.total_waste_tokens, "issue_count": len(report.issues),
             "error_rate": 100 * errors / len(session.events) if session.events else 0.0,
             "duration_seconds": session.duration_seconds, "estimated_cost": report.estimated_cost,
             "timestamp": now_text()}
-
-
-def report_session(optimizer: SessionOptimizer, monitor: HealthMonitor,
-                   session_id: str) -> dict[str, Any] | None:
-    """Hand a session's metrics to the monitor and return them; None when there is no such session."""
-    metrics, session = session_metrics(optimizer, session_id), optimizer.get_session(session_id)
-    if metrics is not None and session is not None:
-        monitor.report_session(session.agent, metrics)
-    return metrics
 
 
 def health_status(average_efficiency: float) -> str:
@@ -69,46 +50,84 @@ def health_status(average_efficiency: float) -> str:
 
 
 def health_summary(optimizer: SessionOptimizer, agent: str, days: int = 7) -> dict[str, Any]:
-    """An agent's last days: status, sessions, average efficiency, wasted tokens, trend, common issues."""
+    """An agent's last days: status, sessions, average efficiency, wasted tokens, USD, trend, common issues."""
     stats = optimizer.agent_statistics(agent, days)
     count = stats.get("sessions_analyzed", 0)
     return {"agent": agent, "period_days": days, "sessions": count,
             "status": health_status(stats["average_efficiency"]) if count else "UNKNOWN",
             "average_efficiency": stats.get("average_efficiency"),
-            "waste_tokens": stats.get("total_waste_tokens", 0),
+            "waste_tokens": stats.get("total_waste_tokens", 0), "cost": stats.get("total_cost", 0.0),
             "trend": stats["trends"]["trend"] if count else "insufficient_data",
             "common_issues": stats.get("common_issues", [])}
 
 
-def demo(optimizer: SessionOptimizer, agent: str) -> None:
-    """Three sessions of an agent, each reading one file once more than the session before."""
-    for reads in (1, 2, 3):
-        session = optimizer.start_session(agent, f"Task {reads}", model="sonnet")
-        for _ in range(reads):
-            optimizer.log_event(session.id, EventType.FILE_READ, {"file_path": "src/a.py"}, tokens_input=500)
-        optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=1_000)
-        optimizer.end_session(session.id)
-        report_session(optimizer, JsonLines(), session.id)
+def worker_health(bus: Bus) -> list[dict[str, Any]]:
+    """By worker of a crew, as its last tasks tell: what it holds, did, failed at, and where it was not heard of again."""
+    workers: dict[str, dict[str, Any]] = {}
+    for state in bus.tasks():
+        if not state.agent:
+            continue
+        row = workers.setdefault(state.agent, {"agent": state.agent, "holds": [], "done": 0, "failed": 0, "lost": 0})
+        lost = state.status == "FAILED" and state.error.startswith("no sign of life")
+        row["holds"] += [state.task.id] if state.status == "CLAIMED" else []
+        row["done"] += state.status == "DONE"
+        row["lost"] += lost
+        row["failed"] += bool(state.error) and not lost
+    for row in workers.values():
+        row["status"] = "CRITICAL" if row["lost"] else "WARNING" if row["failed"] else "HEALTHY"
+    return [workers[name] for name in sorted(workers)]
+
+
+def agents_of(optimizer: SessionOptimizer) -> list[str]:
+    """The agents that have sessions in the store."""
+    return sorted({session.agent for session in optimizer.list_sessions(limit=sys.maxsize)})
+
+
+def open_queue(where: str) -> Bus:
+    """The queue of a crew; CrewError when it cannot be had."""
+    if "://" not in where and not os.path.exists(where):
+        raise CrewError(f"no queue at {where}")
+    return open_bus(where, name="crew:crew")
+
+
+def print_health(agents: list[dict[str, Any]], workers: list[dict[str, Any]]) -> None:
+    """The tables for people."""
+    for row in agents:
+        average = row["average_efficiency"]
+        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['sessions']} sessions in {row['period_days']} days"
+              + (f", average efficiency {average:.1f}%, trend {row['trend']}" if average is not None else ""))
+        for issue in row["common_issues"]:
+            print(f"  {issue['type']}: {issue['count']}")
+    for row in workers:
+        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['done']} tasks done, {row['failed']} failed, {row['lost']} lost"
+              + (f", works on {plain(', '.join(row['holds']))}" if row["holds"] else ""))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print an agent's health and return 0."""
-    parser = argparse.ArgumentParser(description="Report sessions to a health monitor and sum an agent up.")
-    parser.add_argument("--agent", metavar="NAME", help="report on this agent's sessions in the store")
+    """Print the agents' health."""
+    parser = argparse.ArgumentParser(description="How every agent is doing.")
+    parser.add_argument("--agent", metavar="NAME", help="this agent only")
     parser.add_argument("--days", type=int, default=7, metavar="N", help="of the last N days (default 7)")
-    parser.add_argument("--store", metavar="DIR", help="the store (default: a temporary one)")
+    parser.add_argument("--store", metavar="DIR", help="the store (default: as for sessionoptimizer)")
+    parser.add_argument("--queue", metavar="WHERE", help="the workers of this queue too")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        optimizer = SessionOptimizer(options.store or scratch)
-        if not options.agent:
-            demo(optimizer, "ATLAS")
-        summary = health_summary(optimizer, options.agent or "ATLAS", options.days)
-    average = summary["average_efficiency"]
-    print(f"{summary['agent']}: {summary['status']}, {summary['sessions']} sessions in {options.days} days"
-          + (f", average efficiency {average:.1f}%, trend {summary['trend']}" if average is not None else ""))
-    for issue in summary["common_issues"]:
-        print(f"  {issue['type']}: {issue['count']}")
-    return 0
+    workers: list[dict[str, Any]] = []
+    try:
+        optimizer = SessionOptimizer(options.store)
+        names = [options.agent] if options.agent else agents_of(optimizer)
+        agents = [health_summary(optimizer, name, options.days) for name in names]
+        if options.queue:
+            with open_queue(options.queue) as bus:
+                workers = worker_health(bus)
+    except (CrewError, SessionOptimizerError) as error:
+        print(f"agent_health: {error}", file=sys.stderr)
+        return FAILED
+    if options.format == "json":
+        print(json.dumps({"agents": agents, "workers": workers}, indent=2))
+    else:
+        print_health(agents, workers)
+    return UNWELL if any(row["status"] == "CRITICAL" for row in agents + workers) else DONE
 
 
 if __name__ == "__main__":

@@ -1,53 +1,41 @@
 #!/usr/bin/env python3
-"""Several agents on one task: a session each, handoffs between them, and one combined efficiency.
+"""Several agents on one task: a session each, handoffs over a real bus, and one combined report.
 
-    python3 examples/collaboration.py [--store DIR]
+    python3 examples/collaboration.py [--store DIR]                    # the collaborations that are in the store
+    python3 examples/collaboration.py COLLAB_ID [--store DIR] [--format text|json]
 
-The sessions share a ``collab_id`` in their metadata, so agents in different processes can take part as long
-as they use one store; ``sessions_of`` finds them all. A handoff costs its receiver the tokens of the text.
+The sessions share a ``collab_id`` in their metadata; a crew (examples/crew) writes it too, so its name is such an id. Agents of
+your own join with ``Collaboration``: in any process that has the store and the queue. A handoff is a message on the bus of
+examples/crew: it arrives once, whoever is killed, and costs its receiver the tokens of the text.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-import tempfile
 import uuid
 from collections import defaultdict
-from typing import Any, Protocol
+from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import EventType, Session, SessionOptimizer, SessionStatus  # noqa: E402
-
-
-class Channel(Protocol):
-    """How a handoff arrives. To use your own, import it: ``from collabsession import CollabSession``."""
-
-    def deliver(self, sender: str, receiver: str, text: str) -> None:
-        """Bring the text to the receiver."""
-
-
-class Mailboxes:
-    """A channel in memory: one list of (sender, text) per receiver."""
-
-    def __init__(self) -> None:
-        self.mail: dict[str, list[tuple[str, str]]] = defaultdict(list)
-
-    def deliver(self, sender: str, receiver: str, text: str) -> None:
-        """Put the text into the receiver's box."""
-        self.mail[receiver].append((sender, text))
+if HERE not in sys.path:
+    sys.path.append(HERE)
+from crew import Bus  # noqa: E402
+from sessionoptimizer import (EventType, Session, SessionOptimizer, SessionOptimizerError,  # noqa: E402
+                              SessionStatus, plain)
 
 
 class Collaboration:
-    """Agents that work on one task. ``collab_id``: give the same one in every process that takes part."""
+    """Agents that work on one task. ``bus``: what ``crew.open_bus`` gives; ``collab_id``: give the same one in every
+    process that takes part."""
 
-    def __init__(self, optimizer: SessionOptimizer, task: str, *, collab_id: str = "",
-                 channel: Channel | None = None):
-        self.optimizer, self.task = optimizer, task
+    def __init__(self, optimizer: SessionOptimizer, task: str, bus: Bus, *, collab_id: str = ""):
+        self.optimizer, self.task, self.bus = optimizer, task, bus
         self.collab_id = collab_id or f"collab-{uuid.uuid4().hex[:12]}"
-        self.channel = channel or Mailboxes()
         self.sessions: dict[str, Session] = {}
 
     def join(self, agent: str, role: str, model: str = "default") -> Session:
@@ -59,18 +47,28 @@ class Collaboration:
 
     def log(self, agent: str, event_type: EventType | str, data: dict[str, Any] | None = None,
             **counts: int) -> None:
-        """Log an event of an agent; KeyError when it has not joined."""
+        """Log an event of an agent; KeyError when it has not joined here."""
         self.optimizer.log_event(self.sessions[agent].id, event_type, data, **counts)
 
-    def handoff(self, sender: str, receiver: str, text: str) -> None:
-        """Pass work on: logged on both sides, delivered, and charged to the receiver, who has to read it."""
-        tokens = (len(text) + 3) // 4  # estimated: about four characters per token
-        self.log(sender, EventType.CUSTOM,
-                 {"type": "handoff_out", "to_agent": receiver, "characters": len(text)})
-        self.log(receiver, EventType.CONTEXT_LOAD,
-                 {"source": "handoff", "type": "handoff_in", "from_agent": sender, "characters": len(text)},
-                 tokens_input=tokens)
-        self.channel.deliver(sender, receiver, text)
+    def handoff(self, sender: str, receiver: str, text: str, *, priority: int = 50) -> str:
+        """Pass work on to an agent, in this process or another; the message's id."""
+        self.log(sender, EventType.CUSTOM, {"type": "handoff_out", "to_agent": receiver, "characters": len(text)})
+        return self.bus.send(sender, receiver, {"handoff": self.collab_id, "text": text}, priority=priority)
+
+    def take_over(self, receiver: str, *, wait: float = 0.0) -> list[tuple[str, str]]:
+        """The handoffs for an agent as (sender, text), each logged and charged to it, who has to read it. One that was taken
+        and not logged, because its receiver died, comes again."""
+        taken = []
+        for message in self.bus.receive(receiver, wait=wait):
+            if isinstance(message.body, dict) and message.body.get("handoff") == self.collab_id:
+                text = str(message.body["text"])
+                tokens = (len(text) + 3) // 4  # estimated: about four characters per token
+                self.log(receiver, EventType.CONTEXT_LOAD,
+                         {"source": "handoff", "type": "handoff_in", "from_agent": message.sender,
+                          "characters": len(text)}, tokens_input=tokens)
+                taken.append((message.sender, text))
+                message.acknowledge()
+        return taken
 
     def finish(self, status: SessionStatus = SessionStatus.COMPLETED) -> dict[str, Any]:
         """End the sessions of this process and return the combined report of all that share the id."""
@@ -79,60 +77,78 @@ class Collaboration:
         return combined_report(self.optimizer, self.collab_id)
 
 
-def sessions_of(optimizer: SessionOptimizer, collab_id: str) -> list[Session]:
-    """All sessions of a collaboration in the store, oldest first."""
-    found = optimizer.list_sessions(limit=sys.maxsize)
-    return [session for session in reversed(found) if session.metadata.get("collab_id") == collab_id]
+def sessions_of(optimizer: SessionOptimizer, collab_id: str = "") -> dict[str, list[Session]]:
+    """The sessions of one collaboration, or of each, by its id; oldest first."""
+    found: dict[str, list[Session]] = defaultdict(list)
+    for session in reversed(optimizer.list_sessions(limit=sys.maxsize)):
+        name = str(session.metadata.get("collab_id") or "")
+        if name and collab_id in ("", name):
+            found[name].append(session)
+    return found
+
+
+def path_read(session: Session, path: str) -> str:
+    """A file's path as others know it: relative to the worktree where the session has one."""
+    worktree = str(session.metadata.get("worktree") or "")
+    return os.path.relpath(path, worktree) if worktree and path.startswith(worktree + os.sep) else path
 
 
 def combined_report(optimizer: SessionOptimizer, collab_id: str) -> dict[str, Any]:
-    """Tokens, waste, USD and efficiency of the collaboration and of each agent, and the files that more than
+    """Tokens, waste, USD and efficiency of the collaboration and of each session, and the files that more than
     one agent read: no waste by itself, since contexts are apart, but what a better handoff could save."""
     agents, readers = {}, defaultdict(set)
-    for session in sessions_of(optimizer, collab_id):
+    for session in sessions_of(optimizer, collab_id)[collab_id]:
         report = optimizer.analyze(session.id)
-        agents[session.id] = {"agent": session.agent, "role": session.metadata["role"],
+        agent = session.metadata.get("crew_agent") or session.agent
+        agents[session.id] = {"agent": agent, "role": session.metadata.get("role") or session.metadata.get("task_id", ""),
                               "tokens": report.total_tokens, "waste_tokens": report.total_waste_tokens,
                               "cost": report.estimated_cost, "efficiency": report.efficiency_score}
         for event in session.events:
             if event.event_type is EventType.FILE_READ and event.data.get("file_path"):
-                readers[event.data["file_path"]].add(session.id)
+                readers[path_read(session, event.data["file_path"])].add(agent)
     rows = list(agents.values())
     tokens, waste = sum(row["tokens"] for row in rows), sum(row["waste_tokens"] for row in rows)
     return {"collab_id": collab_id, "agents": agents, "total_tokens": tokens, "waste_tokens": waste,
             "cost": sum(row["cost"] for row in rows),
             "combined_efficiency": 100 * (1 - waste / tokens) if tokens else 100.0,
-            "shared_files": sorted(path for path, ids in readers.items() if len(ids) > 1)}
+            "shared_files": sorted(path for path, names in readers.items() if len(names) > 1)}
 
 
-def demo(optimizer: SessionOptimizer) -> None:
-    """A planner, a builder and a tester on one feature."""
-    collab = Collaboration(optimizer, "Build the login")
-    collab.join("FORGE", "planner", "opus")
-    collab.join("ATLAS", "builder", "sonnet")
-    collab.join("BOLT", "tester", "grok")
-    collab.log("FORGE", EventType.FILE_READ, {"file_path": "src/auth.py"}, tokens_input=1_200)
-    collab.log("FORGE", EventType.AI_RESPONSE, tokens_output=1_500)
-    collab.handoff("FORGE", "ATLAS", "Specification: sign in by e-mail, lock after five failures. " * 10)
-    for _ in range(2):
-        collab.log("ATLAS", EventType.FILE_READ, {"file_path": "src/auth.py"}, tokens_input=1_200)
-    collab.log("ATLAS", EventType.FILE_WRITE, {"file_path": "src/login.py"}, tokens_output=2_000)
-    collab.handoff("ATLAS", "BOLT", "Built src/login.py; run tests/test_login.py.")
-    collab.log("BOLT", EventType.TOOL_CALL, {"tool": "bash", "command": "pytest tests"}, tokens_input=300)
-    result = collab.finish()
-    for row in result["agents"].values():
-        print(f"{row['agent']:<8}{row['role']:<9}{row['tokens']:>7,} tokens {row['efficiency']:>6.1f}%")
-    print(f"{'together':<17}{result['total_tokens']:>7,} tokens {result['combined_efficiency']:>6.1f}%")
-    print(f"read by more than one agent: {', '.join(result['shared_files'])}")
+def print_report(report: dict[str, Any]) -> None:
+    """The report for people."""
+    for row in report["agents"].values():
+        print(f"{plain(row['agent'], 16):<17}{plain(row['role'], 16):<17}{row['tokens']:>10,} tokens ${row['cost']:>8.4f} "
+              f"{row['efficiency']:>6.1f}%")
+    print(f"{'together':<34}{report['total_tokens']:>10,} tokens ${report['cost']:>8.4f} {report['combined_efficiency']:>6.1f}%")
+    for path in report["shared_files"]:
+        print(f"read by more than one agent: {plain(path)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demonstration and return 0."""
-    parser = argparse.ArgumentParser(description="Track several agents on one task.")
-    parser.add_argument("--store", metavar="DIR", help="keep the sessions there (default: a temporary store)")
+    """Report on a collaboration; 1 when there is none of that id."""
+    parser = argparse.ArgumentParser(description="What several agents on one task cost together.")
+    parser.add_argument("collab_id", nargs="?", metavar="COLLAB_ID", help="a collaboration (default: list them)")
+    parser.add_argument("--store", metavar="DIR", help="the store (default: as for sessionoptimizer)")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        demo(SessionOptimizer(options.store or scratch))
+    try:
+        optimizer = SessionOptimizer(options.store)
+        found = sessions_of(optimizer, options.collab_id or "")
+        if options.collab_id and options.collab_id not in found:
+            print(f"collaboration: no session has the collab_id {options.collab_id!r}", file=sys.stderr)
+            return 1
+        reports = [combined_report(optimizer, name) for name in found]
+    except SessionOptimizerError as error:
+        print(f"collaboration: {error}", file=sys.stderr)
+        return 1
+    if options.format == "json":
+        print(json.dumps(reports[0] if options.collab_id else reports, indent=2))
+    elif options.collab_id:
+        print_report(reports[0])
+    else:
+        for report in reports:
+            print(f"{plain(report['collab_id'], 30):<31}{len(report['agents']):>4} sessions {report['total_tokens']:>12,} tokens "
+                  f"${report['cost']:>9.4f} {report['combined_efficiency']:>6.1f}%")
     return 0
 
 

@@ -57,7 +57,7 @@ def retry_with_tracking(optimizer: SessionOptimizer, session_id: str, *,
     them 3 attempts, and pauses that double from 0.5 s on, each up to 0.5 s longer, so that many do not come back at one moment.
     """
     settings = {"stop": tenacity.stop_after_attempt(3),
-                "wait": tenacity.wait_exponential_jitter(initial=0.5, max=LONGEST_WAIT, jitter=0.5), **how}
+                "wait": tenacity.wait_exponential(multiplier=0.5, max=LONGEST_WAIT) + tenacity.wait_random(0, 0.5), **how}
 
     def decorate(function: Callable) -> Callable:
         note = functools.partial(log_error, optimizer, session_id, operation=function.__name__)

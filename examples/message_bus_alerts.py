@@ -4,8 +4,9 @@
     python3 examples/message_bus_alerts.py [--session ID | --since 2026-01-31] [--to TARGET] [--threshold 70] [--summary]
 
 TARGET is ``-`` (stdout, the default), a file that gets one JSON object per line, an http(s) URL that gets the same object by
-POST (its ``text`` is what chat webhooks show), or the queue of a crew: ``bus:FILE`` or a ``redis://`` URL with the crew's name
-behind a ``#``. There the alert is a note to the worker whose session it was, else to all: it goes with the next prompt.
+POST (its ``text`` is what chat webhooks show), or the queue of a crew: ``bus:FILE``, or a Redis URL with the crew's name
+in it (``redis://HOST#crew:NAME``). There the alert is a note to the worker whose session it was, else to all: it goes with the
+next prompt.
 Priorities: HIGH below 50%, MEDIUM below the threshold, LOW for a summary.
 """
 from __future__ import annotations
@@ -52,10 +53,10 @@ def to_webhook(url: str, message: Message) -> None:
         pass
 
 
-def to_crew(where: str, name: str, message: Message) -> None:
+def to_crew(where: str, message: Message) -> None:
     """Send a message as a note on a crew's bus, once however often it is tried; OSError when the bus cannot be had."""
     try:
-        with open_bus(where, name=name) as bus:
+        with open_bus(where, name="crew:crew") as bus:
             bus.send("alerts", message.get("agent") or ALL, f"{message['subject']}\n{message['text']}",
                      priority=PRIORITIES.get(message["priority"], 50),
                      message_id=f"{message['session_id']}:{message['subject']}" if message["session_id"] else "")
@@ -70,10 +71,9 @@ def bus_to(target: str) -> Bus:
     if target.startswith(("http://", "https://")):
         return functools.partial(to_webhook, target)
     if target.startswith("bus:"):
-        return functools.partial(to_crew, target[4:], "")
+        return functools.partial(to_crew, target[4:])
     if target.startswith(("redis://", "rediss://", "unix://")):
-        where, _, name = target.partition("#")
-        return functools.partial(to_crew, where, f"crew:{name or 'crew'}")
+        return functools.partial(to_crew, target)
     if "://" in target:
         raise ValueError(f"cannot send to {target}: give an http(s) URL, bus:FILE, a redis:// URL, a file, or -")
     return functools.partial(to_file, target)

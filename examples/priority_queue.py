@@ -1,148 +1,156 @@
 #!/usr/bin/env python3
-"""Work through a queue of tasks, the most urgent first, a session for each, and see what each priority costs.
+"""A queue of commands on disk: the most urgent first, a session for each, and what each priority costs.
 
-    python3 examples/priority_queue.py [--store DIR]
+    python3 examples/priority_queue.py add QUEUE ID [--priority 50] [--after ID] [--requires NAME] [--attempts 3] -- COMMAND...
+    python3 examples/priority_queue.py work QUEUE [--as NAME] [--can NAME] [--stay] [--store DIR]
+    python3 examples/priority_queue.py list QUEUE
 
-Tasks of equal priority keep their order. A task whose work raises ends as a FAILED session; the others go on.
+QUEUE is a file (SQLite) or a redis:// URL, the queue of examples/crew: as many workers as you like share it, one that is killed
+loses its task to the next, tasks of equal priority keep their order. A command runs in the directory it was added from, with its
+session in SESSIONOPTIMIZER_SESSION for ``sessionoptimizer log``; what fails is tried again while attempts are left.
 """
 from __future__ import annotations
 
 import argparse
-import heapq
-import itertools
 import os
 import sys
-import tempfile
+import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import EventType, SessionOptimizer, SessionStatus, mask_secrets  # noqa: E402
+if HERE not in sys.path:
+    sys.path.append(HERE)
+from crew import Bus, Claim, CrewError, Task, open_bus  # noqa: E402
+from crew.agents import Runner  # noqa: E402
+from sessionoptimizer import (EventType, SessionOptimizer, SessionOptimizerError, SessionStatus,  # noqa: E402
+                              mask_secrets, plain, slug)
+
+DONE, FAILED, NOT_ALL = 0, 1, 3
+LONGEST = 86_400.0  # seconds for one command
+IDLE_SECONDS = 1.0
 
 
-@dataclass
-class Task:
-    """Something to do; a larger ``priority`` is more urgent."""
+def run_task(optimizer: SessionOptimizer, claim: Claim, output: str) -> dict[str, Any]:
+    """Run one task's command in a session of its own: what it did, what it cost, how long it had waited (seconds)."""
+    task, began = claim.task, time.monotonic()
+    session = optimizer.start_session(claim.agent, task.title, session_id=slug(f"{task.id}-{claim.attempt}-{int(time.time())}"),
+                                      metadata={"task_id": task.id, "priority": task.priority, "attempt": claim.attempt})
+    runner, over = Runner(os.path.dirname(output)), threading.Event()
 
-    id: str
-    title: str
-    agent: str
-    priority: int = 50
-    model: str = "default"
+    def stay_alive() -> None:
+        while not over.wait(claim.bus.lease_seconds / 4):
+            if not claim.renew():
+                runner.lost.set()
 
-
-@dataclass
-class TaskResult:
-    """How a task went."""
-    task: Task
-    session_id: str
-    success: bool
-    tokens: int
-    efficiency: float
-    issues: int
-    waited_seconds: float
-
-
-class Queue(Protocol):
-    """Where tasks come from. To use your own, import it: ``from priorityqueue import PriorityQueue``."""
-
-    def pop(self) -> tuple[Task, float] | None:
-        """The most urgent task and the seconds it waited; None when nothing is left."""
-
-
-class TaskQueue:
-    """A queue in memory."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, float, Task]] = []
-        self._order = itertools.count()
-
-    def push(self, task: Task) -> None:
-        """Add a task."""
-        heapq.heappush(self._heap, (-task.priority, next(self._order), time.monotonic(), task))
-
-    def pop(self) -> tuple[Task, float] | None:
-        """The most urgent task (the first of equals) and the seconds it waited; None when nothing is left."""
-        if not self._heap:
-            return None
-        _, _, since, task = heapq.heappop(self._heap)
-        return task, time.monotonic() - since
-
-
-Work = Callable[[SessionOptimizer, str, Task], Any]  # does a task, logging to the session of this id
-
-
-def run_task(optimizer: SessionOptimizer, task: Task, work: Work, waited: float = 0.0) -> TaskResult:
-    """Do one task in a session of its own."""
-    session = optimizer.start_session(task.agent, task.title, model=task.model,
-                                      metadata={"task_id": task.id, "priority": task.priority})
-    status = SessionStatus.COMPLETED
+    thread = threading.Thread(target=stay_alive, daemon=True)
+    thread.start()
     try:
-        work(optimizer, session.id, task)
-    except Exception as error:  # one task's failure must not stop the queue
-        status = SessionStatus.FAILED
-        optimizer.log_event(session.id, EventType.ERROR,
-                            {"tool": "task", "message": mask_secrets(str(error))[:300],
-                             "error_type": type(error).__name__})
-    optimizer.end_session(session.id, status)
+        ended = runner.run(task.data["command"], task.data["cwd"], LONGEST, output, environment={
+            "SESSIONOPTIMIZER_HOME": os.path.abspath(str(optimizer.storage_path)), "SESSIONOPTIMIZER_SESSION": session.id})
+    finally:
+        over.set()
+        thread.join()
+    if ended.status != 0:
+        optimizer.log_event(session.id, EventType.ERROR, {"command": mask_secrets(" ".join(task.data["command"]))[:200],
+                                                          "message": mask_secrets(ended.tail)[-300:]})
+    optimizer.end_session(session.id, SessionStatus.FAILED if ended.status else SessionStatus.COMPLETED)
     report = optimizer.analyze(session.id)
-    return TaskResult(task, session.id, status is SessionStatus.COMPLETED, report.total_tokens,
-                      report.efficiency_score, len(report.issues), waited)
+    return {"task": task.id, "priority": task.priority, "session": session.id, "success": ended.status == 0, "error": ended.tail,
+            "tokens": report.total_tokens, "cost": report.estimated_cost, "efficiency": report.efficiency_score,
+            "seconds": time.monotonic() - began}
 
 
-def run_queue(optimizer: SessionOptimizer, queue: Queue, work: Work) -> list[TaskResult]:
-    """Do all tasks, those that are added meanwhile too, in order of priority."""
-    return [run_task(optimizer, task, work, waited) for task, waited in iter(queue.pop, None)]
+def work_off(optimizer: SessionOptimizer, bus: Bus, name: str, able: list[str], *, stay: bool = False) -> list[dict[str, Any]]:
+    """Do tasks until none is left that could become ours (``stay``: for ever); what ``run_task`` said of each."""
+    results = []
+    folder = os.path.join(str(optimizer.storage_path), "commands")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    while True:
+        claim = bus.claim(name, able)
+        if claim is not None:
+            output = os.path.join(folder, f"{slug(claim.task.id)}-{claim.attempt}.log")
+            results.append(run_task(optimizer, claim, output))
+            settled = bus.complete(claim, results[-1]) if results[-1]["success"] else bus.fail(claim, results[-1]["error"][-300:])
+            print(f"{claim.task.priority:>4} {plain(claim.task.id, 20):<20} {results[-1]['tokens']:>9,} tokens "
+                  f"{results[-1]['seconds']:>8.1f} s {'done' if results[-1]['success'] else 'failed'}"
+                  + ("" if settled else ", too late: another worker has it"), flush=True)
+        elif stay or any(state.status in ("READY", "WAITING", "CLAIMED") and set(state.task.requires) <= set(able)
+                         for state in bus.tasks()):
+            time.sleep(IDLE_SECONDS)
+        else:
+            return results
 
 
-def statistics(results: list[TaskResult]) -> dict[int, dict[str, float]]:
-    """By priority, most urgent first: tasks, successes, tokens, mean efficiency, longest wait (seconds)."""
+def statistics(results: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """By priority, most urgent first: runs, successes, tokens, USD, mean efficiency (percent), longest run (seconds)."""
     groups = defaultdict(list)
     for result in results:
-        groups[result.task.priority].append(result)
-    return {priority: {"tasks": len(group), "succeeded": sum(result.success for result in group),
-                       "tokens": sum(result.tokens for result in group),
-                       "average_efficiency": sum(result.efficiency for result in group) / len(group),
-                       "longest_wait": max(result.waited_seconds for result in group)}
+        groups[result["priority"]].append(result)
+    return {priority: {"runs": len(group), "succeeded": sum(row["success"] for row in group),
+                       "tokens": sum(row["tokens"] for row in group), "cost": sum(row["cost"] for row in group),
+                       "average_efficiency": sum(row["efficiency"] for row in group) / len(group),
+                       "longest": max(row["seconds"] for row in group)}
             for priority, group in sorted(groups.items(), reverse=True)}
 
 
-def demo(optimizer: SessionOptimizer) -> None:
-    """Four tasks, one of which fails."""
-    queue = TaskQueue()
-    queue.push(Task("t1", "Write the API page", "ATLAS", 50, "sonnet"))
-    queue.push(Task("t2", "Fix the login", "BOLT", 90, "grok"))
-    queue.push(Task("t3", "Review the patch", "FORGE", 70, "opus"))
-    queue.push(Task("t4", "Update the index", "ATLAS", 50))
+def add(options: argparse.Namespace, bus: Bus) -> int:
+    """Put a command into the queue."""
+    bus.submit(Task(options.id, " ".join(options.command)[:100], priority=options.priority, after=tuple(options.after),
+                    requires=tuple(options.requires), max_attempts=options.attempts,
+                    data={"command": options.command, "cwd": os.getcwd()}))
+    return DONE
 
-    def work(optimizer: SessionOptimizer, session_id: str, task: Task) -> None:
-        for _ in range(2 if task.id == "t1" else 1):
-            optimizer.log_event(session_id, EventType.FILE_READ, {"file_path": "src/a.py"}, tokens_input=600)
-        optimizer.log_event(session_id, EventType.AI_RESPONSE, tokens_output=900)
-        if task.id == "t4":
-            raise RuntimeError("the index is locked")
 
-    results = run_queue(optimizer, queue, work)
-    for result in results:
-        print(f"{result.task.priority:>3} {result.task.title:<20}{result.tokens:>6,} tokens "
-              f"{result.efficiency:>6.1f}% {'done' if result.success else 'failed'}")
+def work(options: argparse.Namespace, bus: Bus) -> int:
+    """Do what is in the queue; NOT_ALL when a task is FAILED in the end."""
+    results = work_off(SessionOptimizer(options.store), bus, options.name, options.can, stay=options.stay)
     for priority, row in statistics(results).items():
-        print(f"priority {priority}: {row['succeeded']} of {row['tasks']} done, {row['tokens']:,} tokens, "
-              f"{row['average_efficiency']:.1f}% efficient")
+        print(f"priority {priority}: {row['succeeded']} of {row['runs']} runs succeeded, {row['tokens']:,} tokens, "
+              f"${row['cost']:.4f}, {row['average_efficiency']:.1f}% efficient")
+    return NOT_ALL if any(state.status == "FAILED" for state in bus.tasks()) else DONE
+
+
+def show(options: argparse.Namespace, bus: Bus) -> int:
+    """Print how every task stands."""
+    for state in bus.tasks():
+        print(f"{state.status:<8}{state.task.priority:>4} {plain(state.task.id, 20):<20} {plain(state.task.title, 60)}"
+              + (f"  ({plain(state.error, 80)})" if state.status == "FAILED" else ""))
+    return DONE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demonstration and return 0."""
-    parser = argparse.ArgumentParser(description="Run tasks by priority with a session for each.")
-    parser.add_argument("--store", metavar="DIR", help="keep the sessions there (default: a temporary store)")
+    """Run a command of the queue."""
+    parser = argparse.ArgumentParser(description="A queue of commands, the most urgent first.")
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for function, name in ((add, "add"), (work, "work"), (show, "list")):
+        one = commands.add_parser(name, help=function.__doc__.split("\n")[0])
+        one.set_defaults(function=function)
+        one.add_argument("queue", metavar="QUEUE", help="a file, or a redis:// URL")
+    adding, working = commands.choices["add"], commands.choices["work"]
+    adding.add_argument("id", metavar="ID")
+    adding.add_argument("--priority", type=int, default=50, metavar="N", help="larger is more urgent (50)")
+    adding.add_argument("--after", action="append", default=[], metavar="ID", help="only when this task is done")
+    adding.add_argument("--requires", action="append", default=[], metavar="NAME", help="what a worker has to be able to do")
+    adding.add_argument("--attempts", type=int, default=3, metavar="N", help="try at most N times (3)")
+    adding.add_argument("command", nargs="+", metavar="COMMAND")
+    working.add_argument("--as", dest="name", default=f"worker-{os.getpid()}", metavar="NAME", help="the worker's name")
+    working.add_argument("--can", action="append", default=[], metavar="NAME", help="what this worker can do")
+    working.add_argument("--stay", action="store_true", help="wait for more when the queue is empty")
+    working.add_argument("--store", metavar="DIR", help="where the sessions go (default: as for sessionoptimizer)")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        demo(SessionOptimizer(options.store or scratch))
-    return 0
+    try:
+        with open_bus(options.queue, name="priority-queue") as bus:
+            return options.function(options, bus)
+    except (CrewError, OSError, SessionOptimizerError) as error:
+        print(f"priority_queue: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ import ci_report  # noqa: E402
 import claude_code_hooks as hooks  # noqa: E402
 import collaboration  # noqa: E402
 import context_compressor as compressor  # noqa: E402
-import error_recovery as recovery  # noqa: E402
 import export_otlp  # noqa: E402
 import knowledge_base  # noqa: E402
 import message_bus_alerts as bus  # noqa: E402
 import monitor  # noqa: E402
-import priority_queue as tasks  # noqa: E402
 import selftest  # noqa: E402
 import token_tracker  # noqa: E402
+from crew import Task, open_bus  # noqa: E402
 from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer,  # noqa: E402
                               SessionStatus, Severity)
 
@@ -44,26 +43,20 @@ pytestmark = pytest.mark.filterwarnings("error")
 TIMEOUT = 30  # seconds for one program
 
 INTEGRATIONS = {
-    "token_tracker": [
-        "synced: 0 tokens in, 0 out",
-        "tracker: 5,000 in, 2,000 out",
-        "session: 5,000 in, 2,000 out",
-    ],
     "context_compressor": ["sessionoptimizer.py: ", "tokens (estimated)", "saved: ", "issues: 0"],
-    "error_recovery": [
-        "fetched: index v2",
-        "fetch: ConnectionError, retry, recovered: True, attempts: 3",
-        "parse: ValueError, fallback, recovered: True",
-    ],
-    "message_bus_alerts": ["[HIGH] Low efficiency: FORGE", "[LOW] Session summary: FORGE"],
-    "agent_health": ['"efficiency_score": 60.0', "ATLAS: WARNING, 3 sessions"],
-    "collaboration": ["together", "read by more than one agent: src/auth.py"],
-    "priority_queue": [" 90 Fix the login", "priority 50: 1 of 2 done"],
     "knowledge_base": ["best match: JWT", "REPEATED_SEARCH"],
-    "complete_workflow": ["1. Start the session", "10. Report health", "tests: 3 passed", "FORGE: HEALTHY"],
+    "complete_workflow": [
+        "docs: merged, login: merged, ci: protected",
+        "together               3 sessions      6,600 tokens $0.0900, +2 -0 lines",
+        "3 of 3 sessions below 80%",
+        "10. Keep what was learned",
+    ],
 }
+# What works on what is in a store, a file or a queue.
+PROGRAMS = ("token_tracker", "error_recovery", "message_bus_alerts", "agent_health", "collaboration", "priority_queue")
 EXPLAINED = (
     *INTEGRATIONS,
+    *PROGRAMS,
     "dashboard",
     "monitor",
     "ci_report",
@@ -162,8 +155,10 @@ def test_store_keeps_the_sessions_and_runs_twice(name, tmp_path):
     assert len(ended) >= 2 and all(session.status is not SessionStatus.ACTIVE for session in ended)
 
 
-@pytest.mark.parametrize("name", [*INTEGRATIONS, "monitor", "ci_report", "selftest", "export_otlp", "claude_code_hooks"])
+@pytest.mark.parametrize("name", [*INTEGRATIONS, *PROGRAMS, "monitor", "ci_report", "selftest", "export_otlp", "claude_code_hooks"])
 def test_help_and_a_bad_option(name, capsys):
+    if name == "error_recovery":
+        pytest.importorskip("tenacity", reason="tenacity is missing: pip install -e '.[recovery]'")
     for option, status in (("--help", 0), ("--no-such-option", 2)):
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(name).main([option])
@@ -171,15 +166,13 @@ def test_help_and_a_bad_option(name, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", INTEGRATIONS)
+@pytest.mark.parametrize("name", [*INTEGRATIONS, *PROGRAMS])
 def test_a_program_stays_small_and_explains_itself(name):
     with open(os.path.join(HERE, name + ".py"), encoding="utf-8") as file:
         text = file.read()
     tree = ast.parse(text)
-    assert 40 <= len(text.splitlines()) <= 150
+    assert 40 <= len(text.splitlines()) <= 250
     assert f"python3 examples/{name}.py" in ast.get_docstring(tree)
-    if name != "complete_workflow":
-        assert re.search(r"import it[ :(]|import it\n|library of your own instead|import it instead", text)
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
@@ -194,33 +187,118 @@ def test_the_table_names_every_program():
 
 # ---- Token tracker ----
 
+# What ccusage 20.0.26 printed for three of the samples (`ccusage claude session --json`, `ccusage session --json`). It counts the
+# sub-agent whose file lies beside the session's own as a session of its own, so the last one differs.
+CCUSAGE = {
+    "sessions": [
+        {
+            "sessionId": "f714ed36-6704-5270-9cc6-0bb8ff3d909d", "inputTokens": 108, "outputTokens": 569,
+            "cacheCreationTokens": 15113, "cacheReadTokens": 569459, "totalCost": 0.4506245000000001,
+        },
+        {
+            "sessionId": "dc5caaa6-2c15-540c-8204-baa120fdf75f", "inputTokens": 24, "outputTokens": 91,
+            "cacheCreationTokens": 10542, "cacheReadTokens": 121234, "totalCost": 0.168432,
+        },
+        {
+            "sessionId": "3bb8a77a-323f-513f-ba8d-8e650bc7675d", "inputTokens": 12, "outputTokens": 59,
+            "cacheCreationTokens": 5274, "cacheReadTokens": 60600, "totalCost": 0.084575,
+        },
+    ]
+}
+CCUSAGE_SESSIONS = {"session": [{**{k: v for k, v in row.items() if k != "sessionId"}, "period": row["sessionId"]}
+                                for row in CCUSAGE["sessions"]]}
+F714 = CCUSAGE["sessions"][0]["sessionId"]
+
+
+def litellm_rows(session_id, **change):
+    """One request as LiteLLM 1.106 logs it (StandardLoggingPayload), and one as its spend log has it."""
+    detail = {"prompt_tokens": 500, "completion_tokens": 4, "cache_read_input_tokens": 400, "cache_creation_input_tokens": 97}
+    row = {"prompt_tokens": 500, "completion_tokens": 4, "status": "success", "metadata": {"usage_object": detail}}
+    first = dict(row, response_cost=0.25, end_user=f"user_0f_account_{F714}_session_{session_id}", session_id="", **change)
+    second = dict(row, spend=0.5, metadata=json.dumps(row["metadata"]), session_id=session_id, end_user=None)
+    failed = dict(first, status="failure", prompt_tokens=9_999)
+    return [first, second, failed]
+
+
+def otel_export(session_id, temporality, *exports):
+    """Claude Code's metrics as OTLP/JSON, one line per export."""
+    lines = []
+    for figures in exports:
+        points = [
+            {
+                "attributes": [{"key": "session.id", "value": {"stringValue": session_id}},
+                               {"key": "type", "value": {"stringValue": kind}}],
+                "startTimeUnixNano": "1", "asDouble": value,
+            }
+            for kind, value in figures.items()
+        ]
+        cost = {"attributes": points[0]["attributes"][:1], "startTimeUnixNano": "1", "asDouble": 0.25}
+        metrics = [
+            {"name": "claude_code.token.usage", "sum": {"aggregationTemporality": temporality, "dataPoints": points}},
+            {"name": "claude_code.cost.usage", "sum": {"aggregationTemporality": temporality, "dataPoints": [cost]}},
+            {"name": "claude_code.session.count", "sum": {"dataPoints": [{"attributes": [], "asInt": "1"}]}},
+        ]
+        lines.append(json.dumps({"resourceMetrics": [{"resource": {}, "scopeMetrics": [{"metrics": metrics}]}]}))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("report", [CCUSAGE, CCUSAGE_SESSIONS], ids=["claude session", "session"])
+def test_ccusage_is_reconciled_to_the_token_and_a_difference_is_told(tmp_path, report):
+    optimizer = SessionOptimizer(str(tmp_path / "store"))
+    optimizer.scan([os.path.join(SAMPLES, "claude-code")])
+    status, output, _ = run("token_tracker", "ccusage", "-", "--store", tmp_path / "store", stdin=json.dumps(report))
+    assert status == 3 and "2 of 3 sessions agree to the token" in output
+    rows = {row["session"]: row for row in token_tracker.reconcile(optimizer, token_tracker.from_ccusage(json.dumps(report)))}
+    assert rows[F714]["equal"] and rows[F714]["ours"].cost == pytest.approx(rows[F714]["theirs"].cost, abs=1e-9)
+    apart = rows["3bb8a77a-323f-513f-ba8d-8e650bc7675d"]
+    assert apart["ours"].tokens() == [21, 7462, 77072, 104]  # with the sub-agent
+    two = {"sessions": report.get("sessions", [])[:2], "session": report.get("session", [])[:2]}
+    assert run("token_tracker", "ccusage", "-", "--store", tmp_path / "store", stdin=json.dumps(two))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("litellm", json.dumps(litellm_rows("a1b2c3d4-0000-4000-8000-000000000001"))),
+        ("litellm", "\n".join(map(json.dumps, litellm_rows("a1b2c3d4-0000-4000-8000-000000000001")))),
+        ("otel", otel_export("a1b2c3d4-0000-4000-8000-000000000001", 1, {"input": 2, "output": 5, "cacheRead": 800},
+                             {"input": 4, "output": 3, "cacheCreation": 194})),
+        ("otel", otel_export("a1b2c3d4-0000-4000-8000-000000000001", 2, {"input": 2, "output": 5, "cacheRead": 800},
+                             {"input": 6, "output": 8, "cacheRead": 800, "cacheCreation": 194})),
+    ],
+    ids=["litellm array", "litellm lines", "otel delta", "otel cumulative"],
+)
+def test_classes_do_not_overlap_whoever_counted(source, text):
+    ((session_id, usage),) = token_tracker.SOURCES[source](text).items()
+    assert session_id == "a1b2c3d4-0000-4000-8000-000000000001"
+    assert usage.tokens() == [6, 194, 800, 8]
+    assert usage.cost == {"litellm": 0.75, "otel": 0.5 if '"aggregationTemporality": 1' in text else 0.25}[source]
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[1]", '{"sessions": [{"sessionId": "x"}]}', '[{"metadata": "{"}]'])
+def test_what_no_tracker_wrote_is_named(text, tmp_path):
+    sources = ["ccusage"] if "sessionId" in text else ["litellm"] if "metadata" in text else ["ccusage", "litellm", "otel"]
+    for source in sources:
+        status, output, errors = run("token_tracker", source, "-", "--store", tmp_path, stdin=text)
+        assert (status, "is not what" in errors) == (1, True) or (text == "" and status == 0)
+
+
+def test_a_session_that_is_not_in_the_store_is_a_difference(tmp_path):
+    text = json.dumps({"sessions": [dict(CCUSAGE["sessions"][0], sessionId="../../etc/passwd")]})
+    status, output, _ = run("token_tracker", "ccusage", "-", "--store", tmp_path, stdin=text)
+    assert status == 3 and "not in the store" in output
+
 
 def test_usage_is_counted_once_however_often_it_is_synced(optimizer, session):
-    tracker = token_tracker.MemoryTracker()
-    tracker.log_usage(session.id, "opus", 1_000, 300)
+    counted = token_tracker.Usage(uncached=900, cache_write=100, output=300)
     optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_input=400, tokens_output=300)
-    for added in (600, 0, 0):
-        assert token_tracker.sync_usage(optimizer, tracker, session.id).added_input == added
-    tracker.log_usage(session.id, "opus", 50, 7)
-    token_tracker.sync_usage(optimizer, tracker, session.id)
+    assert [token_tracker.sync_usage(optimizer, session.id, counted) for _ in range(3)] == [600, 0, 0]
+    counted.add(token_tracker.Usage(50, output=7))
+    token_tracker.sync_usage(optimizer, session.id, counted)
     assert (session.total_tokens_input, session.total_tokens_output) == (1_050, 307)
     assert len(events_of(optimizer, session.id, EventType.TOKEN_USAGE)) == 2
-
-
-def test_a_sync_from_another_process_is_seen(tmp_path, session):
-    tracker = token_tracker.MemoryTracker()
-    tracker.log_usage(session.id, "opus", 1_000, 300)
-    token_tracker.sync_usage(SessionOptimizer(str(tmp_path / "store")), tracker, session.id)
-    again = token_tracker.sync_usage(SessionOptimizer(str(tmp_path / "store")), tracker, session.id)
-    assert (again.added_input, again.added_output) == (0, 0)
-
-
-def test_events_beyond_the_tracker_are_told_and_nothing_is_logged(optimizer, session):
-    optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=90)
-    synced = token_tracker.sync_usage(optimizer, token_tracker.MemoryTracker(), session.id)
-    assert (synced.ahead_output, synced.added_output) == (90, 0)
-    assert not events_of(optimizer, session.id, EventType.TOKEN_USAGE)
-    assert token_tracker.sync_usage(optimizer, token_tracker.MemoryTracker(), "nobody") is None
+    assert token_tracker.sync_usage(optimizer, session.id, token_tracker.Usage()) == 0
+    assert token_tracker.sync_usage(optimizer, "nobody", counted) == 0
 
 
 # ---- Context compressor ----
@@ -348,6 +426,12 @@ def test_reads_are_logged_with_original_and_compressed_tokens(optimizer, session
 # ---- Error recovery ----
 
 
+@pytest.fixture
+def recovery():
+    pytest.importorskip("tenacity", reason="tenacity is missing: pip install -e '.[recovery]'")
+    return importlib.import_module("error_recovery")
+
+
 def flaky(failures, error=ConnectionError):
     """A function that fails so many times, and what it was called with."""
     calls = []
@@ -361,78 +445,90 @@ def flaky(failures, error=ConnectionError):
     return call, calls
 
 
-def test_backoff_doubles_up_to_the_limit(optimizer, session):
+def test_an_import_that_fails_says_which_extra(tmp_path):
+    (tmp_path / "tenacity.py").write_text("raise ImportError('not here')")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    command = [sys.executable, os.path.join(HERE, "error_recovery.py"), "--", "true"]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, timeout=TIMEOUT)
+    assert done.returncode == 1 and "sessionoptimizer[recovery]" in done.stderr.decode()
+
+
+def test_backoff_doubles_up_to_the_limit_and_every_attempt_is_told(recovery, optimizer, session):
     call, calls = flaky(4)
     pauses = []
-    tracked = recovery.retry_with_tracking(
-        optimizer, session.id, max_attempts=5, delay=1, max_delay=3, jitter=0, sleep=pauses.append
-    )(call)
+    wait = recovery.tenacity.wait_exponential(multiplier=1, max=3)
+    stop = recovery.tenacity.stop_after_attempt(5)
+    tracked = recovery.retry_with_tracking(optimizer, session.id, stop=stop, wait=wait, sleep=pauses.append)(call)
     assert tracked(21) == 42 and calls == [21] * 5
     assert pauses == [1, 2, 3, 3]
     (error,) = events_of(optimizer, session.id, EventType.ERROR)
-    assert (error.data["recovery_strategy"], error.data["recovered"], error.data["attempts"]) == (
-        "retry",
-        True,
-        5,
-    )
+    assert (error.data["recovery_strategy"], error.data["recovered"], error.data["attempts"]) == ("retry", True, 5)
     assert "hunter2secret" not in json.dumps(optimizer.get_session(session.id).to_dict())
-    assert [event.data["attempt"] for event in events_of(optimizer, session.id, EventType.CUSTOM)] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    told = [event.data for event in events_of(optimizer, session.id, EventType.CUSTOM)]
+    assert [(data["attempt"], data["delay_seconds"]) for data in told] == [(1, 1), (2, 2), (3, 3), (4, 3)]
     assert optimizer.analyze(session.id).issues == []
 
 
-def test_jitter_makes_pauses_longer_within_its_share():
-    delays = recovery.backoff_delays(50, 1.0, 1.0, 10.0, 0.5)
-    assert len(delays) == 49 and all(1.0 <= delay <= 1.5 for delay in delays) and len(set(delays)) > 1
-
-
-def test_no_attempt_left(optimizer, session):
+def test_no_attempt_left(recovery, optimizer, session):
     call, calls = flaky(9)
-    tracked = recovery.retry_with_tracking(optimizer, session.id, max_attempts=2, sleep=lambda seconds: None)(
-        call
-    )
     with pytest.raises(ConnectionError, match="no answer"):
-        tracked(1)
+        recovery.retry_with_tracking(optimizer, session.id, sleep=lambda seconds: None)(call)(1)
     (error,) = events_of(optimizer, session.id, EventType.ERROR)
-    assert len(calls) == 2 and error.data["recovered"] is False and error.data["attempts"] == 2
+    assert len(calls) == 3 and error.data["recovered"] is False and error.data["attempts"] == 3
 
 
-def test_a_bug_is_not_retried(optimizer, session):
-    call, calls = flaky(9, TypeError)
-    pauses = []
-    with pytest.raises(TypeError):
-        recovery.retry_with_tracking(optimizer, session.id, sleep=pauses.append)(call)(1)
-    (error,) = events_of(optimizer, session.id, EventType.ERROR)
-    assert (len(calls), pauses, error.data["recovery_strategy"]) == (1, [], "none")
+@pytest.mark.parametrize("error, retry_on, attempts", [(TypeError, (OSError,), 1), (TypeError, (TypeError,), 3)])
+def test_a_bug_is_not_retried_unless_it_is_named(recovery, optimizer, session, error, retry_on, attempts):
+    call, calls = flaky(9, error)
+    with pytest.raises(error):
+        recovery.retry_with_tracking(optimizer, session.id, retry_on=retry_on, sleep=lambda seconds: None)(call)(1)
+    (told,) = events_of(optimizer, session.id, EventType.ERROR)
+    assert (len(calls), told.data["recovery_strategy"]) == (attempts, "retry" if attempts > 1 else "none")
 
 
-def test_success_at_once_logs_nothing_and_the_name_stays(optimizer, session):
+def test_success_at_once_logs_nothing_and_the_name_stays(recovery, optimizer, session):
     call, _ = flaky(0)
     tracked = recovery.retry_with_tracking(optimizer, session.id)(call)
     assert tracked(1) == 2 and tracked.__name__ == "call"
     assert not events_of(optimizer, session.id, EventType.ERROR)
-    with pytest.raises(ValueError, match="at least 1"):
-        recovery.retry_with_tracking(optimizer, session.id, max_attempts=0)(call)(1)
 
 
-def test_tracking_and_fallback(optimizer, session):
+def test_tracking_and_fallback(recovery, optimizer, session):
     call, _ = flaky(9, KeyError)
     with pytest.raises(KeyError):
         recovery.with_session_tracking(optimizer, session.id)(call)(1)
-    assert (
-        recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: "spare")(call)(1)
-        == "spare"
-    )
+    assert recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: "spare")(call)(1) == "spare"
     with pytest.raises(ZeroDivisionError):
         recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: 1 / 0)(call)(1)
     assert [
         (e.data["recovery_strategy"], e.data["recovered"])
         for e in events_of(optimizer, session.id, EventType.ERROR)
     ] == [("none", False), ("fallback", True), ("fallback", False)]
+
+
+@pytest.mark.parametrize(
+    "fails, options, status, runs, strategies",
+    [
+        (2, [], 0, 3, [("retry", True)]),
+        (9, ["--attempts", "2"], 7, 2, [("retry", False)]),
+        (9, ["--on-status", "75"], 7, 1, [("none", False)]),
+        (1, ["--on-status", "7"], 0, 2, [("retry", True)]),
+        (0, [], 0, 1, []),
+    ],
+)
+def test_a_command_is_run_again_until_it_works(recovery, tmp_path, optimizer, fails, options, status, runs, strategies):
+    script = f"echo x >> {tmp_path}/runs; [ $(wc -l < {tmp_path}/runs) -gt {fails} ] || {{ echo no luck >&2; exit 7; }}"
+    store = ["--store", tmp_path / "store"]
+    assert run("error_recovery", *options, "--wait", "0.01", *store, "--", "sh", "-c", script)[0] == status
+    assert len((tmp_path / "runs").read_text().split()) == runs
+    (session,) = optimizer.list_sessions()
+    assert session.status is (SessionStatus.FAILED if status else SessionStatus.COMPLETED)
+    told = events_of(optimizer, session.id, EventType.ERROR)
+    assert [(event.data["recovery_strategy"], event.data["recovered"]) for event in told] == strategies
+    assert all("no luck" in event.data["message"] for event in told)
+    assert run("error_recovery", *store, "--session", "last", "--", "sh", "-c", "exit 0")[0] == 0
+    assert run("error_recovery", *store, "--session", "nobody", "--", "true")[0] == 1
+    assert run("error_recovery", *store, "--", "/no/such/command")[0] == 1
 
 
 # ---- Message bus ----
@@ -482,12 +578,35 @@ def test_a_file_gets_one_line_per_message(optimizer, session, tmp_path):
     path = tmp_path / "messages.jsonl"
     for _ in range(2):
         assert bus.send_session_summary(optimizer, session.id, bus.bus_to(str(path)))
-    assert [json.loads(line)["priority"] for line in path.read_text(encoding="utf-8").splitlines()] == [
-        "LOW",
-        "LOW",
-    ]
+    assert [json.loads(line)["priority"] for line in path.read_text(encoding="utf-8").splitlines()] == ["LOW", "LOW"]
     assert not bus.send_session_summary(optimizer, "nobody", bus.bus_to(str(path)))
-    assert run("message_bus_alerts", "--to", tmp_path / "no" / "such" / "file")[0] == 1
+
+
+def test_on_a_crews_bus_an_alert_is_a_note_to_the_worker_and_comes_once(optimizer, session, tmp_path):
+    worker = optimizer.start_session("FORGE", "Crew", session_id="crewed", metadata={"crew_agent": "forge-2"})
+    for one in (session, worker):
+        wasteful(optimizer, one.id, 4)
+    for _ in range(2):
+        status, _, errors = run("message_bus_alerts", "--store", tmp_path / "store", "--to", f"bus:{tmp_path}/queue.db")
+        assert (status, "2 of 2 sessions told" in errors) == (0, True)
+    with open_bus(str(tmp_path / "queue.db")) as queue:
+        (for_all,) = queue.receive("forge-1")
+        mine = queue.receive("forge-2")
+    assert for_all.to == "*" and [message.to for message in mine] == ["*", "forge-2"]
+    assert all("Low efficiency" in message.body and message.priority == 90 for message in mine)
+
+
+def test_alerts_of_the_sessions_in_a_store(optimizer, session, tmp_path):
+    wasteful(optimizer, session.id, 4)
+    store = ["--store", tmp_path / "store"]
+    status, output, errors = run("message_bus_alerts", *store, "--summary")
+    assert (status, errors) == (0, "2 messages sent\n") and "[HIGH] Low efficiency: FORGE" in output and "[LOW]" in output
+    assert run("message_bus_alerts", *store, "--since", "2999-01-01")[1:] == ("", "0 of 0 sessions told\n")
+    assert run("message_bus_alerts", *store, "--session", session.id, "--threshold", "10")[1] == ""
+    for wrong in (["--to", tmp_path / "no" / "such" / "file"], ["--since", "soon"], ["--to", "ftp://example.com/x"],
+                  ["--to", f"bus:{tmp_path}/store/sessions"]):
+        status, _, errors = run("message_bus_alerts", *store, *wrong)
+        assert status == 1 and "not sent" in errors
 
 
 # ---- Agent health ----
@@ -508,82 +627,94 @@ def test_health_status(average, status):
     assert agent_health.health_status(average) == status
 
 
-def test_metrics_reach_the_monitor(optimizer, session):
-    seen = []
-
-    class Sink:
-        def report_session(self, agent, metrics):
-            seen.append((agent, metrics))
-
+def test_metrics_of_a_session(optimizer, session):
     wasteful(optimizer, session.id, 2)
     optimizer.log_event(session.id, EventType.ERROR, {"message": "x"})
-    agent_health.report_session(optimizer, Sink(), session.id)
-    ((agent, metrics),) = seen
-    assert agent == "FORGE" and metrics["waste_tokens"] == 1_000 and metrics["error_rate"] == 20.0
+    metrics = agent_health.session_metrics(optimizer, session.id)
+    assert (metrics["agent"], metrics["waste_tokens"], metrics["error_rate"]) == ("FORGE", 1_000, 20.0)
     assert agent_health.session_metrics(optimizer, "nobody") is None
     assert agent_health.health_summary(optimizer, "FORGE")["status"] == "CRITICAL"
     assert agent_health.health_summary(optimizer, "NOBODY")["status"] == "UNKNOWN"
+
+
+def test_the_health_of_all_agents_and_of_a_crews_workers(optimizer, session, tmp_path):
+    store = ["--store", tmp_path / "store"]
+    wasteful(optimizer, session.id, 1)
+    assert run("agent_health", *store)[:2] == (0, "FORGE: HEALTHY, 1 sessions in 7 days, average efficiency 100.0%, "
+                                                  "trend insufficient_data\n")
+    with open_bus(str(tmp_path / "queue.db"), lease_seconds=0.05) as queue:
+        for name in ("a", "b", "c", "d"):
+            queue.submit(Task(name, name, max_attempts=1))
+        queue.claim("dead")
+        time.sleep(0.1)
+        queue.complete(queue.claim("fit"), 1)
+        queue.fail(queue.claim("weak"), "tests: no")
+        assert queue.claim("fit").task.id == "d"
+    status, output, _ = run("agent_health", *store, "--queue", tmp_path / "queue.db", "--format", "json")
+    workers = {row["agent"]: (row["status"], row["done"], row["holds"]) for row in json.loads(output)["workers"]}
+    assert workers == {"dead": ("CRITICAL", 0, []), "fit": ("HEALTHY", 1, ["d"]), "weak": ("WARNING", 0, [])}
+    assert status == 3 and run("agent_health", *store, "--queue", tmp_path / "nothing.db")[0] == 1
+    assert not (tmp_path / "nothing.db").exists()
 
 
 # ---- Collaboration ----
 
 
 def test_agents_of_different_processes_share_one_collaboration(tmp_path):
-    first = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", collab_id="c1")
-    second = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", collab_id="c1")
-    other = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", collab_id="c2")
-    first.join("A", "planner")
-    second.join("B", "builder")
-    other.join("C", "builder")
+    def join(collab_id, agent, role):
+        collab = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", None, collab_id=collab_id)
+        collab.join(agent, role)
+        return collab
+
+    first, second, other = join("c1", "A", "planner"), join("c1", "B", "builder"), join("c2", "C", "builder")
     for collab, agent, reads in ((first, "A", 1), (second, "B", 3), (other, "C", 1)):
         for _ in range(reads):
             collab.log(agent, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=1_000)
     first.finish()
     result = second.finish()
-    assert (result["total_tokens"], result["waste_tokens"], result["combined_efficiency"]) == (
-        4_000,
-        2_000,
-        50.0,
-    )
+    assert (result["total_tokens"], result["waste_tokens"], result["combined_efficiency"]) == (4_000, 2_000, 50.0)
     assert [row["agent"] for row in result["agents"].values()] == ["A", "B"]
     assert result["shared_files"] == ["a.py"]
+    status, output, _ = run("collaboration", "c1", "--store", tmp_path)
+    assert status == 0 and "together" in output and "read by more than one agent: a.py" in output
+    assert [line.split()[0] for line in run("collaboration", "--store", tmp_path)[1].splitlines()] == ["c1", "c2"]
+    assert json.loads(run("collaboration", "c1", "--store", tmp_path, "--format", "json")[1])["agents"] == result["agents"]
+    assert run("collaboration", "c3", "--store", tmp_path)[0] == 1
 
 
-def test_a_handoff_is_delivered_and_costs_its_receiver(optimizer):
-    collab = collaboration.Collaboration(optimizer, "Task")
-    one, two = collab.join("A", "planner"), collab.join("B", "builder")
-    collab.handoff("A", "B", "x" * 400)
-    assert collab.channel.mail == {"B": [("A", "x" * 400)]}
+def test_a_handoff_reaches_another_process_once_and_costs_its_receiver(optimizer, tmp_path):
+    with open_bus(str(tmp_path / "queue.db")) as here, open_bus(str(tmp_path / "queue.db")) as there:
+        sender = collaboration.Collaboration(optimizer, "Task", here, collab_id="c1")
+        receiver = collaboration.Collaboration(SessionOptimizer(str(tmp_path / "store")), "Task", there, collab_id="c1")
+        one, two = sender.join("A", "planner"), receiver.join("B", "builder")
+        there.send("X", "B", "a note of another kind")
+        sender.handoff("A", "B", "x" * 400)
+        assert receiver.take_over("B", wait=5) == [("A", "x" * 400)] and receiver.take_over("B") == []
     assert (one.total_tokens, two.total_tokens) == (0, 100)
-    assert one.metadata["collab_id"] == two.metadata["collab_id"] == collab.collab_id
+    assert one.metadata["collab_id"] == two.metadata["collab_id"] == "c1"
     assert one.events[-1].data["type"] == "handoff_out" and two.events[-1].data["type"] == "handoff_in"
 
 
 # ---- Priority queue ----
 
 
-def test_the_most_urgent_task_first_and_equals_in_order(optimizer):
-    queue, done = tasks.TaskQueue(), []
-    for name, priority in (("a", 1), ("b", 9), ("c", 9), ("d", 5)):
-        queue.push(tasks.Task(name, name, "BOLT", priority))
-
-    def work(optimizer, session_id, task):
-        done.append(task.id)
-        optimizer.log_event(session_id, EventType.AI_RESPONSE, tokens_output=10)
-        if task.id == "b":
-            queue.push(tasks.Task("e", "e", "BOLT", 7))  # while the queue is being worked through
-            raise RuntimeError("broken")
-
-    results = tasks.run_queue(optimizer, queue, work)
-    assert done == ["b", "c", "e", "d", "a"] and queue.pop() is None
-    assert [result.success for result in results] == [False, True, True, True, True]
-    assert optimizer.get_session(results[0].session_id).status is SessionStatus.FAILED
-    stats = tasks.statistics(results)
-    assert list(stats) == [9, 7, 5, 1] and (stats[9]["tasks"], stats[9]["succeeded"], stats[9]["tokens"]) == (
-        2,
-        1,
-        20,
-    )
+def test_the_most_urgent_command_first_with_a_session_each(optimizer, tmp_path):
+    queue, store, log = tmp_path / "queue.db", tmp_path / "store", tmp_path / "log"
+    script = [sys.executable, "-c", "import os, sys; sys.path.insert(0, sys.argv[1]); from sessionoptimizer import *; "
+              "SessionOptimizer().log_event(os.environ['SESSIONOPTIMIZER_SESSION'], 'AI_RESPONSE', tokens_output=10); "
+              "open(sys.argv[2], 'a').write(sys.argv[3]); sys.exit(sys.argv[3] == 'b')", ROOT, log]
+    for name, priority, more in (("a", 1, []), ("b", 9, ["--attempts", "1"]), ("c", 9, []), ("d", 5, ["--after", "c"]),
+                                 ("e", 7, ["--requires", "gpu"])):
+        assert run("priority_queue", "add", queue, name, "--priority", priority, *more, "--", *script, name)[0] == 0
+    assert run("priority_queue", "add", queue, "x", "--after", "nothing", "--", "true")[0] == 1
+    status, output, _ = run("priority_queue", "work", queue, "--as", "w1", "--store", store)
+    assert (status, log.read_text()) == (3, "bcda")
+    assert "priority 9: 1 of 2 runs succeeded, 20 tokens" in output
+    assert "READY      7 e" in run("priority_queue", "list", queue)[1]
+    assert run("priority_queue", "work", queue, "--can", "gpu", "--store", store)[0] == 3 and log.read_text() == "bcdae"
+    by_task = {session.metadata["task_id"]: session for session in optimizer.list_sessions()}
+    assert sorted(by_task) == list("abcde") and {session.total_tokens for session in by_task.values()} == {10}
+    assert [name for name, session in by_task.items() if session.status is SessionStatus.FAILED] == ["b"]
 
 
 # ---- Knowledge base ----

@@ -14,11 +14,12 @@ __all__ = ["ALL", "Bus", "Claim", "CrewError", "Message", "Task", "TaskState", "
 def open_bus(where: str, *, name: str = "crew", lease_seconds: float = 60.0) -> Bus:
     """The queue and bus at ``where``: a file for SQLite, or a ``redis://`` (``rediss://``, ``unix://``) URL.
 
-    ``name`` separates crews that share one Redis. Raises CrewError when it cannot be opened or, for Redis,
-    when the ``redis`` package is missing.
+    ``name`` separates crews that share one Redis; a URL that ends in ``#NAME`` brings its own. Raises CrewError
+    when it cannot be opened or, for Redis, when the ``redis`` package is missing.
     """
     if where.startswith(("redis://", "rediss://", "unix://")):
         from .redis_bus import RedisBus
-        return RedisBus(where, name=name, lease_seconds=lease_seconds)
+        address, _, own = where.partition("#")
+        return RedisBus(address, name=own or name, lease_seconds=lease_seconds)
     from .sqlite_bus import SqliteBus
     return SqliteBus(where, lease_seconds=lease_seconds)

@@ -111,7 +111,8 @@ def report_text(report: Row) -> str:
     lines += [row_text(row) for row in report["tasks"]]
     lines.append("")
     for row in [*report["agents"], dict(report["totals"], agent="together")]:
-        lines.append(f"{plain(row['agent'], 20):<20} {row['sessions']:>3} sessions {row['tokens']:>10,} tokens "
+        word = "session " if row["sessions"] == 1 else "sessions"
+        lines.append(f"{plain(row['agent'], 20):<20} {row['sessions']:>3} {word} {row['tokens']:>10,} tokens "
                      f"{money(row['cost'], row['tokens'])}, +{row['added']} -{row['deleted']} lines, "
                      f"{money(row['cost_per_line'])} per line")
     if report["shared_files"]:
