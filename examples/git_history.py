@@ -1,7 +1,7 @@
-"""The history of one git repository as numbers: a streamed `git log`, conventional commits, surviving lines.
+"""The history of a git repository as numbers: a streamed `git log`, surviving lines, branches, merges.
 
-Used by git_insights.py. Nothing is read from the network, no setting of the repository or the user changes a number,
-and memory does not grow with the number of commits.
+Used by git_insights.py. Nothing is read from the network or written to the repository, no setting of
+the repository or the user changes a number, and only commits that were asked for stay in memory.
 """
 from __future__ import annotations
 
@@ -13,25 +13,32 @@ import threading
 import time
 from bisect import bisect
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta, timezone
 from itertools import accumulate
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 CHUNK = 1 << 18  # bytes of git's output in memory at a time
-LANGUAGES = dict(py="Python", js="JavaScript", jsx="JavaScript", ts="TypeScript", tsx="TypeScript", go="Go",
-                 rs="Rust", java="Java", c="C", h="C", cc="C++", cpp="C++", cs="C#", rb="Ruby", php="PHP", sh="Shell")
-BLAME_FILES, BLAME_SECONDS = 1_000, 60  # spent on surviving lines; beyond that their number is a lower bound
-GIT = ("git", "--no-pager", "--literal-pathspecs", "-c", "log.showRoot=true", "-c", "core.fsmonitor=false", "-C")
-LOG = ("log", "-z", "-M", "--no-color", "--no-show-signature", "--no-ext-diff", "--no-textconv", "--encoding=UTF-8")
+LANGUAGES = dict(py="Python", js="JavaScript", jsx="JavaScript", ts="TypeScript", tsx="TypeScript",
+                 go="Go", rs="Rust", java="Java", c="C", h="C", cc="C++", cpp="C++", cs="C#", rb="Ruby",
+                 php="PHP", sh="Shell")
+BLAME_FILES, BLAME_SECONDS = 1_000, 60  # for surviving lines; beyond, their number is a lower bound
+MERGE_SECONDS = 60  # for making the merges of a period again
+GIT = ("git", "--no-pager", "-c", "log.showRoot=true", "-c", "core.fsmonitor=false", "-C")
+LOG = ("log", "-z", "-M", "--no-color", "--no-show-signature", "--no-ext-diff", "--no-textconv",
+       "--encoding=UTF-8")
 FIELDS = "--format=%x01%H%x1f%P%x1f%at%x1f%ct%x1f%ad%x1f%B"
 NOUN = rb"[A-Za-z\x80-\xff][\w\x80-\xff-]*"
-# The grammar of https://www.conventionalcommits.org/en/v1.0.0/: header, blank line, body, footers after a blank line.
+# https://www.conventionalcommits.org/en/v1.0.0/: header, blank line, body, blank line, footers.
 HEADER = re.compile(NOUN + rb"(?:\([^()\n]+\))?(!)?: \S[^\n]*(?:\n\n|\Z)")
 FOOTERS = re.compile(rb"\n\n(?=(?:BREAKING CHANGE|" + NOUN + rb")(?:: | #)[^\n])")
 BREAKING = re.compile(rb"^BREAKING[ -]CHANGE: \S", re.M)
 BLAMED = re.compile(rb"([0-9a-f]{40,64}) \d+ \d+ (\d+)$")
+NAMING = re.compile(  # trailers that may name a session: its own, a checkpoint's, or a co-author's id
+    rb"^(?:[\w-]*-(?:Checkpoint|Session|Session-Id|Thread-Id)|Co-authored-by): *(\S[^\n]*)", re.M | re.I)
+IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[\w.-]{8,}", re.I)
+STORED_ID = re.compile(rb'([0-9a-f]{2})/([0-9a-f]{10})/[^\0]*\0.*"session_?id": *"([^"]+)"', re.I)
 
 
 class InsightsError(Exception):
@@ -40,8 +47,9 @@ class InsightsError(Exception):
 
 @dataclass(frozen=True)
 class GitVelocityMetrics:
-    """Pace and habits of a period's commits, merges left out. A rate is never extrapolated from less than its unit
-    (ten minutes count as an hour, three hours as a day); hours and days (0 = Monday) are the authors', or None."""
+    """Pace and habits of a period's commits, merges left out. A rate is never extrapolated from less
+    than its unit (ten minutes count as an hour, three hours as a day); hours and days (0 = Monday)
+    are the authors', or None."""
     commit_velocity_per_hour: float
     commit_velocity_per_day: float
     conventional_compliance_rate: float  # 0 to 1
@@ -61,11 +69,15 @@ class Commit(NamedTuple):
     committed: int  # seconds since 1970
     conventional: bool
     breaking: bool
-    files: list[tuple[int, int, str, str]]  # lines added, lines deleted, path, path before a rename or ""
+    subject: str
+    named: tuple[str, ...]  # ids in its trailers, in lower case
+    files: list[tuple[int, int, str, str]]  # lines added, deleted, path, path before a rename or ""
 
 
 class History:
-    """The commits of a period: counts of all (merges apart); the commits themselves where they were asked for."""
+    """The commits of a period: counts of all (merges apart), and those that were asked for."""
+    COUNTS = ("total", "merges", "conventional", "breaking", "added", "deleted",
+              "hours", "weekdays", "days", "commits")
 
     def __init__(self, root: str, start: datetime, end: datetime, shallow: bool = False) -> None:
         self.root, self.start, self.end, self.shallow = root, start, end, shallow
@@ -88,13 +100,20 @@ class History:
         self.weekdays[commit.authored.weekday()] += 1
         self.days[commit.authored.date()] += 1
 
+    def __add__(self, other: History) -> History:
+        both = History(self.root + ", " + other.root, min(self.start, other.start),
+                       max(self.end, other.end), self.shallow or other.shallow)
+        for name in self.COUNTS:
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
     def velocity(self) -> GitVelocityMetrics:
         seconds = (self.end - self.start).total_seconds()
         hourly, daily, weekly = (self.total / max(seconds / unit, 1) for unit in (3_600, 86_400, 604_800))
         hour, day = (max(sorted(c), key=c.__getitem__, default=None) for c in (self.hours, self.weekdays))
         compliance = ratio(self.conventional, self.total) or 0.0
-        return GitVelocityMetrics(hourly, daily, compliance, self.breaking, weekly, hour, day, self.total, self.start,
-                                  self.end)
+        return GitVelocityMetrics(hourly, daily, compliance, self.breaking, weekly, hour, day, self.total,
+                                  self.start, self.end)
 
 
 def conventional(message: bytes) -> tuple[bool, bool]:
@@ -106,8 +125,9 @@ def conventional(message: bytes) -> tuple[bool, bool]:
 
 
 def git(root: str, *arguments: str, cut: bytes = b"\0", seconds: float = 86_400) -> Iterator[bytes]:
-    """Yield git's output cut at `cut`, one chunk in memory at a time; a failure is an InsightsError. The environment
-    is ours without GIT_* (they point git elsewhere), in English, and offline: a partial clone must not fetch."""
+    """Yield git's output cut at `cut`, a chunk in memory at a time; a failure is an InsightsError. The
+    environment is ours without GIT_* (they point git elsewhere), in English, and offline: a partial
+    clone must not fetch."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env.update(LC_ALL="C", GIT_OPTIONAL_LOCKS="0", GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1",
                GIT_FLUSH="0")  # blocks, not records, through the pipe
@@ -116,7 +136,8 @@ def git(root: str, *arguments: str, cut: bytes = b"\0", seconds: float = 86_400)
             process = subprocess.Popen([*GIT, root, *arguments], env=env, stdin=subprocess.DEVNULL,
                                        stdout=subprocess.PIPE, stderr=complaints)
         except OSError as error:
-            raise InsightsError("git cannot be run (%s): install it and put it on PATH" % error.strerror) from error
+            reason = "git cannot be run (%s): install it and put it on PATH" % error.strerror
+            raise InsightsError(reason) from error
         watch = threading.Timer(seconds, process.kill)
         watch.start()
         try:
@@ -138,14 +159,22 @@ def ratio(amount: float | None, count: float | None) -> float | None:
     return amount / count if amount is not None and count else None
 
 
-def work_tree_of(directory: str | None) -> str:
-    """The real path of the nearest directory upwards with a `.git`, "" without one; itself it need not exist now."""
+def repository_of(directory: str | None) -> tuple[str, str]:
+    """(work tree, common git directory), real paths, of the nearest directory upwards with a `.git`;
+    ("", "") without one. The directory itself need not exist now."""
     place = os.path.realpath(os.path.expanduser(directory)) if directory else os.sep
     while not os.path.exists(os.path.join(place, ".git")):
         place, child = os.path.dirname(place), place
         if place == child:
-            return ""
-    return place
+            return "", ""
+    shared = os.path.join(place, ".git")
+    if os.path.isfile(shared):  # of a linked work tree or a submodule: "gitdir: <path>"
+        link = Path(shared).read_text(errors="replace").partition("gitdir:")[2].strip()
+        shared = os.path.join(place, link)
+    pointer = Path(shared, "commondir")
+    if pointer.is_file():
+        shared = os.path.join(shared, pointer.read_text(errors="replace").strip())
+    return place, os.path.realpath(shared)
 
 
 def language_of(paths: Sequence[str]) -> str | None:
@@ -154,7 +183,8 @@ def language_of(paths: Sequence[str]) -> str | None:
 
 
 class GitReader:
-    """Reads one repository: a streamed `git log --numstat`, and `git blame` for the files of given commits."""
+    """Reads one repository: a streamed `git log --numstat`, `git blame` for the files of given
+    commits, branches, conflicts, and the sessions that checkpoints name."""
 
     def root(self, path: str) -> str:
         """The real path of the work tree that holds `path`."""
@@ -165,37 +195,50 @@ class GitReader:
         except InsightsError as error:
             raise InsightsError("%s: %s (name a git work tree)" % (path, error)) from error
 
-    def history(self, root: str, since: datetime, until: datetime, author: str = "", spans: Sequence = ()) -> History:
-        """The commits of HEAD authored in the period; kept are those within one of `spans`, pairs of moments."""
-        shallow = os.path.join(root, os.fsdecode(b"".join(git(root, "rev-parse", "--git-path", "shallow"))[:-1]))
+    def trees(self, root: str) -> list[str]:
+        """The work trees of the repository, also those whose directory is gone but not pruned."""
+        lines = git(root, "worktree", "list", "--porcelain", cut=b"\n")
+        return [os.fsdecode(line[9:]) for line in lines if line.startswith(b"worktree ")]
+
+    def history(self, root: str, since: datetime, until: datetime, author: str = "",
+                spans: Sequence = ()) -> History:
+        """The commits of HEAD authored in the period; kept are those that name a session and those
+        within one of `spans`, pairs of moments."""
+        cut_at = b"".join(git(root, "rev-parse", "--git-path", "shallow"))[:-1]
+        shallow = os.path.join(root, os.fsdecode(cut_at))
         cut = set(Path(shallow).read_text().split()) if os.path.exists(shallow) else ()
         history, spans = History(root, since, until, bool(cut)), sorted(spans)
         starts, reach = [start for start, _ in spans], list(accumulate((end for _, end in spans), max))
         for commit in read_commits(root, since, author):
             if since <= commit.authored <= until:
-                if commit.sha in cut:  # its parents were not fetched, so git shows the whole tree as added by it
+                if commit.sha in cut:  # its parents were not fetched: git shows all files as added by it
                     commit = commit._replace(files=[])
                 history.add(commit)
                 place = bisect(starts, commit.authored)
-                if place and commit.authored <= reach[place - 1] and not commit.merge:
+                within = place and commit.authored <= reach[place - 1]
+                if spans and not commit.merge and (within or commit.named):
                     history.commits.append(commit)
         return history
 
     def surviving_lines(self, root: str, commits: Sequence[Commit]) -> tuple[dict[str, int], bool]:
-        """({commit: lines of HEAD that blame gives to it}, whether all touched files were read within the limits)."""
+        """({commit: lines of HEAD that blame gives to it}, whether all touched files were read)."""
         lines, later, deadline = Counter(), defaultdict(set), time.monotonic() + BLAME_SECONDS
         if not commits:
             return lines, True
-        since, wanted = since_option(min(c.committed for c in commits) - 1), {c.sha.encode() for c in commits}
-        moves = git(root, *LOG, "--topo-order", "--name-status", "--diff-filter=R", "--format=", *since, "HEAD", "--")
-        for _, before, after in zip(moves, moves, moves):  # newest first: `later` holds all later names of a file
+        since = since_option(min(c.committed for c in commits) - 1)
+        wanted = {c.sha.encode() for c in commits}
+        moves = git(root, *LOG, "--topo-order", "--name-status", "--diff-filter=R", "--format=", *since,
+                    "HEAD", "--")
+        for _, before, after in zip(moves, moves, moves):  # newest first: `later` has all later names
             later[before] |= {after} | later[after]
         touched = Counter(os.fsencode(change[2]) for commit in commits for change in commit.files
                           if change[0])  # no line of a binary, emptied or only renamed file is theirs
-        names = list(dict.fromkeys(n for name, _ in touched.most_common() for n in sorted({name} | later[name])))
+        names = list(dict.fromkeys(
+            n for name, _ in touched.most_common() for n in sorted({name} | later[name])))
         for name in names[:BLAME_FILES]:
-            blame = git(root, "blame", "--incremental", "--no-textconv", "--no-ignore-revs-file", *since, "HEAD",
-                        "--", os.fsdecode(name), cut=b"\n", seconds=max(deadline - time.monotonic(), 0))
+            blame = git(root, "blame", "--incremental", "--no-textconv", "--no-ignore-revs-file", *since,
+                        "HEAD", "--", os.fsdecode(name), cut=b"\n",
+                        seconds=max(deadline - time.monotonic(), 0))
             try:
                 for found in map(BLAMED.match, blame):
                     if found and found.group(1) in wanted:
@@ -204,10 +247,82 @@ class GitReader:
                 continue
         return lines, len(names) <= BLAME_FILES and time.monotonic() < deadline
 
+    def branches(self, root: str, since: datetime) -> list[dict[str, Any]]:
+        """The local branches, most active first: name, time of the last commit, and how many commits
+        of the period HEAD does not hold (each is counted for one branch)."""
+        refs = git(root, "for-each-ref", "--format=%(refname:short)%00%(committerdate:unix)",
+                   "refs/heads", cut=b"\n")
+        named = [(os.fsdecode(name), float(at)) for name, at in (ref.split(b"\0") for ref in refs)]
+        ahead = git(root, "log", "--source", "--branches", "--no-merges", "--format=%S", "--not", "HEAD",
+                    *since_option(since.timestamp()), cut=b"\n") if has_head(root) else ()
+        counts = Counter(os.fsdecode(name)[len("refs/heads/"):] for name in ahead)
+        rows = [dict(name=name, commits=counts[name], last=datetime.fromtimestamp(at, timezone.utc))
+                for name, at in named]
+        return sorted(rows, key=lambda row: (-row["commits"], row["name"]))
+
+    def conflicts(self, root: str, since: datetime, until: datetime) -> dict[str, list[str]] | None:
+        """{merge of the period: its files in conflict}, found by making each merge of HEAD again, in
+        memory. None where that takes too long, or git is older than 2.35."""
+        lines = git(root, "log", "--merges", "--remerge-diff", "--diff-filter=U", "--no-color",
+                    "--no-show-signature", "--no-ext-diff", "--format=%x01%H %at",
+                    *since_option(since.timestamp()), "HEAD", "--", cut=b"\n", seconds=MERGE_SECONDS)
+        found, files = {}, []
+        try:
+            for line in lines if has_head(root) else ():
+                if line.startswith(b"\x01"):
+                    sha, authored = line[1:].decode().split()
+                    files = []
+                    if since.timestamp() <= int(authored) <= until.timestamp():
+                        found[sha] = files
+                elif line.startswith(b"diff --git "):
+                    files.append(os.fsdecode(line.rpartition(b" b/")[2]))
+        except InsightsError:
+            return None
+        return found
+
+    def checkpoints(self, root: str) -> dict[str, set[str]]:
+        """{checkpoint: ids of its sessions}, from the branches on which Entire keeps them."""
+        found = defaultdict(set)
+        places = ("%s/entire/%s" % (place, kind) for place in ("refs/heads", "refs/remotes/*")
+                  for kind in ("checkpoints/*", "sessions", "sessions/*"))
+        for ref in git(root, "for-each-ref", "--format=%(refname)", *places, cut=b"\n"):
+            lines = git(root, "grep", "-z", "-i", "-E", "-e", "session_?id", os.fsdecode(ref), "--",
+                        ":(glob)**/metadata.json", cut=b"\n")
+            try:
+                for told in filter(None, map(STORED_ID.search, lines)):
+                    found[(told.group(1) + told.group(2)).decode()].add(told.group(3).decode())
+            except InsightsError:  # nothing found, or a blob that was not fetched
+                continue
+        return found
+
+    def get_metrics(self, repository_path: str, metric_types: list[str] | None = None,
+                    since: datetime | None = None, until: datetime | None = None) -> list[dict]:
+        """The figures of a period (default: the last 30 days) as {"metric_type", "value",
+        "timestamp"}: those of GitVelocityMetrics; what is unknown is left out."""
+        until = until or datetime.now(timezone.utc)
+        since = since or until - timedelta(days=30)
+        pace = asdict(self.history(self.root(repository_path), since, until).velocity())
+        pace["breaking_changes"] = pace.pop("breaking_change_count")
+        return [dict(metric_type=name, value=value, timestamp=until) for name, value in pace.items()
+                if isinstance(value, (int, float)) and name in (metric_types or pace)]
+
+    def get_latest_metrics(self, repository_path: str) -> dict[str, dict]:
+        """{metric type: its figure of the last 30 days}."""
+        return {row["metric_type"]: row for row in self.get_metrics(repository_path)}
+
 
 def since_option(seconds: float) -> list[str]:
-    """For a moment in seconds since 1970; nothing for one before 1971, which git reads as something else."""
-    return ["--since=" + datetime.fromtimestamp(seconds, timezone.utc).isoformat()] if seconds > 31_536_000 else []
+    """For a moment in seconds since 1970; nothing before 1971, which git reads as something else."""
+    moment = datetime.fromtimestamp(max(seconds, 0), timezone.utc).isoformat()
+    return ["--since=" + moment] if seconds > 31_536_000 else []
+
+
+def has_head(root: str) -> bool:
+    """Whether the branch has a commit."""
+    try:
+        return bool(list(git(root, "rev-parse", "--quiet", "--verify", "HEAD")))
+    except InsightsError:
+        return False
 
 
 def read_header(token: bytes) -> Commit:
@@ -216,20 +331,21 @@ def read_header(token: bytes) -> Commit:
         when = datetime.fromisoformat(moment.decode().replace("Z", "+00:00"))
     except ValueError:  # a zone or a year out of range, as broken tools write them
         when = datetime.fromtimestamp(min(int(authored), 1 << 35), timezone.utc)
-    return Commit(sha.decode(), b" " in parents, when, int(committed), *conventional(message), [])
+    subject = message.lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
+    told = b" ".join(NAMING.findall(message)).decode("utf-8", "replace").lower()
+    return Commit(sha.decode(), b" " in parents, when, int(committed), *conventional(message), subject,
+                  tuple(IDS.findall(told)), [])
 
 
 def read_commits(root: str, since: datetime, author: str) -> Iterator[Commit]:
-    """Yield the commits of HEAD, newest first, one in memory at a time; nothing while the branch has no commit."""
-    try:
-        list(git(root, "rev-parse", "--quiet", "--verify", "HEAD"))
-    except InsightsError:
+    """Yield the commits of HEAD, newest first, one in memory at a time; none while there is none."""
+    if not has_head(root):
         return
     tokens = git(root, *LOG, "--numstat", "--date=iso-strict", FIELDS, *since_option(since.timestamp()),
                  *(["--fixed-strings", "--author=" + author] if author else []), "HEAD", "--")
     commit = None
     for token in tokens:
-        if token[:1] == b"\x01":  # no numstat entry begins so, and the names of a rename are consumed below
+        if token[:1] == b"\x01":  # no numstat entry begins so; names of a rename are consumed below
             yield from filter(None, [commit])
             commit = read_header(token)
         else:

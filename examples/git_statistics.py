@@ -1,28 +1,31 @@
-"""What a handful of points can and cannot show: rank correlation, permutation test, bootstrap; and where it is kept.
+"""What a handful of points can and cannot show: rank correlation, permutation, bootstrap; its store.
 
-Used by git_insights.py; docs/git.md explains the terms. Every function that draws takes a seeded generator, so the
-same data and seed give the same numbers.
+Used by git_insights.py; docs/git.md explains the terms. Every function that draws takes a seeded
+generator, so the same data and seed give the same numbers.
 """
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import random
 import sqlite3
 import statistics
-from contextlib import closing
+import threading
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from operator import mul
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Callable, Protocol, Sequence, runtime_checkable
 
 from git_history import ratio
 
-MIN_POINTS = 8  # points of a correlation, or sessions on each side of a split; fewer are "no evidence"
+MIN_POINTS = 8  # points of a correlation, or sessions a side of a split; fewer are "no evidence"
 ALPHA = 0.05  # chance of one false "evidence" among all the relations of a report
-REPEATS, WORK = 1_999, 1_000_000  # permutations or resamples; fewer for many points, to stay at WORK points drawn
-SPLIT = [("%s per %s" % (words, unit), name, per)  # measure, amount and divisor (attributes of a session)
+REPEATS, WORK = 1_999, 1_000_000  # permutations or resamples; fewer where they would draw more points
+LEVEL = 0.7  # the rho, "strong", for which the power is said
+BLOCKS = 20  # blocks lose at most 2/20 of the variance that neighbouring days share
+SPLIT = [("%s per %s" % (words, unit), name, per)  # measure, amount and divisor (of a session)
          for per, unit in (("user_turns", "user turn"), ("files_modified", "edited file"))
          for name, words in (("tokens", "tokens"), ("waste_tokens", "wasted tokens"), ("cost", "cost"))]
 STRENGTHS = (("strong", 0.7), ("moderate", 0.4), ("weak", 0.2), ("none", 0.0))
@@ -30,8 +33,8 @@ STRENGTHS = (("strong", 0.7), ("moderate", 0.4), ("weak", 0.2), ("none", 0.0))
 
 @dataclass
 class CorrelationInsight:
-    """One relation; confidence = 1 - p. Without evidence strength is "none" and direction "neutral" whatever the
-    coefficient: 0.9 in three points is not a strong relation."""
+    """One relation; confidence = 1 - p. Without evidence strength is "none" and direction "neutral"
+    whatever the coefficient: 0.9 in three points is not a strong relation."""
     correlation_type: str
     correlation_coefficient: float
     strength: str
@@ -41,8 +44,10 @@ class CorrelationInsight:
     sample_size: int
     timestamp: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     interval: tuple[float, float] | None = None  # 95%; None below MIN_POINTS
+    power: float | None = None  # the share of such samples in which a rho of LEVEL would be seen
     labels: tuple[str, str] = ("x", "y")
     points: list[tuple[float, float]] = field(default_factory=list)
+    project_path: str = ""
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -57,7 +62,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def unit_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks centred on 0 and scaled to length 1: rho is a sum of their products. Empty when all values are equal."""
+    """Ranks centred on 0, of length 1: rho is the sum of their products. Empty when all are equal."""
     centred = [rank - (len(values) + 1) / 2 for rank in ranks(values)]
     length = math.sqrt(sum(map(mul, centred, centred)))
     return [rank / length for rank in centred] if length else []
@@ -68,60 +73,138 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
     return round(sum(map(mul, unit_ranks(xs), unit_ranks(ys))), 12)  # not 0.9999999999999998 for 1
 
 
-def permutation_p(xs: Sequence[float], ys: Sequence[float], rng: random.Random) -> float:
-    """Two-sided: the share of shuffled pairings whose rho is at least as far from 0, (count + 1) / (shuffles + 1)."""
-    left, right, repeats = unit_ranks(xs), unit_ranks(ys), max(199, min(REPEATS, WORK // (len(xs) or 1)))
-    seen, count = abs(sum(map(mul, left, right))) - 1e-12, 0  # rounding must not turn a tie into a miss
-    for _ in range(repeats):
-        rng.shuffle(right)
-        count += abs(sum(map(mul, left, right))) >= seen
-    return (count + 1) / (repeats + 1)
+def block_length(xs: Sequence[float], ys: Sequence[float]) -> int:
+    """Days in a row that must be shuffled together. If neighbours hang together by r on one side
+    and s on the other, p = r * s, blocks of b keep all but 2p / ((1 - p * p) * b) of the variance of
+    rho (the autocovariances p, p * p, ... that they cut); r and s are corrected for their bias."""
+    count, shared = len(xs), 1.0
+    for side in map(unit_ranks, (xs, ys)):
+        seen = sum(map(mul, side, side[1:]))
+        shared *= min(0.97, max(0.0, seen) + (1 + 4 * max(0.0, seen)) / count) if seen > 0 else 0.0
+    return max(1, min(count, math.ceil(BLOCKS * shared / (1 - shared * shared)))) if count else 1
 
 
-def bootstrap(statistic: Callable[..., float], groups: Sequence[Sequence], rng: random.Random) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic over groups, each resampled with replacement."""
-    repeats = max(199, min(REPEATS, WORK // sum(map(len, groups))))
-    drawn = sorted(statistic(*(rng.choices(group, k=len(group)) for group in groups)) for _ in range(repeats))
-    return drawn[int(0.025 * (repeats - 1))], drawn[math.ceil(0.975 * (repeats - 1))]
+def repeats_for(count: int) -> int:
+    return max(199, min(REPEATS, WORK // (count or 1)))
+
+
+def shuffled_rhos(xs: Sequence[float], ys: Sequence[float], rng: random.Random,
+                  block: int = 1) -> list[float]:
+    """The rhos, without sign, of shuffled pairings. Of a series whole blocks are shuffled, every
+    other one turned round and from any day on, so what hangs together stays together."""
+    left, right, found = unit_ranks(xs), unit_ranks(ys), []
+    for _ in range(repeats_for(len(xs))):
+        if block > 1 and right:
+            start = rng.randrange(len(right))
+            turned = right[start:] + right[:start]
+            blocks = [turned[at:at + block][::rng.choice((1, -1))] for at in range(0, len(xs), block)]
+            rng.shuffle(blocks)
+            drawn = [rank for ranked in blocks for rank in ranked]
+        else:
+            drawn = rng.sample(right, len(right))
+        found.append(abs(sum(map(mul, left, drawn))))
+    return found
+
+
+def share_beyond(rhos: Sequence[float], seen: float) -> float:
+    """p: the share of shuffled rhos at least as far from 0, (count + 1) / (shuffles + 1)."""
+    least = abs(seen) - 1e-9  # rounding must not turn a tie into a miss
+    return (sum(rho >= least for rho in rhos) + 1) / (len(rhos) + 1)
+
+
+def permutation_p(xs: Sequence[float], ys: Sequence[float], rng: random.Random,
+                  block: int = 1) -> float:
+    """Two-sided, of Spearman's rho."""
+    return share_beyond(shuffled_rhos(xs, ys, rng, block), spearman(xs, ys))
+
+
+def power_at(rhos: Sequence[float], alpha: float, rng: random.Random, level: float = LEVEL) -> float:
+    """The share of samples in which a true rho of `level` would have p <= alpha: pairs of normal
+    values, as many as independent points have the spread of the shuffled rhos."""
+    spread = sum(rho * rho for rho in rhos) / len(rhos)
+    count, slope = min(200, max(3, round(1 + 1 / spread))), 2 * math.sin(math.pi * level / 6)
+    least, noise = sorted(rhos)[-max(1, int(alpha * (len(rhos) + 1)))], math.sqrt(1 - slope * slope)
+    seen = 0
+    for _ in range(400):
+        xs = [rng.gauss(0, 1) for _ in range(count)]
+        ys = [slope * x + noise * rng.gauss(0, 1) for x in xs]
+        seen += spearman(xs, ys) >= least
+    return seen / 400
+
+
+def bootstrap(statistic: Callable[..., float], groups: Sequence[Sequence], rng: random.Random,
+              block: int = 1) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic over groups, each resampled with replacement, of
+    a series in blocks (from the last day on to the first)."""
+    def resampled(group: Sequence) -> list:
+        starts = rng.choices(range(len(group)), k=math.ceil(len(group) / block))
+        return [group[(at + step) % len(group)] for at in starts for step in range(block)][:len(group)]
+
+    count = repeats_for(sum(map(len, groups)))
+    drawn = sorted(statistic(*map(resampled, groups)) for _ in range(count))
+    return drawn[int(0.025 * (count - 1))], drawn[math.ceil(0.975 * (count - 1))]
+
+
+def doubt_of(points: Sequence[tuple], block: int, interval: tuple | None, p: float, tests: int) -> str:
+    """Why the points are no evidence; "" when they are."""
+    low, high = interval or (-1, 1)
+    doubts = (
+        ("at least %d are needed" % MIN_POINTS, len(points) < MIN_POINTS),
+        ("one side is the same in all", 1 in (len(set(side)) for side in zip(*points))),
+        ("neighbours are so alike that they count as %d" % (len(points) // block),
+         len(points) // block < MIN_POINTS),
+        ("the interval crosses zero", low <= 0 <= high),
+        ("chance explains it, with %d relations tested" % tests, p > ALPHA / tests))
+    return next((words for words, holds in doubts if holds), "")
 
 
 def correlate(kind: str, points: Sequence[tuple[float, float]], unit: str = "sessions",
-              labels: tuple[str, str] = ("x", "y"), *, tests: int = 1, seed: int = 0) -> CorrelationInsight:
-    """The insight of one relation. Evidence takes MIN_POINTS points, an interval that leaves zero out, and
-    p <= ALPHA / tests (Bonferroni, for `tests` relations looked at together). The same seed gives the same result."""
-    rng, count, xs, ys = random.Random("%s:%s" % (seed, kind)), len(points), *([p[i] for p in points] for i in (0, 1))
-    rho, p = spearman(xs, ys), permutation_p(xs, ys, rng)
-    low, high = bootstrap(lambda drawn: spearman(*zip(*drawn)), [points], rng) if count >= MIN_POINTS else (-1.0, 1.0)
-    strength = next(word for word, least in STRENGTHS if abs(rho) >= least)
-    doubt = ("at least %d are needed" % MIN_POINTS if count < MIN_POINTS else
-             "one side is the same in all" if len(set(xs)) == 1 or len(set(ys)) == 1 else
-             "the interval crosses zero" if low <= 0 <= high else
-             "chance explains it, with %d relations tested" % tests if p > ALPHA / tests else "")
-    verdict = ("no evidence in %d %s: %s" % (count, unit, doubt) if doubt else "%s, %s in %d %s" % (
-        strength, "they rise together" if rho > 0 else "one falls as the other rises", count, unit))
-    text = "%s and %s: %s" % (*labels, verdict)
+              labels: tuple[str, str] = ("x", "y"), *, tests: int = 1, seed: int = 0,
+              series: bool = False) -> CorrelationInsight:
+    """The insight of one relation. Evidence takes MIN_POINTS points (of a `series`, in time order,
+    as many blocks), an interval that leaves zero out, and p <= ALPHA / tests (Bonferroni, for `tests`
+    relations looked at together). The same seed gives the same result."""
+    rng, count = random.Random("%s:%s" % (seed, kind)), len(points)
+    xs, ys = ([point[side] for point in points] for side in (0, 1))
+    block, rho = block_length(xs, ys) if series else 1, spearman(xs, ys)
+    rhos, interval, power = shuffled_rhos(xs, ys, rng, block), None, None
+    p = share_beyond(rhos, rho)
     if count >= MIN_POINTS:
-        text += " (rho %+.2f, 95%% interval %+.2f to %+.2f, p = %.4f)" % (rho, low, high, p)
-    direction = "neutral" if doubt else "positive" if rho > 0 else "negative"
+        interval = bootstrap(lambda drawn: spearman(*zip(*drawn)), [points], rng, block)
+        power = power_at(rhos, ALPHA / tests, rng) if any(rhos) else 0.0
+    strength = next(word for word, least in STRENGTHS if abs(rho) >= least)
+    doubt = doubt_of(points, block, interval, p, tests)
+    trend = "they rise together" if rho > 0 else "one falls as the other rises"
+    verdict = "no evidence in %d %s: %s" % (count, unit, doubt) if doubt else "%s, %s in %d %s" % (
+        strength, trend, count, unit)
+    text = "%s and %s: %s" % (*labels, verdict)
+    if interval:
+        text += " (rho %+.2f, 95%% interval %+.2f to %+.2f, p = %.4f)" % (rho, *interval, p)
+    if doubt and power is not None:
+        text += "; with %d points a rho of %s would be seen in %.0f%%" % (count, LEVEL, 100 * power)
+    direction = "neutral" if doubt else ("negative", "positive")[rho > 0]
     return CorrelationInsight(kind, rho, "none" if doubt else strength, direction, text, 1 - p, count,
-                              interval=(low, high) if count >= MIN_POINTS else None, labels=tuple(labels),
-                              points=list(points))
+                              interval=interval, power=power, labels=tuple(labels), points=list(points))
 
 
-def median_change(before: Sequence[float], after: Sequence[float], rng: random.Random) -> dict[str, Any]:
-    """The medians of two groups, their difference (after - before) with its 95% interval, and a verdict in words."""
+def median_change(before: Sequence[float], after: Sequence[float],
+                  rng: random.Random) -> dict[str, Any]:
+    """The medians of two groups, their difference (after - before), its 95% interval, a verdict."""
     result = dict.fromkeys(("before", "after", "difference", "interval"))
-    result.update(n_before=len(before), n_after=len(after), verdict="not enough sessions (%d a side)" % MIN_POINTS)
+    result.update(n_before=len(before), n_after=len(after),
+                  verdict="not enough sessions (%d a side)" % MIN_POINTS)
     if min(len(before), len(after)) >= MIN_POINTS:
         first, second = statistics.median(before), statistics.median(after)
-        low, high = bootstrap(lambda b, a: statistics.median(a) - statistics.median(b), (before, after), rng)
-        verdict = "no evidence of a change" if low <= 0 <= high else "lower after" if high < 0 else "higher after"
-        result.update(before=first, after=second, difference=second - first, interval=(low, high), verdict=verdict)
+        low, high = bootstrap(lambda b, a: statistics.median(a) - statistics.median(b),
+                              (before, after), rng)
+        moved = "lower after" if high < 0 else "higher after"
+        result.update(before=first, after=second, difference=second - first, interval=(low, high),
+                      verdict="no evidence of a change" if low <= 0 <= high else moved)
     return result
 
 
 def split_at(sessions: Sequence[Any], moment: datetime, seed: int = 0) -> list[dict[str, Any]]:
-    """For each measure the medians before and after a moment, over the sessions that have something to divide by."""
+    """For each measure the medians before and after a moment, over the sessions that have it."""
     rows = []
     for measure, name, per in SPLIT:
         groups: tuple[list[float], list[float]] = ([], [])
@@ -129,44 +212,68 @@ def split_at(sessions: Sequence[Any], moment: datetime, seed: int = 0) -> list[d
             rate = ratio(getattr(s, name), getattr(s, per))
             if rate is not None:
                 groups[s.started_at >= moment].append(rate)
-        rows.append(dict(median_change(*groups, random.Random("%s:%s" % (seed, measure))), measure=measure))
+        change = median_change(*groups, random.Random("%s:%s" % (seed, measure)))
+        rows.append(dict(change, measure=measure))
     return rows
 
 
+@runtime_checkable
 class CorrelationStorage(Protocol):
-    def store_insight(self, insight: CorrelationInsight, project_path: str) -> None: ...
-    def get_insights(self, project_path: str | None, since: datetime | None) -> list[CorrelationInsight]: ...
+    async def store_insight(self, insight: CorrelationInsight) -> None: ...
+    async def get_insights(self, project_path: str | None = None,
+                           since: datetime | None = None) -> list[CorrelationInsight]: ...
 
 
-class SqliteCorrelationStorage:
-    """Insights in one SQLite file, readable by its owner only; opened for each call and closed after it."""
-    SCHEMA = """CREATE TABLE IF NOT EXISTS insights (project_path TEXT, timestamp TEXT, insight TEXT);  -- UTC; JSON
+class NoOpCorrelationStorage:
+    """Keeps nothing."""
+
+    async def store_insight(self, insight: CorrelationInsight) -> None:
+        return None
+
+    async def get_insights(self, project_path: str | None = None,
+                           since: datetime | None = None) -> list[CorrelationInsight]:
+        return []
+
+
+class CorrelationStorageSQLite:
+    """Insights in one SQLite file, readable by its owner only. The work is done in a thread; `conn`
+    is None once the storage is closed."""
+    SCHEMA = """CREATE TABLE IF NOT EXISTS insights (project_path TEXT, timestamp TEXT, insight TEXT);
                 CREATE INDEX IF NOT EXISTS by_project ON insights (project_path);
-                CREATE INDEX IF NOT EXISTS by_time ON insights (timestamp);"""
+                CREATE INDEX IF NOT EXISTS by_time ON insights (timestamp);"""  # UTC; JSON
 
-    def __init__(self, path: str) -> None:
-        self.path = os.path.expanduser(path)
+    def __init__(self, db_path: str | os.PathLike = "~/.claude/data/correlation_insights.db") -> None:
+        self.db_path, self._lock = os.path.expanduser(os.fspath(db_path)), threading.Lock()
+        os.makedirs(os.path.dirname(self.db_path) or ".", mode=0o700, exist_ok=True)
+        os.close(os.open(self.db_path, os.O_CREAT | os.O_RDWR, 0o600))
+        self.conn: sqlite3.Connection | None = sqlite3.connect(self.db_path, check_same_thread=False)
+        self.conn.executescript(self.SCHEMA)
 
-    def _connect(self) -> sqlite3.Connection:
-        os.makedirs(os.path.dirname(self.path) or ".", mode=0o700, exist_ok=True)
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-        connection = sqlite3.connect(self.path)
-        connection.executescript(self.SCHEMA)
-        return connection
-
-    def store_insight(self, insight: CorrelationInsight, project_path: str = "") -> None:
+    async def store_insight(self, insight: CorrelationInsight) -> None:
         moment = insight.timestamp.astimezone(timezone.utc).isoformat()
-        with closing(self._connect()) as connection, connection:
-            connection.execute("INSERT INTO insights VALUES (?, ?, ?)", (
-                project_path, moment, json.dumps(dict(vars(insight), timestamp=moment))))
+        record = json.dumps(dict(vars(insight), timestamp=moment))
+        await self._run("INSERT INTO insights VALUES (?, ?, ?)", insight.project_path, moment, record)
 
-    def get_insights(self, project_path: str | None = None, since: datetime | None = None,
-                     until: datetime | None = None) -> list[CorrelationInsight]:
+    async def get_insights(self, project_path: str | None = None, since: datetime | None = None,
+                           until: datetime | None = None) -> list[CorrelationInsight]:
         """Those of one project (None: all) and period, newest first."""
-        first, last = (moment and moment.astimezone(timezone.utc).isoformat() for moment in (since, until))
-        with closing(self._connect()) as connection:
-            rows = connection.execute(
-                "SELECT insight FROM insights WHERE project_path = ifnull(?, project_path) AND timestamp BETWEEN "
-                "ifnull(?, '') AND ifnull(?, 'z') ORDER BY timestamp DESC", (project_path, first, last)).fetchall()
+        period = (moment and moment.astimezone(timezone.utc).isoformat() for moment in (since, until))
+        rows = await self._run(
+            "SELECT insight FROM insights WHERE project_path = ifnull(?, project_path) AND timestamp "
+            "BETWEEN ifnull(?, '') AND ifnull(?, 'z') ORDER BY timestamp DESC", project_path, *period)
         records = (json.loads(text) for text, in rows)
-        return [CorrelationInsight(**dict(r, timestamp=datetime.fromisoformat(r["timestamp"]))) for r in records]
+        return [CorrelationInsight(**dict(r, timestamp=datetime.fromisoformat(r["timestamp"])))
+                for r in records]
+
+    async def _run(self, statement: str, *values: Any) -> list[tuple]:
+        def work() -> list[tuple]:
+            with self._lock, self.conn:
+                return self.conn.execute(statement, values).fetchall()
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    def close(self) -> None:
+        if self.conn:
+            self.conn.close()
+            self.conn = None
+
+    __del__ = close

@@ -494,7 +494,7 @@ def independent_report(seed, monkeypatch):
     ]
     found = gi.History("", *ALL)
     found.days.update({(DAY0 + timedelta(days=i)).astimezone().date(): rng.randrange(9) for i in range(40)})
-    return gi.insights_of(gi.Report(found, listed, 0, True), seed)
+    return gi.insights_of(gi.Report(found, listed, [], True, []), seed)
 
 
 def test_independent_data_is_no_evidence(monkeypatch):
@@ -567,24 +567,114 @@ def test_split_finds_a_change_and_says_when_it_cannot():
 # ---- Joining ----
 
 
-def test_commit_goes_to_the_session_that_wrote_its_files(repo):
+def wrote(ids=(), made=(), **writes):
+    """Traces: minutes after DAY0 at which files were written."""
+    at = {name: sorted(DAY0.timestamp() + 60 * m for m in minutes) for name, minutes in writes.items()}
+    return gi.Traces(frozenset(ids), at, tuple(made))
+
+
+def joined(repo, *sessions, checkpoints=()):
+    commits = sorted(history(repo, spans=[ALL]).commits, key=lambda commit: commit.authored)
+    joiner = gi.Joiner(sessions, dict(checkpoints))
+    found = [joiner.join(commit) for commit in commits]
+    return [(commit.subject, *(join[1:3] if join else (None, None))) for commit, join in zip(commits, found)]
+
+
+def minute(count):
+    return DAY0 + timedelta(minutes=count)
+
+
+def test_files_of_the_hour_before_most_and_newest_win(repo):
     listed = [
-        session(1, DAY0, files_written=frozenset({"a", "b"})),
-        session(2, DAY0, files_written=frozenset({"c"})),
-        session(3, DAY0 + timedelta(days=1)),
-        session(4, DAY0 + timedelta(days=2), files_written=frozenset({"a"})),
+        session(1, traces=wrote(a=[10], b=[11], c=[12])),
+        session(2, traces=wrote(c=[14], d=[50])),
+        session(3, minutes=1, traces=wrote(e=[0])),
+        session(4),
     ]
-    ours = repo.commit("one", DAY0, files={"a": "1\n", "b": "1\n", "c": "1\n"})
-    theirs = repo.commit("two", DAY0 + timedelta(hours=1), files={"c": "2\n"})
-    repo.commit("after", DAY0 + timedelta(hours=1, seconds=1), files={"c": "3\n"})
-    timed = repo.commit("three", DAY0 + timedelta(days=1), files={"z": "1\n"})
-    repo.commit("not its file", DAY0 + timedelta(days=2), files={"z": "2\n"})
-    found = gi.claim(history(repo, spans=[ALL]).commits, listed)
-    assert {name: [c.sha for c in commits] for name, commits in found.items()} == {
-        "s0001": [ours],
-        "s0002": [theirs],
-        "s0003": [timed],
-    }
+    for name, when, *files in [
+        ("most files", 20, "a", "b", "c"),
+        ("newest write", 21, "c"),
+        ("spent", 22, "a"),
+        ("after its end", 59, "e"),
+        ("written after", 49, "d"),
+        ("an hour later", 111, "d"),
+        ("nobody's", 30, "z"),
+    ]:
+        repo.commit(name, minute(when), files={f: "%s %d\n" % (f, when) for f in files})
+    listed[3] = session(4, traces=wrote())
+    assert joined(repo, *listed) == [
+        ("most files", "s0001", "files"),
+        ("newest write", "s0002", "files"),
+        ("spent", None, None),
+        ("nobody's", None, None),
+        ("written after", None, None),
+        ("after its end", "s0003", "files"),
+        ("an hour later", None, None),
+    ]
+
+
+def test_a_session_that_records_no_files_is_matched_by_time(repo):
+    repo.commit("within", minute(5), files={"a": "1"})
+    repo.commit("after", minute(61), files={"a": "2"})
+    assert joined(repo, session(1)) == [("within", "s0001", "time"), ("after", None, None)]
+
+
+@pytest.mark.parametrize(
+    "trailer, expected",
+    [
+        ("Entire-Checkpoint: 0a1b2c3d4e5f", ("s0001", "trailer")),
+        ("Entire-Checkpoint: ffffffffffff", ("s0002", "files")),  # known to nobody: no evidence
+        ("Entire-Checkpoint: eeeeeeeeeeee", (None, None)),  # of a session that is not here
+        ("Claude-Session: https://claude.ai/code/session_01AbC", ("s0001", "trailer")),
+        ("Co-Authored-By: Agent <0BB9A2D9-A51E-4D5A-8275-566c766a0ff2@agent.example>", ("s0001", "trailer")),
+        ("Co-Authored-By: Claude <noreply@anthropic.com>", ("s0002", "files")),
+        ("Co-Authored-By: s0001 <noreply@anthropic.com>", ("s0002", "files")),  # too short for an id
+        ("In prose, Claude-Session: session_01AbC", ("s0002", "files")),
+    ],
+)
+def test_trailers_come_first(repo, trailer, expected):
+    names = ("0bb9a2d9-a51e-4d5a-8275-566c766a0ff2", "session_01abc", "s0001")
+    listed = [session(1, traces=wrote(names)), session(2, traces=wrote(a=[3]))]
+    repo.commit("x\n\nBody.\n\n" + trailer, minute(5), files={"a": "1"})
+    checkpoints = {"0a1b2c3d4e5f": {names[0]}, "eeeeeeeeeeee": {"somebody-else"}}
+    assert joined(repo, *listed, checkpoints=checkpoints) == [("x", *expected)]
+
+
+@pytest.mark.parametrize("ref", ["refs/heads/entire/checkpoints/v1", "refs/remotes/origin/entire/sessions"])
+def test_checkpoint_branches_name_sessions(repo, ref):
+    repo.commit("one")
+    repo.git("checkout", "-q", "--orphan", "kept")
+    repo.commit("kept", files={
+        "0a/1b2c3d4e5f/0/metadata.json": json.dumps({"session_id": "first"}, indent=2),
+        "0a/1b2c3d4e5f/1/metadata.json": json.dumps({"sessionID": "second"}),
+        "0a/1b2c3d4e5f/0/full.jsonl": json.dumps({"session_id": "not this"})})
+    repo.git("update-ref", ref, "kept")
+    repo.git("checkout", "-q", "main")
+    assert gi.GitReader().checkpoints(repo.path) == {"0a1b2c3d4e5f": {"first", "second"}}
+    assert gi.GitReader().checkpoints(Repo(repo.path + "/none").path) == {}
+
+
+def test_commit_lines_and_commands(repo):
+    first = repo.commit("fix: the first", minute(5), files={"a": "1"})
+    repo.commit("feat: rebased", minute(20), files={"b": "1"})
+    repo.commit("unnamed", minute(40), files={"c": "1"})
+    repo.commit("of another, at that time", minute(40), files={"e": "1"})
+    repo.commit("fix: by a human at that time", minute(41), files={"d": "1"})
+    at = DAY0.timestamp()
+    own = [
+        gi.Made(at + 9e5, at + 9e5, frozenset({first[:7]}), frozenset()),  # the id tells, whatever the clock
+        gi.Made(at + 1190, at + 1205, frozenset({"0" * 7}), frozenset({"feat: rebased"})),
+        gi.Made(at + 2390, at + 2410, frozenset(), frozenset()),
+        gi.Made(at + 2450, at + 2470, frozenset(), frozenset({"another subject"})),
+    ]
+    other = session(2, traces=wrote(a=[3], b=[3], c=[3, 4], e=[3]))
+    assert joined(repo, session(1, traces=wrote(made=own, c=[3])), other) == [
+        ("fix: the first", "s0001", "commit line"),
+        ("feat: rebased", "s0001", "commit command"),
+        ("unnamed", "s0001", "commit command"),
+        ("of another, at that time", "s0002", "files"),
+        ("fix: by a human at that time", None, None),
+    ]
 
 
 def test_collect_joins_and_divides(repo):
@@ -595,7 +685,7 @@ def test_collect_joins_and_divides(repo):
         session(2, DAY0 + timedelta(hours=1), cost=3.0),
         session(3, DAY0 + timedelta(days=1), cost=5.0),
     )
-    report = gi.collect(gi.GitReader(), listed, repo.path, *ALL)
+    report = gi.collect(gi.GitReader(), listed.listed, repo.path, *ALL)
     first, second, third = (s.to_dict() for s in report.sessions)
     assert (first["commit_count"], first["lines_changed"], first["lines_surviving"]) == (1, 10, 8)
     assert (first["cost_per_commit"], first["cost_per_surviving_line"], first["tokens_per_commit"]) == (
@@ -607,33 +697,222 @@ def test_collect_joins_and_divides(repo):
     assert (second["files_modified"], second["primary_language"]) == (1, "Python")
     assert (third["commit_count"], third["cost_per_commit"], third["cost_per_surviving_line"]) == (0, None, None)
     assert third["git_conventional_compliance"] is None and third["git_velocity_per_hour"] == 0
-    assert report.claimed == 2 and json.dumps(first)
+    assert len(report.joins) == 2 and json.dumps(first)
 
 
 def test_planted_relation_of_sessions_and_commits(repo):
     """More commits in better sessions, fewer surviving lines in dearer ones: found with the right sign."""
     listed, stream, mark = [], [], int(DAY0.timestamp())
-    for number in range(24):
-        start = DAY0 + timedelta(days=number)
-        listed.append(
-            session(number, start, avg_quality=50.0 + number, cost=100.0 - number, waste_tokens=5_000 - 100 * number)
-        )
-        for commit in range(number // 2 + 1):
-            when = mark + 86_400 * number + 60 * commit
+    for day, rank in enumerate(random.Random(1).sample(range(24), 24)):
+        start = DAY0 + timedelta(days=day)
+        waste = 900 - 30 * rank
+        listed.append(session(day, start, avg_quality=50.0 + rank, cost=100.0 - rank, waste_tokens=waste))
+        for commit in range(rank // 2 + 1):
+            when = mark + 86_400 * day + 60 * commit
             stream.append(
                 b"commit refs/heads/main\ncommitter A <a@b> %d +0000\ndata 6\nfeat:x\n"
                 b"M 100644 inline f%d\ndata 4\n1\n2\n\n"
                 % (when, when)
             )
     repo.git("fast-import", "--quiet", input=b"".join(stream))
-    found = {i.correlation_type: i for i in gi.collect(gi.GitReader(), Listed(*listed), repo.path, *ALL).insights}
-    assert (found["quality_vs_velocity"].strength, found["quality_vs_velocity"].direction) == ("strong", "positive")
-    assert (found["cost_vs_surviving_lines"].strength, found["cost_vs_surviving_lines"].direction) == (
-        "strong",
-        "negative",
-    )
-    assert (found["waste_vs_commits"].strength, found["waste_vs_commits"].direction) == ("strong", "negative")
-    assert "the same in all" in found["conventional_vs_quality"].description
+    report = gi.collect(gi.GitReader(), listed, repo.path, *ALL)
+    found = {i.correlation_type: (i.strength, i.direction) for i in gi.insights_of(report)}
+    assert found == {
+        "quality_vs_velocity": ("strong", "positive"),
+        "conventional_vs_quality": ("none", "neutral"),
+        "waste_vs_commits": ("strong", "negative"),
+        "cost_vs_surviving_lines": ("strong", "negative"),
+    }
+
+
+def test_waste_is_a_share_since_activity_is_no_evidence(repo):
+    """Twice the work is twice the waste and twice the commits: no relation of waste to commits."""
+    rng, report = random.Random(3), gi.Report(gi.History("", *ALL), [], [], True, [])
+    for day in range(40):
+        work, start = rng.randrange(1, 9), DAY0 + timedelta(days=day)
+        tokens = 1_000 * work
+        report.sessions.append(
+            session(day, start, tokens=tokens, waste_tokens=int(tokens * rng.uniform(0.1, 0.3))))
+        report.history.days[start.astimezone().date()] = work
+    found = {i.correlation_type: i for i in gi.insights_of(report)}["waste_vs_commits"]
+    assert found.strength == "none" and abs(found.correlation_coefficient) < 0.4
+    totals = [(s.waste_tokens, s.tokens) for s in report.sessions]
+    assert gs.spearman(*zip(*totals)) > 0.8  # what the sums would have shown
+
+
+# ---- The truth ----
+
+
+class World:
+    """A repository, agents in several work trees, a human among them, and a book of who made what.
+
+    The book is kept by the script that acts; nothing of it is read from git or from a session."""
+
+    def __init__(self, folder, seed, trailers=True):
+        self.folder, self.rng, self.trailers = str(folder), random.Random(seed), trailers
+        self.repo, self.truth, self.count = Repo(os.path.join(self.folder, "work")), {}, 0
+        self.logs = os.path.join(self.folder, "logs")
+        os.makedirs(self.logs)
+        self.repo.commit("start", DAY0 - timedelta(days=1), files={"f%02d.py" % n: numbered(6) for n in range(40)})
+        self.agents, self.plan, self.recent = [], [], []
+
+    def at(self, tree, *arguments, when):
+        moment = {"when": when}
+        return self.repo.git("-C", tree, *arguments, **moment)
+
+    def change(self, tree, name, who):
+        self.count += 1
+        with open(os.path.join(tree, name), "a", encoding="utf-8") as out:
+            out.write("%s %d\n" % (who, self.count))
+
+    def commit(self, tree, names, when, who, subject=None, body=""):
+        """Commit these files, write down who did it, and return what git printed."""
+        self.count += 1
+        subject = subject or "change %d" % self.count
+        self.truth[subject] = who
+        self.at(tree, "add", *names, when=when)
+        self.at(tree, "commit", "-q", "-m", subject + body, "--", *names, when=when)
+        short = self.at(tree, "rev-parse", "--short", "HEAD", when=when)
+        return "[main %s] %s\n %d files changed" % (short, subject, len(names))
+
+    def run(self, agents=14):
+        """All that happens, in the order of time."""
+        for number in range(agents):
+            start = DAY0 + timedelta(minutes=self.rng.randrange(0, 60 * 30))
+            tree = self.repo.path
+            if number % 3:
+                tree = os.path.join(self.folder, "work-worktrees", "w%02d" % number)
+                self.at(self.repo.path, "worktree", "add", "-q", "-b", "w%02d" % number, tree, when=DAY0)
+            self.agents.append(Agent(self, number, tree, start))
+        for agent in self.agents:
+            agent.schedule()
+        for _ in range(30):
+            self.plan.append((DAY0 + timedelta(minutes=self.rng.randrange(0, 60 * 32)), self.human))
+        while self.plan:
+            self.plan.sort(key=lambda step: step[0])
+            when, act = self.plan.pop(0)
+            act(when)
+        end = DAY0 + timedelta(days=3)
+        self.keep_checkpoints()
+        for agent in self.agents:
+            agent.save()
+            if agent.tree != self.repo.path:  # rebased, merged, and the work tree is gone
+                self.at(agent.tree, "checkout", "-q", "--force", ".", when=end)
+                self.at(agent.tree, "rebase", "-q", "-X", "theirs", "main", when=end)
+                self.at(self.repo.path, "checkout", "-q", "--force", ".", when=end)
+                self.at(self.repo.path, "merge", "-q", "--ff-only", "w%02d" % agent.number, when=end)
+                self.at(self.repo.path, "worktree", "remove", "--force", agent.tree, when=end)
+
+    def keep_checkpoints(self):
+        told = [("%012x" % agent.number, json.dumps({"session_id": agent.name}, indent=1)) for agent in self.agents]
+        files = "".join("M 100644 inline %s/%s/0/metadata.json\ndata %d\n%s\n" % (
+            name[:2], name[2:], len(text), text) for name, text in told)
+        head = "commit refs/heads/entire/checkpoints/v1\ncommitter A <a@b> 1 +0000\ndata 0\n"
+        self.repo.git("fast-import", "--quiet", input=(head + files).encode())
+
+    def human(self, when):
+        """Somebody edits a file or two of their own and commits them a little later."""
+        names = self.rng.sample(["f%02d.py" % n for n in range(40)], self.rng.randrange(1, 3))
+        if self.recent and self.rng.random() < 0.5:  # a file that an agent worked on just before
+            names = [self.rng.choice(self.recent[-6:])]
+        for name in names:
+            self.change(self.repo.path, name, "human")
+        self.commit(self.repo.path, names, when, None)
+
+
+class Agent:
+    """One session: it writes files and commits them itself, or leaves that to a human."""
+
+    def __init__(self, world, number, tree, start):
+        self.world, self.number, self.tree, self.start = world, number, tree, start
+        self.name, self.lines, self.dirty = "0000%04d-0000-4000-8000-000000000000" % number, [], []
+        self.say("user", start, [{"type": "text", "text": "work"}])
+
+    def say(self, kind, when, content, **more):
+        message = {"role": kind, "content": content}
+        if kind == "assistant":
+            message.update(id="msg_%d_%d" % (self.number, len(self.lines)), model="claude-sonnet-4-5", type="message",
+                           usage=dict(input_tokens=10, output_tokens=50, cache_read_input_tokens=0,
+                                      cache_creation_input_tokens=200))
+        self.lines.append(dict(
+            type=kind, message=message, sessionId=self.name, cwd=self.tree, version="2.1.0", isSidechain=False,
+            uuid="u-%d-%d" % (self.number, len(self.lines)), timestamp=when.isoformat().replace("+00:00", "Z"), **more))
+
+    def tool(self, when, name, result, **arguments):
+        key = "toolu_%d_%d" % (self.number, len(self.lines))
+        self.say("assistant", when, [{"type": "tool_use", "id": key, "name": name, "input": arguments}])
+        self.say("user", when + timedelta(seconds=2),
+                 [{"type": "tool_result", "tool_use_id": key, "content": result}])
+
+    def schedule(self):
+        rng, when = self.world.rng, self.start
+        for _ in range(rng.randrange(2, 6)):
+            for _ in range(rng.randrange(1, 4)):
+                when += timedelta(minutes=rng.randrange(1, 6))
+                self.world.plan.append((when, self.write))
+            when += timedelta(minutes=rng.randrange(1, 4))
+            self.world.plan.append((when, self.finish))
+            when += timedelta(minutes=rng.randrange(5, 20))
+
+    def write(self, when):
+        name = "f%02d.py" % self.world.rng.randrange(40)
+        self.world.change(self.tree, name, self.name)
+        self.world.recent.append(name)
+        self.tool(when, "Edit", "The file has been updated.", file_path=os.path.join(self.tree, name),
+                  old_string="a", new_string="b")
+        self.dirty = sorted({*self.dirty, name})
+
+    def finish(self, when):
+        how, names, self.dirty = self.world.rng.random(), self.dirty, []
+        if not names:
+            return
+        if how < 0.4:  # a human commits the session's work, mostly soon
+            when += timedelta(minutes=self.world.rng.randrange(1, 70))
+            self.world.plan.append((when, lambda late: self.committed(late, names, self.name, "")))
+            return
+        body = "\n\nEntire-Checkpoint: %012x" % self.number if self.world.trailers and how < 0.6 else ""
+        printed = self.committed(when, names, self.name, body)
+        subject = printed.partition("] ")[2].partition("\n")[0]
+        quoted = '"$(cat <<\'EOF\'\n%s\nEOF\n)"' % subject if how < 0.8 else '"%s"' % subject
+        self.tool(when - timedelta(seconds=1), "Bash", printed, command="git add -A && git commit -m " + quoted)
+
+    def committed(self, when, names, who, body):
+        """Nothing where another's commit already took these changes along."""
+        states = self.world.at(self.tree, "status", "--porcelain", "--", *names, when=when)
+        names = [line[-6:] for line in states.split("\n") if line]
+        return self.world.commit(self.tree, names, when, who, body=body) if names else ""
+
+    def save(self):
+        with open(os.path.join(self.world.logs, self.name + ".jsonl"), "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in sorted(self.lines, key=lambda line: line["timestamp"]))
+
+
+def quality_of(world, store):
+    """(precision, recall, joins by evidence) against the book."""
+    source = gi.StoreSource(gi.SessionOptimizer(str(store)))
+    report = gi.collect(gi.GitReader(), source.sessions(world.repo.path), world.repo.path, *ALL)
+    subjects = dict(line.split(" ", 1) for line in world.repo.git("log", "--format=%H %s").split("\n"))
+    told = {subjects[join.commit]: join for join in report.joins}
+    right = [subject for subject, join in told.items() if world.truth.get(subject) == join.session]
+    made = [subject for subject in subjects.values() if world.truth.get(subject)]
+    by = {}
+    for subject, join in told.items():
+        by.setdefault(join.evidence, []).append(subject in right)
+    return len(right) / len(told), len(right) / len(made), by, report
+
+
+@pytest.mark.parametrize("known", ["all", "no trailers", "no transcripts", "files alone"])
+def test_precision_and_recall_against_the_book(tmp_path, known, monkeypatch, record_property):
+    world = World(tmp_path, 5, trailers=known == "all")
+    world.run()
+    assert gi.SessionOptimizer(str(tmp_path / "store")).scan([world.logs])["totals"]["sessions"] == 14
+    if known in ("no transcripts", "files alone"):
+        shutil.rmtree(world.logs)
+    if known == "files alone":
+        monkeypatch.setattr(gi, "COMMITS", re.compile("(?!)"))
+    precision, recall, by, report = quality_of(world, tmp_path / "store")
+    print(known, "precision %.2f recall %.2f" % (precision, recall), {e: (sum(r), len(r)) for e, r in by.items()})
+    assert precision >= 0.85 and recall >= 0.65
 
 
 # ---- Sources and storage ----
@@ -689,7 +968,9 @@ def test_store_source_matches_by_work_tree(repo, tmp_path):
     found = gi.StoreSource(gi.SessionOptimizer(str(store))).sessions(repo.path)
     assert [s.session_id for s in found] == ["sess-11", "sess-10", "sess-4", "sess-1", "sess-0"]
     first = found[-1]
-    assert (first.files_written, first.user_turns, first.primary_language) == (frozenset({"a.py"}), 1, "Python")
+    written = (DAY0 + timedelta(minutes=20)).timestamp()
+    assert (first.traces.writes, first.user_turns, first.primary_language) == ({"a.py": [written]}, 1, "Python")
+    assert first.to_dict()["files_written"] == ["a.py"] and "traces" not in first.to_dict()
     assert (first.started_at, first.ended_at) == (DAY0, DAY0 + timedelta(hours=1))
     assert 0 < first.avg_quality < 100 and first.cost > 0 and first.tokens == 2590
     assert first.tools_used == ["Read"] and first.time_of_day in ("morning", "afternoon", "evening", "night")
@@ -766,33 +1047,40 @@ def test_session_buddy_file(repo, tmp_path):
     )
     assert (found.git_velocity_per_hour, found.git_conventional_compliance, found.lines_surviving) == (1.0, 1.0, 4)
     assert found.to_dict()["cost_per_commit"] is None
-    assert len(wired.source.sessions(repo.path)) == 10 and path.read_bytes() == before
+    assert len(wired.session_buddy.sessions(repo.path)) == 10 and path.read_bytes() == before
     with pytest.raises(gi.InsightsError, match="none.db"):
-        gi.SessionBuddySource(str(tmp_path / "none.db")).sessions(repo.path)
+        gi.SessionBuddyDirectClient(str(tmp_path / "none.db")).sessions(repo.path)
 
 
 def test_session_buddy_without_duckdb(monkeypatch):
     monkeypatch.setitem(sys.modules, "duckdb", None)
     with pytest.raises(gi.InsightsError, match="pip install duckdb"):
-        gi.SessionBuddySource("x.db").sessions("/")
+        gi.SessionBuddyDirectClient("x.db").sessions("/")
 
 
 def test_storage_filters_and_is_private(tmp_path):
     path = tmp_path / "new" / "insights.db"
-    storage = gi.SqliteCorrelationStorage(str(path))
-    for day in range(4):
-        insight = gi.correlate("kind%d" % day, [(i, i) for i in range(9)])
-        insight.timestamp = (DAY0 + timedelta(days=day)).astimezone(timezone(timedelta(hours=5)))
-        storage.store_insight(insight, "/p%d" % (day % 2))
-    kinds = [i.correlation_type for i in storage.get_insights()]
-    assert kinds == ["kind3", "kind2", "kind1", "kind0"]
-    assert [i.correlation_type for i in storage.get_insights("/p1")] == ["kind3", "kind1"]
-    assert [i.correlation_type for i in storage.get_insights(since=DAY0 + timedelta(days=2))] == ["kind3", "kind2"]
-    assert [i.correlation_type for i in storage.get_insights("/p0", until=DAY0)] == ["kind0"]
-    assert storage.get_insights()[0].timestamp == DAY0 + timedelta(days=3)
+    storage = gi.CorrelationStorageSQLite(path)
+
+    async def stored_and_found():
+        for day in range(4):
+            insight = gi.correlate("kind%d" % day, [(i, i) for i in range(9)])
+            insight.timestamp = (DAY0 + timedelta(days=day)).astimezone(timezone(timedelta(hours=5)))
+            insight.project_path = "/p%d" % (day % 2)
+            await storage.store_insight(insight)
+        asked = ({}, dict(project_path="/p1"), dict(since=DAY0 + timedelta(days=2)),
+                 dict(project_path="/p0", until=DAY0))
+        return [await storage.get_insights(**question) for question in asked]
+
+    found = asyncio.run(stored_and_found())
+    assert ["".join(i.correlation_type[-1] for i in insights) for insights in found] == ["3210", "31", "32", "0"]
+    assert found[0][0].timestamp == DAY0 + timedelta(days=3) and 0 < found[0][0].power < 1
     assert stat.S_IMODE(os.stat(str(path)).st_mode) == 0o600
-    with gs.closing(gs.sqlite3.connect(str(path))) as connection:
-        assert len(connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'").fetchall()) == 2
+    indexes = storage.conn.execute("SELECT name FROM sqlite_master WHERE type = 'index'").fetchall()
+    assert len(indexes) == 2
+    storage.close()
+    assert storage.conn is None
+    storage.close()
     os.rename(str(path), str(path) + ".moved")  # nothing holds it open
 
 
@@ -827,7 +1115,15 @@ def test_integration_works_off_the_event_loop(repo, tmp_path):
         "cost_vs_surviving_lines",
     ]
     assert (found.commit_count, found.lines_surviving, found.git_velocity_per_hour) == (1, 4, 1.0)
-    assert len(gi.SqliteCorrelationStorage(str(tmp_path / "store" / "insights.db")).get_insights(repo.path)) == 4
+    assert len(insights_in(tmp_path / "store", repo.path)) == 4
+    wired.storage.close()
+
+
+def insights_in(store, place):
+    storage = gi.CorrelationStorageSQLite(os.path.join(str(store), "insights.db"))
+    found = asyncio.run(storage.get_insights(place))
+    storage.close()
+    return found
 
 
 def test_integration_without_storage(repo, tmp_path):
@@ -836,21 +1132,106 @@ def test_integration_without_storage(repo, tmp_path):
     assert not (tmp_path / "store" / "insights.db").exists()
 
 
-def test_parts_of_ones_own_take_part(repo, tmp_path):
-    """Reader, source and storage are protocols: anything with their methods will do."""
-    kept = []
+class Figures:
+    """A reader as the original protocol has it: figures, no commits."""
 
-    class Kept:
-        def store_insight(self, insight, project_path):
-            kept.append((insight.correlation_type, project_path))
+    def __init__(self, *figures):
+        self.figures = [dict(metric_type=kind, value=value, timestamp=when) for kind, value, when in figures]
 
-        def get_insights(self, project_path=None, since=None):
-            return []
+    def get_metrics(self, repository_path, metric_types=None, since=None, until=None):
+        return [f for f in self.figures if (not since or f["timestamp"] >= since)
+                and (not until or f["timestamp"] <= until)]
 
-    now = datetime.now(UTC)
-    wired = gi.SessionBuddyIntegration(gi.GitReader(), Listed(session(1, now)), Kept())
-    assert len(asyncio.run(wired.calculate_correlations(repo.path))) == 4
-    assert [place for _, place in kept] == [repo.path] * 4
+    def get_latest_metrics(self, repository_path):
+        return {figure["metric_type"]: figure for figure in self.figures}
+
+
+class Rows:
+    """A client as the original protocol has it: dicts, by coroutines."""
+
+    def __init__(self, *rows):
+        self.rows = list(rows)
+
+    async def get_session_metrics(self, session_id=None, project_path=None, start_date=None, end_date=None):
+        return [row for row in self.rows if session_id in (None, row["session_id"])]
+
+    async def get_workflow_metrics(self, project_path=None, start_date=None, end_date=None):
+        return None
+
+
+def row_of(number, start, **fields):
+    return dict(dict(session_id="r%d" % number, project_path="/p", started_at=start.isoformat(),
+                     ended_at=(start + timedelta(hours=2)).isoformat(), avg_quality=80.0 + number), **fields)
+
+
+def test_the_original_protocols_work_together():
+    """No repository is needed: everything comes through the two protocols, into a third."""
+    kept, middle = [], timedelta(hours=1)
+
+    class Kept(gi.NoOpCorrelationStorage):
+        async def store_insight(self, insight):
+            kept.append((insight.correlation_type, insight.project_path))
+
+    now = datetime.now(UTC) - timedelta(days=1)
+    starts = [now - timedelta(days=i) for i in range(10)]
+    figures = [(kind, value, start + middle) for i, start in enumerate(starts) for kind, value in (
+        ("commit_velocity_per_hour", 5.0 + i), ("conventional_compliance_rate", 0.9), ("breaking_changes", 2),
+        ("breaking_changes", 1), ("most_active_hour", 9))]
+    wired = gi.SessionBuddyIntegration(
+        Figures(*figures), Rows(*(row_of(i, start) for i, start in enumerate(starts))), Kept())
+    found = asyncio.run(wired.collect_extended_session_metrics("r3", "/p"))
+    assert (found.git_velocity_per_hour, found.git_conventional_compliance, found.git_breaking_changes,
+            found.git_most_active_hour, found.git_most_active_day) == (8.0, 0.9, 3, 9, None)
+    insights = {i.correlation_type: i for i in asyncio.run(wired.calculate_correlations("/p"))}
+    assert insights["quality_vs_velocity"].strength == "strong"
+    assert insights["cost_vs_surviving_lines"].sample_size == 0
+    assert kept == [(kind, "/p") for kind in insights]
+    assert asyncio.run(wired.collect_extended_session_metrics("none", "/p")) is None
+
+
+def test_no_op_parts_and_protocols(repo):
+    assert isinstance(gi.NoOpGitMetricsReader(), gi.GitMetricsReader)
+    assert isinstance(gi.GitReader(), gi.GitMetricsReader)
+    assert isinstance(gi.NoOpSessionBuddyClient(), gi.SessionBuddyClient)
+    assert isinstance(gi.SessionBuddyDirectClient("x.db"), gi.SessionBuddyClient)
+    assert isinstance(gi.NoOpCorrelationStorage(), gi.CorrelationStorage)
+    assert not isinstance(object(), gi.GitMetricsReader)
+    assert gi.NoOpGitMetricsReader().get_metrics("/p") == [] and gi.NoOpGitMetricsReader().get_latest_metrics("/p") == {}
+    wired = gi.SessionBuddyIntegration()
+
+    async def nothing():
+        return (await wired.collect_extended_session_metrics("s", "/p"), await wired.session_buddy.get_session_metrics(),
+                await wired.session_buddy.get_workflow_metrics("/p"), await wired.storage.get_insights(),
+                await wired.calculate_correlations("/p"))
+
+    *empty, insights = asyncio.run(nothing())
+    assert empty == [None, [], None, []]
+    assert all("no evidence in 0" in insight.description for insight in insights) and len(insights) == 4
+
+
+def test_reader_gives_figures_by_type(repo):
+    now = datetime.now(UTC).replace(microsecond=0)
+    for message, hours in (("old", 2_000), ("feat!: one", 3), ("two", 2)):
+        repo.commit(message, now - timedelta(hours=hours))
+    reader = gi.GitReader()
+    latest = reader.get_latest_metrics(repo.path)
+    assert latest["breaking_changes"]["value"] == 1 and latest["conventional_compliance_rate"]["value"] == 0.5
+    period = dict(since=now - timedelta(hours=4), until=now)
+    assert reader.get_metrics(repo.path, ["commit_velocity_per_hour"], **period) == [
+        dict(metric_type="commit_velocity_per_hour", value=0.5, timestamp=now)]
+
+
+def test_workflow_metrics_of_a_store(repo, tmp_path):
+    now = datetime.now(UTC) - timedelta(days=30)
+    for number in range(20):
+        stored(tmp_path / "store", number, repo.path, now + timedelta(days=number), reads=1 if number > 9 else 6)
+    client = gi.StoreSource(gi.SessionOptimizer(str(tmp_path / "store")))
+    found = asyncio.run(client.get_workflow_metrics(repo.path))
+    assert (found.total_sessions, found.quality_trend) == (20, "improving")
+    assert 0 < found.avg_session_duration_minutes < 60 < found.avg_quality_score < 100
+    rows = asyncio.run(client.get_session_metrics("sess-3", repo.path))
+    assert [row["session_id"] for row in rows] == ["sess-3"] and json.dumps(rows)
+    assert asyncio.run(client.get_workflow_metrics(str(tmp_path))) is None
 
 
 # ---- Command line ----
@@ -937,7 +1318,7 @@ def test_statuses(repo, tmp_path):
 def test_save_keeps_the_insights(busy):
     repo, store = busy
     assert run("--repo", repo.path, "--store", store, "--save").returncode == 0
-    assert len(gi.SqliteCorrelationStorage(os.path.join(store, "insights.db")).get_insights(repo.path)) == 4
+    assert len(insights_in(store, repo.path)) == 4
 
 
 # ---- The page ----
