@@ -1,7 +1,7 @@
-"""The history of a git repository as numbers: a streamed `git log`, surviving lines, branches, merges.
+"""The history of a git repository as numbers: its log, surviving lines, branches and merges.
 
-Used by git_insights.py. Nothing is read from the network or written to the repository, no setting of
-the repository or the user changes a number, and only commits that were asked for stay in memory.
+Used by git_insights.py. Nothing is read from the network or written to the repository, no setting
+changes a number, and only commits that were asked for stay in memory.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 CHUNK = 1 << 18  # bytes of git's output in memory at a time
 LANGUAGES = dict(py="Python", js="JavaScript", jsx="JavaScript", ts="TypeScript", tsx="TypeScript",
-                 go="Go", rs="Rust", java="Java", c="C", h="C", cc="C++", cpp="C++", cs="C#", rb="Ruby",
-                 php="PHP", sh="Shell")
+                 go="Go", rs="Rust", java="Java", c="C", h="C", cc="C++", cpp="C++", cs="C#",
+                 rb="Ruby", php="PHP", sh="Shell")
 BLAME_FILES, BLAME_SECONDS = 1_000, 60  # for surviving lines; beyond, their number is a lower bound
 MERGE_SECONDS = 60  # for making the merges of a period again
 GIT = ("git", "--no-pager", "-c", "log.showRoot=true", "-c", "core.fsmonitor=false", "-C")
@@ -35,8 +35,9 @@ HEADER = re.compile(NOUN + rb"(?:\([^()\n]+\))?(!)?: \S[^\n]*(?:\n\n|\Z)")
 FOOTERS = re.compile(rb"\n\n(?=(?:BREAKING CHANGE|" + NOUN + rb")(?:: | #)[^\n])")
 BREAKING = re.compile(rb"^BREAKING[ -]CHANGE: \S", re.M)
 BLAMED = re.compile(rb"([0-9a-f]{40,64}) \d+ \d+ (\d+)$")
-NAMING = re.compile(  # trailers that may name a session: its own, a checkpoint's, or a co-author's id
-    rb"^(?:[\w-]*-(?:Checkpoint|Session|Session-Id|Thread-Id)|Co-authored-by): *(\S[^\n]*)", re.M | re.I)
+NAMING = re.compile(  # trailers that may name a session
+    rb"^(?:[\w-]*-(?:Checkpoint|Session|Session-Id|Thread-Id)|Co-authored-by): *(\S[^\n]*)",
+    re.M | re.I)
 IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[\w.-]{8,}", re.I)
 STORED_ID = re.compile(rb'([0-9a-f]{2})/([0-9a-f]{10})/[^\0]*\0.*"session_?id": *"([^"]+)"', re.I)
 
@@ -47,9 +48,9 @@ class InsightsError(Exception):
 
 @dataclass(frozen=True)
 class GitVelocityMetrics:
-    """Pace and habits of a period's commits, merges left out. A rate is never extrapolated from less
-    than its unit (ten minutes count as an hour, three hours as a day); hours and days (0 = Monday)
-    are the authors', or None."""
+    """Pace and habits of a period's commits, merges left out. A rate is never extrapolated from
+    less than its unit (ten minutes count as an hour); hours and days (0 = Monday) are the
+    authors', or None."""
     commit_velocity_per_hour: float
     commit_velocity_per_day: float
     conventional_compliance_rate: float  # 0 to 1
@@ -109,25 +110,28 @@ class History:
 
     def velocity(self) -> GitVelocityMetrics:
         seconds = (self.end - self.start).total_seconds()
-        hourly, daily, weekly = (self.total / max(seconds / unit, 1) for unit in (3_600, 86_400, 604_800))
-        hour, day = (max(sorted(c), key=c.__getitem__, default=None) for c in (self.hours, self.weekdays))
+        hourly, daily, weekly = (
+            self.total / max(seconds / unit, 1) for unit in (3_600, 86_400, 604_800))
+        hour, day = (max(sorted(counts), key=counts.__getitem__, default=None)
+                     for counts in (self.hours, self.weekdays))
         compliance = ratio(self.conventional, self.total) or 0.0
-        return GitVelocityMetrics(hourly, daily, compliance, self.breaking, weekly, hour, day, self.total,
-                                  self.start, self.end)
+        return GitVelocityMetrics(hourly, daily, compliance, self.breaking, weekly, hour, day,
+                                  self.total, self.start, self.end)
 
 
 def conventional(message: bytes) -> tuple[bool, bool]:
     """(whether a commit message follows the grammar, whether it announces a breaking change)."""
     message = message.replace(b"\r\n", b"\n").strip()
-    header, footers = HEADER.match(message), FOOTERS.search(message) if b"BREAKING" in message else None
+    header = HEADER.match(message)
+    footers = FOOTERS.search(message) if b"BREAKING" in message else None
     announced = footers and BREAKING.search(message, footers.end())
     return bool(header), bool(announced or header and header.group(1))
 
 
 def git(root: str, *arguments: str, cut: bytes = b"\0", seconds: float = 86_400) -> Iterator[bytes]:
-    """Yield git's output cut at `cut`, a chunk in memory at a time; a failure is an InsightsError. The
-    environment is ours without GIT_* (they point git elsewhere), in English, and offline: a partial
-    clone must not fetch."""
+    """Yield git's output cut at `cut`, a chunk in memory at a time; a failure is an InsightsError.
+    The environment is ours without GIT_* (they point git elsewhere), in English, and offline: a
+    partial clone must not fetch."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env.update(LC_ALL="C", GIT_OPTIONAL_LOCKS="0", GIT_ALLOW_PROTOCOL="none", GIT_NO_LAZY_FETCH="1",
                GIT_FLUSH="0")  # blocks, not records, through the pipe
@@ -152,7 +156,8 @@ def git(root: str, *arguments: str, cut: bytes = b"\0", seconds: float = 86_400)
         if process.returncode:
             complaints.seek(0)
             said = complaints.readline().decode("utf-8", "replace").strip()
-            raise InsightsError("git %s: %s" % (arguments[0], said or "status %d" % process.returncode))
+            said = said or "status %d" % process.returncode
+            raise InsightsError("git %s: %s" % (arguments[0], said))
 
 
 def ratio(amount: float | None, count: float | None) -> float | None:
@@ -160,8 +165,8 @@ def ratio(amount: float | None, count: float | None) -> float | None:
 
 
 def repository_of(directory: str | None) -> tuple[str, str]:
-    """(work tree, common git directory), real paths, of the nearest directory upwards with a `.git`;
-    ("", "") without one. The directory itself need not exist now."""
+    """(work tree, common git directory), real paths, of the nearest directory upwards with a
+    `.git`; ("", "") without one. The directory itself need not exist now."""
     place = os.path.realpath(os.path.expanduser(directory)) if directory else os.sep
     while not os.path.exists(os.path.join(place, ".git")):
         place, child = os.path.dirname(place), place
@@ -178,7 +183,8 @@ def repository_of(directory: str | None) -> tuple[str, str]:
 
 
 def language_of(paths: Sequence[str]) -> str | None:
-    known = Counter(filter(None, (LANGUAGES.get(path.rpartition(".")[2].lower()) for path in paths)))
+    endings = (path.rpartition(".")[2].lower() for path in paths)
+    known = Counter(LANGUAGES[ending] for ending in endings if ending in LANGUAGES)
     return max(sorted(known), key=known.__getitem__, default=None)
 
 
@@ -191,7 +197,8 @@ class GitReader:
         if not os.path.isdir(path):
             raise InsightsError("%s is no directory: name a git work tree" % path)
         try:
-            return os.path.realpath(os.fsdecode(b"".join(git(path, "rev-parse", "--show-toplevel"))[:-1]))
+            told = b"".join(git(path, "rev-parse", "--show-toplevel"))
+            return os.path.realpath(os.fsdecode(told[:-1]))
         except InsightsError as error:
             raise InsightsError("%s: %s (name a git work tree)" % (path, error)) from error
 
@@ -208,10 +215,11 @@ class GitReader:
         shallow = os.path.join(root, os.fsdecode(cut_at))
         cut = set(Path(shallow).read_text().split()) if os.path.exists(shallow) else ()
         history, spans = History(root, since, until, bool(cut)), sorted(spans)
-        starts, reach = [start for start, _ in spans], list(accumulate((end for _, end in spans), max))
+        starts = [start for start, _ in spans]
+        reach = list(accumulate((end for _, end in spans), max))
         for commit in read_commits(root, since, author):
             if since <= commit.authored <= until:
-                if commit.sha in cut:  # its parents were not fetched: git shows all files as added by it
+                if commit.sha in cut:  # without its parents it seems to add every file
                     commit = commit._replace(files=[])
                 history.add(commit)
                 place = bisect(starts, commit.authored)
@@ -227,17 +235,17 @@ class GitReader:
             return lines, True
         since = since_option(min(c.committed for c in commits) - 1)
         wanted = {c.sha.encode() for c in commits}
-        moves = git(root, *LOG, "--topo-order", "--name-status", "--diff-filter=R", "--format=", *since,
-                    "HEAD", "--")
-        for _, before, after in zip(moves, moves, moves):  # newest first: `later` has all later names
+        moves = git(root, *LOG, "--topo-order", "--name-status", "--diff-filter=R", "--format=",
+                    *since, "HEAD", "--")
+        for _, before, after in zip(moves, moves, moves):  # newest first: all later names are known
             later[before] |= {after} | later[after]
         touched = Counter(os.fsencode(change[2]) for commit in commits for change in commit.files
-                          if change[0])  # no line of a binary, emptied or only renamed file is theirs
+                          if change[0])  # a binary, emptied or only renamed file has none
         names = list(dict.fromkeys(
             n for name, _ in touched.most_common() for n in sorted({name} | later[name])))
         for name in names[:BLAME_FILES]:
-            blame = git(root, "blame", "--incremental", "--no-textconv", "--no-ignore-revs-file", *since,
-                        "HEAD", "--", os.fsdecode(name), cut=b"\n",
+            blame = git(root, "blame", "--incremental", "--no-textconv", "--no-ignore-revs-file",
+                        *since, "HEAD", "--", os.fsdecode(name), cut=b"\n",
                         seconds=max(deadline - time.monotonic(), 0))
             try:
                 for found in map(BLAMED.match, blame):
@@ -248,24 +256,25 @@ class GitReader:
         return lines, len(names) <= BLAME_FILES and time.monotonic() < deadline
 
     def branches(self, root: str, since: datetime) -> list[dict[str, Any]]:
-        """The local branches, most active first: name, time of the last commit, and how many commits
-        of the period HEAD does not hold (each is counted for one branch)."""
+        """The local branches, most active first: name, time of the last commit, and how many
+        commits of the period HEAD does not hold (each is counted for one branch)."""
         refs = git(root, "for-each-ref", "--format=%(refname:short)%00%(committerdate:unix)",
                    "refs/heads", cut=b"\n")
         named = [(os.fsdecode(name), float(at)) for name, at in (ref.split(b"\0") for ref in refs)]
-        ahead = git(root, "log", "--source", "--branches", "--no-merges", "--format=%S", "--not", "HEAD",
-                    *since_option(since.timestamp()), cut=b"\n") if has_head(root) else ()
-        counts = Counter(os.fsdecode(name)[len("refs/heads/"):] for name in ahead)
+        ahead = git(root, "log", "--source", "--branches", "--no-merges", "--format=%S", "--not",
+                    "HEAD", *since_option(since.timestamp()), cut=b"\n") if has_head(root) else ()
+        counts = Counter(re.sub("^refs/heads/", "", os.fsdecode(name)) for name in ahead)
         rows = [dict(name=name, commits=counts[name], last=datetime.fromtimestamp(at, timezone.utc))
                 for name, at in named]
         return sorted(rows, key=lambda row: (-row["commits"], row["name"]))
 
     def conflicts(self, root: str, since: datetime, until: datetime) -> dict[str, list[str]] | None:
-        """{merge of the period: its files in conflict}, found by making each merge of HEAD again, in
-        memory. None where that takes too long, or git is older than 2.35."""
+        """{merge of the period: its files in conflict}, found by making each merge of HEAD again,
+        in memory. None where that takes too long, or git is older than 2.35."""
         lines = git(root, "log", "--merges", "--remerge-diff", "--diff-filter=U", "--no-color",
                     "--no-show-signature", "--no-ext-diff", "--format=%x01%H %at",
-                    *since_option(since.timestamp()), "HEAD", "--", cut=b"\n", seconds=MERGE_SECONDS)
+                    *since_option(since.timestamp()), "HEAD", "--", cut=b"\n",
+                    seconds=MERGE_SECONDS)
         found, files = {}, []
         try:
             for line in lines if has_head(root) else ():
@@ -312,7 +321,7 @@ class GitReader:
 
 
 def since_option(seconds: float) -> list[str]:
-    """For a moment in seconds since 1970; nothing before 1971, which git reads as something else."""
+    """For a moment in seconds since 1970; none before 1971, which git reads as something else."""
     moment = datetime.fromtimestamp(max(seconds, 0), timezone.utc).isoformat()
     return ["--since=" + moment] if seconds > 31_536_000 else []
 
@@ -333,16 +342,17 @@ def read_header(token: bytes) -> Commit:
         when = datetime.fromtimestamp(min(int(authored), 1 << 35), timezone.utc)
     subject = message.lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
     told = b" ".join(NAMING.findall(message)).decode("utf-8", "replace").lower()
-    return Commit(sha.decode(), b" " in parents, when, int(committed), *conventional(message), subject,
-                  tuple(IDS.findall(told)), [])
+    return Commit(sha.decode(), b" " in parents, when, int(committed), *conventional(message),
+                  subject, tuple(IDS.findall(told)), [])
 
 
 def read_commits(root: str, since: datetime, author: str) -> Iterator[Commit]:
-    """Yield the commits of HEAD, newest first, one in memory at a time; none while there is none."""
+    """Yield the commits of HEAD, newest first, one in memory at a time; there may be none."""
     if not has_head(root):
         return
-    tokens = git(root, *LOG, "--numstat", "--date=iso-strict", FIELDS, *since_option(since.timestamp()),
-                 *(["--fixed-strings", "--author=" + author] if author else []), "HEAD", "--")
+    only = ["--fixed-strings", "--author=" + author] if author else []
+    tokens = git(root, *LOG, "--numstat", "--date=iso-strict", FIELDS,
+                 *since_option(since.timestamp()), *only, "HEAD", "--")
     commit = None
     for token in tokens:
         if token[:1] == b"\x01":  # no numstat entry begins so; names of a rename are consumed below

@@ -5,7 +5,7 @@
     python3 examples/git_insights.py --repo a --repo b --days 90 --split 2026-05-01 --format html
 
 A session belongs to the repository of its working directory, a commit to the session that the best
-evidence names. Correlations are computed, never assumed; what the data cannot show is "no evidence".
+evidence names. Correlations are computed, never assumed; what cannot be shown is "no evidence".
 docs/git.md explains every number. Exit status: 0 done, 1 failed, 2 bad command line.
 """
 from __future__ import annotations
@@ -27,20 +27,23 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import reduce
-from statistics import fmean
+from statistics import fmean, mode
 from types import SimpleNamespace
-from typing import Any, Iterable, Mapping, NamedTuple, Protocol, Sequence, runtime_checkable
+from typing import (
+    Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Sequence, runtime_checkable)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]  # from a clone: the module's directory and this one
 from git_history import (  # noqa: E402, F401
-    Commit, GitReader, GitVelocityMetrics, History, InsightsError, language_of, ratio, repository_of)
+    Commit, GitReader, GitVelocityMetrics, History, InsightsError, language_of, ratio,
+    repository_of)
 from git_statistics import (  # noqa: E402
     MIN_POINTS, CorrelationInsight, CorrelationStorage, CorrelationStorageSQLite,
     NoOpCorrelationStorage, correlate, median_change, random, split_at)
 from sessionoptimizer import (  # noqa: E402
     EventType, SessionOptimizer, SessionOptimizerError, parse_time, plain)
 
+Moment = Optional[datetime]
 SESSION_BUDDY_DB = "~/.claude/data/workflow_metrics.db"
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 HOUR = 3_600  # seconds from a write to the commit that may hold it
@@ -49,10 +52,11 @@ NEAR = 100  # lines of a transcript within which a command's output follows it
 COMMITS = re.compile(r"\bgit(?:\s+-[cC]\s+\S+|\s+--?[\w-]+(?:=\S+)?)*\s+commit\b")
 MESSAGE = re.compile(r"""\s(?:-[a-z]*m|--message)[ =]?(["'])(.*?)(?:\1|\n|$)""", re.S)
 ADDED_TREE = re.compile(r"\bgit\b[^\n;&|]*\sworktree\s+add\s+([^\n;&|]+)")
-PRINTED = re.compile(  # "[branch 1a2b3c4] subject", up to a quote or an escape of the JSON around it
+PRINTED = re.compile(  # "[branch 1a2b3c4] subject", up to a quote or escape of the JSON around it
     rb'\[(?:[^\[\]\s"\\]+(?: \(root-commit\))?|detached HEAD) ([0-9a-f]{7,40})\] ([^"\\\n]+)')
 CLOUD_ID = re.compile(rb"Claude-Session: *[^\s\"\\]*?(session_\w+)")
 CHECKPOINT = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{10})/\d+/[^/]+$")  # a transcript kept by Entire
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 WORKTREE = re.compile(r"(.*?)(?:/\.[^/]+)?[/._-]+worktrees/[^/]+(?:/|$)")  # group 1: the repository
 
 
@@ -75,12 +79,12 @@ class Traces(NamedTuple):
 
 @dataclass(frozen=True)
 class ExtendedSessionMetrics:
-    """One session and what it left in git. Quality is the efficiency score, 0 to 100. What is unknown
-    is None."""
+    """One session and what it left in git; quality is the efficiency score, 0 to 100; None is
+    unknown."""
     session_id: str
     project_path: str
     started_at: datetime
-    ended_at: datetime | None
+    ended_at: Moment
     duration_minutes: float | None
     checkpoint_count: int
     commit_count: int | None
@@ -118,12 +122,15 @@ class ExtendedSessionMetrics:
                     files_written=sorted(self.traces.writes if self.traces else ()))
 
 
+SESSION_BUDDY_FIELDS = list(ExtendedSessionMetrics.__dataclass_fields__)[:15]
+
+
 def metrics_of(row: Mapping[str, Any]) -> ExtendedSessionMetrics:
     """A record of the fifteen fields that session-buddy keeps; times without a zone are local."""
-    values = {name: row.get(name) for name in list(ExtendedSessionMetrics.__dataclass_fields__)[:15]}
+    values = {name: row.get(name) for name in SESSION_BUDDY_FIELDS}
     for name in ("started_at", "ended_at"):
-        moment = values[name]
-        values[name] = moment.astimezone() if isinstance(moment, datetime) else parse_time(moment or "")
+        at = values[name]
+        values[name] = at.astimezone() if isinstance(at, datetime) else parse_time(at or "")
     for name, default in (("tools_used", []), ("files_modified", 0), ("checkpoint_count", 0)):
         values[name] = values[name] or default
     return ExtendedSessionMetrics(**values)
@@ -134,7 +141,7 @@ def metrics_of(row: Mapping[str, Any]) -> ExtendedSessionMetrics:
 @runtime_checkable
 class GitMetricsReader(Protocol):
     def get_metrics(self, repository_path: str, metric_types: list[str] | None = None,
-                    since: datetime | None = None, until: datetime | None = None) -> list[Any]: ...
+                    since: Moment = None, until: Moment = None) -> list[Any]: ...
     def get_latest_metrics(self, repository_path: str) -> dict[str, Any]: ...
 
 
@@ -142,17 +149,16 @@ class GitMetricsReader(Protocol):
 class SessionBuddyClient(Protocol):
     async def get_session_metrics(
             self, session_id: str | None = None, project_path: str | None = None,
-            start_date: datetime | None = None, end_date: datetime | None = None) -> Sequence[Any]: ...
-    async def get_workflow_metrics(
-            self, project_path: str | None = None, start_date: datetime | None = None,
-            end_date: datetime | None = None) -> Any: ...
+            start_date: Moment = None, end_date: Moment = None) -> Sequence[Any]: ...
+    async def get_workflow_metrics(self, project_path: str | None = None, start_date: Moment = None,
+                                   end_date: Moment = None) -> Any: ...
 
 
 class NoOpGitMetricsReader:
     """Knows no repository."""
 
     def get_metrics(self, repository_path: str, metric_types: list[str] | None = None,
-                    since: datetime | None = None, until: datetime | None = None) -> list[Any]:
+                    since: Moment = None, until: Moment = None) -> list[Any]:
         return []
 
     def get_latest_metrics(self, repository_path: str) -> dict[str, Any]:
@@ -162,20 +168,19 @@ class NoOpGitMetricsReader:
 class SessionClient:
     """The asynchronous answers of a source whose `sessions` gives records."""
 
-    def sessions(self, root: str, since: datetime | None = None, until: datetime | None = None) -> list:
+    def sessions(self, root: str, since: Moment = None, until: Moment = None) -> list:
         """Those that started in the work tree `root` in the period; of no source, none."""
         return []
 
     async def get_session_metrics(
             self, session_id: str | None = None, project_path: str | None = None,
-            start_date: datetime | None = None, end_date: datetime | None = None) -> list[dict]:
+            start_date: Moment = None, end_date: Moment = None) -> list[dict]:
         """The sessions of a project (default: of the current directory) as `to_dict` gives them."""
         found = await off_loop(self.sessions, project_path or ".", start_date, end_date)
         return [s.to_dict() for s in found if session_id in (None, s.session_id)]
 
-    async def get_workflow_metrics(self, project_path: str | None = None,
-                                   start_date: datetime | None = None,
-                                   end_date: datetime | None = None) -> SimpleNamespace | None:
+    async def get_workflow_metrics(self, project_path: str | None = None, start_date: Moment = None,
+                                   end_date: Moment = None) -> SimpleNamespace | None:
         """Totals and means of the sessions, None without any. The trend compares the two halves and
         is "stable" unless the interval of the change leaves zero out."""
         found = await off_loop(self.sessions, project_path or ".", start_date, end_date)
@@ -202,8 +207,9 @@ class Places:
         self.common = repository_of(root)[1]
         known = GitReader().trees(root) if self.common else []
         self.trees = set(map(slashed, [root, *known]))
-        self.maps = [(re.compile(re.escape(slashed(old).rstrip("/")).replace(r"\*", "[^/]+") + r"(?=/|$)"),
-                      slashed(new).rstrip("/")) for old, new in maps]
+        clean = [(slashed(old).rstrip("/"), slashed(new).rstrip("/")) for old, new in maps]
+        self.maps = [(re.compile(re.escape(old).replace(r"\*", "[^/]+") + r"(?=/|$)"), new)
+                     for old, new in clean]
 
     def here(self, path: str) -> str:
         """A recorded path as this machine has it."""
@@ -212,6 +218,10 @@ class Places:
             if old.match(path):
                 return new + path[old.match(path).end():]
         return path
+
+    def joined(self, place: str, name: str) -> str:
+        name = self.here(name)
+        return os.path.normpath(name if DRIVE.match(name) else os.path.join(place, name))
 
     def inside(self, path: str) -> str | None:
         """A path relative to its work tree; None outside of all. Also below `.worktrees/NAME`,
@@ -223,16 +233,17 @@ class Places:
         return path[len(max(trees, key=len)) + 1:] if trees else None
 
     def hold(self, place: str, source: Mapping[str, Any]) -> bool:
-        """Whether a session's directory belongs here; what that tells of a work tree is remembered."""
+        """Whether a session's directory belongs here; the work tree it tells of is remembered."""
         tree, common = repository_of(place)
         told = source.get("repository")  # as it was when the session was read
         if common and common == self.common:
             below = os.path.relpath(os.path.realpath(place), tree)
             self.trees |= {slashed(tree), place[:-len(below) - 1] if below != "." else place}
             return True
-        if told and os.path.realpath(self.here(told)) == self.common:
-            self.trees.add(self.here(source.get("work_tree") or place))
-            return True
+        if told:
+            ours = os.path.realpath(self.here(told)) == self.common
+            self.trees |= {self.here(source.get("work_tree") or place)} if ours else set()
+            return ours
         return not os.path.isdir(place) and self.inside(place) is not None
 
     def learn(self, command: str, place: str) -> None:
@@ -244,13 +255,13 @@ class Places:
                 words = told.group(1).split()
             names = [word for before, word in zip([""] + words, words)
                      if not word.startswith("-") and before not in ("-b", "-B", "--reason")]
-            path = slashed(os.path.normpath(os.path.join(place, self.here(names[0])))) if names else ""
+            path = self.joined(place, names[0]) if names else ""
             if path and not os.path.isdir(path):
                 self.trees.add(path)
 
 
 def slashed(path: str) -> str:
-    return path.replace("\\", "/") if re.match(r"[A-Za-z]:\\", path) else path
+    return path.replace("\\", "/") if DRIVE.match(path) else path
 
 
 class StoreSource(SessionClient):
@@ -260,7 +271,7 @@ class StoreSource(SessionClient):
     def __init__(self, optimizer: SessionOptimizer, maps: Iterable[tuple[str, str]] = ()) -> None:
         self.optimizer, self.maps = optimizer, list(maps)
 
-    def sessions(self, root: str, since: datetime | None = None, until: datetime | None = None) -> list:
+    def sessions(self, root: str, since: Moment = None, until: Moment = None) -> list:
         """Newest first; a warning names a damaged one."""
         root = repository_of(root)[0] or root
         places, found, open_heads = Places(root, self.maps), [], []
@@ -273,10 +284,10 @@ class StoreSource(SessionClient):
                 open_heads.append((head, start, places.here(place), origin))
         while True:  # a session may tell of a work tree in which others ran
             ours = [told for told in open_heads if places.hold(*told[2:])]
-            found += [(told[1], record) for told in ours for record in self._read(places, root, *told)]
+            found += [record for told in ours for record in self._read(places, root, *told)]
             open_heads = [told for told in open_heads if told not in ours]
             if not ours:
-                return [record for _, record in sorted(found, key=lambda pair: pair[0], reverse=True)]
+                return sorted(found, key=lambda record: record.started_at, reverse=True)
 
     def _read(self, places: Places, root: str, head: Any, start: datetime, place: str,
               origin: Mapping) -> list[ExtendedSessionMetrics]:
@@ -289,7 +300,8 @@ class StoreSource(SessionClient):
             warnings.warn("left out: %s" % error, stacklevel=2)
             return []
 
-    def _record(self, session: Any, start: datetime, root: str, traces: Traces) -> ExtendedSessionMetrics:
+    def _record(self, session: Any, start: datetime, root: str,
+                traces: Traces) -> ExtendedSessionMetrics:
         report, events = self.optimizer.analyze(session.id), session.events
         times = filter(None, (parse_time(event.timestamp) for event in events))
         end = max(filter(None, (parse_time(session.ended_at), *times)), default=start)
@@ -297,20 +309,23 @@ class StoreSource(SessionClient):
         for issue in report.issues:
             for key, claim in issue.claims.items():
                 size = claim if isinstance(claim, (int, float)) else sum(claim)
-                wasted[key] = max(wasted[key], size)  # an event is charged once, to its largest claim
+                wasted[key] = max(wasted[key], size)  # charged once, to the largest claim
         metered, middle = session.total_tokens > 0, len(events) // 2
         first, second = (efficiency(half, wasted) for half in (events[:middle], events[middle:]))
         delta = second - first if None not in (first, second) else None
+        part_of_day = bisect((5, 12, 17, 21), start.astimezone().hour) % 4
         return ExtendedSessionMetrics(
             session.id, root, start, end, session.duration_seconds / 60,
             sum("checkpoint" in e.data for e in events), None, first, second, delta,
             report.efficiency_score if metered else None, len(traces.writes),
             sorted({e.data["tool"] for e in events if isinstance(e.data.get("tool"), str)}),
             language_of(list(traces.writes)),
-            ("night", "morning", "afternoon", "evening")[bisect((5, 12, 17, 21), start.astimezone().hour) % 4],
-            tokens=session.total_tokens if metered else None, cost=session.estimated_cost if metered else None,
-            waste_tokens=report.total_waste_tokens if metered else None, traces=traces,
-            user_turns=sum(e.event_type is EventType.USER_MESSAGE and not e.agent_id for e in events))
+            ("night", "morning", "afternoon", "evening")[part_of_day], traces=traces,
+            tokens=session.total_tokens if metered else None,
+            waste_tokens=report.total_waste_tokens if metered else None,
+            cost=session.estimated_cost if metered else None,
+            user_turns=sum(e.event_type is EventType.USER_MESSAGE and not e.agent_id
+                           for e in events))
 
 
 def efficiency(events: Sequence[Any], wasted: Mapping[str, int]) -> float | None:
@@ -327,7 +342,7 @@ def traces_of(session: Any, places: Places, place: str, origin: Mapping[str, Any
     for event in session.events:
         at, command = seconds(event), event.data.get("command")
         for name in written_by(event):
-            path = places.inside(os.path.normpath(os.path.join(place, places.here(name))))
+            path = places.inside(places.joined(place, name))
             if path:
                 writes[path].append(at)
         if isinstance(command, str):
@@ -347,12 +362,13 @@ def written_by(event: Any) -> list[str]:
     """The paths an event wrote, also by a shell command where the transcript's reader knew them."""
     named = event.data.get("changes") or []
     if event.event_type is EventType.FILE_WRITE:
-        named = event.data.get("file_paths") or [event.data.get("file_path") or event.data.get("path")]
+        one = event.data.get("file_path") or event.data.get("path")
+        named = event.data.get("file_paths") or [one]
     return [name for name in named if isinstance(name, str) and name not in ("", "*", "?")]
 
 
 def opening(subject: str) -> str:
-    """What of a subject stays the same within quotes and JSON: its ASCII up to a quote or escape."""
+    """What of a subject is the same within quotes and JSON: its ASCII up to a quote or escape."""
     return re.match(r"""[^"'\\`$\x00-\x1f\x7f-\U0010ffff]*""", subject).group()[:60].strip()
 
 
@@ -375,34 +391,36 @@ def made_by(events: Sequence[Any], transcript: str) -> tuple[list[Made], set[str
             continue
     for event in events:
         start, lasted = seconds(event), event.duration_ms / 1_000
-        ids = {found.decode() for found, _ in printed[event.id]} | set(event.data.get("commits") or ())
+        ids = {found.decode() for found, _ in printed[event.id]}
         told = [text for _, text in MESSAGE.findall(event.data["command"])]
         told += [subject.decode("utf-8", "replace") for _, subject in printed[event.id]]
-        made.append(Made(start - (0 if lasted else UNTIMED), start + (lasted or UNTIMED), frozenset(ids),
+        made.append(Made(start - (0 if lasted else UNTIMED), start + (lasted or UNTIMED),
+                         frozenset(ids.union(event.data.get("commits") or ())),
                          frozenset(filter(None, map(opening, told)))))
     return made, aliases
 
 
 class SessionBuddyDirectClient(SessionClient):
-    """The table session_metrics of session-buddy's DuckDB file, opened read-only; its times are local."""
+    """The table session_metrics of session-buddy's DuckDB file, opened read-only."""
 
     def __init__(self, db_path: str = SESSION_BUDDY_DB) -> None:
         self.db_path = os.path.expanduser(db_path)
 
-    def sessions(self, root: str, since: datetime | None = None, until: datetime | None = None) -> list:
+    def sessions(self, root: str, since: Moment = None, until: Moment = None) -> list:
         try:
             import duckdb
         except ImportError as error:
             reason = "reading %s takes the package duckdb: pip install duckdb" % self.db_path
             raise InsightsError(reason) from error
-        names = list(ExtendedSessionMetrics.__dataclass_fields__)[:15]
+        names = SESSION_BUDDY_FIELDS
         query = "SELECT %s FROM session_metrics ORDER BY started_at DESC" % ", ".join(names)
         try:
             with closing(duckdb.connect(self.db_path, read_only=True)) as connection:
                 rows = connection.execute(query).fetchall()
         except duckdb.Error as error:
             raise InsightsError("%s: %s" % (self.db_path, error)) from error
-        records, common = [metrics_of(dict(zip(names, row))) for row in rows], repository_of(root)[1]
+        records = [metrics_of(dict(zip(names, row))) for row in rows]
+        common = repository_of(root)[1]
         return [s for s in records if repository_of(s.project_path)[1] == common
                 and (since or s.started_at) <= s.started_at <= (until or s.started_at)]
 
@@ -414,6 +432,16 @@ RELATIONS = (  # type, unit, what the two sides are
     ("conventional_vs_quality", "sessions", "conventional share of commits", "efficiency"),
     ("waste_vs_commits", "days", "wasted share of tokens", "commits"),
     ("cost_vs_surviving_lines", "sessions", "cost", "surviving lines"))
+
+
+FIGURES = (  # field of a session, metric type of the readers' protocol, how several are one
+    ("git_velocity_per_hour", "commit_velocity_per_hour", fmean),
+    ("git_velocity_per_day", "commit_velocity_per_day", fmean),
+    ("git_conventional_compliance", "conventional_compliance_rate", fmean),
+    ("git_breaking_changes", "breaking_changes", sum),
+    ("git_avg_commits_per_week", "avg_commits_per_week", fmean),
+    ("git_most_active_hour", "most_active_hour", mode),
+    ("git_most_active_day", "most_active_day", mode))
 
 
 class Join(NamedTuple):
@@ -429,7 +457,8 @@ class Joiner:
     def __init__(self, sessions: Sequence[ExtendedSessionMetrics],
                  checkpoints: Mapping[str, Iterable[str]]) -> None:
         self.sessions = {s.session_id: s for s in sessions}
-        self.named, self.writers, self.made, self.spent = defaultdict(set), defaultdict(list), [], {}
+        self.named, self.writers = defaultdict(set), defaultdict(list)
+        self.made, self.spent = [], {}
         for s in sessions:
             traces = s.traces or Traces()
             self.made += [(made, s) for made in traces.made]
@@ -437,14 +466,14 @@ class Joiner:
                 self.named[name].add(s.session_id)
             for name in traces.writes:
                 self.writers[name].append(s)
-        for checkpoint, ids in checkpoints.items():  # a session that is not here keeps its foreign name
+        for checkpoint, ids in checkpoints.items():  # one that is not here keeps its foreign name
             self.named[checkpoint].update(*(self.named.get(name.lower(), {name}) for name in ids))
         self.lengths = {len(short) for made, _ in self.made for short in made.ids}
         self.short = {short: s for made, s in reversed(self.made) for short in made.ids}
 
     def join(self, commit: Commit) -> Join | None:
-        """The session of a commit by the best evidence there is; None where there is none, or where a
-        trailer names a session that is not here."""
+        """The session of a commit by the best evidence there is; None where there is none, or where
+        a trailer names a session that is not here."""
         at = commit.authored.timestamp()
         names = {name for change in commit.files for name in change[2:] if name}
         wrote = {s.session_id: found for name in names for s in self.writers.get(name, ())
@@ -460,8 +489,9 @@ class Joiner:
                 return None
         return None
 
-    def fresh(self, s: ExtendedSessionMetrics, names: Iterable[str], at: float) -> tuple[int, float]:
-        """(how many of the files the session wrote in the hour before, and did not commit since, the
+    def fresh(self, s: ExtendedSessionMetrics, names: Iterable[str],
+              at: float) -> tuple[int, float]:
+        """(how many of the files the session wrote in the hour before and did not commit since, the
         time of the last write)."""
         last = []
         for name in names:
@@ -477,12 +507,12 @@ class Joiner:
         return (ours or sorted(named) or [None])[-1], 0.99
 
     def by_line(self, commit: Commit, at: float, wrote: Mapping) -> tuple[str | None, float]:
-        told = (self.short.get(commit.sha[:length]) for length in sorted(self.lengths, reverse=True))
+        told = (self.short.get(commit.sha[:length]) for length in sorted(self.lengths)[::-1])
         return next((s.session_id for s in told if s), None), 0.98
 
     def by_command(self, commit: Commit, at: float, wrote: Mapping) -> tuple[str | None, float]:
-        """The command ran when the commit was authored (which a rebase keeps) and gave its subject, or
-        gave none that is known and the session wrote some of the files."""
+        """The command ran when the commit was authored (which a rebase keeps) and gave its subject,
+        or gave none that is known and the session wrote some of the files."""
         able = []
         for made, s in self.made:
             if made.start - 2 <= at <= made.end + 2:
@@ -503,8 +533,8 @@ class Joiner:
 
     def by_time(self, commit: Commit, at: float, wrote: Mapping) -> tuple[str | None, float]:
         """Only of sessions whose source records neither files nor commands."""
-        able = [(s.started_at, s.session_id) for s in self.sessions.values() if s.traces is None
-                and s.started_at.replace(microsecond=0) <= commit.authored <= (s.ended_at or s.started_at)]
+        able = [(s.started_at, s.session_id) for s in self.sessions.values()
+                if s.traces is None and span(s)[0] <= commit.authored <= span(s)[1]]
         return max(able, default=(None, None))[1], 0.3
 
 
@@ -534,55 +564,53 @@ def with_git(session: ExtendedSessionMetrics, commits: list[Commit],
     for commit in commits:
         own.add(commit)
     pace, paths = own.velocity(), [change[2] for commit in commits for change in commit.files]
+    count = len(commits) if session.commit_count is None else session.commit_count
     return replace(
-        session, commit_count=len(commits) if session.commit_count is None else session.commit_count,
+        session, commit_count=count,
         files_modified=session.files_modified or len(set(paths)),
         primary_language=session.primary_language or language_of(paths),
         git_velocity_per_hour=pace.commit_velocity_per_hour,
         git_velocity_per_day=pace.commit_velocity_per_day,
         git_conventional_compliance=pace.conventional_compliance_rate if commits else None,
         git_breaking_changes=pace.breaking_change_count,
-        git_avg_commits_per_week=pace.avg_commits_per_week, git_most_active_hour=pace.most_active_hour,
-        git_most_active_day=pace.most_active_day, lines_changed=own.added + own.deleted,
+        git_avg_commits_per_week=pace.avg_commits_per_week,
+        git_most_active_hour=pace.most_active_hour, git_most_active_day=pace.most_active_day,
+        lines_changed=own.added + own.deleted,
         lines_surviving=sum(lines[c.sha] for c in commits))
 
 
-def collect(reader: GitReader, sessions: Sequence[ExtendedSessionMetrics], path: str, since: datetime,
-            until: datetime, author: str = "") -> Report:
+def collect(reader: GitReader, sessions: Sequence[ExtendedSessionMetrics], path: str,
+            since: datetime, until: datetime, author: str = "") -> Report:
     """Join sessions with the history of their repository."""
     root = reader.root(path)
     reach = [(start, end + timedelta(seconds=HOUR)) for start, end in map(span, sessions)]
     history = reader.history(root, since, until, author, reach)
     joiner = Joiner(sessions, reader.checkpoints(root))
-    joins = [join for join in map(joiner.join, sorted(history.commits, key=lambda c: c.authored)) if join]
+    ordered = sorted(history.commits[::-1], key=lambda commit: commit.authored)
+    joins = [join for join in map(joiner.join, ordered) if join]
     commits, owned = {commit.sha: commit for commit in history.commits}, defaultdict(list)
     for join in joins:
         owned[join.session].append(commits[join.commit])
     lines, complete = reader.surviving_lines(root, [commits[join.commit] for join in joins])
     found = [with_git(s, owned[s.session_id], lines) for s in sessions]
-    row = dict(repository=root, commits=history.total, in_sessions=len(joins), **spent_in(sessions),
-               branches=reader.branches(root, since), conflicts=reader.conflicts(root, since, until))
+    row = dict(
+        repository=root, commits=history.total, in_sessions=len(joins), **spent_in(sessions),
+        branches=reader.branches(root, since), conflicts=reader.conflicts(root, since, until))
     return Report(history, found, joins, complete, [row])
 
 
 def measured(reader: GitMetricsReader, sessions: Sequence[ExtendedSessionMetrics], path: str,
              since: datetime, until: datetime) -> Report:
     """What a reader that knows only `get_metrics` can tell: figures of each session's own time."""
-    found, names = [], dict(
-        git_velocity_per_hour="commit_velocity_per_hour", git_velocity_per_day="commit_velocity_per_day",
-        git_conventional_compliance="conventional_compliance_rate", git_breaking_changes="breaking_changes",
-        git_avg_commits_per_week="avg_commits_per_week")
+    found = []
     for s in sessions:
         values = defaultdict(list)
         for row in reader.get_metrics(path, since=s.started_at, until=s.ended_at):
             values[row["metric_type"]].append(row["value"])
-        means = {name: fmean(values[kind]) for name, kind in names.items() if values[kind]}
-        means.update(("git_most_active_" + unit, Counter(values["most_active_" + unit]).most_common(1)[0][0])
-                     for unit in ("hour", "day") if values["most_active_" + unit])
-        if "git_breaking_changes" in means:
-            means["git_breaking_changes"] = sum(values["breaking_changes"])
-        found.append(replace(s, **means))
-    row = dict(repository=path, commits=None, in_sessions=0, **spent_in(found), branches=[], conflicts=None)
+        figures = {name: merge(values[kind]) for name, kind, merge in FIGURES if values[kind]}
+        found.append(replace(s, **figures))
+    row = dict(repository=path, commits=None, in_sessions=0, **spent_in(found), branches=[],
+               conflicts=None)
     return Report(History(path, since, until), found, [], True, [row])
 
 
@@ -594,11 +622,13 @@ def insights_of(report: Report, seed: int = 0) -> list[CorrelationInsight]:
             days[s.started_at.astimezone().date()].update(waste=s.waste_tokens, tokens=s.tokens)
     pairs = ([(s.avg_quality, s.git_velocity_per_hour) for s in report.sessions],
              [(s.git_conventional_compliance, s.avg_quality) for s in report.sessions],
-             [(days[day]["waste"] / days[day]["tokens"], report.history.days[day]) for day in sorted(days)],
+             [(days[day]["waste"] / days[day]["tokens"], report.history.days[day])
+              for day in sorted(days)],
              [(s.cost, s.lines_surviving) for s in report.sessions])
     known = [[pair for pair in side if None not in pair] for side in pairs]
     tests = sum(len(side) >= MIN_POINTS for side in known)
-    found = [correlate(kind, side, unit, labels, tests=max(1, tests), seed=seed, series=unit == "days")
+    found = [correlate(kind, side, unit, labels, tests=max(1, tests), seed=seed,
+                       series=unit == "days")
              for (kind, unit, *labels), side in zip(RELATIONS, known)]
     return [replace(insight, project_path=report.history.root) for insight in found]
 
@@ -638,7 +668,7 @@ class SessionBuddyIntegration:
 
     async def collect_extended_session_metrics(
             self, session_id: str, project_path: str) -> ExtendedSessionMetrics | None:
-        """One session with its git figures; None when no session of that id ran in the repository."""
+        """One session with its git figures; None when none of that id ran in the repository."""
         sessions = await self._sessions(project_path)
         ours = next((s for s in sessions if s.session_id == session_id), None)
         if ours is None:
@@ -648,15 +678,16 @@ class SessionBuddyIntegration:
         report = await off_loop(self._part, rivals, project_path, *around)
         return next(s for s in report.sessions if s.session_id == session_id)
 
-    async def _sessions(self, path: str, since: datetime | None = None,
-                        until: datetime | None = None) -> list[ExtendedSessionMetrics]:
+    async def _sessions(self, path: str, since: Moment = None,
+                        until: Moment = None) -> list[ExtendedSessionMetrics]:
         if isinstance(self.session_buddy, SessionClient):
             return await off_loop(self.session_buddy.sessions, path, since, until)
         rows = await self.session_buddy.get_session_metrics(
             project_path=path, start_date=since, end_date=until)
         return [metrics_of(row) for row in rows]
 
-    def _part(self, sessions: list, path: str, since: datetime, until: datetime, author: str = "") -> Report:
+    def _part(self, sessions: list, path: str, since: datetime, until: datetime,
+              author: str = "") -> Report:
         if isinstance(self.git_reader, GitReader):
             return collect(self.git_reader, sessions, path, since, until, author)
         return measured(self.git_reader, sessions, path, since, until)
@@ -683,20 +714,24 @@ def summary_of(report: Report, author: str, splits: list[dict[str, Any]]) -> dic
          history.shallow),
         ("No commits in this period.", not history.total),
         ("No recorded session of this period ran in this repository.", not sessions),
-        ("What %d of %d sessions cost is unknown; prices leave them out." % (unknown, len(sessions)), unknown),
-        ("Not every file could be searched in time: surviving lines are a lower bound.", not report.complete))
+        ("What %d of %d sessions cost is unknown; prices leave them out."
+         % (unknown, len(sessions)), unknown),
+        ("Not every file could be searched in time: surviving lines are a lower bound.",
+         not report.complete))
 
     def price(divisors: Mapping[str, int]) -> dict[str, float | None]:
-        return {name: ratio(spent[name], sum(divisors[s.session_id] for s in sessions
-                                             if getattr(s, name) is not None)) for name in ("tokens", "cost")}
+        known = {name: [s.session_id for s in sessions if getattr(s, name) is not None]
+                 for name in ("tokens", "cost")}
+        return {name: ratio(spent[name], sum(map(divisors.__getitem__, ids)))
+                for name, ids in known.items()}
 
     return {
         "repository": history.root, "repositories": report.repositories, "author": author,
         "notes": [text for text, holds in notes if holds], "spent": spent,
         "committed": dict(
-            commits=history.total, merges=history.merges, added=history.added, deleted=history.deleted,
-            in_sessions=len(report.joins), changed_in_sessions=sum(s.lines_changed for s in sessions),
-            surviving=sum(lines.values())),
+            commits=history.total, merges=history.merges, added=history.added,
+            deleted=history.deleted, in_sessions=len(report.joins), surviving=sum(lines.values()),
+            changed_in_sessions=sum(s.lines_changed for s in sessions)),
         "per_commit": price(made), "per_surviving_line": price(lines),
         "joins": [join._asdict() for join in report.joins], "velocity": asdict(history.velocity()),
         "insights": [vars(insight) for insight in report.insights], "split": splits,
@@ -715,13 +750,14 @@ def places_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What each repository has of its own: figures where there are several, branches, conflicts."""
     found = []
     for row in rows:
-        name, ahead = os.path.basename(row["repository"]), [b for b in row["branches"] if b["commits"]]
+        name, conflicts = os.path.basename(row["repository"]), row["conflicts"]
         if len(rows) > 1:
             found.append((name, "%s commits, %d of them in %d sessions, %s" % (
                 amount(row["commits"]), row["in_sessions"], row["sessions"], money(row["cost"]))))
-        found.append(("Branches", "%d, %d with commits not in HEAD%s" % (len(row["branches"]), len(ahead), "".join(
-            "; %s: %d, last %s" % (b["name"], b["commits"], b["last"].date()) for b in ahead[:5]))))
-        conflicts = row["conflicts"]
+        ahead = ["; %s: %d, last %s" % (branch["name"], branch["commits"], branch["last"].date())
+                 for branch in row["branches"] if branch["commits"]]
+        found.append(("Branches", "%d, %d with commits not in HEAD%s" % (
+            len(row["branches"]), len(ahead), "".join(ahead[:5]))))
         files = Counter(name for names in (conflicts or {}).values() for name in names)
         found.append(("Conflicts", "\u2013" if conflicts is None else "in %d merges%s" % (
             len(conflicts), "".join("; %s: %d" % pair for pair in files.most_common(5)))))
@@ -732,32 +768,41 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, sentence) rows of the text and HTML reports; money in USD."""
     pace, spent, committed = summary["velocity"], summary["spent"], summary["committed"]
     evidence = Counter(join["evidence"] for join in summary["joins"])
-    numbers = dict(pace, **committed, share=100 * pace["conventional_compliance_rate"],
-                   paid=money(spent["cost"]), used=amount(spent["tokens"]), lost=amount(spent["waste_tokens"]),
-                   sessions=spent["sessions"], how=", ".join("%d by %s" % (n, e) for e, n in evidence.items()),
-                   each=money(summary["per_commit"]["cost"]), line=money(summary["per_surviving_line"]["cost"]))
+    numbers = dict(
+        pace, **committed, share=100 * pace["conventional_compliance_rate"],
+        paid=money(spent["cost"]), used=amount(spent["tokens"]), lost=amount(spent["waste_tokens"]),
+        sessions=spent["sessions"], each=money(summary["per_commit"]["cost"]),
+        line=money(summary["per_surviving_line"]["cost"]),
+        how=", ".join("%d by %s" % (count, kind) for kind, count in evidence.items()) or "none")
     rows = [(label, text.format(**numbers)) for label, text in (
         ("Period", "{period_start:%Y-%m-%d} to {period_end:%Y-%m-%d}"),
         ("Spent", "{paid} at API prices: {used} tokens ({lost} wasted) in {sessions:,} sessions"),
         ("Committed", "{commits:,} commits and {merges:,} merges, +{added:,} -{deleted:,} lines"),
-        ("In session", "{in_sessions:,} of them changed {changed_in_sessions:,} lines; {surviving:,} are at HEAD"),
-        ("Joined", "{how}"), ("Price", "{each} per commit made in a session, {line} per surviving line"),
+        ("In session", "{in_sessions:,} of them ({how}) changed {changed_in_sessions:,} lines; "
+                       "{surviving:,} are at HEAD"),
+        ("Price", "{each} per commit made in a session, {line} per surviving line"),
         ("Pace", "{commit_velocity_per_day:.2f} commits a day, {avg_commits_per_week:.1f} a week"),
-        ("Messages", "{share:.0f}% conventional, {breaking_change_count:,} breaking")) if text != "{how}" or evidence]
+        ("Messages", "{share:.0f}% conventional, {breaking_change_count:,} breaking"))]
     if pace["total_commits"]:
-        rows.append(("Busiest", "%s, and %02d:00" % (WEEKDAYS[pace["most_active_day"]], pace["most_active_hour"])))
+        day = WEEKDAYS[pace["most_active_day"]]
+        rows.append(("Busiest", "%s, and %02d:00" % (day, pace["most_active_hour"])))
     rows += places_of(summary["repositories"])
     for row in summary["split"]:
-        change = "median %s -> %s, difference %s (95%% %s to %s), " % tuple(map(amount, (
-            row["before"], row["after"], row["difference"], *row["interval"]))) if row["interval"] else ""
-        rows.append(("Split", "{measure}: {}{verdict} ({n_before} and {n_after} sessions)".format(change, **row)))
+        change, values = "", [row[name] for name in ("before", "after", "difference")]
+        if row["interval"]:
+            change = "median %s -> %s, difference %s (95%% %s to %s), " % tuple(
+                map(amount, (*values, *row["interval"])))
+        text = "{measure}: {}{verdict} ({n_before} and {n_after} sessions)"
+        rows.append(("Split", text.format(change, **row)))
     return rows + [("Note", note) for note in summary["notes"]]
 
 
-def on_grid(points: Sequence[tuple[float, float]], width: float, height: float) -> list[tuple[float, float]]:
+def on_grid(points: Sequence[tuple], width: float, height: float) -> list[tuple[float, float]]:
     """The points stretched to a field of that size, y upwards."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    return [((x - min(xs)) / (max(xs) - min(xs) or 1) * width, (max(ys) - y) / (max(ys) - min(ys) or 1) * height)
+    if not points:
+        return []
+    (left, right), (low, high) = ((min(side), max(side)) for side in zip(*points))
+    return [((x - left) / (right - left or 1) * width, (high - y) / (high - low or 1) * height)
             for x, y in points]
 
 
@@ -773,16 +818,19 @@ def to_text(summary: dict[str, Any]) -> str:
         lines += ["", insight["correlation_type"] + ": " + insight["description"]]
         if len(insight["points"]) >= MIN_POINTS:
             cells = Counter((round(x), round(y)) for x, y in on_grid(insight["points"], 59, 9))
-            lines += ["  |" + "".join(" .oO@"[min(cells[x, y], 4)] for x in range(60)).rstrip() for y in range(10)]
+            lines += ["  |" + "".join(" .oO@"[min(cells[x, y], 4)] for x in range(60)).rstrip()
+                      for y in range(10)]
             lines += ["  +" + "-" * 60, "   across: %s; up: %s" % tuple(insight["labels"])]
     return "\n".join(lines)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>%(title)s</title><style>
-:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-th{text-align:left;padding-right:1em}svg{max-width:40em}path{fill:none;stroke:currentColor}circle{fill:#2a7de1}
+:root{color-scheme:light dark}th{text-align:left;padding-right:1em}svg{max-width:40em}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+path{fill:none;stroke:currentColor}circle{fill:#2a7de1}
 </style><h1>%(title)s</h1><table>%(rows)s</table>%(plots)s</html>"""
-PLOT = '<h2>%s</h2><p>%s</p><svg viewBox="0 0 500 200"><path d="M5 0V195H500"/>%s</svg><p>across: %s; up: %s</p>'
+PLOT = """<h2>%s</h2><p>%s</p><svg viewBox="0 0 500 200"><path d="M5 0V195H500"/>%s</svg>
+<p>across: %s; up: %s</p>"""
 
 
 def to_html(summary: dict[str, Any]) -> str:
@@ -794,8 +842,9 @@ def to_html(summary: dict[str, Any]) -> str:
         words = (insight["correlation_type"], insight["description"], *insight["labels"])
         heading, text, across, up = map(html.escape, words)
         plots.append(PLOT % (heading, text, "".join(dots), across, up))
-    rows = ("<tr><th>%s</th><td>%s</td></tr>" % tuple(map(html.escape, row)) for row in facts(summary))
-    return PAGE % {"title": html.escape(title_of(summary)), "rows": "".join(rows), "plots": "".join(plots)}
+    rows = "".join("<tr><th>%s</th><td>%s</td></tr>" % tuple(map(html.escape, row))
+                   for row in facts(summary))
+    return PAGE % {"title": html.escape(title_of(summary)), "rows": rows, "plots": "".join(plots)}
 
 
 FORMATS = {"text": to_text, "html": to_html,
@@ -807,10 +856,11 @@ FORMATS = {"text": to_text, "html": to_html,
 def create_session_buddy_integration(
         git_metrics_reader: GitMetricsReader | None = None, db_path: str | None = None,
         insights_db_path: str | None = None, *, storage_path: str | None = None,
-        store_insights: bool = True, maps: Iterable[tuple[str, str]] = ()) -> SessionBuddyIntegration:
-    """Wire an integration. Sessions come from the SessionOptimizer store (at `storage_path`), or from
-    session-buddy's file `db_path`; insights go to insights.db in the store, or to `insights_db_path`,
-    or nowhere."""
+        store_insights: bool = True,
+        maps: Iterable[tuple[str, str]] = ()) -> SessionBuddyIntegration:
+    """Wire an integration. Sessions come from the SessionOptimizer store (at `storage_path`), or
+    from session-buddy's file `db_path`; insights go to insights.db in the store, or to
+    `insights_db_path`, or nowhere."""
     optimizer = SessionOptimizer(storage_path)
     insights = insights_db_path or os.path.join(str(optimizer.storage_path), "insights.db")
     return SessionBuddyIntegration(
@@ -821,18 +871,19 @@ def create_session_buddy_integration(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What the tokens bought.", allow_abbrev=False)
-    parser.add_argument("--repo", action="append", metavar="PATH",
-                        help="a git work tree, repeatable (default: the current directory)")
-    parser.add_argument("--map", action="append", default=[], metavar="OLD=NEW",
-                        help="where a recorded path is on this machine, repeatable; * is any name")
-    parser.add_argument("--days", type=int, default=30, help="how far back to look (default: 30)")
-    parser.add_argument("--author", default="", help="only commits of authors whose name or address contains this")
-    parser.add_argument("--split", metavar="DATE", help="compare the sessions before and after a date")
-    parser.add_argument("--format", choices=sorted(FORMATS), default="text")
-    parser.add_argument("--store", metavar="DIR", help="the SessionOptimizer store")
-    parser.add_argument("--session-buddy", nargs="?", const=SESSION_BUDDY_DB, metavar="FILE",
-                        help="read the sessions from session-buddy's DuckDB file instead (%(const)s)")
-    parser.add_argument("--save", action="store_true", help="keep the insights in insights.db in the store")
+    add = parser.add_argument
+    add("--repo", action="append", metavar="PATH",
+        help="a git work tree, repeatable (default: the current directory)")
+    add("--map", action="append", default=[], metavar="OLD=NEW",
+        help="where a recorded path is on this machine, repeatable; * is any name")
+    add("--days", type=int, default=30, help="how far back to look (default: 30)")
+    add("--author", default="", help="only commits whose author's name or address contains this")
+    add("--split", metavar="DATE", help="compare the sessions before and after a date")
+    add("--format", choices=sorted(FORMATS), default="text")
+    add("--store", metavar="DIR", help="the SessionOptimizer store")
+    add("--session-buddy", nargs="?", const=SESSION_BUDDY_DB, metavar="FILE",
+        help="read the sessions from session-buddy's DuckDB file instead (%(const)s)")
+    add("--save", action="store_true", help="keep the insights in insights.db in the store")
     options = parser.parse_args(argv)
     if not 1 <= options.days <= 36_500:
         parser.error("--days takes 1 to 36500")
@@ -847,9 +898,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, now = parse_arguments(argv), datetime.now(timezone.utc)
     maps = [(old, new) for old, _, new in (pair.partition("=") for pair in options.map)]
     try:
-        wired = create_session_buddy_integration(db_path=options.session_buddy, storage_path=options.store,
-                                                 store_insights=options.save, maps=maps)
-        report = asyncio.run(wired.report(options.repo or ["."], now - timedelta(days=options.days), now, options.author))
+        wired = create_session_buddy_integration(
+            db_path=options.session_buddy, storage_path=options.store, store_insights=options.save,
+            maps=maps)
+        since = now - timedelta(days=options.days)
+        report = asyncio.run(wired.report(options.repo or ["."], since, now, options.author))
     except (InsightsError, SessionOptimizerError, OSError, sqlite3.Error) as error:
         print("git_insights: %s" % plain(error), file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What a handful of points can and cannot show: rank correlation, permutation, bootstrap; its store.
+"""What a handful of points can and cannot show: rank correlation, permutation, bootstrap.
 
 Used by git_insights.py; docs/git.md explains the terms. Every function that draws takes a seeded
 generator, so the same data and seed give the same numbers.
@@ -22,12 +22,13 @@ from git_history import ratio
 
 MIN_POINTS = 8  # points of a correlation, or sessions a side of a split; fewer are "no evidence"
 ALPHA = 0.05  # chance of one false "evidence" among all the relations of a report
-REPEATS, WORK = 1_999, 1_000_000  # permutations or resamples; fewer where they would draw more points
-LEVEL = 0.7  # the rho, "strong", for which the power is said
+REPEATS, WORK = 1_999, 1_000_000  # permutations or resamples; fewer for many points
+LEVEL, POWER_SAMPLES = 0.7, 400  # the rho, "strong", whose power is said, and from how many samples
 BLOCKS = 20  # blocks lose at most 2/20 of the variance that neighbouring days share
 SPLIT = [("%s per %s" % (words, unit), name, per)  # measure, amount and divisor (of a session)
          for per, unit in (("user_turns", "user turn"), ("files_modified", "edited file"))
-         for name, words in (("tokens", "tokens"), ("waste_tokens", "wasted tokens"), ("cost", "cost"))]
+         for name, words in (
+             ("tokens", "tokens"), ("waste_tokens", "wasted tokens"), ("cost", "cost"))]
 STRENGTHS = (("strong", 0.7), ("moderate", 0.4), ("weak", 0.2), ("none", 0.0))
 
 
@@ -52,7 +53,8 @@ class CorrelationInsight:
 
 def ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 1; equal values share the average of theirs: [10, 20, 20] -> [1.0, 2.5, 2.5]."""
-    order, result, start = sorted(range(len(values)), key=values.__getitem__), [0.0] * len(values), 0
+    order = sorted(range(len(values)), key=values.__getitem__)
+    result, start = [0.0] * len(values), 0
     for end in range(1, len(order) + 1):
         if end == len(order) or values[order[end]] != values[order[start]]:
             for index in order[start:end]:
@@ -62,7 +64,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def unit_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks centred on 0, of length 1: rho is the sum of their products. Empty when all are equal."""
+    """Ranks centred on 0, of length 1: rho is the sum of their products. Empty if all are equal."""
     centred = [rank - (len(values) + 1) / 2 for rank in ranks(values)]
     length = math.sqrt(sum(map(mul, centred, centred)))
     return [rank / length for rank in centred] if length else []
@@ -75,8 +77,8 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 def block_length(xs: Sequence[float], ys: Sequence[float]) -> int:
     """Days in a row that must be shuffled together. If neighbours hang together by r on one side
-    and s on the other, p = r * s, blocks of b keep all but 2p / ((1 - p * p) * b) of the variance of
-    rho (the autocovariances p, p * p, ... that they cut); r and s are corrected for their bias."""
+    and s on the other, p = r * s, blocks of b lose 2p / ((1 - p * p) * b) of the variance of rho
+    (the autocovariances p, p * p, ... that they cut); r and s are corrected for their bias."""
     count, shared = len(xs), 1.0
     for side in map(unit_ranks, (xs, ys)):
         seen = sum(map(mul, side, side[1:]))
@@ -97,7 +99,8 @@ def shuffled_rhos(xs: Sequence[float], ys: Sequence[float], rng: random.Random,
         if block > 1 and right:
             start = rng.randrange(len(right))
             turned = right[start:] + right[:start]
-            blocks = [turned[at:at + block][::rng.choice((1, -1))] for at in range(0, len(xs), block)]
+            blocks = [turned[at:at + block][::rng.choice((1, -1))]
+                      for at in range(0, len(xs), block)]
             rng.shuffle(blocks)
             drawn = [rank for ranked in blocks for rank in ranked]
         else:
@@ -118,18 +121,22 @@ def permutation_p(xs: Sequence[float], ys: Sequence[float], rng: random.Random,
     return share_beyond(shuffled_rhos(xs, ys, rng, block), spearman(xs, ys))
 
 
-def power_at(rhos: Sequence[float], alpha: float, rng: random.Random, level: float = LEVEL) -> float:
-    """The share of samples in which a true rho of `level` would have p <= alpha: pairs of normal
-    values, as many as independent points have the spread of the shuffled rhos."""
+def power_at(rhos: Sequence[float], alpha: float, sides: Sequence[Sequence[float]],
+             rng: random.Random) -> float:
+    """The share of samples in which a true rho of LEVEL would have p <= alpha: normal pairs, with
+    the ties of the given sides, as many as independent points have the spread of shuffled rhos."""
     spread = sum(rho * rho for rho in rhos) / len(rhos)
-    count, slope = min(200, max(3, round(1 + 1 / spread))), 2 * math.sin(math.pi * level / 6)
-    least, noise = sorted(rhos)[-max(1, int(alpha * (len(rhos) + 1)))], math.sqrt(1 - slope * slope)
-    seen = 0
-    for _ in range(400):
+    count = min(200, len(sides[0]), max(3, round(1 + 1 / spread)))
+    steps = [[side[at * len(side) // count] for at in range(count)] for side in map(sorted, sides)]
+    slope = 2 * math.sin(math.pi * LEVEL / 6)  # the correlation of normal values with that rho
+    least, seen = sorted(rhos)[-max(1, int(alpha * (len(rhos) + 1)))] + 1e-9, 0
+    for _ in range(POWER_SAMPLES):
         xs = [rng.gauss(0, 1) for _ in range(count)]
-        ys = [slope * x + noise * rng.gauss(0, 1) for x in xs]
-        seen += spearman(xs, ys) >= least
-    return seen / 400
+        ys = [slope * x + math.sqrt(1 - slope * slope) * rng.gauss(0, 1) for x in xs]
+        tied = ([step[int(rank) - 1] for rank in ranks(drawn)]
+                for step, drawn in zip(steps, (xs, ys)))
+        seen += spearman(*tied) > least
+    return seen / POWER_SAMPLES
 
 
 def bootstrap(statistic: Callable[..., float], groups: Sequence[Sequence], rng: random.Random,
@@ -137,15 +144,19 @@ def bootstrap(statistic: Callable[..., float], groups: Sequence[Sequence], rng: 
     """The 95% percentile interval of a statistic over groups, each resampled with replacement, of
     a series in blocks (from the last day on to the first)."""
     def resampled(group: Sequence) -> list:
+        if block == 1:
+            return rng.choices(group, k=len(group))
         starts = rng.choices(range(len(group)), k=math.ceil(len(group) / block))
-        return [group[(at + step) % len(group)] for at in starts for step in range(block)][:len(group)]
+        drawn = [group[(at + step) % len(group)] for at in starts for step in range(block)]
+        return drawn[:len(group)]
 
     count = repeats_for(sum(map(len, groups)))
     drawn = sorted(statistic(*map(resampled, groups)) for _ in range(count))
     return drawn[int(0.025 * (count - 1))], drawn[math.ceil(0.975 * (count - 1))]
 
 
-def doubt_of(points: Sequence[tuple], block: int, interval: tuple | None, p: float, tests: int) -> str:
+def doubt_of(points: Sequence[tuple], block: int, interval: tuple | None, p: float,
+             tests: int) -> str:
     """Why the points are no evidence; "" when they are."""
     low, high = interval or (-1, 1)
     doubts = (
@@ -162,8 +173,8 @@ def correlate(kind: str, points: Sequence[tuple[float, float]], unit: str = "ses
               labels: tuple[str, str] = ("x", "y"), *, tests: int = 1, seed: int = 0,
               series: bool = False) -> CorrelationInsight:
     """The insight of one relation. Evidence takes MIN_POINTS points (of a `series`, in time order,
-    as many blocks), an interval that leaves zero out, and p <= ALPHA / tests (Bonferroni, for `tests`
-    relations looked at together). The same seed gives the same result."""
+    as many blocks), an interval that leaves zero out, and p <= ALPHA / tests (Bonferroni, for
+    `tests` relations looked at together). The same seed gives the same result."""
     rng, count = random.Random("%s:%s" % (seed, kind)), len(points)
     xs, ys = ([point[side] for point in points] for side in (0, 1))
     block, rho = block_length(xs, ys) if series else 1, spearman(xs, ys)
@@ -171,7 +182,7 @@ def correlate(kind: str, points: Sequence[tuple[float, float]], unit: str = "ses
     p = share_beyond(rhos, rho)
     if count >= MIN_POINTS:
         interval = bootstrap(lambda drawn: spearman(*zip(*drawn)), [points], rng, block)
-        power = power_at(rhos, ALPHA / tests, rng) if any(rhos) else 0.0
+        power = power_at(rhos, ALPHA / tests, (xs, ys), rng) if any(rhos) else 0.0
     strength = next(word for word, least in STRENGTHS if abs(rho) >= least)
     doubt = doubt_of(points, block, interval, p, tests)
     trend = "they rise together" if rho > 0 else "one falls as the other rises"
@@ -183,8 +194,9 @@ def correlate(kind: str, points: Sequence[tuple[float, float]], unit: str = "ses
     if doubt and power is not None:
         text += "; with %d points a rho of %s would be seen in %.0f%%" % (count, LEVEL, 100 * power)
     direction = "neutral" if doubt else ("negative", "positive")[rho > 0]
-    return CorrelationInsight(kind, rho, "none" if doubt else strength, direction, text, 1 - p, count,
-                              interval=interval, power=power, labels=tuple(labels), points=list(points))
+    return CorrelationInsight(
+        kind, rho, "none" if doubt else strength, direction, text, 1 - p, count, interval=interval,
+        power=power, labels=tuple(labels), points=list(points))
 
 
 def median_change(before: Sequence[float], after: Sequence[float],
@@ -238,29 +250,32 @@ class NoOpCorrelationStorage:
 class CorrelationStorageSQLite:
     """Insights in one SQLite file, readable by its owner only. The work is done in a thread; `conn`
     is None once the storage is closed."""
-    SCHEMA = """CREATE TABLE IF NOT EXISTS insights (project_path TEXT, timestamp TEXT, insight TEXT);
+    SCHEMA = """CREATE TABLE IF NOT EXISTS insights
+                    (project_path TEXT, timestamp TEXT, insight TEXT);
                 CREATE INDEX IF NOT EXISTS by_project ON insights (project_path);
                 CREATE INDEX IF NOT EXISTS by_time ON insights (timestamp);"""  # UTC; JSON
 
-    def __init__(self, db_path: str | os.PathLike = "~/.claude/data/correlation_insights.db") -> None:
+    def __init__(self, db_path: str | os.PathLike = "~/.claude/data/correlation_insights.db"):
         self.db_path, self._lock = os.path.expanduser(os.fspath(db_path)), threading.Lock()
         os.makedirs(os.path.dirname(self.db_path) or ".", mode=0o700, exist_ok=True)
         os.close(os.open(self.db_path, os.O_CREAT | os.O_RDWR, 0o600))
-        self.conn: sqlite3.Connection | None = sqlite3.connect(self.db_path, check_same_thread=False)
+        self.conn = sqlite3.connect(self.db_path, check_same_thread=False)
         self.conn.executescript(self.SCHEMA)
 
     async def store_insight(self, insight: CorrelationInsight) -> None:
         moment = insight.timestamp.astimezone(timezone.utc).isoformat()
         record = json.dumps(dict(vars(insight), timestamp=moment))
-        await self._run("INSERT INTO insights VALUES (?, ?, ?)", insight.project_path, moment, record)
+        statement = "INSERT INTO insights VALUES (?, ?, ?)"
+        await self._run(statement, insight.project_path, moment, record)
 
     async def get_insights(self, project_path: str | None = None, since: datetime | None = None,
                            until: datetime | None = None) -> list[CorrelationInsight]:
         """Those of one project (None: all) and period, newest first."""
-        period = (moment and moment.astimezone(timezone.utc).isoformat() for moment in (since, until))
+        period = (at and at.astimezone(timezone.utc).isoformat() for at in (since, until))
         rows = await self._run(
-            "SELECT insight FROM insights WHERE project_path = ifnull(?, project_path) AND timestamp "
-            "BETWEEN ifnull(?, '') AND ifnull(?, 'z') ORDER BY timestamp DESC", project_path, *period)
+            "SELECT insight FROM insights WHERE project_path = ifnull(?, project_path) AND "
+            "timestamp BETWEEN ifnull(?, '') AND ifnull(?, 'z') ORDER BY timestamp DESC",
+            project_path, *period)
         records = (json.loads(text) for text, in rows)
         return [CorrelationInsight(**dict(r, timestamp=datetime.fromisoformat(r["timestamp"])))
                 for r in records]
