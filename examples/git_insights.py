@@ -55,7 +55,7 @@ ADDED_TREE = re.compile(r"\bgit\b[^\n;&|]*\sworktree\s+add\s+([^\n;&|]+)")
 PRINTED = re.compile(  # "[branch 1a2b3c4] subject", up to a quote or escape of the JSON around it
     rb'\[(?:[^\[\]\s"\\]+(?: \(root-commit\))?|detached HEAD) ([0-9a-f]{7,40})\] ([^"\\\n]+)')
 CLOUD_ID = re.compile(rb"Claude-Session: *[^\s\"\\]*?(session_\w+)")
-CHECKPOINT = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{10})/\d+/[^/]+$")  # a transcript kept by Entire
+CHECKPOINT = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{10})/\d+/[^/\n]+$", re.M)  # Entire's copy
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 WORKTREE = re.compile(r"(.*?)(?:/\.[^/]+)?[/._-]+worktrees/[^/]+(?:/|$)")  # group 1: the repository
 
@@ -238,7 +238,9 @@ class Places:
         told = source.get("repository")  # as it was when the session was read
         if common and common == self.common:
             below = os.path.relpath(os.path.realpath(place), tree)
-            self.trees |= {slashed(tree), place[:-len(below) - 1] if below != "." else place}
+            self.trees.add(slashed(tree))
+            if below == "." or place.endswith("/" + below):  # the same by a symbolic link
+                self.trees.add(place if below == "." else place[:-len(below) - 1])
             return True
         if told:
             ours = os.path.realpath(self.here(told)) == self.common
@@ -274,12 +276,15 @@ class StoreSource(SessionClient):
     def sessions(self, root: str, since: Moment = None, until: Moment = None) -> list:
         """Newest first; a warning names a damaged one."""
         root = repository_of(root)[0] or root
-        places, found, open_heads = Places(root, self.maps), [], []
+        places, found, open_heads, kept = Places(root, self.maps), [], [], defaultdict(set)
         for head in self.optimizer.list_sessions(since=since, limit=sys.maxsize):
             start, origin = parse_time(head.started_at), head.metadata.get("source")
             origin = dict(origin) if isinstance(origin, dict) else {}
             named = (origin.get("cwd"), head.metadata.get("cwd"), head.metadata.get("project_path"))
             place = next((name for name in named if isinstance(name, str) and name), "")
+            paths = "\n".join(map(slashed, [origin.get("path") or "", *origin.get("paths", ())]))
+            origin["checkpoints"] = kept[origin.get("session_id") or head.id]  # of all its copies
+            origin["checkpoints"].update(map("".join, CHECKPOINT.findall(paths)))
             if place and start and start <= (until or start):
                 open_heads.append((head, start, places.here(place), origin))
         while True:  # a session may tell of a work tree in which others ran
@@ -293,8 +298,8 @@ class StoreSource(SessionClient):
               origin: Mapping) -> list[ExtendedSessionMetrics]:
         try:
             session = self.optimizer.get_session(head.id)
-            if not session:  # just deleted
-                return []
+            if not session or not session.events and "calls_elsewhere" in session.metadata:
+                return []  # just deleted, or a copy of what other files tell
             return [self._record(session, start, root, traces_of(session, places, place, origin))]
         except SessionOptimizerError as error:
             warnings.warn("left out: %s" % error, stacklevel=2)
@@ -337,8 +342,7 @@ def efficiency(events: Sequence[Any], wasted: Mapping[str, int]) -> float | None
 
 def traces_of(session: Any, places: Places, place: str, origin: Mapping[str, Any]) -> Traces:
     writes, ran = defaultdict(list), []
-    names = [session.id, origin.get("session_id"), *map("".join, CHECKPOINT.findall(
-        "\n".join(map(slashed, [origin.get("path") or "", *(origin.get("paths") or ())]))))]
+    names = [session.id, origin.get("session_id"), *origin.get("checkpoints", ())]
     for event in session.events:
         at, command = seconds(event), event.data.get("command")
         for name in written_by(event):
@@ -468,16 +472,20 @@ class Joiner:
                 self.writers[name].append(s)
         for checkpoint, ids in checkpoints.items():  # one that is not here keeps its foreign name
             self.named[checkpoint].update(*(self.named.get(name.lower(), {name}) for name in ids))
-        self.lengths = {len(short) for made, _ in self.made for short in made.ids}
-        self.short = {short: s for made, s in reversed(self.made) for short in made.ids}
+        self.short = defaultdict(list)
+        for made, s in self.made:
+            for short in made.ids:
+                self.short[short].append((made.start, s.session_id))
+        self.lengths = sorted({len(short) for short in self.short}, reverse=True)
 
     def join(self, commit: Commit) -> Join | None:
         """The session of a commit by the best evidence there is; None where there is none, or where
         a trailer names a session that is not here."""
         at = commit.authored.timestamp()
         names = {name for change in commit.files for name in change[2:] if name}
-        wrote = {s.session_id: found for name in names for s in self.writers.get(name, ())
-                 for found in [self.fresh(s, names, at)] if found[0]}
+        writers = {s.session_id: s for name in names for s in self.writers.get(name, ())}
+        found = ((key, self.fresh(s, names, at)) for key, s in writers.items())
+        wrote = {key: files for key, files in found if files[0]}
         for evidence, find in (("trailer", self.by_trailer), ("commit line", self.by_line),
                                ("commit command", self.by_command), ("files", self.by_files),
                                ("time", self.by_time)):
@@ -507,8 +515,9 @@ class Joiner:
         return (ours or sorted(named) or [None])[-1], 0.99
 
     def by_line(self, commit: Commit, at: float, wrote: Mapping) -> tuple[str | None, float]:
-        told = (self.short.get(commit.sha[:length]) for length in sorted(self.lengths)[::-1])
-        return next((s.session_id for s in told if s), None), 0.98
+        told = [pair for length in self.lengths for pair in self.short.get(commit.sha[:length], ())]
+        nearest = min(told, key=lambda pair: abs(pair[0] - at), default=(0, None))
+        return nearest[1], 0.98
 
     def by_command(self, commit: Commit, at: float, wrote: Mapping) -> tuple[str | None, float]:
         """The command ran when the commit was authored (which a rebase keeps) and gave its subject,

@@ -698,6 +698,14 @@ def test_trailers_come_first(repo, trailer, expected):
     assert joined(repo, *listed, checkpoints=checkpoints) == [("x", *expected)]
 
 
+def test_an_id_printed_twice_is_of_the_command_at_that_time(repo):
+    """A fork of a transcript repeats what git printed."""
+    sha, at = repo.commit("fix: x", minute(5)), minute(5).timestamp()
+    told = [gi.Made(at + late, at + late, frozenset({sha[:size]}), frozenset()) for late, size in ((900, 9), (1, 7))]
+    listed = [session(number, traces=wrote(made=[made])) for number, made in enumerate(told)]
+    assert joined(repo, *listed) == joined(repo, *listed[::-1]) == [("fix: x", "s0001", "commit line")]
+
+
 @pytest.mark.parametrize("ref", ["refs/heads/entire/checkpoints/v1", "refs/remotes/origin/entire/sessions"])
 def test_checkpoint_branches_name_sessions(repo, ref):
     repo.commit("one")
@@ -1084,6 +1092,23 @@ def test_removed_work_trees_are_remembered(repo, tmp_path):
     assert files_of(store, repo) == {"sess-2": ["a.py"]}
     stored(store, 4, repo.path, DAY0, command="cd . && git worktree add -b side ../gone/1 main && ls")
     assert files_of(store, repo) == {"sess-1": ["a.py"], "sess-2": ["a.py"], "sess-4": ["a.py"]}
+
+
+def test_a_link_to_a_place_within_is_no_other_place(repo, tmp_path):
+    """Through a link the repository may be told by another name, but what lies beside the link may not."""
+    os.makedirs(repo.path + "/deep")
+    os.symlink(repo.path + "/deep", str(tmp_path / "link"))
+    stored(tmp_path / "store", 1, str(tmp_path / "link"), DAY0, writes=["../beside.py", repo.path + "/deep/a.py"])
+    assert files_of(tmp_path / "store", repo) == {"sess-1": ["deep/a.py"]}
+
+
+def test_copies_of_a_session_share_their_checkpoints(repo, tmp_path):
+    """A checkpoint keeps the transcript so far; the last may hold nothing that an earlier one does not."""
+    for number, place in enumerate(("0a/1b2c3d4e5f/0/full.jsonl", "ff/0000000000/1/full.jsonl")):
+        source = {"cwd": repo.path, "path": "/kept/" + place, "session_id": "native"}
+        stored(tmp_path / "store", number, repo.path, DAY0, metadata={"source": source})
+    found = gi.StoreSource(gi.SessionOptimizer(str(tmp_path / "store"))).sessions(repo.path)
+    assert all({"native", "0a1b2c3d4e5f", "ff0000000000"} < s.traces.ids for s in found) and len(found) == 2
 
 
 @pytest.mark.parametrize(
