@@ -377,8 +377,8 @@ def opening(subject: str) -> str:
 
 
 def made_by(events: Sequence[Any], transcript: str) -> tuple[list[Made], set[str]]:
-    """The commits that these commands made, and the cloud ids they signed with. The store keeps no
-    output, so the transcript is looked up where the events point, if it is still there."""
+    """The commits that these commands made, and the cloud ids they signed with. The store keeps ids
+    only, so subjects are looked up in the transcript, where the events point, if it is there."""
     files, printed, aliases, made = defaultdict(dict), defaultdict(list), set(), []
     for event in events:
         files[event.data.get("path") or transcript][event.data.get("line") or 0] = event.id
