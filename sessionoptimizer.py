@@ -947,9 +947,10 @@ def _status(value: Any) -> SessionStatus:
 
 
 def is_compaction(event: SessionEvent) -> bool:
-    """True where a new context window begins."""
+    """True where a new context window begins. Where results left the context and the rest stayed
+    (``data["left"]`` holds their ids), the window goes on."""
     return event.event_type is EventType.CONTEXT_LOAD and event.data.get("source") in (
-        Source.COMPACTION, Source.CLEAR)
+        Source.COMPACTION, Source.CLEAR) and "left" not in event.data
 
 
 @dataclass(eq=False, repr=False)
@@ -1972,7 +1973,17 @@ class ContextMemory:
         if is_compaction(event):
             self._reads.pop(event.agent_id, None)
             self._searches.pop(event.agent_id, None)
+        elif "left" in event.data:
+            self._leave(event.agent_id, set(event.data["left"]))
         return None
+
+    def _leave(self, agent: str, ids: set) -> None:
+        """Results left a context that goes on."""
+        for held in self._reads.get(agent, {}).values():
+            held[:] = [old for old in held if old.event.id not in ids]
+        searches = self._searches.get(agent, {})
+        for key in [key for key, old in searches.items() if old.id in ids]:
+            del searches[key]
 
     def repeats(self, event: SessionEvent) -> Optional[Repeat]:
         """What of this event its window holds, without taking the event in; None when nothing."""
@@ -5320,6 +5331,7 @@ def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark
 
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
 SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for a window to end unmarked
+SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, and always more than dropped thinking; else 12%
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
@@ -5514,7 +5526,7 @@ class ToolEvents:
                 data["truncated"] = True  # an image, say: what it showed is not known
                 return
             data["content_hash"] = digest_of(text)
-            if _is_cut_off(text) or text.startswith("<system-reminder>Warning: the file exists"):
+            if _is_cut_off(text):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
                 self._lines(data, text, first, count, total)
@@ -5686,6 +5698,8 @@ class _Layout:
         self._pending: List[Tuple[SessionEvent, int]] = []
         self._previous: Optional[_Call] = None
         self._context = self._start = 0  # of the call before; where this call's items begin
+        self._base = 0                   # context of the window's first call
+        self._results: List[SessionEvent] = []  # what may leave the window, oldest first
 
     def enter(self, event: SessionEvent, characters: int) -> None:
         """What enters with the next call; a compaction begins a window."""
@@ -5693,10 +5707,41 @@ class _Layout:
         if is_compaction(event):
             self._pending = []
             self._begin_window(len(self.events))
-        self._pending.append((event, characters))
+        if "left" in event.data:
+            left, lost = event.data["left"], event.data["lost"]
+            self._lose(event, lost or sum(result.tokens_input for result in left), left)
+        else:
+            self._pending.append((event, characters))
 
     def _begin_window(self, start: int) -> None:
         self._previous, self._context, self._start = None, 0, start
+        self._results = []
+
+    def _lose(self, event: SessionEvent, lost: int, left: List[SessionEvent]) -> None:
+        """Results leave the context: those known, or the oldest until the loss is used up."""
+        event.data.update(lost=lost, left=left or self._oldest(lost))
+        gone = set(map(id, event.data["left"]))
+        self._results = [result for result in self._results if id(result) not in gone]
+        self._context = max(0, self._context - lost)
+
+    def _oldest(self, tokens: int) -> List[SessionEvent]:
+        found: List[SessionEvent] = []
+        for result in self._results:
+            if tokens <= 0:
+                break
+            found.append(result)
+            tokens -= result.tokens_input
+        return found
+
+    def _shrunk(self, call: _Call, context: int) -> int:
+        """The tokens that older results had which left without a mark: a fall that dropped thinking
+        does not explain, of a context whose cache was found no further than the system prompt."""
+        fall = self._context - context
+        least = max(SMALL_FALL, min(LARGE_FALL, self._context * 12 // 100))
+        read = call.usage.read  # type: ignore[union-attr]
+        if self._previous is None or not self._results or fall <= least or read > self._base:
+            return 0
+        return fall + sum(size for _, size in self._pending) * 10 // 36
 
     def call(self, call: _Call) -> None:
         """A call takes in what has entered."""
@@ -5706,6 +5751,12 @@ class _Layout:
         if self._context - context > max(SHARP_DROP, self._context // 2):
             self.events.insert(self._start, _load(call, Source.COMPACTION, inferred=True))
             self._begin_window(self._start + 1)
+        lost = self._shrunk(call, context)
+        if lost:
+            self.events.append(_load(call, Source.COMPACTION, inferred=True))
+            self._lose(self.events[-1], lost, [])
+        if self._previous is None:
+            self._base = context
         if call.counted:
             if self._previous is not None and not self._previous.counted:
                 self.events.insert(self._start, _load(call, Source.RESUME))
@@ -5719,6 +5770,7 @@ class _Layout:
         call.share_output(self._resends)
         if call.counted:
             self.events += [call.event] + ([call.thinking] if call.thinking else [])
+        self._results += [event for event, _ in self._pending if "tool" in event.data]
         self._previous, self._context, self._pending = call, context, []
         self._start = len(self.events)
 
@@ -5958,6 +6010,12 @@ class Recorder:
         self._window().tools.memory.clear()
         return self.context(source, size, **data)
 
+    def cleared(self, keys: Iterable[str], lost: int = 0) -> SessionEvent:
+        """The results of these tool calls left the context, which goes on without them. Where the
+        keys are not known the oldest results left, of ``lost`` tokens together."""
+        left = [self._tools[key].event for key in keys if key in self._tools]
+        return self.context(Source.COMPACTION, 0, left=left, lost=lost)
+
     def call_failed(self, text: str = "", kind: str = "") -> SessionEvent:
         """A model call failed; ``kind`` where the text does not tell (`failure_kind`)."""
         kind = kind or failure_kind({"message": text}) or "interrupted"
@@ -6143,6 +6201,8 @@ class Recorder:
             event.id = f"e{number}"
             if event.model == model:
                 event.model = ""
+            if "left" in event.data:
+                event.data["left"] = [result.id for result in event.data["left"] if result.id]
             session.add_event(event)
         return [session]
 
@@ -6486,7 +6546,7 @@ class _ClaudeSession:
     def _result(self, block: Dict[str, Any], entry: Dict[str, Any]) -> None:
         text, size = _result_size(block.get("content"))
         first, count, total = _file_lines(entry.get("toolUseResult"))
-        self.told.returned(_text(block.get("tool_use_id")), text, size,
+        self.told.returned(_text(block.get("tool_use_id")), _without_reminders(text), size,
                            failed=block.get("is_error") is True, lines=(first, count, total))
 
     def _system(self, entry: Dict[str, Any]) -> None:
@@ -6494,7 +6554,9 @@ class _ClaudeSession:
         if subtype == "compact_boundary":
             self.told.compaction()
         elif subtype == "microcompact_boundary":
-            self.told.compaction(partial=True)
+            cleared = _as_dict(entry.get("microcompactMetadata"))
+            keys = map(_text, _as_list(cleared.get("compactedToolIds")))
+            self.told.cleared(keys, _count_of(cleared.get("tokensSaved")))
         elif subtype == "api_error":
             self.told.call_failed(kind="transient")
 
@@ -6521,6 +6583,17 @@ class _ClaudeSession:
 
 def _echo_id(echo: Tuple[str, int, str, Dict[str, Any]]) -> str:
     return _text(echo[3]["message"].get("id"))
+
+
+def _without_reminders(text: str) -> str:
+    """What a tool returned, without what the program put before and behind it."""
+    opening, closing = "<system-reminder>", "</system-reminder>"
+    if text.startswith(opening) and closing in text:
+        text = text.partition(closing)[2].lstrip("\n")
+    if text.rstrip().endswith(closing) and "\n" + opening in text:
+        text = text[:text.rindex("\n" + opening)]
+        text = text[:-1] if text.endswith("\n") else text
+    return text
 
 
 def _file_lines(details: Any) -> Tuple[int, int, int]:
@@ -7168,6 +7241,8 @@ class _Chat:
         told.tool(key, name, arguments, len(name) + _json_size(given))
         text, size, failed = _gemini_result(tool)
         shown = _GEMINI_SHOWN.search(text[:600])
+        if shown:
+            text = text.partition("(truncated) ---\n")[2] or text
         start, end, total = map(int, shown.groups()) if shown else (0, -1, 0)
         told.at(_text(tool.get("timestamp")))
         told.returned(key, text, size, failed=failed, lines=(start, end - start + 1, total),

@@ -3469,6 +3469,75 @@ def test_a_session_that_goes_on_in_a_new_file_is_resumed_there(tmp_path, optimiz
     assert [event.data["source"] for event in resumed.events if event.event_type is EventType.CONTEXT_LOAD][0] == "resume"
 
 
+def read_again(told, last, **between):
+    """Two files of 4,000 tokens are read, then the first of them again; the last call's usage is given."""
+    told.call("r1", "m", so.Usage(20_000, output=20), text=40)
+    for number, name in enumerate(("old", "new"), 2):
+        told.tool(name, "Read", {"file_path": "/w/%s.py" % name})
+        told.returned(name, "%s = 1\n" % name * 2_000)
+        told.call("r%d" % number, "m", so.Usage(4_020, read=20_000 + 4_020 * (number - 2), output=20), text=40)
+    told.prompt("and now?", 40)
+    told.call("r4", "m", last, text=40)
+    for name in ("old", "new"):
+        told.tool(name + " again", "Read", {"file_path": "/w/%s.py" % name})
+        told.returned(name + " again", "%s = 1\n" % name * 2_000)
+    told.call("r5", "m", so.Usage(8_000, read=sum(last[:4]), output=20), text=40)
+    session, = told.finish()
+    report = so.build_report(session, [so.RepeatedFileReadAnalyzer()])
+    return sorted(os.path.basename(re.search("'([^']+)'", issue.description).group(1)) for issue in report.issues), session
+
+
+@pytest.mark.parametrize("last, repeated", [
+    (so.Usage(50, read=28_040), ["new.py", "old.py"]),      # the context grew
+    (so.Usage(9_100, read=15_000), ["new.py"]),             # it fell by 3,940 and begins anew behind the system prompt
+    (so.Usage(500, read=23_500), ["new.py", "old.py"]),     # a fall that dropped thinking explains: its cache was found
+    (so.Usage(12_000, read=15_000), ["new.py", "old.py"])]) # less than what a turn's thinking may be
+def test_a_context_that_shrank_without_a_mark_lost_its_oldest_results(last, repeated):
+    found, session = read_again(recorder(), last)
+    assert found == repeated and len(list(session.windows())) == 1
+    left = [event.data["left"] for event in session.events if "left" in event.data]
+    assert [[event.data["file_path"] for event in session.events if event.id in ids] for ids in left] == (
+        [["/w/old.py"]] if repeated == ["new.py"] else [])
+    assert session.total_tokens_input == 20_000 + 2 * 4_020 + sum(last[:3]) + 8_000
+
+
+@pytest.mark.parametrize("keys, lost, repeated", [
+    (["old"], 0, ["new.py"]), (["new"], 0, ["old.py"]), ([], 3_000, ["new.py"]), ([], 7_000, []), (["unheard of"], 0, ["new.py", "old.py"])])
+def test_results_that_were_cleared_are_not_there_to_be_repeated(keys, lost, repeated):
+    told = recorder()
+    told.call("r1", "m", so.Usage(20_000, output=20), text=40)
+    for number, name in enumerate(("old", "new"), 2):
+        told.tool(name, "Read", {"file_path": "/w/%s.py" % name})
+        told.returned(name, "%s = 1\n" % name * 2_000)
+        told.call("r%d" % number, "m", so.Usage(4_020, read=20_000 + 4_020 * (number - 2), output=20), text=40)
+    told.cleared(keys, lost)
+    for name in ("old", "new"):
+        told.tool(name + " again", "Read", {"file_path": "/w/%s.py" % name})
+        told.returned(name + " again", "%s = 1\n" % name * 2_000)
+    told.call("r5", "m", so.Usage(8_000, read=20_000, output=20), text=40)
+    session, = told.finish()
+    report = so.build_report(session, [so.RepeatedFileReadAnalyzer()])
+    assert sorted(re.search("'([^']+)'", issue.description).group(1) for issue in report.issues) == repeated
+
+
+REMINDER = "\n\n<system-reminder>\nWhenever you read a file, consider %s.\n</system-reminder>\n"
+
+
+@pytest.mark.parametrize("first, second, repeated", [
+    ("", REMINDER % "this", True), (REMINDER % "this", REMINDER % "that", True), ("", "\n     3\tz = 3", False)])
+def test_a_reminder_behind_a_file_is_not_part_of_it(tmp_path, optimizer, first, second, repeated):
+    """A sub-agent's reads tell no number of lines: the text is all there is."""
+    transcript = Transcript(tmp_path)
+    transcript.prompt("look")
+    for number, frame in enumerate((first, second)):
+        transcript.answer("m%d" % number, (10, 1_000 + 400 * number, 0, 20), use("t%d" % number, "Read", file_path="/w/a.py"))
+        transcript.result("t%d" % number, "     1\tx = 1\n     2\ty = 2" + frame)
+    transcript.answer("m9", (10, 400, 1_400, 20), text(40))
+    reads = [event for event in scanned(transcript, optimizer).events if event.event_type is EventType.FILE_READ]
+    assert (reads[1].data.get("content") == "same" and reads[0].data["content_hash"] == reads[1].data["content_hash"]) == repeated
+    assert reads[0].data["lines"] == [1, 2]
+
+
 @pytest.mark.parametrize("command, printed, commits", [
     ("git commit -m x", "[main 1a2b3c4] x\n 1 file changed", ["1a2b3c4"]),
     ("git add . && git commit -qam x && git commit --amend", "[topic/a (root-commit) 1a2b3c4d5] x\n[topic/a 99887766] y", ["1a2b3c4d5", "99887766"]),
