@@ -2059,6 +2059,8 @@ class ContextMemory:
         if earlier is None:
             return None
         old, new = earlier.data.get("content_hash"), event.data.get("content_hash")
+        if not new and _is_imported(event.data):
+            return None  # a hosted search: what it found was not recorded, and has left the context
         return None if old and new and old != new else Repeat(earlier, 1, 1)
 
     def _keep(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> None:
@@ -5331,6 +5333,7 @@ def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark
 
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
 SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for a window to end unmarked
+SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
 SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, and always more than dropped thinking; else 12%
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
@@ -5526,7 +5529,7 @@ class ToolEvents:
                 data["truncated"] = True  # an image, say: what it showed is not known
                 return
             data["content_hash"] = digest_of(text)
-            if _is_cut_off(text):
+            if _is_cut_off(text) or "command" in data and _COMPLAINT.match(text):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
                 self._lines(data, text, first, count, total)
@@ -5594,6 +5597,9 @@ def _paths_argument(arguments: Dict[str, Any]) -> List[str]:
 
 
 _QUERY_TOOL = _Pattern(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
+# What a program in a pipe says instead of a file, while the last one of the pipe succeeds.
+_COMPLAINT = _Pattern(r"\s*(?:usage: |(?:\S{0,80}/)?(?:(?:ba|z|da)?sh|cat|head|tail|sed|nl|g?awk|less|bat|jq|sort|cut|"
+                      r"iconv|git|docker|kubectl|ssh|curl|Get-Content)\s?: )", re.I)
 _UNCHANGED = _Pattern(r"unchanged since (?:your |the )?last read|file[ _]unchanged|file has not changed since", re.I)
 _CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum allowed")
 
@@ -5784,15 +5790,23 @@ class _Layout:
             self.events.append(_load(call, Source.REBUILD))
             laid.append((self.events[-1], rebuilt))
         if previous is not None and previous.counted:
-            answer = min(left, previous.visible)
+            answer = min(left, self._kept(previous))
             laid.append((previous.event, answer))
             left -= answer
-        sizes = [size for _, size in pending]
-        entered = min(left, sum(size // 2 for size in sizes))
-        laid += zip((event for event, _ in pending), _capped(entered, sizes))
+        most = [size // 2 - min(size, SMALL_RESULT) // 10 for _, size in pending]
+        entered = min(left, sum(most))
+        laid += zip((event for event, _ in pending), share_out(entered, most))
         if left > entered:
             laid.append((self._rest(call), left - entered))
         _bill(call, laid)
+
+    def _kept(self, previous: _Call) -> int:
+        """Tokens of the answer before that are in the context now: while a prompt is worked on its
+        thinking stays (measured: else results would weigh twice what their texts do)."""
+        prompted = any(event.event_type is EventType.USER_MESSAGE for event, _ in self._pending)
+        if prompted or not previous.complete or previous.thoughts is not None:
+            return previous.visible
+        return previous.usage.output  # type: ignore[union-attr]
 
     def _rest(self, call: _Call) -> SessionEvent:
         """What no item explains: before a window's first call the system prompt and the like."""
@@ -5810,21 +5824,6 @@ def _load(call: _Call, source: str, **data: Any) -> SessionEvent:
     data.update(source=source, line=call.event.data.get("line"))
     model = "" if source == Source.COMPACTION else call.event.model
     return SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD, data, model=model)
-
-
-def _capped(total: int, sizes: List[int]) -> List[int]:
-    """Shares of ``total`` in proportion to the sizes, none above half its size (a token has two
-    characters at least)."""
-    shares = share_out(total, sizes)
-    if len(sizes) < 2:
-        return shares  # the total is no more than half the sizes
-    spare = sum(max(0, share - size // 2) for share, size in zip(shares, sizes))
-    shares = [min(share, size // 2) for share, size in zip(shares, sizes)]
-    for index, size in enumerate(sizes) if spare else ():
-        more = min(spare, size // 2 - shares[index])
-        shares[index] += more
-        spare -= more
-    return shares
 
 
 def _bill(call: _Call, laid: List[Tuple[SessionEvent, int]]) -> None:
@@ -7006,6 +7005,8 @@ class _Rollout:
             raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
         elif kind == "web_search_call":
             raw = {key: action[key] for key in ("pattern", "query", "url") if _text(action.get(key))}
+            queries = list(filter(None, map(_text, _as_list(action.get("queries")))))
+            raw.update({"query": " | ".join(queries)} if queries else {})
         name = name or {"tool_search_call": "toolsearch"}.get(kind, kind[:-len("_call")])
         if _text(item.get("namespace")):
             name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")

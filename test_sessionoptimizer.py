@@ -3242,13 +3242,13 @@ def tiny(folder, **options):
 
 def test_tokens_are_laid_out_by_growth(tmp_path, optimizer):
     """The context grows from 1,010 to 1,160: 150 of the second call's 160 fresh tokens are new and 10 were written again.
-    Of the 150, 50 are the first answer and 100 the file; of the first 1,010 the prompt's 25 characters make 12 at most."""
+    Of the 150, 50 are the first answer and 100 the file; of the first 1,010 the prompt's 25 characters make 10 at most."""
     row, = optimizer.scan([tiny(tmp_path).save()])["sessions"]
     session = optimizer.get_session(row["id"])
     laid = [(event.event_type.name, event.data.get("source", event.data.get("tool", "")), event.tokens_input, event.tokens_cache_read)
             for event in session.events]
     assert sorted(laid) == sorted([
-        ("CONTEXT_LOAD", "system", 998, 0), ("USER_MESSAGE", "", 12, 0), ("AI_RESPONSE", "", 50, 0), ("FILE_READ", "Read", 100, 0),
+        ("CONTEXT_LOAD", "system", 1_000, 0), ("USER_MESSAGE", "", 10, 0), ("AI_RESPONSE", "", 50, 0), ("FILE_READ", "Read", 100, 0),
         ("CONTEXT_LOAD", "cache rebuild", 10, 0), ("AI_RESPONSE", "", 0, 1_000)])
     assert row["tokens"] == {"uncached_input": 20, "cache_write": 1_150, "cache_read": 1_000, "output": 80}
     assert (row["model_calls"], row["agent"], row["task"], row["model"]) == (
@@ -3283,11 +3283,11 @@ def test_a_response_a_tool_and_a_result_told_twice_are_one():
         told.call("r1", "m", so.Usage(1_000, output=output))
         told.tool("t1", "Read", {"file_path": "/w/a.py"}, 100)
     for _ in range(2):
-        told.returned("t1", "x = 1\n" * 50)
+        told.returned("t1", "x = 1\n" * 100)
     told.call("r2", "m", so.Usage(190, read=1_000, output=10), text=30)
     assert laid(told) == [
-        ("CONTEXT_LOAD", "system", 980, 0), ("USER_MESSAGE", "", 20, 0), ("AI_RESPONSE", "", 50, 0),
-        ("FILE_READ", "Read", 140, 90), ("AI_RESPONSE", "", 0, 10)]
+        ("CONTEXT_LOAD", "system", 984, 0), ("USER_MESSAGE", "", 16, 0), ("AI_RESPONSE", "", 90, 0),
+        ("FILE_READ", "Read", 100, 90), ("AI_RESPONSE", "", 0, 10)]
 
 
 def test_a_result_enters_with_the_call_that_follows_it():
@@ -3296,13 +3296,54 @@ def test_a_result_enters_with_the_call_that_follows_it():
     told.call("r1", "m", so.Usage(1_000, output=20))
     told.tool("slow", "Bash", {"command": "make"}, 20)
     told.tool("quick", "Bash", {"command": "ls src"}, 20)
-    told.returned("quick", "a.py", 200)
+    told.returned("quick", "a.py", 400)
     told.call("r2", "m", so.Usage(110, read=1_000, output=20), text=40)
-    told.returned("slow", "made", 400)
+    told.returned("slow", "made", 800)
     told.call("r3", "m", so.Usage(220, read=1_110, output=20), text=40)
     events = laid(told)
     assert [event for event in events if event[0] in ("SEARCH", "TOOL_CALL")] == [
         ("SEARCH", "Bash", 90, 10), ("TOOL_CALL", "Bash", 200, 10)]
+
+
+@pytest.mark.parametrize("prompted, complete, answer", [(False, True, 500), (True, True, 50), (False, None, 50)])
+def test_thinking_stays_in_the_context_until_the_next_prompt(prompted, complete, answer):
+    """The text of the answer has 100 characters; the rest of its 500 tokens is hidden thinking."""
+    told = recorder()
+    told.call("r1", "m", so.Usage(1_000, output=500), text=80, thinking=0, complete=complete)
+    told.tool("t", "Bash", {"command": "make"}, 20)
+    told.returned("t", "x" * 4_000)
+    if prompted:
+        told.prompt("stop", 0)
+    told.call("r2", "m", so.Usage(1_700, read=1_000, output=10), text=20)
+    assert [tokens for kind, _, tokens, _ in laid(told) if kind == "AI_RESPONSE"] == [answer, 0]
+
+
+@pytest.mark.parametrize("command, printed, repeated", [
+    ("sed -n '1,3p' /w/a.py | nl", "sed: can't read /w/a.py: No such file or directory", False),
+    ("cat /w/a.py | head -5", "usage: cat [-benstuv] [file ...]", False),
+    ("sed -n '1,3p' /w/a.py | nl", "     1\tsed = 1\n     2\tusage = 2\n     3\tx = 3", True)])
+def test_what_a_broken_pipe_prints_is_no_file(command, printed, repeated):
+    told = recorder()
+    for number in (1, 2, 3):
+        told.call("r%d" % number, "m", so.Usage(100, read=1_000 * number, output=10))
+        told.tool("t%d" % number, "Bash", {"command": command}, 20)
+        told.returned("t%d" % number, printed)
+    session, = told.finish()
+    assert bool(so.RepeatedFileReadAnalyzer().analyze(session)) == repeated
+
+
+@pytest.mark.parametrize("found, repeated", [("ten pages", True), (None, False)])
+def test_a_search_whose_result_is_not_recorded_is_no_repetition(found, repeated):
+    """What a hosted search found leaves the context after the response."""
+    told = recorder()
+    for number in (1, 2):
+        told.call("r%d" % number, "m", so.Usage(900, read=900 * number, output=10))
+        told.tool("t%d" % number, "web_search", {"query": "release notes"}, 20)
+        if found:
+            told.returned("t%d" % number, found, 2_000)
+    told.call("r9", "m", so.Usage(900, read=2_700, output=10))
+    session, = told.finish()
+    assert bool(so.RepeatedSearchAnalyzer().analyze(session)) == repeated
 
 
 def test_a_response_that_another_agent_told_is_a_replay():
