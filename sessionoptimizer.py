@@ -5334,6 +5334,7 @@ def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
 SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for a window to end unmarked
 SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
+HIDDEN_THINKING = 4_000    # tokens of thinking that nine of ten steps stay below
 SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, and always more than dropped thinking; else 12%
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
@@ -5789,24 +5790,27 @@ class _Layout:
         if rebuilt:
             self.events.append(_load(call, Source.REBUILD))
             laid.append((self.events[-1], rebuilt))
-        if previous is not None and previous.counted:
-            answer = min(left, self._kept(previous))
-            laid.append((previous.event, answer))
-            left -= answer
         most = [size // 2 - min(size, SMALL_RESULT) // 10 for _, size in pending]
+        if previous is not None and previous.counted:
+            kept = self._kept(previous, left - sum(most))
+            laid.append((previous.event, min(left, kept)))
+            left -= min(left, kept)
         entered = min(left, sum(most))
         laid += zip((event for event, _ in pending), share_out(entered, most))
         if left > entered:
             laid.append((self._rest(call), left - entered))
         _bill(call, laid)
 
-    def _kept(self, previous: _Call) -> int:
+    def _kept(self, previous: _Call, unexplained: int) -> int:
         """Tokens of the answer before that are in the context now: while a prompt is worked on its
-        thinking stays (measured: else results would weigh twice what their texts do)."""
+        thinking stays (measured: else results would weigh twice what their texts do). Where the
+        output is a placeholder that thinking is what items do not explain."""
         prompted = any(event.event_type is EventType.USER_MESSAGE for event, _ in self._pending)
-        if prompted or not previous.complete or previous.thoughts is not None:
+        if prompted or previous.thoughts is not None:
             return previous.visible
-        return previous.usage.output  # type: ignore[union-attr]
+        if previous.complete:
+            return previous.usage.output  # type: ignore[union-attr]
+        return max(previous.visible, min(unexplained, HIDDEN_THINKING))
 
     def _rest(self, call: _Call) -> SessionEvent:
         """What no item explains: before a window's first call the system prompt and the like."""

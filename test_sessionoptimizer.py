@@ -3305,13 +3305,17 @@ def test_a_result_enters_with_the_call_that_follows_it():
         ("SEARCH", "Bash", 90, 10), ("TOOL_CALL", "Bash", 200, 10)]
 
 
-@pytest.mark.parametrize("prompted, complete, answer", [(False, True, 500), (True, True, 50), (False, None, 50)])
-def test_thinking_stays_in_the_context_until_the_next_prompt(prompted, complete, answer):
+@pytest.mark.parametrize("prompted, complete, size, answer", [
+    (False, True, 4_000, 500), (True, True, 4_000, 50),
+    (False, None, 4_000, 50),      # a placeholder: the result explains what entered
+    (False, None, 1_000, 1_300),   # it explains 400 tokens of the 1,700
+    (True, None, 1_000, 50), (False, True, 1_000, 500)])
+def test_thinking_stays_in_the_context_until_the_next_prompt(prompted, complete, size, answer):
     """The text of the answer has 100 characters; the rest of its 500 tokens is hidden thinking."""
     told = recorder()
     told.call("r1", "m", so.Usage(1_000, output=500), text=80, thinking=0, complete=complete)
     told.tool("t", "Bash", {"command": "make"}, 20)
-    told.returned("t", "x" * 4_000)
+    told.returned("t", "x" * size)
     if prompted:
         told.prompt("stop", 0)
     told.call("r2", "m", so.Usage(1_700, read=1_000, output=10), text=20)
