@@ -916,9 +916,10 @@ class Session(_Record):
         session.metadata = _typed(data, "metadata", dict)
         entries = _typed(data, "events", list)
         for entry in entries:
-            if not isinstance(entry, dict):
+            if not isinstance(entry, (dict, SessionEvent)):
                 raise InvalidValue(f"an event of session {session.id!r} is a {type(entry).__name__}: give objects")
-        session.events = list(map(SessionEvent.from_dict, entries))
+        session.events = [entry if entry.__class__ is SessionEvent else SessionEvent.from_dict(entry)
+                          for entry in entries]
         session.total_tokens_input = sum(event.tokens_input for event in session.events)
         session.total_tokens_output = sum(event.tokens_output for event in session.events)
         session.total_duration_ms = sum(event.duration_ms for event in session.events)
@@ -4258,6 +4259,10 @@ _FOOTER_END = b'"layout":2}\n'
 _FOOTER_SIZE = 1024  # bytes read from the end of a file; a footer is shorter
 _PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the header is wanted
 _START = 1024  # bytes that hold most headers
+_LINES = 1000  # events written at a time
+_BLOCK = 1 << 20  # bytes of events read at a time
+_TEMPORARY, _LEFT_BEHIND = ".tmp", 3600.0  # the ending of files being written; seconds until one was left behind
+_COPY = _Pattern(r"\.json\.damaged-[0-9]+\Z")
 _FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
 
 _TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
@@ -4414,31 +4419,35 @@ def _count(footer: dict, event: dict) -> None:
             footer[total] += value
 
 
-def _derive_footer(events: list) -> dict:
-    """The footer as the events alone tell it; status and end come from the last SESSION_END."""
-    footer = {"status": "ACTIVE", "ended_at": "", "event_count": len(events)}
-    for total, key in _TOTALS.items():
-        footer[total] = sum(filter(_is_number, [event.get(key, 0) for event in events]))
-    for event in events:
-        if event.get("event_type") == "SESSION_END":
-            data = event.get("data")
-            status, ended = isinstance(data, dict) and data.get("status"), event.get("timestamp")
-            footer["status"] = status if isinstance(status, str) else "COMPLETED"
-            footer["ended_at"] = ended if isinstance(ended, str) else ""
-    return footer
+def _ended(event: dict) -> dict:
+    """What a SESSION_END tells of the footer."""
+    data, ended = event.get("data"), event.get("timestamp")
+    status = data.get("status") if isinstance(data, dict) else None
+    return {"status": status if isinstance(status, str) else "COMPLETED",
+            "ended_at": ended if isinstance(ended, str) else ""}
 
 
-def _lay_out(doc: dict) -> bytes:
-    """The file of a session. What the document lacks of the footer comes from its events."""
-    events = doc["events"]
+def _lay_out(doc: dict) -> Iterator[bytes]:
+    """The parts of a session's file. What the document lacks of the footer comes from its events."""
     header = {key: value for key, value in doc.items() if key != "events" and key not in _FOOTER_KEYS}
-    footer = _derive_footer(events)
+    yield f'{_encode(header)[:-1]},"events": [\n'.encode()
+    footer: Dict[str, Any] = {"status": "ACTIVE", "ended_at": "", "event_count": 0, **dict.fromkeys(_TOTALS, 0)}
+    lines: List[str] = []
+    for event in doc["events"]:
+        lines.append(("," if footer["event_count"] else "") + _encode_event(event) + "\n")
+        _count(footer, event)
+        if event.get("event_type") == "SESSION_END":
+            footer.update(_ended(event))
+        if len(lines) == _LINES:
+            yield "".join(lines).encode()
+            lines = []
+    yield "".join(lines).encode()
     # Without events the totals are kept: a session may be known by its totals alone.
-    footer.update((key, doc[key]) for key in (_STATE if events else (*_STATE, *_TOTALS)) if key in doc)
+    kept = _STATE if footer["event_count"] else (*_STATE, *_TOTALS)
+    footer.update((key, doc[key]) for key in kept if key in doc)
     footer["lost_events"] = doc.get("lost_events", 0)
     footer["event_count"] += footer["lost_events"]
-    lines = "\n,".join(map(_encode_event, events)) + "\n" if events else ""
-    return f'{_encode(header)[:-1]},"events": [\n{lines}'.encode() + _encode_footer(footer)
+    yield _encode_footer(footer)
 
 
 def _fault(doc) -> str:
@@ -4594,12 +4603,18 @@ def _read(fd: int, start: int, end: int) -> bytes:
     return data
 
 
+def _write(fd: int, data: bytes, offset: int) -> int:
+    """Write all of it; the offset behind it."""
+    done = 0
+    while done < len(data):
+        done += _pwrite(fd, data[done:] if done else data, offset + done)
+    return offset + done
+
+
 def _overwrite(fd: int, data: bytes, offset: int, old: bytes) -> None:
     """Write `data` over `old`, the end of the file; when that fails put `old` back."""
-    done = 0
     try:
-        while done < len(data):
-            done += _pwrite(fd, data[done:], offset + done)
+        _write(fd, data, offset)
     except OSError:
         _pwrite(fd, old, offset)  # its blocks are still the file's, so it fits on a full disk
         os.ftruncate(fd, offset + len(old))
@@ -4615,10 +4630,13 @@ def _lock(fd: int, exclusive: bool) -> None:
         msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
 
 
-def _release(fd: int) -> None:
-    # Closing alone would leave the lock to a child forked meanwhile, which shares the open file.
+def _unlock(fd: int) -> None:
     if fcntl:
         fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _release(fd: int) -> None:
+    _unlock(fd)  # closing alone would leave the lock to a child forked meanwhile, which shares it
     os.close(fd)
 
 
@@ -4640,8 +4658,29 @@ def _open_locked(path: str, exclusive: bool):
         os.close(fd)
 
 
-def _write_temp(directory: str, data: bytes, sync: bool) -> str:
-    path = os.path.join(directory, f".{os.urandom(8).hex()}.tmp")
+class _locked:
+    """Context of a session file that is open and locked: (descriptor, stat). SessionNotFound when it is not there."""
+
+    def __init__(self, path: str, *, exclusive: bool):
+        self.path, self.exclusive = path, exclusive
+
+    def __enter__(self):
+        with _naming(self.path):
+            try:
+                self.fd, info = _open_locked(self.path, self.exclusive)
+            except FileNotFoundError:
+                folder, name = os.path.split(self.path)
+                raise SessionNotFound(f"no session {_printable(_stem(name))} in {_printable(os.path.dirname(folder))}; "
+                                      "`list` shows what is there") from None
+        return self.fd, info
+
+    def __exit__(self, kind, error, trace):
+        _release(self.fd)
+
+
+def _write_temp(directory: str, parts, sync: bool) -> str:
+    """The path of a new file that holds the `parts`."""
+    path = os.path.join(directory, f".{os.urandom(8).hex()}{_TEMPORARY}")
     with _naming(directory):
         try:
             fd = os.open(path, _CREATE, 0o600)
@@ -4650,7 +4689,9 @@ def _write_temp(directory: str, data: bytes, sync: bool) -> str:
             os.makedirs(directory, mode=0o700, exist_ok=True)
             fd = os.open(path, _CREATE, 0o600)
         try:
-            _overwrite(fd, data, 0, b"")
+            offset = 0
+            for part in parts:
+                offset = _write(fd, part, offset)
             if sync:
                 os.fsync(fd)
         except BaseException:
@@ -4661,9 +4702,9 @@ def _write_temp(directory: str, data: bytes, sync: bool) -> str:
     return path
 
 
-def _replace(path: str, data: bytes, *, sync: bool) -> None:
+def _replace(path: str, parts, *, sync: bool) -> None:
     """Give `path` new content in one step; a session must be locked meanwhile."""
-    temp = _write_temp(os.path.dirname(path), data, sync)
+    temp = _write_temp(os.path.dirname(path), parts, sync)
     with _naming(path):
         try:
             os.replace(temp, path)
@@ -4672,40 +4713,92 @@ def _replace(path: str, data: bytes, *, sync: bool) -> None:
             raise
 
 
-def _publish(path: str, data: bytes, *, sync: bool) -> bool:
-    """Create `path` with this content in one step; False when the name is taken."""
-    temp = _write_temp(os.path.dirname(path), data, sync)
-    try:
-        with _naming(path):
-            try:
-                os.link(temp, path)
-            except FileExistsError:
+def _publish(temp: str, path: str) -> bool:
+    """Give a new file the name `path` in one step; False when the name is taken."""
+    with _naming(path):
+        try:
+            os.link(temp, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: claim the name, then fill it
+            if os.path.lexists(path):
                 return False
-            except OSError:  # a file system without hard links: claim the name, then fill it
-                if os.path.lexists(path):
-                    return False
-                os.close(os.open(path, _CREATE, 0o600))
-                os.replace(temp, path)
-            return True
+            os.close(os.open(path, _CREATE, 0o600))
+            os.replace(temp, path)
+    return True
+
+
+def _remove(path: str) -> bool:
+    """Whether there was such a file to remove."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _sync_folder(path: str) -> None:
+    """Force the names in the folder of `path` to the disk."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(fd)
     finally:
-        if os.path.lexists(temp):
-            os.unlink(temp)
+        os.close(fd)
+
+
+def _decoded(text: bytes):
+    """What the JSON says, None when it is none."""
+    try:
+        return _DECODER.decode(text.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _stream(fd: int, size: int, make):
+    """(document, last bytes before the footer, footer's offset) of a locked session, which is unlocked while its
+    events are read, a megabyte at a time, each handed through `make`. None when it is not in the present layout."""
+    first = _pread(fd, _LONG_PEEK, 0)
+    start = first.find(b"\n") + 1
+    tail = _read(fd, max(start - 1, size - _FOOTER_SIZE, 0), size)
+    footer, cut = _parse_footer(tail)
+    doc = _decoded(first[:start] + b"]}") if first.endswith(_HEADER_END, 0, max(start - 1, 0)) else None
+    if not footer or type(doc) is not dict:
+        return None
+    _unlock(fd)  # what stands before the footer does not change any more
+    events: list = []
+    end, rest, block = size - len(tail) + cut, b"", _BLOCK
+    while start < end:
+        more = _pread(fd, min(block, end - start), start)
+        start += len(more)
+        rest += more
+        cut = len(rest) if start == end else rest.rfind(b"\n,") + 1
+        found = _decoded(b"[%s]" % rest[:cut].lstrip(b","))
+        if not more or found is None or any(type(event) is not dict for event in found):
+            return None
+        events.extend(map(make, found) if make else found)
+        rest, block = rest[cut:], _BLOCK if cut else 2 * block  # a line longer than that is read in steps that double
+    doc = {**doc, **footer, "events": events}
+    if _fault(doc) or footer["event_count"] != len(events) + footer.get("lost_events", 0):
+        return None
+    return doc, _pread(fd, min(_FINGERPRINT, end), end - min(_FINGERPRINT, end)), end
 
 
 class Store:
     """Session files under `root`, safe against parallel writers, crashes and damaged files.
 
     Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
-    each). No file stays open between calls, so threads and forked processes may share a Store."""
+    each). With `durable` every event is forced to the disk before it is acknowledged. No file stays open between
+    calls, so threads and forked processes may share a Store."""
 
-    def __init__(self, root: str, *, warn=None):
+    def __init__(self, root: str, *, warn=None, durable: bool = False):
         self.root = os.path.abspath(os.fspath(root))
         self.sessions = os.path.join(self.root, "sessions")
         self.reports = os.path.join(self.root, "reports")
+        self.durable = durable
         self.warnings: List[str] = []
-        self._warn = warn
-        self._checked = False
         self.state = State(self.root, self._report)
+        self._warn = warn
+        self._checked = self._swept = False
 
     def prepare(self) -> None:
         """Create the directories of the store; StorageError where that is not possible."""
@@ -4715,20 +4808,27 @@ class Store:
 
     def files(self):
         """Yield (id, stat) of every session file, without opening any."""
-        with _naming(self.sessions):
+        for entry in self._entries(self.sessions):
+            if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
+                try:
+                    yield entry.name[:-len(".json")], entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    pass  # deleted meanwhile
+
+    @staticmethod
+    def _entries(folder: str):
+        with _naming(folder):
             try:
-                entries = os.scandir(self.sessions)
+                entries = os.scandir(folder)
             except FileNotFoundError:
                 return
             with entries:
-                for entry in entries:
-                    if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
-                        yield entry.name[:-len(".json")], entry.stat(follow_symlinks=False)
+                yield from entries
 
     def find(self, session_id: str) -> str:
         """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule, unless an
         older store holds exactly this name."""
-        self._refuse_links()
+        self._check_folders()
         try:
             return f"{self.sessions}{os.sep}{check_id(session_id)}.json"
         except InvalidSessionId:
@@ -4737,20 +4837,29 @@ class Store:
                 return os.path.join(self.sessions, f"{session_id}.json")
             raise
 
-    def _refuse_links(self) -> None:
+    def _check_folders(self) -> None:
+        """Refuse linked folders; nobody else may write into the store."""
         if self._checked:
             return
-        for directory in (self.sessions, self.reports):
-            if os.path.islink(directory):
-                raise StorageError(directory, *_LINKED)
         self._checked = True
+        for folder in (self.root, self.sessions, self.reports):
+            if folder != self.root and os.path.islink(folder):
+                self._checked = False
+                raise StorageError(folder, *_LINKED)
+            mode = os.stat(folder).st_mode if os.name == "posix" and os.path.isdir(folder) else 0
+            if mode & 0o022 and not mode & stat.S_ISVTX:
+                self._tighten(folder, stat.S_IMODE(mode))
+
+    def _tighten(self, folder: str, mode: int) -> None:
+        try:
+            if folder == self.root:
+                raise PermissionError  # it may be a folder that is shared on purpose
+            os.chmod(folder, mode & ~0o022)
+        except OSError:
+            self._report(f"others can write into {_printable(folder)}: chmod go-w it, or use another store")
 
     def _names(self) -> list:
-        with _naming(self.sessions):
-            try:
-                return os.listdir(self.sessions)
-            except FileNotFoundError:
-                return []
+        return [entry.name for entry in self._entries(self.sessions)]
 
     def _report_path(self, session_id: str) -> str:
         return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
@@ -4759,8 +4868,7 @@ class Store:
         """What the user put into prices.json; empty without it. InvalidValue when it cannot be used."""
         path = os.path.join(self.root, "prices.json")
         try:
-            with open(path, encoding="utf-8-sig") as file:
-                own = json.load(file)
+            own = json.loads(read_regular(path).decode("utf-8-sig"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
@@ -4771,43 +4879,34 @@ class Store:
 
     def write_report(self, session_id: str, report: dict) -> None:
         """Save a report in one step. It can be computed again, so it is not forced to the disk."""
-        _replace(self._report_path(session_id), _encode(report).encode(), sync=False)
-
-    def _open(self, path: str, *, exclusive: bool):
-        with _naming(path):
-            try:
-                return _open_locked(path, exclusive)
-            except FileNotFoundError:
-                raise SessionNotFound(f"no session {_printable(_stem(path))} in {_printable(self.root)}; "
-                                      "`list` shows what is there") from None
-
-    def _read_whole(self, path: str):
-        fd, info = self._open(path, exclusive=False)
-        try:
+        path = self._report_path(session_id)
+        _replace(path, [_encode(report).encode()], sync=False)
+        if not os.path.lexists(self.find(session_id)):
             with _naming(path):
-                return _read(fd, 0, info.st_size), info
-        finally:
-            _release(fd)
+                _remove(path)  # the session was deleted meanwhile
 
-    def create(self, header: dict, events: list, footer: dict, *, replace=False, sync=True) -> None:
+    def create(self, header: dict, events, footer: dict, *, replace=False, sync=True) -> None:
         """Store a session. SessionExists when its id is taken, unless `replace`.
 
         Status and end that `footer` leaves out come from the events, counts and totals always do (without
         events the totals given stay). `sync=False` leaves it to the system when the file reaches the disk."""
         path = self.find(check_id(header["id"]))
-        data = _lay_out({**header, **footer, "events": events})
-        while not _publish(path, data, sync=sync):
-            if not replace:
-                raise SessionExists(f"session {header['id']} is already in {_printable(self.root)}; "
-                                    "choose another id or delete it first")
-            try:
-                fd, _ = self._open(path, exclusive=True)
-            except SessionNotFound:
-                continue
-            try:
-                return _replace(path, data, sync=sync)
-            finally:
-                _release(fd)
+        temp = _write_temp(self.sessions, _lay_out({**header, **footer, "events": events}), sync or self.durable)
+        try:
+            while not _publish(temp, path):
+                if not replace:
+                    raise SessionExists(f"session {header['id']} is already in {_printable(self.root)}; "
+                                        "choose another id or delete it first")
+                try:
+                    with _locked(path, exclusive=True), _naming(path):
+                        os.replace(temp, path)
+                        break
+                except SessionNotFound:
+                    continue
+            if self.durable:
+                _sync_folder(path)
+        finally:
+            _remove(temp)
 
     def append(self, session_id: str, make_event, *, sync: bool = False):
         """Add an event in constant time; (event, footer, mark for `tail`).
@@ -4817,8 +4916,7 @@ class Store:
         only the footer. TypeError or ValueError when the event has no JSON form: nothing is written then."""
         path = self.find(session_id)
         while True:
-            fd, info = self._open(path, exclusive=True)
-            try:
+            with _locked(path, exclusive=True) as (fd, info):
                 start = max(info.st_size - _FOOTER_SIZE, 0)
                 with _naming(path):
                     tail = _read(fd, start, info.st_size)
@@ -4826,8 +4924,6 @@ class Store:
                 if footer:
                     return self._extend(fd, info, path, tail, cut, footer, make_event, sync)
                 self._rewrite(fd, info, path)
-            finally:
-                _release(fd)
 
     def _extend(self, fd, info, path, tail, cut, footer, make_event, sync):
         event, changes = make_event(footer)
@@ -4841,44 +4937,42 @@ class Store:
         new = line + _encode_footer(footer, len(old) - len(line))
         with _naming(path):
             _overwrite(fd, new, offset, old)
-            if sync:
+            if sync or self.durable:
                 os.fsync(fd)
-        return event, footer, self._mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
-
-    @staticmethod
-    def _mark(info, before: bytes, offset: int, count: int) -> tuple:
-        return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
+        return event, footer, _mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
 
     def load(self, session_id: str) -> dict:
         """The session as one dict, events included; a damaged file is repaired first."""
         return self.load_marked(session_id)[0]
 
-    def load_marked(self, session_id: str):
-        """(the session as one dict, mark for `tail`)."""
-        return self._load(self.find(session_id))
-
-    def _load(self, path: str):
-        data, info = self._read_whole(path)
+    def load_marked(self, session_id: str, make=None):
+        """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large session is never
+        whole in memory as text or as dicts."""
+        path = self.find(session_id)
+        with _locked(path, exclusive=False) as (fd, info), _naming(path):
+            found = _stream(fd, info.st_size, make)
+            data = b"" if found else _read(fd, 0, info.st_size)
+        if found:
+            doc, before, end = found
+            return doc, _mark(info, before, end, doc["event_count"])
         try:
             doc = _parse(data, path)
         except DamagedSession:
             data, info = self._repair(path)
             doc = _parse(data, path)
-        start = data.rfind(_FOOTER_START) + 1
-        return doc, self._mark(info, data[:start][-_FINGERPRINT:], start, doc["event_count"])
+        if make:
+            doc["events"] = list(map(make, doc["events"]))
+        end = data.rfind(_FOOTER_START) + 1
+        return doc, _mark(info, data[:end], end, doc["event_count"])
 
     def tail(self, session_id: str, mark: tuple):
         """(events since `mark`, footer, new mark), reading only those; None when the file was replaced."""
         path = self.find(session_id)
         device, inode, offset, count, before = mark
-        fd, info = self._open(path, exclusive=False)
-        try:
+        with _locked(path, exclusive=False) as (fd, info), _naming(path):
             if (info.st_dev, info.st_ino) != (device, inode) or info.st_size < offset:
                 return None
-            with _naming(path):
-                data = _read(fd, offset - len(before), info.st_size)
-        finally:
-            _release(fd)
+            data = _read(fd, offset - len(before), info.st_size)
         footer, cut = _parse_footer(data)
         if not footer or not data.startswith(before) or cut < len(before):
             return None
@@ -4888,11 +4982,16 @@ class Store:
             return None
         if footer["event_count"] != count + len(events):
             return None
-        return events, footer, self._mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
+        return events, footer, _mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
 
     def head(self, session_id: str) -> dict:
-        """Header and footer of a session as one dict, from the ends of its file."""
-        return self._peek(self.find(session_id))[0]
+        """Header and footer of a session as one dict, from the ends of its file; from all of it when they do not
+        fit."""
+        head = _ends_of(self.find(session_id))
+        if not head or _fault(head):
+            head = self.load(session_id)
+        del head["events"]
+        return head
 
     def readable_head(self, session_id: str):
         """Header and footer as one dict; None for a session that is gone meanwhile, and with a warning for one
@@ -4908,107 +5007,72 @@ class Store:
     def headers(self):
         """Yield (id, header) of every session that can be read, by the first line of its file where that tells.
         The id is the one that addresses the session; the header's own may differ. In no particular order."""
-        self._refuse_links()
+        self._check_folders()
         for name in self._names():
             if name.endswith(".json"):
                 session_id = name[:-len(".json")]
-                head = self._start(self.sessions + os.sep + name) or self.readable_head(session_id)
+                head = _first_line(self.sessions + os.sep + name) or self.readable_head(session_id)
                 if head:
                     yield session_id, head
-
-    @staticmethod
-    def _start(path: str):
-        try:
-            fd = os.open(path, _READ)
-            try:
-                first = _pread(fd, _START, 0)
-            finally:
-                os.close(fd)
-            end = first.find(b"\n")
-            if first.startswith(b'{"') and first.endswith(_HEADER_END, 0, end):
-                return _raw_decode(first[:end].decode() + "]}")[0]
-        except (OSError, ValueError, RecursionError):
-            pass  # reading all of it will say what it is
-        return None
-
-    def _peek(self, path: str):
-        """(header and footer, stat) from the ends of a file; from all of it when they do not fit."""
-        try:
-            fd = os.open(path, _READ)
-            try:
-                info = os.fstat(fd)
-                first = last = _pread(fd, _PEEK, 0)
-                if info.st_size > _PEEK:
-                    last = _pread(fd, _FOOTER_SIZE, info.st_size - _FOOTER_SIZE)
-                    if first.startswith(b"{\n"):
-                        first += _read(fd, _PEEK, info.st_size)
-                    elif b"\n" not in first:
-                        first += _pread(fd, _LONG_PEEK, _PEEK)
-            finally:
-                os.close(fd)
-            head = _parse_ends(first, last)
-        except (OSError, ValueError, RecursionError):
-            head = None  # damaged, or read without a lock in the middle of an append
-        if not head or _fault(head):
-            head = self._load(path)[0]
-            with _naming(path):
-                info = os.lstat(path)
-        del head["events"]
-        return head, info
 
     def change(self, session_id: str, edit) -> None:
         """Let `edit` change the session's dict in place, under the lock, and store it anew in one step."""
         path = self.find(session_id)
-        fd, info = self._open(path, exclusive=True)
-        try:
+        with _locked(path, exclusive=True) as (fd, info):
             with _naming(path):
                 doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
             edit(doc)
             _replace(path, _lay_out(doc), sync=False)
-        finally:
-            _release(fd)
         self._report(remark)
 
     def archive(self, session_id: str) -> str:
         """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written inside."""
         path = self.find(check_id(session_id))
-        fd, info = self._open(path, exclusive=True)
-        try:
-            with _naming(path):
-                doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
-                number, stored = 0, False
-                while not stored:
-                    number += 1
-                    doc["id"] = f"{session_id[:_ID_LENGTH - len(str(number)) - 1]}.{number}"
-                    target = self.find(doc["id"])
-                    stored = not os.path.lexists(target) and _publish(target, _lay_out(doc), sync=True)
-                os.unlink(path)
-        except ValueError as error:
-            raise _damaged(path, f"{error}") from error
-        finally:
-            _release(fd)
+        with _locked(path, exclusive=True) as (fd, info), _naming(path):
+            doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
+            number, stored = 0, False
+            while not stored:
+                number += 1
+                doc["id"] = f"{session_id[:_ID_LENGTH - len(str(number)) - 1]}.{number}"
+                target = self.find(doc["id"])
+                stored = not os.path.lexists(target) and self._place(target, _lay_out(doc), path)
+            _remove(path)
         self._report(remark)
         return doc["id"]
 
-    def delete(self, session_id: str) -> bool:
-        """Remove a session, readable or not, and its report; False when there is none."""
-        path, fd = self.find(session_id), None
-        report = self._report_path(session_id)
+    @staticmethod
+    def _place(target: str, parts, path: str) -> bool:
+        """Whether the name was free for a file of these parts, made of the session at `path`."""
         try:
-            fd, _ = self._open(path, exclusive=True)
+            temp = _write_temp(os.path.dirname(target), parts, sync=True)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
+        try:
+            return _publish(temp, target)
+        finally:
+            _remove(temp)
+
+    def delete(self, session_id: str) -> bool:
+        """Remove a session, readable or not, with its report and copies of it; False when there is none."""
+        path = self.find(session_id)
+        try:
+            with _locked(path, exclusive=True):
+                self._delete(session_id, path)
         except SessionNotFound:
             return False
         except DamagedSession:
-            pass  # a link or a pipe: there is nothing to lock, and only the name goes
-        try:
-            with _naming(path):
-                os.unlink(path)
-                if os.path.lexists(report):
-                    os.unlink(report)
-        finally:
-            if fd is not None:
-                _release(fd)
+            self._delete(session_id, path)  # a link or a pipe: there is nothing to lock, and only the name goes
         return True
+
+    def _delete(self, session_id: str, path: str) -> None:
+        with _naming(path):
+            _remove(self._report_path(session_id))
+            number = 1
+            while _remove(_copy_of(path, number)):
+                number += 1
+            _remove(path)
+            if self.durable:
+                _sync_folder(path)
 
     def _rewrite(self, fd: int, info, path: str) -> None:
         """Bring the file of a locked session into the present layout: converted if older, else repaired."""
@@ -5016,33 +5080,73 @@ class Store:
             data = _read(fd, 0, info.st_size)
         doc, remark, lost = _restore(data, path)
         try:
-            whole = _lay_out(doc)
+            whole = b"".join(_lay_out(doc))
         except ValueError as error:
             raise _damaged(path, f"{error}") from error
         if lost:
             number = 1
-            while not _publish(f"{path}.damaged-{number}", data, sync=True):
+            while not self._place(_copy_of(path, number), [data], path):
                 number += 1
-            remark += f"; the damaged file is kept as {_printable(path)}.damaged-{number}"
-        _replace(path, whole, sync=True)
+            remark += f"; the damaged file is kept as {_printable(_copy_of(path, number))}"
+        _replace(path, [whole], sync=True)
         self._report(remark)
 
     def _repair(self, path: str):
         """(content, stat) of a session file after repair; in memory only where it cannot be written."""
         try:
-            fd, info = self._open(path, exclusive=True)
-            try:
+            with _locked(path, exclusive=True) as (fd, info):
                 self._rewrite(fd, info, path)
-            finally:
-                _release(fd)
-            return self._read_whole(path)
+            with _locked(path, exclusive=False) as (fd, info), _naming(path):
+                return _read(fd, 0, info.st_size), info
         except DamagedSession:
             raise
         except StorageError:
-            data, info = self._read_whole(path)
+            with _locked(path, exclusive=False) as (fd, info), _naming(path):
+                data = _read(fd, 0, info.st_size)
             doc, remark, _ = _restore(data, path)
             self._report(remark and remark + " (in memory: the store cannot be written)")
-            return _lay_out(doc), info
+            return b"".join(_lay_out(doc)), info
+
+    def copies(self) -> List[str]:
+        """The paths of what is kept of damaged files."""
+        found = (entry.path for entry in self._entries(self.sessions) if _COPY.search(entry.name))
+        return sorted(found)
+
+    def sweep(self, *, once: bool = False) -> int:
+        """Remove what crashes left behind: temporary files older than an hour, reports without a session; `once`:
+        not again by this instance. Returns how many."""
+        found = 0
+        if once and self._swept:
+            return found
+        self._swept = True
+        for entry in [*self._entries(self.root), *self._entries(self.sessions), *self._entries(self.reports)]:
+            session = os.path.join(self.sessions, entry.name.replace("_report.json", ".json"))
+            try:
+                stale = entry.name.startswith(".") and entry.name.endswith(_TEMPORARY) and \
+                    time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_BEHIND
+                if stale or entry.name.endswith("_report.json") and not os.path.lexists(session):
+                    found += _remove(entry.path)
+            except OSError:
+                pass  # gone meanwhile, or not ours to remove
+        return found
+
+    def repair(self, *, discard: bool = False) -> Dict[str, Any]:
+        """Mend every session that can be mended, and sweep: {"repaired": [what was said of each], "damaged": [what
+        keeps each of the others from being read], "copies": [paths of damaged files that were kept], "removed": number
+        of other files removed}. With `discard` the copies go."""
+        before, damaged = len(self.warnings), []
+        for session_id, _ in self.files():
+            try:
+                self.load(session_id)
+            except SessionNotFound:
+                pass
+            except StorageError as error:
+                damaged.append(f"{error}")
+        copies = self.copies()
+        for path in copies if discard else ():
+            with _naming(path):
+                _remove(path)
+        return {"repaired": self.warnings[before:], "damaged": damaged, "copies": copies, "removed": self.sweep()}
 
     def lock_scan(self) -> int:
         """The descriptor of the lock that one scan of the store holds while it reads what changed; close it with
@@ -5065,13 +5169,65 @@ class Store:
                 self._warn(remark)
 
 
-def _read_json(path: str):
+def _mark(info, before: bytes, offset: int, count: int) -> tuple:
+    return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
+
+
+def _copy_of(path: str, number: int) -> str:
+    return f"{path}.damaged-{number}"
+
+
+def _first_line(path: str):
+    """The header of a session, None where the first kilobyte does not tell."""
     try:
         fd = os.open(path, _READ)
         try:
-            return _DECODER.decode(_read(fd, 0, os.fstat(fd).st_size).decode())
+            first = _pread(fd, _START, 0)
         finally:
             os.close(fd)
+        end = first.find(b"\n")
+        if first.startswith(b'{"') and first.endswith(_HEADER_END, 0, end):
+            return _raw_decode(first[:end].decode() + "]}")[0]
+    except (OSError, ValueError, RecursionError):
+        pass  # reading all of it will say what it is
+    return None
+
+
+def _ends_of(path: str):
+    """Header and footer of a session from the ends of its file, None where they do not tell."""
+    try:
+        fd = os.open(path, _READ)
+        try:
+            size = os.fstat(fd).st_size
+            first = last = _pread(fd, _PEEK, 0)
+            if size > _PEEK:
+                last = _pread(fd, _FOOTER_SIZE, size - _FOOTER_SIZE)
+                if first.startswith(b"{\n"):
+                    first += _read(fd, _PEEK, size)
+                elif b"\n" not in first:
+                    first += _pread(fd, _LONG_PEEK, _PEEK)
+        finally:
+            os.close(fd)
+        return _parse_ends(first, last)
+    except (OSError, ValueError, RecursionError):
+        return None  # damaged, or read without a lock in the middle of an append
+
+
+def read_regular(path: str) -> bytes:
+    """The content of a file; ValueError for a pipe or a device, which could block or never end."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        return _read(fd, 0, info.st_size)
+    finally:
+        os.close(fd)
+
+
+def _read_json(path: str):
+    try:
+        return _DECODER.decode(read_regular(path).decode())
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -5169,18 +5325,22 @@ class State:
         """What `work(connection)` returns, done in one transaction; StorageError when the file
         cannot be used."""
         import sqlite3
-        try:
-            return self._transact(work, write)
-        except sqlite3.OperationalError as error:
-            if not str(error).startswith("no such table"):
-                raise StorageError(self.path, f"{error}", _YOURS) from error
-            self._begin_afresh(error)
-        except (sqlite3.DatabaseError, ValueError) as error:
-            self._begin_afresh(error)
-        return self._transact(work, write)
+        alone = False
+        for last in (False, False, True):
+            try:
+                return self._transact(work, write, alone)
+            except (sqlite3.DatabaseError, ValueError) as error:
+                said = str(error)
+                refused = isinstance(error, sqlite3.OperationalError) and not said.startswith("no such table")
+                if refused and not write and not alone:
+                    alone = True  # a full disk may have no room for what readers share
+                elif refused or last:
+                    raise StorageError(self.path, said, _FULL if "full" in said else _YOURS) from error
+                else:
+                    self._begin_afresh(error)
 
-    def _transact(self, work, write: bool):
-        db = self._open(write)
+    def _transact(self, work, write: bool, alone: bool):
+        db = self._open(write, alone)
         try:
             db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             found = work(db)
@@ -5189,7 +5349,7 @@ class State:
         finally:
             db.close()
 
-    def _open(self, write: bool):
+    def _open(self, write: bool, alone: bool):
         import sqlite3
         if os.path.islink(self.path):
             raise StorageError(self.path, *_LINKED)
@@ -5205,6 +5365,8 @@ class State:
             self._create()
         db = sqlite3.connect(target, _STATE_WAIT, isolation_level=None, uri=uri)
         try:
+            if alone:
+                db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA secure_delete = ON")
             if db.execute("PRAGMA user_version").fetchone()[0] != _STATE_VERSION:
                 self._prepare(db)
@@ -8116,6 +8278,8 @@ def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
             raise StorageError(path, "there is no such file or directory",
                                "give a transcript or a folder that holds some")
         if not os.path.isdir(path):
+            if not os.path.isfile(path):
+                raise StorageError(path, "not a regular file", "give a transcript or a folder that holds some")
             for file in [path] + [more for reader in READERS for more in reader.companions(path)]:
                 yield (os.path.abspath(file), *_stamp_of(file))
             continue
@@ -8301,6 +8465,28 @@ class TranscriptScan:
         unit["leans_on"] = sorted(leans_on)
         return sessions
 
+    def take_in(self, keep: Callable[[Session, bool], Dict[str, Any]], store: Store,
+                drop: Callable[[str], bool], progress: Optional[Callable[[int, int], None]]) -> None:
+        """Read what changed, but for sessions that were deleted: ``keep`` stores a session (unless there is no state) and
+        returns its row; ``drop`` removes one."""
+        storing = self.state is not None
+        for unit in self.dropped if storing else ():
+            for row in self.rows[unit["files"][0]]:
+                drop(row["id"])
+        for done, (name, sessions) in enumerate(self.read(), 1):
+            rows = []
+            for session in sessions:
+                session.id = self.free_id(session.id, name, store if storing else None)
+                if self.again or session.id not in self.deleted:
+                    rows.append(keep(session, storing))
+            self.rows[name] = rows
+            if progress:
+                progress(done, max(done, len(self.changed)))
+        if storing:
+            for session_id in self.save():
+                drop(session_id)
+            store.sweep(once=True)
+
     def save(self) -> List[str]:
         """Keep in the state what was read; the ids of sessions that were deleted meanwhile, whose rows are left out."""
         if self.state is None:
@@ -8430,10 +8616,10 @@ class _ListedSession(Session):
     @property
     def events(self) -> List[SessionEvent]:  # type: ignore[override]
         """The events, read from the store at first use."""
+        if self.__dict__.get("_events") is None and self._load:
+            self._load(self.id)
         if self.__dict__.get("_events") is None:
             self.__dict__["_events"] = []
-            if self._load:
-                self._load(self.id)
         return self.__dict__["_events"]
 
     @events.setter
@@ -8452,6 +8638,12 @@ class _LiveSessions:
         self._prices: Optional[PriceList] = None
         self._lock = RLock()
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=RLock())
+
     @property
     def prices(self) -> PriceList:
         """See ``SessionOptimizer.prices``."""
@@ -8468,7 +8660,7 @@ class _LiveSessions:
                 if session is not None and news:
                     return self._take_in(session, *news)
                 with _CollectorPaused():
-                    document, mark = self.store.load_marked(session_id)
+                    document, mark = self.store.load_marked(session_id, SessionEvent.from_dict)
                     stored = Session.from_dict(document)
             except (SessionNotFound, InvalidSessionId):
                 if session is not None and mark is None and type(session) is Session:
@@ -8499,6 +8691,16 @@ class _LiveSessions:
             else:
                 self.refreshed(session_id)
 
+    def differs(self, session: Session) -> bool:
+        """Whether another session is stored under this id; one that is damaged is none."""
+        try:
+            old = self.refreshed(session.id)
+        except DamagedSession:
+            return False
+        except InvalidValue:
+            return True
+        return old is not None and old.to_dict() != session.to_dict()
+
     def readable(self, session_id: str) -> Optional[Session]:
         """The session; None also when it is damaged."""
         try:
@@ -8512,7 +8714,8 @@ class _LiveSessions:
             return self.readable(session_id)
         try:
             with _CollectorPaused():
-                session = Session.from_dict(self.store.load(session_id))
+                document, _ = self.store.load_marked(session_id, SessionEvent.from_dict)
+                session = Session.from_dict(document)
         except SessionNotFound:
             return None  # deleted meanwhile
         except (StorageError, InvalidValue) as error:
@@ -8549,7 +8752,7 @@ class _LiveSessions:
 
     def create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
         """Store a session; InvalidValue for what JSON cannot hold."""
-        events = [event.to_dict() for event in session.events]
+        events = map(SessionEvent.to_dict, session.events)
         try:
             self.store.create(session._head(), events, session._foot(), replace=replace, sync=sync)
         except (TypeError, ValueError) as error:
@@ -8567,6 +8770,15 @@ class _LiveSessions:
             self.forget(session_id)
             _warn(f"session {session_id} had ended and is kept as {kept}")
 
+    def drop(self, session_id: str) -> bool:
+        """Remove a session; False when there is none."""
+        try:
+            return self.store.delete(session_id)
+        except InvalidSessionId:
+            return False
+        finally:
+            self.forget(session_id)
+
     def forget(self, session_id: str) -> None:
         """Hand the object out no more."""
         with self._lock:
@@ -8574,26 +8786,60 @@ class _LiveSessions:
             self.marks.pop(session_id, None)
 
 
+class _Running:
+    """Context of a session that ends with it."""
+
+    def __init__(self, optimizer: SessionOptimizer, session: Session):
+        self.optimizer, self.session = optimizer, session
+
+    def __enter__(self) -> Session:
+        return self.session
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        session = self.optimizer.get_session(self.session.id)
+        if session is not None and session.status is SessionStatus.ACTIVE:
+            status = SessionStatus.COMPLETED if kind is None else SessionStatus.FAILED
+            self.optimizer.end_session(session.id, status)
+
+
 class SessionOptimizer:
     """Sessions in a store, and what an analysis says of them.
 
     ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else
-    ~/.sessionoptimizer). ``analyzers``: instances that replace the built-in ones. Sessions handed
-    out stay live: they show what this and, at the next call that names them, other processes have
-    logged. StorageError when the store cannot be used.
+    ~/.sessionoptimizer). ``analyzers``: instances that replace the built-in ones. ``durable``:
+    force every event to the disk before it is acknowledged. Sessions handed out stay live: they
+    show what this and, at the next call that names them, other processes have logged. Threads may
+    share an instance. StorageError when the store cannot be used.
     """
 
     def __init__(self, storage_path: Optional[str] = None,
-                 analyzers: Optional[Iterable[BaseAnalyzer]] = None):
+                 analyzers: Optional[Iterable[BaseAnalyzer]] = None, *, durable: bool = False):
         root = storage_path or os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(
             os.path.expanduser("~"), ".sessionoptimizer")
-        self.store = Store(root, warn=_warn)
+        self.store = Store(root, warn=_warn, durable=durable)
         if storage_path:
             self.store.prepare()
         built_in: Iterable[BaseAnalyzer] = (cls() for cls in BUILT_IN_ANALYZERS)
         self.analyzers = list(built_in if analyzers is None else analyzers)
         self._live = _LiveSessions(self.store)
         self._sessions = self._live.sessions
+
+    def __repr__(self) -> str:
+        try:
+            stored = f"{sum(1 for _ in self.store.files()):,}"
+        except StorageError as error:
+            stored = error.reason
+        return (f"<{type(self).__name__} {self.store.root}: sessions stored: {stored}, "
+                f"in use: {len(self._sessions):,}>")
+
+    def __eq__(self, other: Any) -> bool:
+        return type(other) is type(self) and self._settings() == other._settings()
+
+    def __hash__(self) -> int:
+        return hash(self.store.root)
+
+    def _settings(self) -> Tuple[str, str]:
+        return self.store.root, settings_of(self.analyzers, self.prices)
 
     @property
     def storage_path(self) -> Any:
@@ -8699,6 +8945,14 @@ class SessionOptimizer:
             return None
         return self._live.refreshed(session_id)
 
+    def session(self, agent: str, task: str, model: str = "default",
+                session_id: Optional[str] = None,
+                metadata: Optional[Dict[str, Any]] = None) -> _Running:
+        """``with optimizer.session("forge", "Fix it") as session:`` starts a session and ends it:
+        COMPLETED, or FAILED on an exception, which goes on. One that was ended inside stays as it
+        is. Parameters and errors: ``start_session``."""
+        return _Running(self, self.start_session(agent, task, model, session_id, metadata))
+
     def get_session(self, session_id: str) -> Optional[Session]:
         """The session with everything logged so far by any process; None when there is none.
         DamagedSession when its file cannot be read."""
@@ -8739,7 +8993,15 @@ class SessionOptimizer:
             self.store.state.forget(session_id, imported)
         except StorageError as error:
             _warn(f"session {session_id} may come back with the next scan: {error}")
-        return self._drop(session_id)
+        self.store.sweep(once=True)
+        return self._live.drop(session_id)
+
+    def repair(self, *, discard: bool = False) -> Dict[str, Any]:
+        """Mend every stored session that can be mended, and remove what crashes left behind:
+        ``{"repaired": [what was said of each], "damaged": [what keeps each of the others from
+        being read], "copies": [paths of damaged files that were kept], "removed": number of other
+        files removed}``. With ``discard`` the copies are removed as well."""
+        return self.store.repair(discard=discard)
 
     def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
         """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that
@@ -8752,8 +9014,7 @@ class SessionOptimizer:
         except (InvalidValue, TypeError, ValueError, RecursionError) as error:
             _warn(f"not imported: {error}")
             return None
-        old = self._live.readable(session.id)
-        if old is not None and old.to_dict() != session.to_dict():
+        if self._live.differs(session):
             kept = self.store.archive(session.id)
             _warn(f"session {session.id} was there already and is kept as {kept}")
         self._live.create(session, replace=True)
@@ -8791,38 +9052,11 @@ class SessionOptimizer:
                     if self.store.state.generation() != scan.generation:
                         scan = look()  # another scan was faster
                 with _CollectorPaused():
-                    self._read_changed(scan, progress)
+                    scan.take_in(self._scanned, self.store, self._live.drop, progress)
             finally:
                 if lock is not None:
                     _release(lock)
         return scan.result(before, agent, since, project)
-
-    def _read_changed(self, scan: TranscriptScan,
-                      progress: Optional[Callable[[int, int], None]]) -> None:
-        """Read, analyze and store what changed, but for sessions that were deleted."""
-        store = self.store if scan.state else None
-        for unit in scan.dropped if store else ():
-            for row in scan.rows[unit["files"][0]]:
-                self._drop(row["id"])
-        for done, (name, sessions) in enumerate(scan.read(), 1):
-            rows = []
-            for session in sessions:
-                session.id = scan.free_id(session.id, name, store)
-                if scan.again or session.id not in scan.deleted:
-                    rows.append(self._scanned(session, store is not None))
-            scan.rows[name] = rows
-            if progress:
-                progress(done, max(done, len(scan.changed)))
-        for session_id in scan.save():
-            self._drop(session_id)
-
-    def _drop(self, session_id: str) -> bool:
-        try:
-            return self.store.delete(session_id)
-        except InvalidSessionId:
-            return False
-        finally:
-            self._live.forget(session_id)
 
     def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
         session.prices = self.prices
@@ -8876,6 +9110,8 @@ class SessionOptimizer:
             info = os.stat(self.store.find(session_id))
             fingerprint = [info.st_size, info.st_mtime_ns, settings]
             self.store.write_report(session_id, dict(report.to_dict(), fingerprint=fingerprint))
+        except FileNotFoundError:
+            pass  # deleted meanwhile
         except (StorageError, InvalidSessionId, TypeError, ValueError) as error:
             _warn(f"the report could not be saved: {error}")
         return report
@@ -8938,12 +9174,7 @@ class SessionOptimizer:
                 row = dict(summary_row(session, report), **bill_columns(analysis))
                 row = news[session_id] = dict(row, id=session_id, stamp=stamp)
             rows[session_id] = row
-        self._keep_summaries(settings, news, known.keys() - rows.keys())
-        since = time.time() - days * 86400 if days is not None else float("-inf")
-        return sorted((row for row in rows.values() if row["started"] >= since),
-                      key=lambda row: (row["started"], row["id"]))
-
-    def _keep_summaries(self, settings: str, news: Dict[str, Any], gone: Iterable[str]) -> None:
+        gone = known.keys() - rows.keys()
         try:
             if news or gone:
                 self.store.state.save_summaries(settings, news, gone)
@@ -8952,6 +9183,9 @@ class SessionOptimizer:
                     self.store.state.forget(session_id, False)  # deleted meanwhile
         except StorageError as error:
             _warn(f"the summaries could not be saved: {error}")
+        since = time.time() - days * 86400 if days is not None else float("-inf")
+        return sorted((row for row in rows.values() if row["started"] >= since),
+                      key=lambda row: (row["started"], row["id"]))
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
@@ -9154,7 +9388,8 @@ def _session_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -
             ("--data", {"type": _JSON_ARGUMENT, "metavar": "JSON", "help": "the event's data, an object"}),
             ("--tokens-in", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens new to the context"}),
             ("--tokens-out", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens the model wrote"}),
-            ("--duration-ms", {"type": _COUNT, "default": 0, "metavar": "N", "help": "milliseconds it took"})]),
+            ("--duration-ms", {"type": _COUNT, "default": 0, "metavar": "N", "help": "milliseconds it took"}),
+            ("--durable", {"action": "store_true", "help": "force the event to the disk before it is acknowledged"})]),
         "hook": (_hook, "log a hook event of Claude Code from standard input", [
             ("--guard", {"action": "store_true", "help": "answer PreToolUse when the call would bring what is in the context"}),
             ("--deny", {"action": "store_true", "help": "with --guard: refuse such a call once, do not only advise"})]),
@@ -9163,6 +9398,8 @@ def _session_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -
             ("--status", {"type": _one_of(SessionStatus, "a status"), "metavar": "STATUS", "help": "of this status only"}),
             ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "started since: 90m, 12h, 7d or ISO-8601"}),
             ("--limit", {"type": _COUNT, "default": 20, "metavar": "N", "help": "at most N (default 20)"}), json_or_text]),
+        "repair": (_repair, "mend damaged sessions and remove what crashes left behind", [
+            ("--discard", {"action": "store_true", "help": "remove the copies of damaged files as well"})]),
         "delete": (_delete, "delete a session and its report", [
             ("session_id", {"help": "the session's whole id, or 'last'"})]),
     }
@@ -9435,6 +9672,7 @@ def _end(options: Any) -> int:
 
 def _log(options: Any) -> int:
     session_id = _found_id(options, options.session_id)
+    options.optimizer.store.durable = options.durable
     if options.event_type == "-":
         return _log_stream(options.optimizer, session_id)
     event = options.optimizer.log_event(session_id, options.event_type, options.data, options.tokens_in,
@@ -9489,6 +9727,8 @@ def _list(options: Any) -> int:
                     "started_at": s.started_at, "ended_at": s.ended_at, "total_tokens": s.total_tokens}
                    for s in sessions])
         return EXIT_DONE
+    for path in options.optimizer.store.copies():
+        _say(f"copy of a damaged file: {plain(path, 300)} (repair --discard removes it)")
     if not sessions:
         print("No sessions found.")
         return EXIT_DONE
@@ -9591,6 +9831,16 @@ def _export(options: Any) -> int:
     return EXIT_DONE
 
 
+def _repair(options: Any) -> int:
+    found = options.optimizer.repair(discard=options.discard)
+    copies = "removed" if options.discard else "kept (--discard removes them)"
+    print(f"Repaired: {len(found['repaired'])}\nCopies of damaged files {copies}: {len(found['copies'])}\n"
+          f"Other leftovers removed: {found['removed']}\nNot readable: {len(found['damaged'])}")
+    for line in found["damaged"] + ([] if options.discard else found["copies"]):
+        _say(f"  {plain(line, 300)}")
+    return EXIT_FAILED if found["damaged"] else EXIT_DONE
+
+
 def _write_out(text: str, path: Optional[str]) -> None:
     """To a file or to standard output."""
     if not path:
@@ -9650,6 +9900,8 @@ def _import(options: Any) -> int:
 
 def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
     """The ids of the sessions a file brought: a session's own JSON, else a transcript."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CommandError(f"{path} is not a regular file: give a file")
     head = _head_of(path, _HEAD_SIZE)
     if not any(reader.detect(path, head) for reader in READERS) and head.lstrip()[:1] == b"{":
         try:

@@ -6,6 +6,7 @@ SESSIONOPTIMIZER_KILLS=2000 kills that many writing processes instead of 100.
 import ast
 import csv
 import doctest
+import errno
 import io
 import json
 import multiprocessing
@@ -2452,7 +2453,7 @@ def test_tail_notices_a_replaced_file(store):
 
 def test_waiting_writer_follows_a_replaced_file(store):
     path = filled(store, 1)
-    fd, _ = store._open(path, exclusive=True)
+    fd, _ = so._open_locked(path, True)
     thread = threading.Thread(target=store.append, args=("s1", make()))
     thread.start()
     time.sleep(0.1)
@@ -2856,6 +2857,155 @@ def test_slug(text, expected):
     assert so.check_id(so.slug("-" * 500)) and len(so.slug("-" * 500)) == 100
 
 
+# every file call of ours that fails, or is the last
+
+FILE_CALLS = ("open", "close", "read", "pread", "write", "pwrite", "lseek", "fsync", "ftruncate", "link", "unlink", "replace",
+              "makedirs", "chmod", "stat", "lstat", "fstat", "scandir", "access")
+
+
+class Faulty:
+    """Stands for `os` (and for `open`) in the module: counts its file calls, and lets the one of number ``at`` fail with
+    ``error``, or be the last thing the process does (``error`` None), a write then being half done."""
+
+    def __init__(self, at=0, error=None):
+        self.at, self.error, self.count = at, error, 0
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        return self.wrapped(name, real) if name in FILE_CALLS else real
+
+    def wrapped(self, name, real):
+        def call(*args, **kwargs):
+            self.count += 1
+            if self.count != self.at:
+                return real(*args, **kwargs)
+            if self.error is None:
+                if name in ("write", "pwrite"):
+                    real(args[0], bytes(args[1])[:len(args[1]) // 2], *args[2:])
+                os._exit(7)
+            if name == "close":
+                real(*args)
+            raise OSError(self.error, os.strerror(self.error))
+        return call
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(so, "os", self)
+        self.patch.setattr(so, "_pread", self.wrapped("pread", os.pread))
+        self.patch.setattr(so, "_pwrite", self.wrapped("pwrite", os.pwrite))
+        self.patch.setattr(so, "open", self.wrapped("open", open), raising=False)
+        return self
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+def torn(o, _):
+    path = o.store.find("s")
+    write(path, read(path)[:-30])
+    o.log_event("s", "CUSTOM")
+
+
+def damaged(o, _):
+    path = o.store.find("s")
+    write(path, read(path).replace(b',{"id":"s_1', b',#"id":"s_1'))
+    o.log_event("s", "CUSTOM")
+
+
+WRITING = {  # what is done to a store that holds a session "s" with three events, its report, and one imported session
+    "start": lambda o, _: o.start_session("FORGE", "t", session_id="new"),
+    "start over": lambda o, _: (o.end_session("s"), o.start_session("FORGE", "t", session_id="s")),
+    "log": lambda o, _: o.log_event("s", "CUSTOM", {"x": "y" * 3_000}),
+    "end": lambda o, _: o.end_session("s"),
+    "analyze": lambda o, _: o.analyze("s"),
+    "import": lambda o, _: o.import_session(dict(WHOLE_SESSION, id="s")),
+    "hook": lambda o, _: o.log_hook({"session_id": "h", "hook_event_name": "UserPromptSubmit", "prompt": "Fix it"}),
+    "name": lambda o, _: [o.log_hook({"session_id": "n", "hook_event_name": name, "prompt": "Fix it"})
+                       for name in ("SessionStart", "UserPromptSubmit")],
+    "summaries": lambda o, _: o.summaries(),
+    "delete": lambda o, _: o.delete_session("s"),
+    "delete imported": lambda o, _: o.delete_session("11111111-2222-4333-8444-555555555555"),
+    "scan": lambda o, transcripts: o.scan([transcripts], again=True),
+    "mend a torn end": torn,
+    "mend with losses": damaged,
+    "repair": lambda o, _: o.repair(discard=True),
+}
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory):
+    place = tmp_path_factory.mktemp("stocked")
+    optimizer = SessionOptimizer(str(place / "store"))
+    optimizer.start_session("FORGE", "t", session_id="s")
+    for _ in range(2):
+        optimizer.log_event("s", "FILE_READ", {"file_path": "a.py"}, 100)
+    optimizer.analyze("s")
+    tiny(place / "t").save()
+    optimizer.scan([str(place / "t")])
+    return place
+
+
+def outcome(root, doing, faulty, transcripts):
+    """"done", the error's text, or None after a kill: of doing one thing with a faulty system."""
+    optimizer = SessionOptimizer(root)
+    pid = os.fork() if faulty.error is None else 0
+    if pid:
+        return None if os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 7 else "done"
+    try:
+        with warnings.catch_warnings(), faulty:
+            warnings.simplefilter("ignore")
+            WRITING[doing](optimizer, transcripts)
+        return "done"
+    except (SessionOptimizerError, OSError) as error:
+        return str(error)
+    finally:
+        if faulty.error is None:
+            os._exit(0)
+
+
+def check_intact(root, doing, result, transcripts):
+    """Nothing acknowledged is lost, nothing is unreadable, and the next command works."""
+    optimizer = SessionOptimizer(root)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sessions = {session.id: session for session in optimizer.list_sessions()}
+        assert all(session.events for session in sessions.values())
+        kept = [session for name, session in sessions.items() if name in ("s", "s.1") and len(session.events) >= 3]
+        assert kept or doing in ("delete", "mend with losses"), sorted(sessions)
+        if result == "done":
+            assert doing != "log" or len(kept[0].events) == 4
+            assert doing != "delete" or "s" not in sessions and "s_report.json" not in os.listdir(optimizer.store.reports)
+            assert doing != "delete imported" or optimizer.scan([transcripts])["sessions"] == []
+        assert len(optimizer.summaries()) == len(sessions)
+        assert optimizer.start_session("FORGE", "t", session_id="next") and optimizer.log_event("next", "CUSTOM")
+        optimizer.scan([transcripts])
+        optimizer.delete_session("s")
+        assert optimizer.get_session("s") is None and optimizer.repair(discard=True)["damaged"] == []
+    said = [str(one.message) for one in told]
+    assert not [text for text in said if not re.search("repaired|kept as|in memory", text)], said
+
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR)
+
+
+@posix_only
+@pytest.mark.parametrize("doing", WRITING)
+@pytest.mark.parametrize("turn", ["kill", 0, 1, 2] if KILLS > 100 else ["kill", 0])
+def test_whichever_file_call_fails_or_is_the_last_nothing_is_lost(stocked, tmp_path, doing, turn):
+    transcripts, number, result = str(stocked / "t"), 0, ""
+    while number < 400:
+        number += 1
+        root = str(tmp_path / str(number))
+        shutil.copytree(str(stocked / "store"), root)
+        faulty = Faulty(number, None if turn == "kill" else ERRORS[(number + turn) % 3])
+        result = outcome(root, doing, faulty, transcripts)
+        check_intact(root, doing, result, transcripts)
+        shutil.rmtree(root)
+        if result == "done" and (turn == "kill" or faulty.count < number):
+            break
+    assert 5 < number < 400
+
+
 # what a store knows across its sessions
 
 def unit_of(name, *, rows=1, size=0):
@@ -3027,6 +3177,235 @@ def test_deletes_during_a_scan_all_stick(tmp_path, optimizer):
     assert [process.exitcode for process in [scan, *deletes]] == [0] * 25
     assert sorted(session.id for session in optimizer.list_sessions()) == sorted(ids[1::2])
     assert sorted(row["id"] for row in optimizer.scan([str(tmp_path / "t")])["sessions"]) == sorted(ids[1::2])
+
+
+# what is left behind
+
+def hour_old(path):
+    os.utime(write(path, b"{}"), (time.time() - 4_000,) * 2)
+    return path
+
+
+def test_delete_leaves_nothing_of_the_session(tmp_path, optimizer):
+    transcript = tiny(tmp_path / "t", name="aaaaaaaa-2222-4333-8444-555555555555").save()
+    row, = optimizer.scan([transcript])["sessions"]
+    for name in ("mine", row["id"]):
+        if name == "mine":
+            optimizer.start_session("FORGE", "zebra77", session_id=name)
+            for _ in range(3):
+                optimizer.log_event(name, "FILE_READ", {"file_path": "zebra77.py"}, 10)
+        optimizer.analyze(name), optimizer.summaries()
+        path = optimizer.store.find(name)
+        write(path, read(path).replace(b"FILE_READ", b"FILE_READ\"", 1))
+        with pytest.warns(SessionOptimizerWarning, match="damaged-1"):
+            optimizer.get_session(name)
+        assert optimizer.delete_session(name) and not optimizer.delete_session(name)
+    assert os.listdir(optimizer.store.sessions) == os.listdir(optimizer.store.reports) == []
+    kept = stored_bytes(optimizer.store.root)
+    assert b"zebra77" not in kept and b"mine" not in kept and row["task"].encode() not in kept
+    assert optimizer.scan([transcript])["sessions"] == [] == optimizer.summaries()
+
+
+def test_a_report_of_a_session_that_was_deleted_meanwhile_is_not_kept(optimizer, monkeypatch):
+    optimizer.start_session("FORGE", "t", session_id="s")
+    report = optimizer.analyze("s")
+    SessionOptimizer(optimizer.store.root).delete_session("s")
+    optimizer.store.write_report("s", report.to_dict())
+    assert os.listdir(optimizer.store.reports) == []
+    monkeypatch.setattr(so, "build_report", lambda *_: (optimizer.store.delete("t"), report)[1])
+    optimizer.start_session("FORGE", "t", session_id="t")
+    assert optimizer.analyze("t") is report and os.listdir(optimizer.store.reports) == []
+
+
+def test_what_crashes_left_is_swept(store):
+    filled(store, 1), store.write_report("s1", {})
+    gone = [hour_old(os.path.join(folder, ".%d.tmp" % number)) for number, folder in enumerate((store.root, store.sessions, store.reports))]
+    gone.append(write(os.path.join(store.reports, "nobody_report.json"), b"{}"))
+    kept = [write(os.path.join(store.sessions, ".new.tmp"), b"{}"), hour_old(os.path.join(store.root, "mine.tmp")),
+            hour_old(os.path.join(store.root, "prices.json")), os.path.join(store.reports, "s1_report.json"), store.find("s1")]
+    assert store.sweep() == 4 and store.sweep() == 0
+    assert not [path for path in gone if os.path.exists(path)] and all(map(os.path.exists, kept))
+    hour_old(gone[0]), filled(store, 1, "s2"), Store(store.root).delete("s2")
+    assert os.path.exists(gone[0])
+    SessionOptimizer(store.root).delete_session("s1")
+    assert not os.path.exists(gone[0])
+
+
+def test_damaged_copies_are_listed_and_removed_on_demand(tmp_path, capsys):
+    store = Store(str(tmp_path / "store"))
+    for name, good in (("a", False), ("b", False), ("good", True)):
+        path = filled(store, 4, name)
+        if not good:
+            write(path, read(path).replace(b"FILE_READ", b"FILE_READ\"", 1))
+    put(store, "hopeless.json", b"[]")
+    hour_old(os.path.join(store.sessions, ".x.tmp"))
+
+    def shown(*words, status=0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert so.main(["--store", store.root, *words]) == status
+        return capsys.readouterr().out
+
+    assert "damaged-1" not in shown("list")
+    assert re.search(r"Repaired: 2\n.*kept.*: 2\nOther.*: 1\nNot readable: 1\n.*hopeless.json", shown("repair", status=1))
+    assert shown("list").count("damaged-1 (repair --discard removes it)") == 2 and len(store.load("a")["events"]) == 3
+    assert re.search(r"Repaired: 0\n.*removed: 2\nOther.*: 0\nNot readable: 1", shown("repair", "--discard", status=1))
+    assert shown("delete", "hopeless") and shown("repair").count(": 0") == 4 and store.copies() == []
+
+
+@posix_only
+def test_nobody_else_may_write_into_the_store(tmp_path):
+    store = Store(tmp_path / "store")
+    filled(store, 1)
+    for folder, mode in ((store.sessions, 0o777), (store.reports, 0o775) if os.path.isdir(store.reports) else (store.sessions, 0o775)):
+        os.chmod(folder, mode)
+    fresh = Store(store.root)
+    assert len(fresh.load("s1")["events"]) == 1 and fresh.warnings == []
+    assert stat.S_IMODE(os.stat(store.sessions).st_mode) & 0o022 == 0
+    for mode, told in ((0o755, 0), (0o777, 1), (0o1777, 0)):
+        os.chmod(store.root, mode)
+        fresh = Store(store.root)
+        fresh.load("s1"), fresh.load("s1")
+        assert len(fresh.warnings) == told and all("others can write" in text for text in fresh.warnings)
+        assert stat.S_IMODE(os.stat(store.root).st_mode) == mode
+
+
+@posix_only
+def test_pipes_and_devices_are_refused(tmp_path, optimizer, capsys):
+    pipe = str(tmp_path / "pipe.json")
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero"):
+        assert so.main(["--store", optimizer.store.root, "import", path]) == 1 and "regular file" in capsys.readouterr().err
+        with pytest.raises(StorageError, match="regular file"):
+            optimizer.scan([path])
+    os.mkfifo(os.path.join(optimizer.store.root, "prices.json"))
+    with pytest.raises(InvalidValue, match="regular file"):
+        _ = SessionOptimizer(optimizer.store.root).prices
+
+
+def test_what_another_process_deletes_is_simply_not_there(tmp_path, optimizer, monkeypatch, capsys):
+    for name in ("alpha", "beta", "gamma"):
+        optimizer.start_session("FORGE", "t", session_id=name)
+    entries = optimizer.store._entries
+
+    def vanishing(folder):
+        for entry in list(entries(folder)):
+            if entry.name == "beta.json" and os.path.exists(entry.path):
+                assert entry.is_file(follow_symlinks=False)
+                os.unlink(entry.path)
+            yield entry
+    monkeypatch.setattr(Store, "_entries", staticmethod(vanishing))
+    assert [row["id"] for row in optimizer.summaries()] == ["alpha", "gamma"]
+    optimizer.start_session("FORGE", "t", session_id="beta")
+    assert optimizer.alerts() == [] and optimizer.agent_statistics("FORGE")["sessions_analyzed"] == 2
+    optimizer.start_session("FORGE", "t", session_id="beta")
+    assert so.main(["--store", optimizer.store.root, "analyze", "alp"]) == 0 and capsys.readouterr().err == ""
+    optimizer.start_session("FORGE", "t", session_id="beta")
+    assert [session.id for session in optimizer.list_sessions()] == ["gamma", "alpha"]
+    optimizer.start_session("FORGE", "t", session_id="beta")
+    monkeypatch.setattr(so, "build_report", lambda session, _, build=so.build_report: (os.unlink(optimizer.store.find(session.id)), build(session, _))[1])
+    assert optimizer.analyze("beta").total_tokens == 0 and optimizer.get_session("beta") is None
+
+
+# large sessions, and the disk
+
+@pytest.mark.parametrize("block", [7, 100, 1 << 20])
+def test_a_session_read_in_blocks_is_the_session(store, monkeypatch, block):
+    monkeypatch.setattr(so, "_BLOCK", block)
+    monkeypatch.setattr(so, "_LINES", 2)
+    for count in (0, 1, 2, 7):
+        store.create(header(), [event(number, size=number * 40) for number in range(count)], {}, replace=True)
+        doc = store.load("s1")
+        assert doc == json.loads(read(store.find("s1"))) and len(doc["events"]) == count
+        made, mark = store.load_marked("s1", so.SessionEvent.from_dict)
+        assert [one.to_dict() for one in made["events"]] == doc["events"]
+        store.append("s1", make())
+        assert [one["id"] for one in store.tail("s1", mark)[0]] == ["s1_%d" % count] and not store.warnings
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+def test_a_large_session_is_never_whole_in_memory_as_text(store):
+    path = filled(store, 0)
+    with open(path, "rb") as file:
+        head, foot = file.read().split(b"\n", 1)
+    line = json.dumps(event(1, size=20_000)).encode()[:-1] + b" }\n"
+    write(path, head + b"\n" + b",".join([line] * 3_000) + foot.replace(b'"event_count":0', b'"event_count":3000'))
+    code = ("import sessionoptimizer as so, resource; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+            "so.Store(%r).load_marked('s1', lambda one: one['id']); print(peak() - before)" % store.root)
+    assert int(python("-c", code, PYTHONPATH=HERE)[1]) < 20_000  # KB, of a file of 60 MB
+
+
+def test_durable_forces_every_event_to_the_disk(tmp_path, monkeypatch, capsys):
+    forced = []
+    monkeypatch.setattr(so.os, "fsync", lambda fd, real=os.fsync: forced.append(fd) or real(fd))
+    for durable, expected in ((False, 0), (True, 1)):
+        optimizer = SessionOptimizer(str(tmp_path / "store"), durable=durable)
+        optimizer.start_session("FORGE", "t", session_id="s%d" % expected)
+        del forced[:]
+        optimizer.log_event("s%d" % expected, "CUSTOM")
+        assert len(forced) == expected
+    for words, expected in (([], 0), (["--durable"], 1)):
+        del forced[:]
+        assert so.main(["--store", optimizer.store.root, "log", "s1", "CUSTOM", *words]) == 0 and len(forced) == expected
+
+
+# the state, killed and without room
+
+def state_loop(root, pipe):
+    state, number = Store(root).state, 0
+    while True:
+        number += 1
+        state.forget("gone-%d" % number, True)
+        state.save_scan(*unit_of("u%d" % number, rows=20, size=2_000), [], 0)
+        state.save_summaries("s", {"u%d" % number: {"x": "y" * 3_000}}, [])
+        os.write(pipe, b"%d\n" % number)
+
+
+@posix_only
+def test_a_kill_loses_nothing_that_the_state_acknowledged(store):
+    random.seed(5)
+    for _ in range(max(20, KILLS // 5)):
+        receive, send = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                state_loop(store.root, send)
+            finally:
+                os._exit(1)
+        os.close(send)
+        with open(receive, "rb") as acknowledged:
+            first = acknowledged.readline()
+            time.sleep(random.random() * 0.03)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            last = int((first + acknowledged.read()).split(b"\n")[-2])
+        _, files, units, deleted = store.state.scanned()
+        assert {"gone-%d" % number for number in range(1, last + 1)} <= set(deleted)
+        assert {"u%d" % number for number in range(1, last + 1)} <= set(units) == set(files) == set(store.state.units_of_rows().values())
+        assert len(store.state.summaries("s")) >= last and not store.warnings
+        store.state.save_scan({}, {}, {}, {}, units, 0)  # keep the file small
+        os.unlink(store.state.path)
+
+
+@posix_only
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="mounting takes root")
+def test_a_full_disk_leaves_the_state_intact(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]).returncode:
+        pytest.skip("no mount here")
+    try:
+        store, number, ballast = Store(tmp_path / "store"), 0, write(tmp_path / "ballast", b"x" * 150_000)
+        with pytest.raises(StorageError, match="disk is full|full"):
+            while True:
+                store.state.save_scan(*unit_of("u%d" % number, size=20_000), [], 0)
+                number += 1
+        fresh = Store(store.root)
+        assert set(fresh.state.scanned()[2]) == {"u%d" % done for done in range(number)} and number > 3
+        assert len(fresh.state.rows_of(["u0"])["u0"]) == 1 and not fresh.warnings
+        os.unlink(ballast)
+        fresh.state.forget("u0-0", True)
+        assert list(fresh.state.scanned()[3]) == ["u0-0"] and not fresh.warnings
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # disks
@@ -4717,6 +5096,76 @@ def test_deleting_takes_the_report_along(optimizer):
     assert optimizer.get_session("s") is None and session.id == "s"
 
 
+def test_a_session_ends_with_its_block(optimizer):
+    with optimizer.session("forge", "Mend it", model="opus", session_id="good") as session:
+        optimizer.log_event(session.id, "CUSTOM")
+        assert session.status is SessionStatus.ACTIVE
+    assert session.status is SessionStatus.COMPLETED and len(session.events) == 3
+    with pytest.raises(ZeroDivisionError), optimizer.session("forge", "Mend it", session_id="bad") as session:
+        _ = 1 / 0
+    assert session.status is SessionStatus.FAILED and session.ended_at
+    with optimizer.session("forge", "Mend it", session_id="ended") as session:
+        optimizer.end_session("ended", "ABANDONED")
+    assert session.status is SessionStatus.ABANDONED and len(session.events) == 2
+    with optimizer.session("forge", "Mend it", session_id="gone"):
+        optimizer.delete_session("gone")
+    assert optimizer.get_session("gone") is None
+    with pytest.raises(SessionExists), optimizer.session("forge", "t", session_id="live"):
+        with optimizer.session("forge", "t", session_id="live"):
+            pytest.fail("an id was used twice")
+    assert optimizer.get_session("live").status is SessionStatus.FAILED
+
+
+def test_threads_see_every_event_once(optimizer):
+    """Four threads log through one object and read what it hands out; each event counts once, and invents no waste."""
+    for turn in range(6):
+        name, switch = "s%d" % turn, sys.getswitchinterval()
+        session = optimizer.start_session("FORGE", "t", session_id=name)
+        listed, = [one for one in SessionOptimizer(optimizer.store.root).list_sessions() if one.id == name]
+
+        def work(number, name=name, listed=listed):
+            for count in range(40):
+                optimizer.log_event(name, "FILE_READ", {"file_path": "%d-%d.py" % (number, count)}, 10)
+                assert len(optimizer.get_session(name).events) > count and listed.events
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        try:
+            sys.setswitchinterval(1e-5)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(switch)
+        seen = [event.id for event in session.events]
+        assert len(seen) == len(set(seen)) == 161 and session.total_tokens == 1_600
+        assert session.to_dict() == SessionOptimizer(optimizer.store.root).get_session(name).to_dict()
+        assert optimizer.analyze(name).total_waste_tokens == 0
+
+
+def test_an_optimizer_is_pickled_to_an_equal_one(optimizer, tmp_path):
+    session = optimizer.start_session("FORGE", "t", session_id="s")
+    optimizer.log_event("s", "CUSTOM", tokens_input=5)
+    listed, = SessionOptimizer(optimizer.store.root).list_sessions()
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again == optimizer and hash(again) == hash(optimizer) and again is not optimizer
+    assert again._sessions["s"] == session and again.log_event("s", "CUSTOM").id.startswith("s_2_")
+    assert len(again._sessions["s"].events) == 3 == len(optimizer.get_session("s").events)
+    assert pickle.loads(pickle.dumps(listed)).total_tokens == 5
+    assert optimizer != SessionOptimizer(str(tmp_path / "other")) and optimizer != "optimizer"
+    assert optimizer != SessionOptimizer(optimizer.store.root, analyzers=[so.LargeFileAnalyzer(limit=5)])
+    assert optimizer == SessionOptimizer(optimizer.store.root, analyzers=[cls() for cls in so.BUILT_IN_ANALYZERS])
+
+
+def test_an_optimizer_shows_its_store_and_counts(optimizer, monkeypatch):
+    for name in "ab":
+        optimizer.start_session("FORGE", "t", session_id=name)
+    fresh = SessionOptimizer(optimizer.store.root)
+    fresh.get_session("a")
+    assert repr(fresh) == "<SessionOptimizer %s: sessions stored: 2, in use: 1>" % fresh.store.root
+    monkeypatch.setenv("SESSIONOPTIMIZER_HOME", write(os.path.join(fresh.store.root, "file"), b""))
+    assert "sessions stored: part of this path is a file" in repr(SessionOptimizer())
+
+
 def test_sessions_stay_live_across_two_optimizers(optimizer):
     other = SessionOptimizer(optimizer.store.root)
     session = optimizer.start_session("a", "t", session_id="s")
@@ -4876,7 +5325,8 @@ def test_statistics_count_every_session_and_read_unchanged_ones_once(optimizer, 
     assert SessionOptimizer(optimizer.store.root).agent_statistics("FORGE")["sessions_analyzed"] == 130
     fresh = SessionOptimizer(optimizer.store.root)
     loads = []
-    monkeypatch.setattr(fresh.store, "load", lambda name, _load=fresh.store.load: loads.append(name) or _load(name))
+    load = fresh.store.load_marked
+    monkeypatch.setattr(fresh.store, "load_marked", lambda name, make: loads.append(name) or load(name, make))
     assert fresh.agent_statistics("FORGE")["total_tokens"] == 1_300 and loads == []
     with pytest.warns(SessionOptimizerWarning, match="has ended"):
         optimizer.log_event("s5", "CUSTOM", tokens_input=1)
@@ -5243,6 +5693,7 @@ CALLS = [  # a command line, and the calls of the library it makes
     ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=20))]),
     ("list --agent a --status failed --since 2026-03-01T10:00:00Z --limit 3 --format json",
      [("list_sessions", dict(agent="a", status=SessionStatus.FAILED, since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), limit=3))]),
+    ("repair --discard", [("repair", dict(discard=True))]),
     ("delete s1", [("delete_session", dict(session_id="s1"))]),
     ("analyze s1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
     ("analyze s1 --format markdown --fail-under 1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
