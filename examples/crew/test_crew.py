@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import time
 
 import pytest
 
+if os.name == "nt":
+    pytest.skip("a crew needs POSIX: locks, process groups", allow_module_level=True)
 HERE = os.path.dirname(os.path.abspath(__file__))
 EXAMPLES = os.path.dirname(HERE)
 sys.path[:0] = [os.path.dirname(EXAMPLES), EXAMPLES]
@@ -428,6 +431,8 @@ def git(top, *arguments):
 @pytest.fixture
 def top(home):
     """A repository with a module for each of eight tasks, and one that several of them change."""
+    if shutil.which("git") is None:
+        pytest.skip("git is missing")
     place = home / "shop"
     place.mkdir()
     git(place, "init", "-q", "-b", "main")
@@ -634,7 +639,7 @@ def test_what_becomes_of_a_task(tmp_path, repository, tools, code, rules, outcom
 
 def test_an_agent_that_cannot_be_started_is_named(tmp_path, repository):
     report = Post(tmp_path, repository, Agent("nobody", ["/no/such/agent"])).do(Task("t1", "x", max_attempts=1))
-    assert "cannot start /no/such/agent" in report["tasks"][0]["error"]
+    assert "/no/such/agent" in report["tasks"][0]["error"] and report["tasks"][0]["outcome"] == "agent"
 
 
 def test_notes_go_with_the_next_prompt_and_news_of_merges_do_not(tmp_path, repository, tools):
@@ -698,6 +703,32 @@ def test_what_an_agent_leaves_running_ends_with_it(tmp_path, tools):
     size = (tmp_path / "alive").stat().st_size if (tmp_path / "alive").exists() else 0
     time.sleep(0.4)
     assert ((tmp_path / "alive").stat().st_size if size else 0) == size
+
+
+def test_no_more_agents_run_at_once_than_the_limit(tmp_path, tools):
+    code = "import os, sys, time; open(f'began-{os.getpid()}', 'w')\nwhile not os.path.exists('go'): time.sleep(0.02)"
+    (tools / "a.py").write_text(code)
+
+    def start(number):
+        runner = Runner(str(tmp_path / "slots"), limit=2)
+        command = [sys.executable, str(tools / "a.py")]
+        thread = threading.Thread(target=lambda: ended.append(
+            runner.run(command, str(tmp_path), 60, str(tmp_path / f"out{number}"), limited=True).status))
+        thread.start()
+        return thread
+
+    (tmp_path / "slots").mkdir()
+    ended = []
+    threads = [start(number) for number in range(4)]
+    end = time.monotonic() + 30
+    while len(list(tmp_path.glob("began-*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)  # in which the others would have begun
+    assert len(list(tmp_path.glob("began-*"))) == 2
+    (tmp_path / "go").write_text("")
+    for thread in threads:
+        thread.join(30)
+    assert ended == [0] * 4 and len(list(tmp_path.glob("began-*"))) == 4
 
 
 @pytest.mark.parametrize("text", ["", "claude", "=x", "a:0=x", "a:b=x", "a=", "a='x"])
@@ -790,7 +821,7 @@ def test_eight_tasks_are_merged_or_named_whoever_is_killed(where, kills, top, ho
     assert git(top, "worktree", "list").splitlines() == [f"{top}  {git(top, 'rev-parse', '--short', 'HEAD')} [main]"]
     assert not os.path.exists(str(top) + ".crew") and git(top, "status", "--porcelain") == ""
     check_the_sums(report, home)
-    assert max(map(int, (running / "most.log").read_text().split())) == 2
+    assert max(map(int, (running / "most.log").read_text().split())) <= 2
     assert "shared.txt" in report["shared_files"] and (kills or len(report["shared_files"]) == 1)
 
 
@@ -878,35 +909,40 @@ def test_when_the_whole_crew_is_killed_the_next_run_goes_on(top, home, tools):
     assert len(git(top, "worktree", "list").splitlines()) == 1 and not os.path.exists(str(top) + ".crew")
 
 
-def test_the_real_claude_works_in_a_crew_and_its_tokens_are_what_the_model_counted(top, home, monkeypatch):
+def real_agent(name, fake_api, url, monkeypatch):
+    """(its command, what it calls writing n lines to a file, what its sessions call it)."""
+    if not shutil.which(name):
+        package = {"claude": "@anthropic-ai/claude-code", "codex": "@openai/codex"}[name]
+        pytest.skip(f"{name} is not on the path: npm install -g {package}")
+    if name == "codex":
+        monkeypatch.setenv("OPENAI_API_KEY", "any")
+        words = ["codex", "exec", "--sandbox", "danger-full-access", *fake_api.codex_config(url), "{prompt}"]
+        return words, lambda n: {"tool": "exec_command", "input": {"cmd": f"seq {n} > n{n}.txt"}}, "CODEX"
+    for key, value in (("ANTHROPIC_BASE_URL", url), ("ANTHROPIC_API_KEY", "any"), ("DISABLE_AUTOUPDATER", "1"),
+                       ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"), ("IS_SANDBOX", "1")):
+        monkeypatch.setenv(key, value)
+    words = ["claude", "-p", "{prompt}", "--allowedTools", "Read,Write"]
+    return words, lambda n: {"tool": "Write", "input": {"file_path": f"n{n}.txt", "content": "line\n" * n}}, "CLAUDE-CODE"
+
+
+@pytest.mark.parametrize("name", ["claude", "codex"])
+def test_a_real_agent_works_in_a_crew_and_its_tokens_are_what_the_model_counted(name, top, home, monkeypatch):
     fake_api = pytest.importorskip("agent_session.fake_api")
-    if not shutil.which("claude"):
-        pytest.skip("claude is not on the path: npm install -g @anthropic-ai/claude-code")
-    script = {
-        f"number {n}": [
-            {"tool": "Read", "input": {"file_path": "shared.txt"}},
-            {"tool": "Write", "input": {"file_path": f"n{n}.txt", "content": "line\n" * n}},
-            {"text": "Done."},
-        ]
-        for n in (1, 2, 3)
-    }
     tasks = [Task(f"n{n}", f"Write number {n}", f"Write the file of number {n}.") for n in (1, 2, 3)]
+    script = {}
     with fake_api.FakeApi(script) as api:
-        for name, value in (("BASE_URL", api.url), ("API_KEY", "any")):
-            monkeypatch.setenv("ANTHROPIC_" + name, value)
-        for name in ("DISABLE_AUTOUPDATER", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "IS_SANDBOX"):
-            monkeypatch.setenv(name, "1")
-        monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(home / "claude"))
-        options = ["--agent", "claude:2=claude -p {prompt} --allowedTools Read,Write", "--store", str(home / "store")]
+        words, write, agent = real_agent(name, fake_api, api.url, monkeypatch)
+        script.update({f"number {n}": [write(n), {"text": "Done."}] for n in (1, 2, 3)})
+        options = ["--agent", f"{name}:2=" + " ".join(map(shlex.quote, words)), "--store", str(home / "store")]
         report = json.loads(crew(top, "run", "-", *options, "--test", "ls n*.txt", "--format", "json", stdin=lines_of(*tasks)))
     assert outcomes(report) == {"n1": "merged", "n2": "merged", "n3": "merged"} and report["totals"]["added"] == 6
-    counted = sum(row[name] for row in api.truth for name in ("uncached_input", "cache_write", "output"))
-    stats = SessionOptimizer(str(home / "store")).agent_statistics("claude-code")
-    assert report["totals"]["tokens"] == stats["total_tokens"] == counted > 0
+
+    def counted(key):
+        rows = [row for row in api.truth if key in row["conversation"]]
+        return sum(row[part] for row in rows for part in ("uncached_input", "cache_write", "output"))
+
+    stats = SessionOptimizer(str(home / "store")).agent_statistics(agent)
+    assert report["totals"]["tokens"] == stats["total_tokens"] == counted("") > 0
     assert report["totals"]["cost"] == pytest.approx(stats["total_cost"], rel=1e-9)
-    for row in report["tasks"]:
-        assert row["tokens"] == sum(
-            told[name] for told in api.truth if told["conversation"] == f"number {row['id'][1:]}"
-            for name in ("uncached_input", "cache_write", "output")
-        )
+    assert {row["id"]: row["tokens"] for row in report["tasks"]} == {f"n{n}": counted(f"number {n}") for n in (1, 2, 3)}
     assert len(git(top, "worktree", "list").splitlines()) == 1
