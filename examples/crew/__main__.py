@@ -226,7 +226,6 @@ def stop(*_: Any) -> None:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command; 0 done, 1 failed, 2 bad command line, 3 not every task was done."""
     options = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, stop)
     try:
         return options.function(options)
     except (CrewError, SessionOptimizerError, OSError) as error:
@@ -237,4 +236,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())
