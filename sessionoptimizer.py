@@ -5363,7 +5363,7 @@ class State:
                 target = f"file:{quote(self.path)}?immutable=1"
         elif not there:
             self._create()
-        db = sqlite3.connect(target, _STATE_WAIT, isolation_level=None, uri=uri)
+        db = sqlite3.connect(target, timeout=_STATE_WAIT, isolation_level=None, uri=uri)
         try:
             if alone:
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
