@@ -4262,6 +4262,7 @@ _START = 1024  # bytes that hold most headers
 _LINES = 1000  # events written at a time
 _BLOCK = 1 << 20  # bytes of events read at a time
 _TEMPORARY, _LEFT_BEHIND = ".tmp", 3600.0  # the ending of files being written; seconds until one was left behind
+_REPORT = "_report.json"
 _COPY = _Pattern(r"\.json\.damaged-[0-9]+\Z")
 _FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
 
@@ -4862,7 +4863,7 @@ class Store:
         return [entry.name for entry in self._entries(self.sessions)]
 
     def _report_path(self, session_id: str) -> str:
-        return os.path.join(self.reports, _stem(self.find(session_id)) + "_report.json")
+        return os.path.join(self.reports, _stem(self.find(session_id)) + _REPORT)
 
     def own_prices(self) -> dict:
         """What the user put into prices.json; empty without it. InvalidValue when it cannot be used."""
@@ -5119,16 +5120,19 @@ class Store:
         if once and self._swept:
             return found
         self._swept = True
-        for entry in [*self._entries(self.root), *self._entries(self.sessions), *self._entries(self.reports)]:
-            session = os.path.join(self.sessions, entry.name.replace("_report.json", ".json"))
-            try:
-                stale = entry.name.startswith(".") and entry.name.endswith(_TEMPORARY) and \
-                    time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_BEHIND
-                if stale or entry.name.endswith("_report.json") and not os.path.lexists(session):
-                    found += _remove(entry.path)
-            except OSError:
-                pass  # gone meanwhile, or not ours to remove
+        for folder in (self.root, self.sessions, self.reports):
+            for entry in self._entries(folder):
+                try:
+                    found += self._is_left(folder, entry) and _remove(entry.path)
+                except OSError:
+                    pass  # gone meanwhile, or not ours to remove
         return found
+
+    def _is_left(self, folder: str, entry) -> bool:
+        if folder == self.reports and entry.name.endswith(_REPORT):
+            return not os.path.lexists(os.path.join(self.sessions, entry.name[:-len(_REPORT)] + ".json"))
+        return entry.name.startswith(".") and entry.name.endswith(_TEMPORARY) and \
+            time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_BEHIND
 
     def repair(self, *, discard: bool = False) -> Dict[str, Any]:
         """Mend every session that can be mended, and sweep: {"repaired": [what was said of each], "damaged": [what

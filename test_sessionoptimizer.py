@@ -3218,11 +3218,12 @@ def test_a_report_of_a_session_that_was_deleted_meanwhile_is_not_kept(optimizer,
 
 
 def test_what_crashes_left_is_swept(store):
-    filled(store, 1), store.write_report("s1", {})
+    filled(store, 1), store.write_report("s1", {}), filled(store, 1, "mine_report")
     gone = [hour_old(os.path.join(folder, ".%d.tmp" % number)) for number, folder in enumerate((store.root, store.sessions, store.reports))]
     gone.append(write(os.path.join(store.reports, "nobody_report.json"), b"{}"))
     kept = [write(os.path.join(store.sessions, ".new.tmp"), b"{}"), hour_old(os.path.join(store.root, "mine.tmp")),
-            hour_old(os.path.join(store.root, "prices.json")), os.path.join(store.reports, "s1_report.json"), store.find("s1")]
+            hour_old(os.path.join(store.root, "prices.json")), os.path.join(store.reports, "s1_report.json"), store.find("s1"), store.find("mine_report"),
+            hour_old(os.path.join(store.root, "all_report.json"))]
     assert store.sweep() == 4 and store.sweep() == 0
     assert not [path for path in gone if os.path.exists(path)] and all(map(os.path.exists, kept))
     hour_old(gone[0]), filled(store, 1, "s2"), Store(store.root).delete("s2")
@@ -5114,6 +5115,28 @@ def test_a_session_ends_with_its_block(optimizer):
         with optimizer.session("forge", "t", session_id="live"):
             pytest.fail("an id was used twice")
     assert optimizer.get_session("live").status is SessionStatus.FAILED
+
+
+def test_tasks_of_an_event_loop_share_an_optimizer(optimizer):
+    import asyncio
+
+    async def work(number):
+        with optimizer.session("forge", "t", session_id="s%d" % number) as session:
+            for count in range(5):
+                optimizer.log_event(session.id, "CUSTOM", tokens_input=count)
+                optimizer.log_event("s0", "CUSTOM")
+                await asyncio.sleep(0)
+            if number == 2:
+                raise ZeroDivisionError
+
+    async def all_of_them():
+        return await asyncio.gather(*map(work, range(4)), return_exceptions=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SessionOptimizerWarning)  # s0 has ended before the others
+        results = asyncio.run(all_of_them())
+    sessions = [optimizer.get_session("s%d" % number) for number in range(4)]
+    assert [session.status.value for session in sessions] == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
+    assert [len(session.events) for session in sessions] == [27, 7, 7, 7] and [type(one) for one in results if one] == [ZeroDivisionError]
 
 
 def test_threads_see_every_event_once(optimizer):
