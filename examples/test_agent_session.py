@@ -1,4 +1,4 @@
-"""Tests of agent_session: the scripted model, sessions in a terminal, the recorder and the HTTP API.
+"""Tests of agent_session: the scripted model, sessions in a terminal, the HTTP API. The recorder has a file of its own.
 
 What needs a tool or a package that is not here is skipped with its name.
 """
@@ -21,10 +21,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
 from agent_session import SessionConfig, SessionError, SessionManager, UnknownSession  # noqa: E402  (found above)
-from agent_session.fake_api import FakeApi, codex_config, gemini_settings  # noqa: E402
+from agent_session.fake_api import FakeApi  # noqa: E402
 from agent_session.terminal import CLEAN_BYTES, Cast, clean_text, processes  # noqa: E402
-
-from sessionoptimizer import SessionOptimizer  # noqa: E402
 
 PROGRAMS = os.path.join(HERE, "agent_session")
 posix = pytest.mark.skipif(os.name == "nt", reason="the Windows half is written to pywinpty's documentation and not tested")
@@ -117,62 +115,6 @@ def test_the_model_fails_once_where_the_script_says_so_and_counts_nothing_for_it
         failed.value.close()
         assert failed.value.code == 529 and api.truth == []
         assert "late" in ask(api.url + path, body) and len(api.truth) == 1
-
-
-# ============================================================================
-# Real agents
-# ============================================================================
-
-
-def agent(name):
-    if not shutil.which(name):
-        pytest.skip(f"{name} is not on the path (npm)")
-    return name
-
-
-def run_of(name, place, url):
-    """(script, command) that let an agent look at a.txt in two calls and answer."""
-    (place / "a.txt").write_text("hello\n" * 50)
-    if name == "claude":
-        calls = [("Read", {"file_path": str(place / "a.txt")}), ("Bash", {"command": "wc -l a.txt"})]
-        command = ["claude", "-p", "How many lines?", "--allowedTools", "Read,Bash"]
-    elif name == "codex":
-        calls = [("exec_command", {"cmd": "cat a.txt"}), ("exec_command", {"cmd": "wc -l a.txt"})]
-        command = ["codex", "exec", "--skip-git-repo-check", "--sandbox", "danger-full-access", *codex_config(url),
-                   "How many lines?"]
-    else:
-        calls = [("read_file", {"file_path": str(place / "a.txt")}), ("run_shell_command", {"command": "wc -l a.txt"})]
-        command = ["gemini", "-p", "How many lines?", "--yolo", "--skip-trust", "-m", "gemini-2.5-pro"]
-    turns = [dict({"tool": tool, "input": given}, thinking="Let me look.") for tool, given in calls]
-    return turns + [{"text": "Fifty lines."}], command
-
-
-@pytest.fixture
-def empty_home(tmp_path):
-    """(home, work, environment): nothing of this machine's agents, and no way out but loopback."""
-    home, work = tmp_path / "home", tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
-    gemini_settings(str(home))
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "SYSTEMROOT", "TMPDIR") if name in os.environ}
-    return home, work, dict(kept, HOME=str(home), TERM="xterm-256color", DISABLE_AUTOUPDATER="1",
-                            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", HTTPS_PROXY="http://127.0.0.1:9",
-                            NO_PROXY="127.0.0.1")
-
-
-@pytest.mark.parametrize("name", ["claude", "codex", "gemini"])
-def test_a_real_agent_works_on_the_scripted_model_and_its_log_has_the_truth(name, empty_home, tmp_path):
-    agent(name)
-    home, work, env = empty_home
-    with FakeApi() as api:
-        api.script, command = run_of(name, work, api.url)
-        done = subprocess.run(command, cwd=str(work), env=dict(env, **api.environment()), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT)
-    assert done.returncode == 0 and b"Fifty lines." in done.stdout, done.stdout
-    logs = [str(home / place) for place in (".claude", ".codex/sessions", ".gemini/tmp") if (home / place).is_dir()]
-    totals = SessionOptimizer(str(tmp_path / "store")).scan(logs)["totals"]
-    assert totals["model_calls"] == 3 == sum(row["main"] for row in api.truth)
-    assert totals["tokens"] == api.sums(main=True)
 
 
 # ============================================================================

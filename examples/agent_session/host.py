@@ -28,7 +28,7 @@ from typing import Any, Dict, Optional, Set, Tuple
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Cast, exit_of, signal_begun,  # noqa: E402
-                                    signal_groups, spawn)
+                                    signal_groups, spawn, write_private)
 
 NONCE_BYTES = 16
 CHUNK = 65_536
@@ -263,14 +263,6 @@ class Host:
 def _wake(waiting: "asyncio.Future[None]") -> None:
     if not waiting.done():
         waiting.set_result(None)
-
-
-def write_private(path: str, data: bytes) -> None:
-    """Replace a file that only its owner may read, in one step."""
-    part = f"{path}.{os.getpid()}.part"
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-    os.replace(part, path)
 
 
 def _let_go_of_output() -> None:

@@ -27,8 +27,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Sequence, Union
 
-from agent_session.host import NONCE_BYTES, Tail, packed, proof, read_message, write_private
-from agent_session.terminal import CLEAN_BYTES, WINDOWS, Moment, begun_in_session, clean_text, signal_begun, this_moment
+from agent_session.host import NONCE_BYTES, Tail, packed, proof, read_message
+from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Moment, begun_in_session, clean_text, signal_begun,
+                                    this_moment, write_private)
 
 HOST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "host.py")
 START_SECONDS = 20  # for a terminal to be there, and for its shell to show a prompt

@@ -32,7 +32,7 @@ class MissingExtra(ImportError):
 
 
 def spawn(argv: Sequence[str], *, cwd: str, env: Dict[str, str], rows: int, columns: int,
-          attributes: Any = None) -> Any:
+          attributes: Any = None, echo: bool = True) -> Any:
     """A ptyprocess.PtyProcess (winpty.PtyProcess on Windows) that runs ``argv``. ``attributes``: the terminal's, as
     termios.tcgetattr gives them. FileNotFoundError or PermissionError when it cannot be run; MissingExtra."""
     if WINDOWS:
@@ -55,7 +55,8 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Dict[str, str], rows: int, colu
         if attributes is not None:
             termios.tcsetattr(0, termios.TCSANOW, attributes)
 
-    return PtyProcess.spawn(list(argv), cwd=cwd, env=env, dimensions=(rows, columns), preexec_fn=prepare)
+    return PtyProcess.spawn(list(argv), cwd=cwd, env=env, echo=echo, dimensions=(rows, columns),
+                            preexec_fn=prepare)
 
 
 def exit_of(wait_status: int) -> Tuple[int, int]:
@@ -236,3 +237,11 @@ def signal_groups(groups: Sequence[int], number: int) -> None:
             os.killpg(group, number)
         except (ProcessLookupError, PermissionError):
             continue
+
+
+def write_private(path: str, data: bytes) -> None:
+    """Replace a file that only its owner may read, in one step."""
+    part = f"{path}.{os.getpid()}.part"
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+    os.replace(part, path)
