@@ -27,7 +27,7 @@ from typing import Any, Dict, Optional, Set, Tuple
 
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Cast, exit_of, signal_begun,  # noqa: E402
+from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Cast, exit_of, release, signal_begun,  # noqa: E402
                                     signal_groups, spawn, write_private)
 
 NONCE_BYTES = 16
@@ -203,8 +203,7 @@ class Host:
         if not WINDOWS:
             if self.stopping:
                 signal_begun(self.terminal.pid, signal.SIGKILL)
-            os.close(self.terminal.fd)
-            self.terminal.closed = True
+            release(self.terminal)
         if self.cast:
             self.cast.close()
         directory = self.order["directory"]

@@ -33,7 +33,7 @@ if __name__ == "__main__":
         os.path.join(os.path.dirname(HERE), "sessionoptimizer.py")) else [HERE]  # run from a clone
 from agent_session import logs  # noqa: E402
 from agent_session.proxy import UPSTREAM, Answer, PassThrough  # noqa: E402
-from agent_session.terminal import (WINDOWS, Cast, exit_of, process_of, signal_groups, spawn,  # noqa: E402
+from agent_session.terminal import (WINDOWS, Cast, exit_of, process_of, release, signal_groups, spawn,  # noqa: E402
                                     write_private)
 
 from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer,  # noqa: E402
@@ -357,8 +357,7 @@ class Recording:
                 cast.close()
             if self.through:
                 self.through.stop()
-            os.close(terminal.fd)
-            terminal.closed = True
+            release(terminal)
 
     def end(self, exit_status: int, number: int, duration_ms: int) -> Dict[str, Any]:
         """Write down how it ended and what it cost; the same as a dict."""

@@ -59,6 +59,12 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Dict[str, str], rows: int, colu
                             preexec_fn=prepare)
 
 
+def release(terminal: Any) -> None:
+    """Close our side of a terminal whose command has been reaped; what still runs in it is hung up by that."""
+    terminal.fileobj.close()
+    terminal.closed = True
+
+
 def exit_of(wait_status: int) -> Tuple[int, int]:
     """(exit status, signal) of what os.waitpid returned; the one that does not apply is 0."""
     if os.WIFSIGNALED(wait_status):
