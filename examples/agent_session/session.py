@@ -148,6 +148,8 @@ class _Running:
         self.done: "asyncio.Future[Optional[int]]" = asyncio.get_running_loop().create_future()
 
     def feed(self, data: bytes) -> None:
+        if self.done.done():  # the prompt, which came before its reader woke up
+            return
         self.output += data
         start = max(0, self.scanned - _MARK_BYTES)
         self.scanned = len(self.output)
