@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -237,6 +239,16 @@ def test_the_end_of_a_command_is_found_with_its_status(place, shell):
             assert result.output == output, command
         assert result.exit_code == code if code is not None else result.exit_code not in (0, None), command
         assert result.success is (result.exit_code == 0) and bool(result.error) is not result.success
+
+
+@posix
+def test_what_follows_a_commands_end_is_none_of_its_output(place):
+    """A prompt may arrive in a piece of its own before whoever waits for the command wakes up."""
+    async def many(session):
+        return {(await session.execute("printf 'no end of line'")).output for _ in range(150)}
+
+    shell = "fish --no-config" if shutil.which("fish") else SHELL
+    assert in_session(place, many, shell=shell) == {"no end of line"}
 
 
 def running(words):
@@ -690,3 +702,58 @@ def test_the_token_comes_from_a_file_that_nobody_else_reads(place, tmp_path):
             assert call(url + "/health", Authorization="Bearer " + kept.read().strip())[0] == 200
             process.terminate()
     assert os.stat(made).st_mode & 0o777 == 0o600
+
+
+# ============================================================================
+# The page
+# ============================================================================
+
+
+def page_steps():
+    """(line, command, what the page shows of its output) of docs/agent-session.md, in order."""
+    with open(os.path.join(ROOT, "docs", "agent-session.md"), encoding="utf-8") as file:
+        text = file.read()
+    steps = []
+    for block in re.finditer(r"^```sh\n(.*?)^```", text, re.M | re.S):
+        for step in re.split(r"^\$ ", block.group(1), flags=re.M)[1:]:
+            lines = step.splitlines()
+            command = [lines.pop(0)]
+            while lines and re.match(">( |$)", lines[0]):
+                command.append(lines.pop(0)[2:])
+            steps.append(("\n".join(command), "\n".join(lines)))
+    return steps
+
+
+@posix
+def test_what_the_page_shows_is_what_happens(tmp_path):
+    extra("aiohttp", "ptyprocess", "pyte")
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    steps, port = page_steps(), str(free_port())
+    assert sum(command.startswith("curl") for command, _ in steps) >= 14
+    for name in ("examples", "sessionoptimizer.py"):
+        os.symlink(os.path.join(ROOT, name), str(tmp_path / name))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
+    script = "".join(command.replace("8791", port) + "\nprintf '\\n@@@\\n'\n" for command, _ in steps)
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    env = dict(kept, PATH=str(tmp_path / "bin") + os.pathsep + os.environ["PATH"], HOME=str(tmp_path), VIRTUAL_ENV=sys.prefix,
+               PYTHONPATH=os.pathsep.join(filter(None, map(str, sys.path))))
+    process = subprocess.Popen(["sh", "-c", script], cwd=str(tmp_path), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        told = process.communicate(timeout=TIMEOUT)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    outputs = told.replace("\r\n", "\n").replace(port, "8791").split("\n@@@\n")
+    assert len(outputs) == len(steps) + 1, told
+    for (command, shown), output in zip(steps, outputs):
+        wanted = re.sub(r"(?:\\ )+", "[ ]+", ".*".join(map(re.escape, shown.split("..."))))
+        assert not shown or re.fullmatch(wanted, output.strip("\n"), re.S), f"$ {command}\n{output}\n--- expected\n{shown}"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -45,6 +45,7 @@ if not WINDOWS:
     import tty
 
 CHUNK = 65_536
+AT_ONCE = 8  # pieces that are handed on together: a terminal gives 4 KB at a time, and a write costs more than a read
 MAX_TYPED = 65_536  # bytes that wait for the command to read them
 LOOKS = (0.1, 0.25, 0.5, 1.0)  # seconds after the start; then every second
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -154,17 +155,23 @@ class Copy:
         return max(1, int((self.looks[0] - (time.monotonic() - self.began)) * 1000) + 1)
 
     def _show(self) -> bool:
-        """Hand on what the command has written; False when its terminal is closed or holds nothing now."""
-        try:
-            data = os.read(self.master, CHUNK)
-        except BlockingIOError:
-            return True
-        except OSError as error:  # EIO: nobody has the other side open
-            if error.errno != errno.EIO:
-                raise
-            return False
-        if not data:
-            return False
+        """Hand on what the command has written; False when its terminal is closed."""
+        pieces: List[bytes] = []
+        while len(pieces) < AT_ONCE:
+            try:
+                data = os.read(self.master, CHUNK)
+            except BlockingIOError:
+                break
+            except OSError as error:  # EIO: nobody has the other side open
+                if error.errno != errno.EIO:
+                    raise
+                data = b""
+            if not data:
+                if not pieces:
+                    return False
+                break
+            pieces.append(data)
+        data = b"".join(pieces)
         self._write(data)
         if self.cast:
             self.cast.output(data)
