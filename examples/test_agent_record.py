@@ -197,7 +197,8 @@ def test_it_ends_as_the_command_ends(script, store):
 def test_a_command_that_cannot_be_run_ends_as_a_shell_says_it(command, code, says, store):
     done = subprocess.run(recorded(store, command), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert done.returncode == code and says in done.stderr
-    assert SessionOptimizer(store).list_sessions()[0].status is SessionStatus.FAILED
+    session, = SessionOptimizer(store).list_sessions()
+    assert session.status is SessionStatus.FAILED and session.total_tokens == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["ls"], ["--"], ["--data", "x", "--", "ls"], ["--usage", "screen", "--", "ls"]])
@@ -662,6 +663,50 @@ def test_without_its_log_a_real_agents_tokens_come_from_the_answers(name, empty_
     assert code == 0 and b"Fifty lines." in output, output
     assert (told["source"], told["calls"]) == ("pass-through", len(api.truth))
     assert {name: told["tokens"][name] for name in CLASSES} == api.sums() == sums(store)
+
+
+@pytest.mark.parametrize("name", ["claude", "codex"])
+def test_agents_in_one_directory_at_one_time_are_told_apart(name, empty_home, store):
+    agent(name)
+    home, work, env = empty_home
+    with FakeApi() as api:
+        scripts, runs = {}, []
+        for number in range(3):
+            turns, command = run_of(name, work, api.url)
+            turns[1]["delay"], turns[2] = 2.0, {"text": "x" * (100 * number + 50)}  # they overlap, and differ
+            scripts[f"Task {number}:"] = turns
+            runs.append([word.replace("How many lines?", f"Task {number}: How many lines?") for word in command])
+        api.script = scripts
+        results = [os.path.join(str(home), f"result-{number}.json") for number in range(3)]
+        started = [subprocess.Popen(recorded(store, command, "--session-id", f"r{number}", "--result", results[number]),
+                                    cwd=str(work), env=dict(env, **api.environment()), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                   for number, command in enumerate(runs)]
+        assert [process.wait(TIMEOUT) for process in started] == [0, 0, 0]
+    for number, path in enumerate(results):
+        with open(path, encoding="utf-8") as file:
+            told = json.load(file)
+        assert {name: told["tokens"][name] for name in CLASSES} == api.sums(main=True, conversation=f"Task {number}:")
+    assert sums(store) == api.sums(main=True)
+
+
+def test_claudes_full_screen_is_worked_in_as_without_a_recorder(empty_home, store):
+    agent("claude")
+    home, work, env = empty_home
+    known = {"hasCompletedOnboarding": True, "theme": "dark", "customApiKeyResponses": {"approved": ["none"]},
+             "projects": {str(work): {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}}}
+    (home / ".claude.json").write_text(json.dumps(known))
+
+    def grow(process, master):
+        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
+
+    with FakeApi() as api:
+        api.script, _ = run_of("claude", work, api.url)
+        told, output, code = result_of(
+            store, ["claude", "--allowedTools", "Read,Bash"], env=dict(env, **api.environment()), cwd=str(work),
+            steps=((b"effort", b"How many lines?"), (b"lines", b"\r"), (b"Fifty", grow), (b"", b"/exit"), (b"", b"\r"), (b"", b"\r")))
+    assert code == 0 and told["source"] == "log", output[-2000:]
+    assert {name: told["tokens"][name] for name in CLASSES} == api.sums(main=True)
+    assert told["calls"] == 3
 
 
 def processes_at(home):

@@ -302,7 +302,7 @@ class Recording:
         self.agent = logs.agent_of(command)
         self.answers: "queue.Queue[Answer]" = queue.Queue()
         self.through: Optional[PassThrough] = None
-        self.volume = Volume()
+        self.volume, self.ran = Volume(), False
         self.markers = os.path.join(str(self.optimizer.storage_path), "recordings")
         os.makedirs(self.markers, mode=0o700, exist_ok=True)
 
@@ -352,6 +352,7 @@ class Recording:
         env = self.environment()
         terminal = spawn(self.command, cwd=os.getcwd(), env=env, rows=rows, columns=columns, attributes=attributes,
                          echo=attributes is not None)
+        self.ran = True
         if self.through:
             self.through.start()
         cast = None
@@ -380,7 +381,7 @@ class Recording:
             for name in logs.CLASSES:
                 told["tokens"][name] = sum(getattr(answer, name) for answer in answers)
             told["cost"] = self._keep(answers)
-        elif found is None and self.given.usage != "none":
+        elif found is None and self.given.usage != "none" and self.ran:
             words = len(" ".join(self.command[1:])) + self.volume.given
             told.update(source="estimate", estimated=True)
             told["tokens"]["uncached_input"] = -(-words // self.volume.per_token)
