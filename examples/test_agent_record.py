@@ -257,7 +257,7 @@ def test_the_command_inherits_no_ignored_signals(store):
     assert output.split() == [b"SigBlk:", b"0" * 16, b"SigIgn:", b"0" * 16]
 
 
-@pytest.mark.parametrize("given", [b"one\ntwo\n", b"", b"x" * 3000 + b"\n"])
+@pytest.mark.parametrize("given", [b"one\ntwo\n", b"", b"no end of line", b"x" * 3000 + b"\n"])
 def test_input_that_is_no_terminal_is_passed_on_to_its_end(given, store):
     done = subprocess.run(recorded(store, ["cat"]), input=given, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert (done.returncode, done.stdout) == (0, given.replace(b"\n", b"\r\n"))

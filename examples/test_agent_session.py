@@ -527,6 +527,20 @@ def test_a_session_that_cannot_start_says_why_and_leaves_nothing(place, config, 
     asyncio.run(work())
 
 
+@posix
+def test_a_name_whose_session_never_started_is_free_again(place):
+    os.makedirs(os.path.join(place, "s"))
+
+    async def create():
+        async with SessionManager(place) as manager:
+            return (await manager.create_session(SessionConfig("s", shell=SHELL))).state
+
+    with pytest.raises(SessionError, match="already"):
+        asyncio.run(create())
+    os.utime(os.path.join(place, "s"), (1e9, 1e9))
+    assert asyncio.run(create()) == "running"
+
+
 # ============================================================================
 # The HTTP API
 # ============================================================================

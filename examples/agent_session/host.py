@@ -6,70 +6,31 @@ Started by session.py with an order (JSON) on standard input, answers with one J
 it knows the session's secret, on loopback. It ends with its command, and leaves ``exit.json`` and the last output in the
 session's directory.
 
-A message is a letter, four bytes of length and that many bytes. To the host: ``i`` input, ``w`` window size, ``k`` end
-the session. From it: ``h`` hello, ``o`` output, ``x`` the exit.
+link.py is the other side, and says what a message is.
 """
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import hashlib
 import hmac
 import json
 import os
 import signal
-import struct
 import sys
 import threading
 import time
-from typing import Any, Dict, Optional, Set, Tuple
+from typing import Any, Dict, Optional, Set
 
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from agent_session.link import NONCE_BYTES, Tail, packed, proof, read_message  # noqa: E402
 from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Cast, exit_of, release, signal_begun,  # noqa: E402
                                     signal_groups, spawn, write_private)
 
-NONCE_BYTES = 16
 CHUNK = 65_536
-MAX_MESSAGE = 16 * 1024 * 1024
 MAX_BEHIND = 4 * 1024 * 1024  # bytes that wait for a listener before the terminal waits too
 PATIENCE = 10  # seconds; then the listener is let go
-
-
-def proof(secret: str, side: bytes, nonce: bytes) -> bytes:
-    """What only somebody who knows the secret can answer to a nonce."""
-    return hmac.new(secret.encode(), side + nonce, hashlib.sha256).digest()
-
-
-def packed(kind: bytes, data: bytes) -> bytes:
-    return kind + struct.pack(">I", len(data)) + data
-
-
-async def read_message(reader: asyncio.StreamReader) -> Tuple[bytes, bytes]:
-    """The next message; asyncio.IncompleteReadError at the end, ConnectionError for one that is too long."""
-    kind, size = struct.unpack(">cI", await reader.readexactly(5))
-    if size > MAX_MESSAGE:
-        raise ConnectionError(f"a message of {size} bytes")
-    return kind, await reader.readexactly(size)
-
-
-class Tail:
-    """The last ``limit`` bytes of a stream, and how many went through."""
-
-    def __init__(self, limit: int):
-        self.limit, self.total = limit, 0
-        self._data = bytearray()
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        self._data += data
-        if len(self._data) > 2 * self.limit:
-            del self._data[:-self.limit]
-
-    def last(self, count: Optional[int] = None) -> bytes:
-        count = self.limit if count is None else min(count, self.limit)
-        return bytes(self._data[-count:]) if count > 0 else b""
 
 
 class Host:

@@ -76,7 +76,7 @@ class Screen:
             self.raw = True
 
     def give_back(self) -> None:
-        if self.raw:
+        if self.raw and self.attributes is not None:
             self.raw = False
             termios.tcsetattr(0, termios.TCSADRAIN, self.attributes)
 
@@ -89,7 +89,7 @@ class Copy:
         self.master, self.pid = terminal.fd, terminal.pid
         self.status: Optional[int] = None
         self.typed = bytearray()
-        self.reading, self.showing = True, True
+        self.reading, self.showing, self.line_over = True, True, True
         self.began = time.monotonic()
         self.looks = list(LOOKS)
         self.wake, self._wakes = os.pipe()
@@ -196,9 +196,11 @@ class Copy:
             data = b""
         if not data:
             self.reading = False
-            data = b"\x04" if self.screen.attributes is None else b""  # end of input, as a terminal says it
+            if self.screen.attributes is None:  # end of input, as a terminal says it: in mid-line only the second is one
+                data = b"\x04" if self.line_over else b"\x04\x04"
         else:
             self.volume.typed(data)
+            self.line_over = data.endswith(b"\n")
         self.typed += data
         self._enter()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hmac
 import json
 import os
 import re
@@ -27,12 +26,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Sequence, Union
 
-from agent_session.host import NONCE_BYTES, Tail, packed, proof, read_message
+from agent_session.link import Link
 from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Moment, begun_in_session, clean_text, signal_begun,
                                     this_moment, write_private)
 
 HOST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "host.py")
 START_SECONDS = 20  # for a terminal to be there, and for its shell to show a prompt
+ABANDONED = 60.0  # seconds after which a session that has not started never will
 STARTS_AT_ONCE = 2 * (os.cpu_count() or 1)
 GRACE_SECONDS = 2.0  # between asking a session to end and killing it
 HISTORY = 20  # commands that are remembered
@@ -197,14 +197,11 @@ class AISession:
         self.exit_status: Optional[int] = None
         self.signal: Optional[int] = None
         self.watchers: List[Callable[[Dict[str, Any]], None]] = []
-        self._port, self._secret = 0, ""
         self._family = family_of(config.arguments())
-        self._tail = Tail(config.buffer_bytes)
+        self._link = Link(0, "", config.buffer_bytes, self._take, self._lost)
         self._running: Optional[_Running] = None
         self._cutting: Optional["asyncio.Task[None]"] = None
         self._carry = b""
-        self._writer: Optional[asyncio.StreamWriter] = None
-        self._listening: Optional["asyncio.Task[None]"] = None
         self._turn, self._prompt, self._over = asyncio.Lock(), asyncio.Event(), asyncio.Event()
 
     # -- its life -----------------------------------------------------------------------------------------------------
@@ -213,20 +210,20 @@ class AISession:
         """Start the program; for a shell, wait until it takes commands."""
         if self.state != "new":
             raise SessionError(f"session {self.name} was started already")
-        self._secret = secrets.token_hex(16)
+        self._link.secret = secrets.token_hex(16)
         quiet = QUIET if self._family else {}
         order = {"argv": self.config.arguments(), "cwd": self.config.cwd, "rows": self.config.rows,
                  "columns": self.config.columns, "env": dict({"TERM": "xterm-256color"}, **quiet, **self.config.env),
-                 "cast": self.config.cast and os.path.abspath(self.config.cast), "secret": self._secret,
+                 "cast": self.config.cast and os.path.abspath(self.config.cast), "secret": self._link.secret,
                  "buffer_bytes": self.config.buffer_bytes, "directory": os.path.abspath(self.directory)}
         loop = asyncio.get_running_loop()
         told = await loop.run_in_executor(None, _start_host, order)
         if "error" in told:
             raise SessionError(f"session {self.name} cannot start: {told['error']}")
-        self.pid, self.host_pid, self._port = told["pid"], told["host"], told["port"]
+        self.pid, self.host_pid, self._link.port = told["pid"], told["host"], told["port"]
         self.started_at, self.state = time.time(), "running"
         self._save()
-        await self._connect()
+        await self._link.connect()
         if self._family:
             await self._prepare_shell()
 
@@ -246,57 +243,20 @@ class AISession:
     async def attach(self) -> bool:
         """Connect to a session that another manager started. False when it is not there any more."""
         try:
-            await self._connect()
-        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, SessionError):
+            await self._link.connect()
+        except Link.trouble:
             self._ended(None)
             return False
         self.state = "running"
         return True
 
-    async def _connect(self) -> None:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", self._port), 5)
-        try:
-            nonce = os.urandom(NONCE_BYTES)
-            writer.write(nonce)
-            answer = await asyncio.wait_for(reader.readexactly(32 + NONCE_BYTES), 5)
-            if not hmac.compare_digest(answer[:32], proof(self._secret, b"host", nonce)):
-                raise SessionError(f"port {self._port} is not session {self.name}'s any more")
-            writer.write(proof(self._secret, b"client", answer[32:]))
-            _, hello = await asyncio.wait_for(read_message(reader), 5)
-            _, tail = await asyncio.wait_for(read_message(reader), 5)
-        except BaseException:
-            writer.close()
-            raise
-        self._tail = Tail(self.config.buffer_bytes)
-        self._tail.total = json.loads(hello)["total"] - len(tail)
-        self._carry = b""
-        self._writer = writer
-        self._take(tail)
-        self._listening = asyncio.get_running_loop().create_task(self._listen(reader))
-
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        told: Optional[Dict[str, Any]] = None
-        try:
-            while told is None:
-                kind, data = await read_message(reader)
-                if kind == b"o":
-                    self._take(data)
-                elif kind == b"x":
-                    told = json.loads(data)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        if self._writer:
-            self._writer.close()
-        if told is None and self.state == "running":
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, SessionError):
-                return await self._connect()  # it was let go because it fell behind
-            if not WINDOWS:  # the host was killed: what ignores the hang-up that follows is ended here
-                signal_begun(self.pid, signal.SIGKILL)
+    async def _lost(self, told: Optional[Dict[str, Any]]) -> None:
+        if told is None and not WINDOWS:  # the host was killed: what ignores the hang-up that follows is ended here
+            signal_begun(self.pid, signal.SIGKILL)
         await _reaped(self.host_pid)
         self._ended(told)
 
     def _take(self, data: bytes) -> None:
-        self._tail.add(data)
         seen = self._carry + data
         if b"\x1b]7773" in seen:
             for found in _MARK.finditer(seen):
@@ -320,9 +280,9 @@ class AISession:
         told = told or _read_json(os.path.join(self.directory, "exit.json")) or {}
         self.state, self.ended_at = "terminated", told.get("ended_at") or time.time()
         self.exit_status, self.signal = told.get("exit_status"), told.get("signal") or None
-        if not self._tail.total:
+        if not self._link.tail.total:
             with contextlib.suppress(OSError), open(os.path.join(self.directory, "output"), "rb") as file:
-                self._tail.add(file.read())
+                self._link.tail.add(file.read())
         if self._running:
             self._running.end(None)
         self._over.set()
@@ -333,7 +293,7 @@ class AISession:
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Hang the session up; what still runs after ``grace`` seconds is killed. Nothing when it is over already."""
         if self.state == "running":
-            self._send(b"k", json.dumps({"grace": grace}).encode())
+            await self._send(b"k", json.dumps({"grace": grace}).encode())
             try:
                 await asyncio.wait_for(self._over.wait(), grace + 10)
             except asyncio.TimeoutError:
@@ -346,41 +306,33 @@ class AISession:
 
     async def detach(self) -> None:
         """Let go of the session, which goes on."""
-        if self._listening:
-            self._listening.cancel()
-            await asyncio.wait({self._listening})
-        if self._writer:
-            self._writer.close()
-            with contextlib.suppress(ConnectionError):
-                await self._writer.wait_closed()
+        await self._link.close()
 
     # -- its terminal -------------------------------------------------------------------------------------------------
 
-    def _send(self, kind: bytes, data: bytes) -> None:
-        if self.state != "running" or self._writer is None:
+    async def _send(self, kind: bytes, data: bytes) -> None:
+        if self.state != "running":
             raise SessionError(f"session {self.name} is {self.state}")
-        self._writer.write(packed(kind, data))
+        await self._link.send(kind, data)
 
     async def send_input(self, data: Union[str, bytes]) -> None:
         """Type something: "\\n" is the enter key, "\\x03" control-C."""
-        self._send(b"i", data.encode() if isinstance(data, str) else bytes(data))
-        assert self._writer is not None
-        await self._writer.drain()
+        await self._send(b"i", data.encode() if isinstance(data, str) else bytes(data))
 
     async def resize(self, rows: int, columns: int) -> None:
         """Change the size of the terminal; the program is told (SIGWINCH)."""
         self.config = dataclasses.replace(self.config, rows=rows, columns=columns)
-        self._send(b"w", json.dumps({"rows": rows, "columns": columns}).encode())
+        await self._send(b"w", json.dumps({"rows": rows, "columns": columns}).encode())
         self._save()
 
     async def raw_output(self, last: Optional[int] = None) -> bytes:
         """The last output as it was written: at most ``last`` bytes, and what the buffer holds."""
-        return self._tail.last(last)
+        return self._link.tail.last(last)
 
     async def read_output(self, last: Optional[int] = None) -> str:
         """The last output as text without control sequences: the screen and what has scrolled off it, of at most the
         last 256 KB."""
-        return await self._clean(self._readable(self._tail.last(last)))
+        return await self._clean(self._readable(self._link.tail.last(last)))
 
     def _readable(self, data: bytes) -> bytes:
         """Output where a command stands as it was given, not as what was typed to run it."""
@@ -505,7 +457,7 @@ class AISession:
                 "command": self.config.arguments(), "cwd": self.config.cwd, "directory": self._directory_now(),
                 "rows": self.config.rows, "columns": self.config.columns, "pid": self.pid,
                 "started_at": self.started_at, "ended_at": self.ended_at or None, "exit_status": self.exit_status,
-                "signal": self.signal, "output_bytes": self._tail.total, "commands": len(self.history),
+                "signal": self.signal, "output_bytes": self._link.tail.total, "commands": len(self.history),
                 "metadata": dict(self.metadata)}
 
     def _directory_now(self) -> Optional[str]:
@@ -559,8 +511,8 @@ class AISession:
     def _save(self) -> None:
         if os.path.isdir(self.directory):  # it is gone when the session was removed
             config = dict(dataclasses.asdict(self.config), env=sorted(self.config.env))
-            state = {"config": config, "pid": self.pid, "host": self.host_pid, "port": self._port,
-                     "secret": self._secret, "started_at": self.started_at, "metadata": self.metadata,
+            state = {"config": config, "pid": self.pid, "host": self.host_pid, "port": self._link.port,
+                     "secret": self._link.secret, "started_at": self.started_at, "metadata": self.metadata,
                      "history": self.history}
             write_private(os.path.join(self.directory, "state.json"), json.dumps(state).encode())
 
@@ -571,8 +523,8 @@ class AISession:
         try:
             kept = {key: value for key, value in state["config"].items() if key != "env"}
             session = cls(SessionConfig(**kept), directory)
-            session.pid, session.host_pid, session._port = state["pid"], state["host"], state["port"]
-            session._secret, session.started_at = state["secret"], state["started_at"]
+            session.pid, session.host_pid, session.started_at = state["pid"], state["host"], state["started_at"]
+            session._link.port, session._link.secret = state["port"], state["secret"]
             session.metadata, session.history = state["metadata"], state["history"]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise SessionError(f"{directory} holds no session that can be read: {error!r}") from None
@@ -662,8 +614,12 @@ class SessionManager:
 
     async def create_session(self, config: SessionConfig) -> AISession:
         """Start a session. SessionError when the name is taken or it cannot start."""
+        place = self._place(config.name)
+        with contextlib.suppress(OSError):  # of a manager that was killed while it started one
+            if not os.path.exists(os.path.join(place, "state.json")) and time.time() - os.stat(place).st_mtime > ABANDONED:
+                shutil.rmtree(place)
         try:
-            os.mkdir(self._place(config.name), 0o700)
+            os.mkdir(place, 0o700)
         except FileExistsError:
             raise SessionError(f"there is a session {config.name} already") from None
         session = self._watch(AISession(config, self._place(config.name)))
