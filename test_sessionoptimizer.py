@@ -1438,7 +1438,7 @@ def test_a_guessed_price_and_an_unpriced_model_are_told():
 def test_the_bills_of_real_sessions_add_up():
     scan = so.TranscriptScan(None, "s")
     scan.look_at([REAL])
-    sessions = [session for _, found in scan.read(None) for session in found]
+    sessions = [session for _, found in scan.read() for session in found]
     assert len(sessions) > 100
     for session in sessions:
         assert_adds_up(session)
