@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import itertools
 import os
@@ -1037,35 +1038,144 @@ class OptimizationReport(_Record):
 # Secrets
 # ==================================================================================================
 
-_SECRET_HINTS = ("k-", "k_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "akia", "asia", "xox",
-                 "aiza", "eyj", "glpat-", "npm_", "hf_", "token", "secret", "passw", "passphrase", "pwd",
-                 "key", "bearer", "basic", "cookie", "mysql", "login", "openssl", "authorization", "://", "sshpass", "-u ")
-_SECRETS = _Pattern(r"""(?xis)
-  -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY-----.*?(?:-----END[^\n]{0,50}|\Z)
-| \b(?:[spr]k[-_](?:live_|test_|ant-|proj-)?[\w-]{16,200} | gh[pousr]_\w{20,255} | github_pat_\w{20,255}
-    | (?:AKIA|ASIA)[0-9A-Z]{16} | xox[abprs]-[\w-]{10,200} | AIza[\w-]{30,50}
-    | eyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]{0,2000}
-    | glpat-[\w-]{16,100} | npm_\w{30,60} | hf_\w{30,60})
-| (?P<kept>
-      (?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|passphrase|\bpwd|\bkey_base)[\w-]{0,20}["']?\s{0,3}[=:]\s{0,3}["']?
-    | --(?:with-|client-)?(?:password|passwd|token|api-key|secret)(?:=|\s{1,3})["']?
-    | \b(?:aws_)?secret_access_key\s{1,3}["']? | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}=
-    | \b(?:login|mysql|mysqldump|psql|enc)\b[^\n|;&]{0,80}\s-[pk]\s{0,3}["']?
-    | authorization["']?\s{0,3}[:=]\s{0,3}["']?(?:(?:bearer|basic|token)\s{1,3})?
-    | \b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{16})
-    | ://[^\s/@:'"]{0,200}:(?=[^\s/@]{1,200}@)
-    | \bsshpass\s{1,3}-p\s{0,3}["']?
-    | \s-u\s{1,3}["']?[\w.@-]{1,100}:(?!/)
-  )[^\s"'$&|;,)}@<>\\*]{1,2000}
-""")
+# Names of what is always secret, unless they end as a file, an address or a count does, and of what
+# is when its value has letters and digits.
+_SECRET_NAME = r"""(?:
+  (?i:pass(?:w(?:or)?d|phrase|code)?(?!word|ed|es|ing|ive|ion|age|port|through|thru|less)
+    | (?<![a-z])pw(?:d|(?=\s?[=:])) | secret(?!ary|ion|s?[./])
+    | token(?!s\b|iz|[_-]?(?:count|limit|type)) | (?<![a-z])cred(?:ential)?s?(?![a-z])
+    | (?:api|access|account|shared|private|encrypt\w{0,3}|signing|secret|master|auth|client|license
+        |app|storage|deploy|service|consumer|session|webhook|admin)[-_.]?key(?!s))
+| (?<=_)(?:KEY|AUTH|SIG)(?![A-Z])(?=[A-Z0-9_]{0,40}=) | (?<=-)(?i:key)(?=:\s))
+(?![\w.-]{0,40}
+  (?i:file|path|stdin|dir|id|name|url|uri|type|policy|ttl|env|length|prompt|pattern)s?\b)
+[\w-]{0,40}"""
+_WEAK_NAME = r"""(?:(?i:(?<![a-z])(?:key|auth|sig(?:nature)?)(?![a-z]))
+  | (?<=[a-z])(?:Key|Auth|Sig(?:nature)?)(?![a-z]))[\w-]{0,40}"""
+_NAMED = r"""
+    (?:%(secret)s
+      (?:\\?["']?\]?(?:=(?!=)|:(?![:=])(?=\S|\s{0,3}
+            (?:\\?["']|\S{1,300}\s{0,3}(?:[^\w\s]|\n|\Z))))\s{0,3}
+        | ["']?\]?\s{1,3}(?:=>|:=|=)\s{1,3}(?=["']|\S{0,60}\d) | >(?=[^<>\s]{1,200}</))
+    | (?<![\w-])--?[\w-]{0,40}?%(secret)s\s{1,3}(?!-)
+    | \bset(?:x|\s+-\w{1,3})?\s+\w{0,40}?%(secret)s\s{1,3}
+    | (?:%(weak)s\\?["']?\s{0,3}[=:]\s{0,3} | (?<![\w-])--?[\w-]{0,40}?%(weak)s\s{1,3})
+      (?=\\?["']?[A-Za-z_+/=.:-]{0,60}\d)(?=\\?["']?[\d_+/=.:-]{0,20}[A-Za-z])
+      (?=\\?["']?[\w+/=.:-]{8})(?!\\?["']?[\w-]{0,30}[./]\w{1,9}\b)
+    | (?i:authorization)["']?\s{0,3}[:=]\s{0,3}["']?
+      (?:(?i:bearer|basic|token|digest|apikey)\s{1,3})?(?!(?i:bearer|basic|token|digest|apikey)\s)
+    | (?i:_authToken)\s{1,3})""" % {"secret": _SECRET_NAME, "weak": _WEAK_NAME}
+_SAID = r"""
+    (?i:(?:\b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{12})(?=[A-Za-z._~+/-]{0,60}[\d=])
+    | --oauth2-bearer\s{1,3} | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}= | \brequirepass\s+
+    | \b(?:securestring|identified\s+by|(?:with|set)\s+password\s*=?)\s+ | \bpass:(?=\w)))"""
+_ADDRESSED = r"""
+    (?:://[^\s/@:'"]{0,200}:(?=[^\s/'"]{1,200}@) | ://(?=[\w-]{20,200}@)
+    | \bhooks\.slack\.com/(?:services|workflows|triggers)/ | \bapi\.telegram\.org/bot
+    | \bdiscord(?:app)?\.com/api/webhooks/\d{1,30}/ | \bwebhook\.office\.com/webhookb2/
+    | \bhooks\.zapier\.com/hooks/catch/)"""
+_GIVEN = r"""
+    (?:(?:\s-[ua]|--(?:proxy-)?user|--auth)[\s=]{0,3}(?P<quote>["'])?[\w.@%+-]{1,100}:
+      (?![/\\]|\d+\b)
+    | \s-U\s{1,3}["']?[\w.\\/-]{1,60}% | (?:\s-b|--cookie)[\s=]{1,3}(?P<jar>["'])?[\w.-]{1,60}=
+    | \s/(?:p(?:ass)?:|user:\S{1,60}\s{1,3}(?!/)))"""
+_TYPED = r"""
+    \b(?:(?:mysql|mariadb)[\w-]{0,9}\b[^\n|;&]{0,200}?\s-p(?=\S) | 7z\b[^\n|;&]{0,80}?\s-p
+    | (?:sshpass|mongo\w{0,9}|rdesktop|twine|login)\b[^\n|;&]{0,200}?\s-p\s{0,3}
+    | (?:zip|unzip|sqlcmd|ssh-keygen)\b[^\n|;&]{0,80}?\s-P\s{0,3}
+    | ssh-keygen\b[^\n|;&]{0,80}?\s-N\s{1,3} | lftp\b[^\n|;&]{0,200}?\s-u\s{1,3}["']?[\w.@-]{1,60},
+    | redis-cli\b[^\n|;&]{0,80}?\s-a\s{1,3} | ldap\w{3,8}\b[^\n|;&]{0,200}?\s-w\s{1,3}
+    | openssl\b[^\n|;&]{0,200}?\s-[kK]\s{1,3} | sqlplus\s+(?:-\w+\s+)?\w{1,60}/
+    | (?:vault|cargo)\s+login\s+(?!-) | login\s+\S{1,100}\s+password\s+
+    | (?:add_user|change_password)\s+\S{1,60}\s+ | htpasswd\s+-\w*b\w*\s+\S{1,200}\s+\S{1,60}\s+
+    | secrets?\s+set\s[^\n|;&]{0,80}?(?:--body[\s=]|=)
+    | (?:sudo|passwd|chpasswd|login)\b[^\n|;&]{0,100}?<<<\s{0,3}
+    | (?:echo|printf)\s{1,3}(?:-\w{1,3}\s{1,3}|["']?%s(?:\\n)?["']?\s{1,3})?
+      (?=[^\n|;&]{1,200}\|\s{0,3}(?:sudo\s[^\n|;&]{0,40}-S|(?:sudo\s+)?(?:ch)?passwd\b
+        |base64\s{0,3}(?:-w\s?0\s{0,3})?(?:[\n|;&)]|\Z)
+        |\S{1,40}\s[^\n|;&]{0,60}--(?:password-stdin|with-token|passphrase-fd))))"""
+# What follows: no variable, no file, no word of code; up to the closing quote where there is one.
+_VALUE = r"""(?P<open>\\?["'])?)
+  (?!(?i:true|false|null|none|nil|undefined|yes|no|on|off|str|string|required|optional)\b
+    | [$<{%(*\[`] | ~ | \.{0,2}/ | [a-zA-Z_][\w.]*[(\[] | \d{1,3}\b(?![./\w-])
+    | (?:process\.env|os\.environ|secrets|env|config|self|args)\b)
+  (?(open)(?:(?!(?P=open)).){1,2000}"""
+_BARE = r"""[^\s"'`&|;,)}<>\\]{1,2000}"""
+_PROVIDERS = _Pattern(r"""(?x)(?<![A-Za-z0-9])(?:
+    [sprc]k[-_](?:live_|test_|ant-|proj-|or-)?[\w-]{16,} | gh[pousr]_\w{20,} | github_pat_\w{20,}
+  | (?:AKIA|ASIA|ABIA|ACCA|LTAI)[0-9A-Za-z]{12,} | xox[a-z](?:\.xox[a-z])?-[\w-]{10,}
+  | xapp-[\w-]{10,} | AIza[\w-]{30,} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,}
+  | gl(?:pat|dt|rt|ptt|cbt|soat|ft)-[\w.-]{16,} | pypi-[\w-]{16,} | SG\.[\w-]{16,}\.[\w-]{16,}
+  | whsec_[\w+/=]{16,} | hv[sbr]\.[\w-]{16,} | dapi[0-9a-f]{32} | shp(?:at|ca|pa|ss)_\w{16,}
+  | do[por]_v1_\w{16,} | sq0[a-z]{3}-[\w-]{16,} | EAA[A-Z]\w{30,} | (?:NRAK|PMAK|CFPAT)-[\w-]{16,}
+  | dp\.(?:pt|st|ct|sa)\.[\w.-]{16,} | dt0c01\.[\w.]{20,} | \w{10,20}\.atlasv1\.[\w-]{20,}
+  | AGE-SECRET-KEY-1\w{20,} | A(?:TATT3|TBB|TCTT3)[\w=-]{16,} | v1\.0-[0-9a-f]{24}-[0-9a-f]{40,}
+  | (?:npm|hf|gsk|lin_api|lin_oauth|sntry[su]|rubygems|figd|gl(?:c|sa)|r8|dckr_pat|sbp|sb_secret
+     |ntn|secret|pscale_(?:tkn|pw|oauth)|shippo_(?:live|test)|bkua|CLOJARS|fo1|fm[12]r?|aio|rnd|rpa
+     |e2b|jina|duffel_(?:live|test)|lsv2_(?:pt|sk)|phx|nvapi|pplx|pul|xkeysib|xsmtpsib|hrku|HRKU|key
+     |tvly|xai|fc|FLWSECK(?:_TEST)?|tk-us|fio-u|sess|api_org)[-_](?=[A-Za-z_-]{0,30}\d)[\w=-]{20,}
+  | (?<!-)eyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)? | [MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}
+  | \d{8,10}:AA[\w-]{32,34} | [0-9a-f]{32}-us\d\d? | SK[0-9a-f]{32} | EZ[AT]K\w{40,} )""")
+_KEY_BLOCK = _Pattern(r"(?s)-----BEGIN [A-Z ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----.*?"
+                      r"(?:-----END[^\n-]{0,50}-----|\Z)")
+# Long words, but for the numbers of calls and messages, public keys and checksums.
+_WORD = _Pattern(r"""(?x)(?<![\w/.+~@-])
+  (?!(?:toolu|msg|call|req|resp|chatcmpl|fc|rs|ses|prt|item|run|gen|evt)_|AAAA|sha\d+-)
+  (?=[^a-z\s]{0,99}[a-z])(?=[^A-Z\s]{0,99}[A-Z])(?=[^\d\s]{0,99}\d[^\d\s]{0,99}\d)
+  (?P<word>[A-Za-z0-9+_][A-Za-z0-9+/_-]{23,200}={0,2})(?![\w/.=:-])""")
+_IN_JAR = r"(?(quote)(?:(?!(?P=quote)).){1,2000}|(?(jar)(?:(?!(?P=jar)).){1,2000}|%s))" % _BARE
+# What a text must hold, in lower case, for a rule to be tried; the rule.
+_RULES = [
+    (hints.split("|"), _Pattern("(?x)(?P<kept>%s%s|%s)" % (before, _VALUE, value)))
+    for hints, before, value in (
+        ("pass|pwd|pw=|pw:|key|secret|token|cred|auth|sig", _NAMED, _BARE),
+        ("bearer|basic |cookie|pass|securestring|identified", _SAID, _BARE),
+        ("://|hook|telegram", _ADDRESSED, r"(?:[^\s/'\"]{1,200}(?=@)|%s)" % _BARE),
+        (" -u| -a| -b|user|--auth|cookie|/p:|/pass:", _GIVEN, _IN_JAR),
+        (" -p| -n | -u | -a | -w | -k |login|passw|secret|sqlplus|add_user|<<<|echo|printf",
+         _TYPED, _BARE))]
 
 
+@functools.lru_cache(maxsize=4_096)  # paths and names come again and again
 def mask_secrets(text: str) -> str:
     """Return the text with what looks like a key, a token or a password replaced by `***`."""
     lower = text.lower()
-    if not any(map(lower.__contains__, _SECRET_HINTS)):
-        return text
-    return _SECRETS.sub(lambda match: (match.group("kept") or "") + "***", text)
+    if "-----begin" in lower:
+        text = _KEY_BLOCK.sub("***", text)
+    text = _PROVIDERS.sub("***", text)
+    for hints, rule in _RULES:
+        if any(map(lower.__contains__, hints)):
+            text = rule.sub(r"\g<kept>***", text)
+    return _WORD.sub(_hide_random, text)
+
+
+def _hide_random(match: Any) -> str:
+    """Hide a word that looks drawn by lot: capitals, small letters and digits in quick change."""
+    word = match.group()
+    kinds = [char.isdigit() + 2 * char.isupper() + 4 * char.islower() for char in word]
+    changes = sum(map(int.__ne__, kinds, kinds[1:]))
+    likely = 5 * min(kinds.count(2), kinds.count(4), changes // 2) >= len(word)
+    return "***" if likely and len(word) >= 8 * word.count("/") else word
+
+
+def masked(value: Any, *, hashes: bool = True) -> Any:
+    """Return a JSON value with the secrets in all its strings masked, keys too.
+
+    With `hashes=False` hashes are left out: for what an older version stored, which took them of
+    text that was not masked.
+    """
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, dict):
+        return {mask_secrets(str(key)): masked(part, hashes=hashes) for key, part in value.items()
+                if hashes or key not in _HASHES or not _HASH.match(str(part))}
+    if isinstance(value, (list, tuple)):
+        return [masked(part, hashes=hashes) for part in value]
+    return value
+
+
+_HASHES = ("content_hash", "error_hash", "operation")
+_HASH = _Pattern(r"(?:prompt )?[0-9a-f]{16}\Z")
 
 
 # ==================================================================================================

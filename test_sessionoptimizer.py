@@ -561,6 +561,260 @@ def test_mask_secrets(text, masked):
     assert so.mask_secrets(text) == masked
 
 
+# What a secret looks like: %s stands for it. A word drawn by lot is the same each time.
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+HEX, LOWER, UPPER = "0123456789abcdef", LETTERS + "0123456789", LETTERS.upper() + "0123456789"
+
+
+def drawn(length, letters=LETTERS + UPPER):
+    rng = random.Random(f"{length}{letters[:3]}")
+    return "".join(rng.choice(letters) for _ in range(length))
+
+
+KEYS = [  # by the prefixes that providers give them
+    "sk-ant-api03-" + drawn(40), "sk-proj-" + drawn(48), "sk-" + drawn(48), "sk_live_" + drawn(24),
+    "rk_live_" + drawn(24), "sk_test_" + drawn(24), "ghp_" + drawn(36), "gho_" + drawn(36), "ghs_" + drawn(36),
+    "github_pat_" + drawn(22) + "_" + drawn(59), "AKIA" + drawn(16, UPPER), "ASIA" + drawn(16, UPPER),
+    "xoxb-123456789012-123456789012-" + drawn(24), "xapp-1-A012-123-" + drawn(64, HEX), "xoxe.xoxp-1-" + drawn(60),
+    "AIza" + drawn(35), "ya29." + drawn(60), "GOCSPX-" + drawn(28), "glpat-" + drawn(20), "gldt-" + drawn(20),
+    "glrt-" + drawn(20), "npm_" + drawn(36), "hf_" + drawn(34), "pypi-AgEIcHlwaS5vcmc" + drawn(60),
+    "SG." + drawn(22) + "." + drawn(43), "whsec_" + drawn(32), "hvs." + drawn(90), "gsk_" + drawn(52),
+    "dapi" + drawn(32, HEX), "shpat_" + drawn(32, HEX), "shpss_" + drawn(32, HEX), "dop_v1_" + drawn(64, HEX),
+    "lin_api_" + drawn(40), "PMAK-" + drawn(24, HEX) + "-" + drawn(34, HEX), "NRAK-" + drawn(27, UPPER),
+    "rubygems_" + drawn(48, HEX), "sq0atp-" + drawn(22), "figd_" + drawn(40), "glsa_" + drawn(32) + "_" + drawn(8, HEX),
+    "HRKU-AA" + drawn(58), "r8_" + drawn(37), "pplx-" + drawn(48), "nvapi-" + drawn(60),
+    drawn(14, LOWER) + ".atlasv1." + drawn(60), "dt0c01." + drawn(24, UPPER) + "." + drawn(64, UPPER),
+    "AGE-SECRET-KEY-1" + drawn(58, UPPER), "ATATT3xFf" + drawn(60), "dckr_pat_" + drawn(27), "fo1_" + drawn(43),
+    "pscale_tkn_" + drawn(40), "sbp_" + drawn(40, HEX), "ntn_" + drawn(46), "dp.pt." + drawn(43), "CFPAT-" + drawn(43),
+    "sntrys_" + drawn(60), "key-" + drawn(32, HEX), drawn(32, HEX) + "-us12", "SK" + drawn(32, HEX),
+    "eyJ" + drawn(33) + ".eyJ" + drawn(60) + "." + drawn(43), "M" + drawn(23) + "." + drawn(6) + "." + drawn(27),
+    "1234567890:AA" + drawn(33), "lsv2_pt_" + drawn(32, HEX) + "_" + drawn(10, HEX),
+    "xkeysib-" + drawn(64, HEX) + "-" + drawn(16), "EZAK" + drawn(54), "sk-or-v1-" + drawn(64, HEX), "xai-" + drawn(80),
+    "tvly-" + drawn(32), "LTAI" + drawn(20),
+]
+SECRETS = [("curl -d %s https://x.y", key) for key in KEYS] + [
+    ("export DB_PASS=%s", "hunter2"), ("DB_PASSWORD=%s psql", "hunter2"), ("PGPASSWORD=%s psql -h db", "geheim"),
+    ("MYSQL_PWD=%s mysql", "tiger"), ("export SSHPASS=%s", "letmein"), ("export APP_KEY=%s", "abcdefgh"),
+    ("DEPLOY_KEY='%s' ./d.sh", "a b c d"), ("export MY_SECRET=%s", "swordfish"),
+    ("JWT_SECRET=\"%s\" node s.js", "very secret words"), ("SECRET_KEY_BASE=%s rails s", drawn(40, HEX)),
+    ("GITHUB_TOKEN=%s gh pr list", "abc123"), ("TOKEN=%s", "xyzzy"), ("AWS_SECRET_ACCESS_KEY=%s aws s3 ls", drawn(40)),
+    ("DB_CRED=%s", "hunter2"), ("X_CREDENTIALS=%s", "u-p-1"), ("NPM_AUTH=%s npm i", "dXNlcjpwYXNz1"),
+    ("BASIC_AUTH=%s", "user1:pass1x"), ("REQUEST_SIG=%s", drawn(32, HEX)),
+    ("curl 'https://x.y/z?sig=%s'", drawn(32, HEX)), ("curl 'https://x.y/?a=1&api_key=%s&z=1'", "abc"),
+    ("curl 'https://x.y/?access_token=%s'", "abc123"), ("{\"password\": \"%s\"}", "two words"),
+    ("{\"apiKey\": \"%s\"}", "abc"), ("{\"clientSecret\":\"%s\"}", "abc-def"),
+    ("curl -d '{\"passwd\":\"%s\"}' x", "a,b;c"), ("curl -d \"{\\\"password\\\":\\\"%s\\\"}\" x", "hunter2"),
+    ("echo \"password: %s\" >> c.yml", "hunter2"), ("password='%s'", "first SECOND"),
+    ("PASSWORD=\"%s\" ./x", "first SECOND"), ("mysql --password=%s", "hunter2"), ("mysql --password %s db", "hunter2"),
+    ("mysqldump -u root -p%s db", "4711"), ("mysql -uroot -p'%s' db", "geheim"), ("sshpass -p %s ssh a@b", "hunter2"),
+    ("sshpass -p '%s' ssh a@b", "hun ter2"), ("docker login -u me -p %s reg.io", "hunter2"),
+    ("mongosh -u a -p %s", "hunter2"), ("redis-cli -h x -a %s ping", "hunter2"), ("curl -u me:%s https://x", "hunter2"),
+    ("curl --user me:%s https://x", "hunter2"), ("curl --user 'me:%s' https://x", "hunter2"),
+    ("curl --proxy-user me:%s x", "hunter2"), ("curl -b session=%s https://x", "abcdef"),
+    ("curl -b 'sid=%s' https://x", "a1b2c3"), ("curl --cookie \"session=%s\" x", "abcdef"),
+    ("curl -H 'Cookie: sid=%s' x", "abcdef"), ("curl -H 'Authorization: Bearer %s' x", "abc.def-123"),
+    ("curl -H \"Authorization: Basic %s\" x", "dXNlcjpwYXNz"), ("curl -H 'Authorization: %s' x", "abc123"),
+    ("curl -H 'X-Api-Key: %s' x", "abc"), ("curl -H 'PRIVATE-TOKEN: %s' x", "abc"),
+    ("curl -H 'X-Auth-Token: %s' x", "abc"), ("curl --oauth2-bearer %s x", "abc"),
+    ("gpg --batch --passphrase %s -d f", "hunter2"), ("gpg --passphrase '%s' -d f", "two words"),
+    ("keytool -storepass %s -list", "changeit"), ("keytool -keypass %s -list", "changeit"),
+    ("openssl enc -aes-256-cbc -k %s -in f", "hunter2"), ("openssl rsa -passin pass:%s", "hunter2"),
+    ("zip -P %s a.zip b", "hunter2"), ("unzip -P %s a.zip", "hunter2"), ("7z x -p%s a.7z", "hunter2"),
+    ("ldapsearch -D cn=a -w %s", "hunter2"), ("mysql -e \"CREATE USER a IDENTIFIED BY '%s'\"", "hunter2"),
+    ("psql -c \"ALTER USER a WITH PASSWORD '%s'\"", "hun ter2"), ("echo %s | sudo -S apt update", "hunter2"),
+    ("echo '%s' | sudo -S ls", "hunter2"), ("printf '%s' | docker login -u me --password-stdin", "hunter2"),
+    ("echo %s | gh auth login --with-token", "abc"), ("git clone https://me:%s@host/x.git", "pw"),
+    ("psql postgres://me:%s@db/x", "p@ss"), ("redis-cli -u redis://:%s@h:6379", "hunter2"),
+    ("git clone https://%s@github.com/a/b", drawn(40, HEX)), ("mongodb+srv://me:%s@c.net/db", "p@s@s"),
+    ("curl -X POST https://hooks.slack.com/services/%s", "T00000000/B00000000/" + drawn(24)),
+    ("curl https://discord.com/api/webhooks/123456789/%s", drawn(68)),
+    ("curl https://discordapp.com/api/webhooks/123456789/%s", drawn(68)),
+    ("curl https://a.webhook.office.com/webhookb2/%s", drawn(40, HEX)),
+    ("curl https://hooks.zapier.com/hooks/catch/%s", "123456/abcdef"),
+    ("curl https://api.telegram.org/bot%s/getMe", "123456789:AA" + drawn(33)),
+    ("DefaultEndpointsProtocol=https;AccountName=a;AccountKey=%s;", drawn(86) + "=="),
+    ("Endpoint=sb://x/;SharedAccessKeyName=a;SharedAccessKey=%s", drawn(43) + "="), ("echo %s", drawn(40)),
+    ("run %s now", drawn(32)), ("x '%s'", drawn(64) + "=="),
+    ("-----BEGIN RSA PRIVATE KEY-----\n%s\n-----END RSA PRIVATE KEY-----", drawn(64)),
+    ("cat <<E\n-----BEGIN OPENSSH PRIVATE KEY-----\n%s\n", drawn(64)), ("npm config set //r/:_authToken=%s", "abc"),
+    ("npm config set //r/:_authToken %s", "abc"), ("$env:API_KEY = \"%s\"", "abc def"),
+    ("set -x OPENAI_API_KEY %s", drawn(20)), ("twine upload -u me --password %s", "abc"),
+    ("terraform apply -var db_password=%s", "hunter2"), ("helm install x --set auth.password=%s", "hunter2"),
+    ("kubectl create secret generic a --from-literal=password=%s", "hunter2"),
+    ("heroku config:set STRIPE_SECRET=%s", "abc"), ("vault login %s", "s.abcdefgh"),
+    ("machine x login me password %s", "hunter2"), ("client.login(token=\"%s\")", "abc"),
+    ("requests.get(u, headers={'X-API-KEY': '%s'})", "abc"), ("ftp://me:%s@host/f", "a/b".replace("/", ":")),
+    ("smbclient //h/s -U me%%%s", "hunter2"), ("az login --service-principal -u a -p %s", "hunter2"),
+    ("snowsql --private-key-passphrase=%s", "abc"), ("ansible-playbook x -e ansible_become_pass=%s", "hunter2"),
+    ("wget --http-password=%s u", "hunter2"), ("rclone --s3-secret-access-key %s ls", "abcdef123"),
+    ("PASSPHRASE='%s' gpg", "a \"b\" c"), ("webhook_secret: \"%s\"", "abc"), ("auth_token=%s&x", "abcd"),
+    ("--client-secret=%s", "abcdefg"), ("SIGNING_KEY=%s make", "abcdefg"), ("export STRIPE_KEY=%s","rk_test_51H8"),
+    ("HEROKU_API_KEY=%s heroku ps","01234567-89ab-cdef-0123-456789abcdef"),
+    ("curl -H 'api-key: %s' https://s.search.windows.net","0F1E2D3C4B5A69788796A5B4C3D2E1F0"),
+    ("curl -H \"apikey: %s\" https://x.supabase.co","abcdef123456"), ("curl -H 'X-Vault-Token: %s' https://v","root"),
+    ("curl -H 'x-functions-key: %s' u","abcdefg=="), ("docker run -e POSTGRES_PASSWORD=%s postgres","mysecret"),
+    ("docker run -e MYSQL_ROOT_PASSWORD='%s' mysql","my secret"), ("docker build --build-arg NPM_TOKEN=%s .","abcdef"),
+    ("export OPENAI_API_KEY='%s'","sk-abc123def456ghi789"),
+    ("az storage blob list --account-key %s","Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq=="),
+    ("az ad sp create --password %s","P@ssw0rd!"), ("net use Z: \\\\s\\h /user:me %s","hunter2"),
+    ("psql \"host=db user=me password=%s\"","hunter2"), ("psql 'postgresql://me:%s@h:5432/d'","p@ss:w0rd"),
+    ("sqlplus me/%s@db","tiger"), ("mysql -h db -u me --password=\"%s\" x","a b"),
+    ("mysqladmin -u root -p%s shutdown","rootpw"), ("mariadb -uroot -p%s","rootpw"),
+    ("sudo -S <<< '%s' apt update","hunter2"), ("sudo -S apt update <<< %s","hunter2"),
+    ("echo '%s' | passwd --stdin me","hunter2"), ("echo 'me:%s' | chpasswd","hunter2"),
+    ("echo -n %s | base64","c0ffee!Pass"), ("printf '%%s' %s | sudo -S id","hunter2"),
+    ("ssh-keygen -t rsa -N '%s' -f k","my pass"), ("ssh-keygen -p -P %s -N x","oldpass1"),
+    ("gpg --passphrase=%s -c f","hunter2"), ("openssl pkcs12 -export -passout pass:%s","hunter2"),
+    ("openssl enc -k '%s'","two words"), ("ansible-vault encrypt --vault-password %s","hunter2"),
+    ("curl -d 'username=me&password=%s' u","hunter2"), ("curl -F password=%s u","hunter2"),
+    ("curl --data '{\"token\": \"%s\"}' u","abc"), ("curl --data '{\"secret\":\"%s\"}' u","abc def"),
+    ("curl -d '{\"user\":\"me\",\"pwd\":\"%s\"}' u","hunter2"), ("http POST x password=%s","hunter2"),
+    ("http -a me:%s x","hunter2"), ("xh --auth me:%s x","hunter2"), ("wget --user=me --password='%s' u","a b"),
+    ("wget --header='Authorization: token %s' u","abcdef"),
+    ("curl -H 'Authorization: ApiKey %s' u","VnVhQ2ZHY0JDZGJrU"), ("curl -u 'me:%s' u","two words"),
+    ("curl -ume:%s u","hunter2"), ("curl --cookie 'session=%s; a=b' u","abcdef"),
+    ("curl -b \"JSESSIONID=%s\" u","ABCDEF123"),
+    ("export SLACK_WEBHOOK=https://hooks.slack.com/services/%s","T000/B000/XXXXXXXX"),
+    ("export DATABASE_URL=postgres://u:%s@h/d","pw"), ("redis-cli -a '%s'","two words"),
+    ("redis-cli --pass %s","hunter2"), ("mongo mongodb://u:%s@h","pw"), ("mongodump -u me -p %s","hunter2"),
+    ("rabbitmqctl add_user me %s","hunter2"), ("htpasswd -bc f me %s","hunter2"),
+    ("smbclient //s/h -U 'me%%%s'","hunter2"), ("mount -t cifs //s /m -o username=me,password=%s","hunter2"),
+    ("xfreerdp /u:me /p:%s /v:h","hunter2"), ("rdesktop -u me -p %s h","hunter2"), ("lftp -u me,%s h","hunter2"),
+    ("aws configure set aws_secret_access_key %s","wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),
+    ("export AWS_SESSION_TOKEN=%s","FwoGZXIvYXdzEBYaDHqa0AP"), ("gcloud auth activate --key %s","a1b2c3d4e5"),
+    ("vault kv put secret/x password=%s","hunter2"), ("vault write auth/userpass/login/me password=%s","hunter2"),
+    ("kubectl create secret docker-registry r --docker-password=%s","hunter2"),
+    ("kubectl config set-credentials me --token=%s","abc.def"),
+    ("helm repo add r u --username me --password %s","hunter2"),
+    ("npm login --auth-type=legacy; npm set //r/:_password=%s","aHVudGVyMg=="),
+    ("npm token revoke %s","npm_a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"),
+    ("poetry config pypi-token.pypi %s","pypi-AgEIcHlwaS5vcmcCJDNhYjQ"), ("twine upload -p %s d/*","hunter2"),
+    ("cargo login %s","cioABCDEF0123456789abcdef012345678"), ("gh secret set X --body %s","hunter2secret"),
+    ("gh api -H 'Authorization: token %s' x","abc"), ("glab auth login --token %s","abc"),
+    ("firebase deploy --token \"%s\"","1//0abc-def"), ("netlify deploy --auth %s","abc123def456"),
+    ("vercel --token %s","abc123"), ("fly secrets set K=%s","hunter2"), ("heroku config:set PASSWORD=%s","x1"),
+    ("flyctl auth token %s","fo1_abcdefghijklmnopqrstuvwxyz0123456789ABCDEFG"), ("export PGPASS=%s","hunter2"),
+    ("set PASSWORD=%s","hunter2"), ("setx API_TOKEN %s","abc123"), ("$env:DB_PASSWORD='%s'","a b"),
+    ("$password = '%s'","a b"), ("ConvertTo-SecureString '%s' -AsPlainText","P@ss w0rd"),
+    ("const apiKey = \"%s\";","abc"), ("password: '%s'","it is a secret"), ("  api_token: %s","abcdef"),
+    ("client_secret = \"%s\"","abc"), ("<password>%s</password>","hunter2"),
+    ("spring.datasource.password=%s","hunter2"), ("-Djavax.net.ssl.keyStorePassword=%s","changeit"),
+    ("jdbc:mysql://h/d?user=me&password=%s","hunter2"), ("Server=h;Database=d;User Id=me;Password=%s;","P@ss"),
+    ("Server=h;Uid=me;Pwd=%s;","P@ss"), ("git remote set-url origin https://x-access-token:%s@github.com/a/b","abc"),
+    ("git -c http.extraheader='AUTHORIZATION: basic %s' fetch","eDphYmM="),
+    ("git config credential.helper '!f() { echo password=%s; }; f'","hunter2"),
+    ("pip install --index-url https://u:%s@r/simple x","p@w"), ("ftp://u:%s@h","p@w@"),
+    ("sshpass -p%s ssh h","hunter2"), ("expect -c 'send \"%s\\r\"'","hunter2"),
+    ("telegram: curl https://api.telegram.org/bot%s/x","987654321:AAF-abcdefghijklmnopqrstuvwxyz01234"),
+    ("python x.py --password='%s'","it's".replace("'","")), ("./x --db-pass %s","hunter2"), ("./x -pass %s","hunter2"),
+    ("./x --pwd=%s","hunter2"), ("./x --apikey %s","abc"), ("./x --api_key=%s","abc"),
+    ("./x --access-key %s","abc123abc"), ("./x --auth-token=%s","abc"), ("./x --bearer-token %s","abc"),
+    ("./x --signing-secret %s","abc"), ("./x --cred=%s","abc"), ("./x --sig %s","a1b2c3d4e5f6"),
+]
+INNOCENT = [
+    "git show 3812fab9c0b7a1d2e3f4a5b6c7d8e9f0a1b2c3d4", "git log --author='Jane Doe' --oneline",
+    "git log --author=jane", "ssh -p 8080 host", "docker run -p 8080:80 x", "psql -p 5432 -h db",
+    "cat 123e4567-e89b-12d3-a456-426614174000.jsonl", "sort --key=2,2 f", "sort -t= -k2 f", "rg 'key=value' src",
+    "cat src/AuthenticationProviderFactoryTest.java", "cat docs/2025-12-24T21-37-2ccb51c5-session-notes.json",
+    "ls ~/.ssh/id_rsa.pub", "ssh -i ~/.ssh/deploy_key host", "rg max_tokens=4096 src", "python x.py --max-tokens 4096",
+    "rg 'password' src", "export TOKEN=$TOKEN", "export API_KEY=\"$(op read op://x/y)\"",
+    "GITHUB_TOKEN=${GITHUB_TOKEN} gh pr list", "curl -H \"Authorization: Bearer $TOKEN\" x",
+    "echo $PASSWORD | sudo -S ls", "monkey business, keyboard: 3", "cat secret/list.py", "ssh git@host:22/x",
+    "git clone git@github.com:a/b.git", "curl http://localhost:8080/@scope/x", "docker run -u 1000:1000 x",
+    "docker run --user 1000:1000 x", "key = lambda x: x[1]", "sorted(a, key=len)", "{\"key\": \"value\"}",
+    "primary_key: id", "token = get_token()", "password = input('x')", "api_key = os.environ['API_KEY']",
+    "if token == other:", "pytest -k test_auth", "echo 'PASS: 3 FAIL: 0'", "PASS=0; FAIL=1", "passed: 3",
+    "--sig-proxy=false", "--signal=KILL", "design=flat", "--password-stdin", "--passphrase-file ~/x",
+    "--key-file=/etc/x.pem", "ssl_key: /etc/x.pem", "cd /home/me/work/sessions/2026/01/some-long-directory-name",
+    "compass=3", "tokens: 512", "npm run build -- --tokenizer=gpt2",
+    "echo sha256-47DEQpj8HBSa-/TImW-5JCeuQeRkm5NMpJWZG3hSuFU= | cat".replace("sha256-47DEQpj8HBSa-/TImW-5JCeuQeRkm5NMpJWZG3hSuFU=", "abc"),
+    "shasum -c " + "a3" * 32, "rg 'TODO(auth)' src", "author: Jane", "authority=1", "git config user.signingkey",
+    "ssh-keygen -t ed25519 -C me@x", "keyctl show", "rg '\\bpwd\\b'", "PWD=/x/y make", "cd $OLDPWD",
+    "kubectl get secret db -o yaml", "gh secret list", "gh auth status", "aws sts get-caller-identity",
+    "pass show mail", "go test -run TestCreateUserWithInvalidPasswordReturnsError", "toolu_01" + drawn(22),
+    "msg_01" + drawn(22), "call_" + drawn(24), "req_011C" + drawn(20), "http://user@host/x", "-u origin main",
+    "git push -u origin feature/x", "tar -xzf a_very_long_archive_name_v1_2_3_linux_x86_64_musl.tar.gz",
+    "cookie policy: none", "type Session = string", "session=3", "basic auth is off", "the bearer of news", "tail -p",
+    "mysql -p db", "rg 'sk-' src", "echo done | sudo tee f", "feat: mask secrets in commands", "token_count=3",
+    "TOKEN_LIMIT=4096", "x-amz-security-token", "keys=3", "\"keyword\": \"abcd1234\"", "IDENTIFIED",
+    "TestUserAuthFlowWithOAuth2AndRefreshTokens", "node_modules/.pnpm/x@1.2.3_abcdef12/node_modules/x",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "https://host:443/x?y=a@b",
+    "https://docs.example.com/some/Long-Path-2024-With-Words/v2/Index.html",
+]
+
+
+def leaks(shape, secret):
+    """Whether more than two characters of any word of the secret are left."""
+    told = so.mask_secrets(shape.replace("%%", "\0").replace("%s", secret).replace("\0", "%"))
+    frame = so.mask_secrets(shape.replace("%%", "%").replace("%s", "$X"))
+    return any(part in told and part not in frame for part in re.split(r"[ @:,;]", secret) if len(part) > 2)
+
+
+def test_secrets_are_masked():
+    told = [shape % secret if "%%" in shape else shape.replace("%s", secret) for shape, secret in SECRETS
+            if leaks(shape, secret)]
+    assert told == ["expect -c 'send \"hunter2\\r\"'"]  # nothing says that this is a password
+    with open(os.path.join(HERE, "docs", "accuracy.md"), encoding="utf-8") as page:
+        assert f"| {len(SECRETS)} shapes of secrets | {len(SECRETS) - 1} masked |" in page.read()
+
+
+def test_innocent_words_are_kept():
+    assert [text for text in INNOCENT if so.mask_secrets(text) != text] == []
+
+
+def commands_in(value):
+    """Every command in a transcript's JSON, strings and lists of words alike."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key in ("command", "cmd", "script") and isinstance(part, (str, list)):
+                yield from [part] if isinstance(part, str) else (word for word in part if isinstance(word, str))
+            if key in ("arguments", "input", "params") and isinstance(part, str) and part[:1] == "{":
+                try:
+                    part = json.loads(part)
+                except ValueError:
+                    pass
+            yield from commands_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from commands_in(part)
+
+
+@pytest.mark.skipif(not os.path.isdir(REAL), reason="needs the real transcripts beside the repository")
+def test_real_commands_are_kept():
+    commands = set()
+    for folder, _, names in os.walk(REAL):
+        for name in names:
+            with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+                text = file.read()
+            for part in [text] if name.endswith((".json", ".traj")) else text.split("\n"):
+                try:
+                    commands.update(commands_in(json.loads(part)))
+                except ValueError:
+                    pass
+    touched = [command for command in commands if so.mask_secrets(command) != command]
+    assert len(commands) > 3_000 and len(touched) <= 0.005 * len(commands)
+
+
+def test_masking_grows_with_the_text():
+    for part in ("eyJ-", "eyJsk-", "PASSWORD", "password=", "login ", "://a:", "-----BEGIN PRIVATE KEY-----", "aB3" * 9 + "/",
+                 "-", "--key ", "echo a", "| sudo -S", "curl -u ", '\\"', "key=\"", "SG." + "a" * 20, "Bearer "):
+        assert so.mask_secrets(part * 2_000).count("***") <= 2_001
+    code = "import sessionoptimizer as so\nfor part in ('eyJ-', 'eyJsk-', 'aB3', '-', 'key=\"', '://a:', 'a1B/', 'login '):\n" \
+           "    so.mask_secrets(part * (400_000 // len(part)))\n"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=HERE)
+
+
+def test_masked_values():
+    key = "ghp_" + drawn(36)
+    value = {"tool": "Bash", "n": 3, "x": None, "ok": True, "args": [{"token": key}, ("-p", key)], f"at {key}": [1.5]}
+    assert so.masked(value) == {"tool": "Bash", "n": 3, "x": None, "ok": True, "args": [{"token": "***"}, ["-p", "***"]],
+                                "at ***": [1.5]}
+    stored = {"content_hash": "0123456789abcdef", "operation": "build", "events": [{"operation": "0123456789abcdef"}]}
+    assert so.masked(stored) == stored
+    assert so.masked(stored, hashes=False) == {"operation": "build", "events": [{}]}
+
+
 # ==================================================================================================
 # Shell
 # ==================================================================================================
