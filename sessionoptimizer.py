@@ -5017,7 +5017,8 @@ class Store:
             if self.durable:
                 _sync_folder(path)
         finally:
-            _remove(temp)
+            with _naming(temp):
+                _remove(temp)
 
     def append(self, session_id: str, make_event, *, sync: bool = False):
         """Add an event in constant time; (event, footer, mark for `tail`).
@@ -5438,7 +5439,11 @@ class State:
     def _run(self, work, write: bool = False):
         """What `work(connection)` returns, done in one transaction; StorageError when the file
         cannot be used."""
-        import sqlite3
+        try:
+            import sqlite3
+        except ImportError:
+            raise StorageError(self.path, "this Python was built without sqlite3",
+                               "use one that has it, or scan --no-store") from None
         alone = False
         for last in (False, False, True):
             try:
@@ -5519,7 +5524,11 @@ class State:
                 work(db)
             db.execute(f"PRAGMA user_version = {_STATE_VERSION}")
         db.execute("COMMIT")
-        self.remove_older()
+        for name in _OLD_STATE:
+            try:
+                _remove(os.path.join(self.root, name))
+            except OSError:
+                pass  # a store that can only be read
 
     def _taken_over(self):
         """Yield what writes the state of version 2.0; parts that are something else are left."""
@@ -5542,20 +5551,11 @@ class State:
             pass
         yield lambda db: _put(db, "deleted", _entries(dict.fromkeys(map(str, deleted))))
 
-    def remove_older(self) -> None:
-        """Remove the state files of version 2.0, where that is possible."""
-        for name in _OLD_STATE:
-            try:
-                os.unlink(os.path.join(self.root, name))
-            except OSError:
-                pass
-
     def _begin_afresh(self, error: Exception) -> None:
         if os.access(self.root, os.W_OK):
             with _naming(self.path):
                 for ending in ("", "-wal", "-shm", "-journal"):
-                    if os.path.lexists(self.path + ending):
-                        os.unlink(self.path + ending)
+                    _remove(self.path + ending)
         self._readable = False
         self._report(f"{_printable(self.path)} was damaged ({error}) and is begun afresh: the next "
                      "scan reads everything again, and deleted sessions may come back")

@@ -3305,6 +3305,17 @@ def test_summaries_belong_to_their_settings(store):
     assert store.state.summaries("a") == store.state.summaries("b") == store.state.scanned()[3] == {}
 
 
+def test_a_python_without_sqlite_says_so_and_still_logs(tmp_path, optimizer, monkeypatch):
+    path = tiny(tmp_path / "t").save()
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    with pytest.raises(StorageError, match="without sqlite3.*--no-store"):
+        optimizer.scan([path])
+    assert len(optimizer.scan([path], store=False)["sessions"]) == 1
+    assert optimizer.start_session("FORGE", "t", session_id="s") and optimizer.log_event("s", "CUSTOM")
+    with pytest.warns(SessionOptimizerWarning, match="may come back.*without sqlite3"):
+        assert optimizer.delete_session("s")
+
+
 @posix_only
 def test_the_state_is_its_owners_alone(store):
     previous = os.umask(0)
