@@ -4872,7 +4872,7 @@ def _stream(fd: int, size: int, make):
     start = first.find(b"\n") + 1
     tail = _read(fd, max(start - 1, size - _FOOTER_SIZE, 0), size)
     footer, cut = _parse_footer(tail)
-    doc = _decoded(first[:start] + b"]}") if first.endswith(_HEADER_END, 0, max(start - 1, 0)) else None
+    doc = _header_of(first)
     if not footer or type(doc) is not dict:
         return None
     _unlock(fd)  # what stands before the footer does not change any more
@@ -5064,18 +5064,29 @@ class Store:
         with _locked(path, exclusive=False) as (fd, info), _naming(path):
             found = _stream(fd, info.st_size, make)
             data = b"" if found else _read(fd, 0, info.st_size)
-        if found:
-            doc, before, end = found
-            return doc, _mark(info, before, end, doc["event_count"])
+        if not found:
+            doc, remark, _ = _restore(data, path)
+            if remark and self._mended(path):
+                return self.load_marked(session_id, make)
+            if remark:
+                self._report(remark + " (in memory: the store cannot be written)")
+                doc = _parse(b"".join(_lay_out(doc)), path)
+            if make:
+                doc["events"] = list(map(make, doc["events"]))
+            found = doc, b"", info.st_size + 1  # nothing that `tail` could go on from
+        doc, before, end = found
+        return doc, _mark(info, before, end, doc["event_count"])
+
+    def _mended(self, path: str) -> bool:
+        """Whether a torn or damaged file could be rewritten."""
         try:
-            doc = _parse(data, path)
+            with _locked(path, exclusive=True) as (fd, info):
+                self._rewrite(fd, info, path)
+            return True
         except DamagedSession:
-            data, info = self._repair(path)
-            doc = _parse(data, path)
-        if make:
-            doc["events"] = list(map(make, doc["events"]))
-        end = data.rfind(_FOOTER_START) + 1
-        return doc, _mark(info, data[:end], end, doc["event_count"])
+            raise
+        except StorageError:
+            return False
 
     def tail(self, session_id: str, mark: tuple):
         """(events since `mark`, footer, new mark), reading only those; None when the file was replaced."""
@@ -5099,7 +5110,7 @@ class Store:
     def head(self, session_id: str) -> dict:
         """Header and footer of a session as one dict, from the ends of its file; from all of it when they do not
         fit."""
-        head = _ends_of(self.find(session_id))
+        head = _peek(self.find(session_id), header_only=False)
         if not head or _fault(head):
             head = self.load(session_id)
         del head["events"]
@@ -5123,7 +5134,8 @@ class Store:
         for name in self._names():
             if name.endswith(".json"):
                 session_id = name[:-len(".json")]
-                head = _first_line(self.sessions + os.sep + name) or self.readable_head(session_id)
+                head = _peek(self.sessions + os.sep + name, header_only=True)
+                head = head or self.readable_head(session_id)
                 if head:
                     yield session_id, head
 
@@ -5191,33 +5203,16 @@ class Store:
         with _naming(path):
             data = _read(fd, 0, info.st_size)
         doc, remark, lost = _restore(data, path)
-        try:
-            whole = b"".join(_lay_out(doc))
-        except ValueError as error:
-            raise _damaged(path, f"{error}") from error
         if lost:
             number = 1
             while not self._place(_copy_of(path, number), [data], path):
                 number += 1
             remark += f"; the damaged file is kept as {_printable(_copy_of(path, number))}"
-        _replace(path, [whole], sync=True)
-        self._report(remark)
-
-    def _repair(self, path: str):
-        """(content, stat) of a session file after repair; in memory only where it cannot be written."""
         try:
-            with _locked(path, exclusive=True) as (fd, info):
-                self._rewrite(fd, info, path)
-            with _locked(path, exclusive=False) as (fd, info), _naming(path):
-                return _read(fd, 0, info.st_size), info
-        except DamagedSession:
-            raise
-        except StorageError:
-            with _locked(path, exclusive=False) as (fd, info), _naming(path):
-                data = _read(fd, 0, info.st_size)
-            doc, remark, _ = _restore(data, path)
-            self._report(remark and remark + " (in memory: the store cannot be written)")
-            return b"".join(_lay_out(doc)), info
+            _replace(path, _lay_out(doc), sync=True)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
+        self._report(remark)
 
     def copies(self) -> List[str]:
         """The paths of what is kept of damaged files."""
@@ -5292,27 +5287,20 @@ def _copy_of(path: str, number: int) -> str:
     return f"{path}.damaged-{number}"
 
 
-def _first_line(path: str):
-    """The header of a session, None where the first kilobyte does not tell."""
+def _header_of(first: bytes):
+    """The header at the start of a session's file, None where it is not there."""
+    end = first.find(b"\n")
+    return _decoded(first[:end] + b"]}") if first.endswith(_HEADER_END, 0, max(end, 0)) else None
+
+
+def _peek(path: str, *, header_only: bool):
+    """Header, or header and footer, of a session from the ends of its file, None where they do
+    not tell."""
     try:
         fd = os.open(path, _READ)
         try:
-            first = _pread(fd, _START, 0)
-        finally:
-            os.close(fd)
-        end = first.find(b"\n")
-        if first.startswith(b'{"') and first.endswith(_HEADER_END, 0, end):
-            return _raw_decode(first[:end].decode() + "]}")[0]
-    except (OSError, ValueError, RecursionError):
-        pass  # reading all of it will say what it is
-    return None
-
-
-def _ends_of(path: str):
-    """Header and footer of a session from the ends of its file, None where they do not tell."""
-    try:
-        fd = os.open(path, _READ)
-        try:
+            if header_only:
+                return _header_of(_pread(fd, _START, 0))
             size = os.fstat(fd).st_size
             first = last = _pread(fd, _PEEK, 0)
             if size > _PEEK:
