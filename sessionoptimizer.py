@@ -4355,8 +4355,9 @@ def _lessons(best: Session, good: OptimizationReport, worst: Session, bad: Optim
 #     ,{"id":... }
 #     ], "status":"ACTIVE",...,"event_count":2,...,"layout":2}     footer
 #
-# An append writes `,event + footer` over the old footer. Only at the end of an event does a space stand
-# before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer closes it.
+# An append writes `,event + footer` over the old footer. Only at the end of an event does a space
+# stand before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer
+# closes it.
 
 _ID = _Pattern(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
 _DEVICE = _Pattern(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?\Z", re.IGNORECASE)  # of Windows
@@ -4371,10 +4372,11 @@ _PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the hea
 _START = 1024  # bytes that hold most headers
 _LINES = 1000  # events written at a time
 _BLOCK = 1 << 20  # bytes of events read at a time
-_TEMPORARY, _LEFT_BEHIND = ".tmp", 3600.0  # the ending of files being written; seconds until one was left behind
+_TEMPORARY = ".tmp"  # the ending of files being written
+_LEFT_BEHIND = 3600.0  # seconds after which such a file is nobody's
 _REPORT = "_report.json"
 _COPY = _Pattern(r"\.json\.damaged-[0-9]+\Z")
-_FINGERPRINT = 256  # bytes before the footer, by which a file that took over an inode number is noticed
+_FINGERPRINT = 256  # bytes before the footer: they tell a file that took over an inode number
 
 _TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
            "total_duration_ms": "duration_ms"}
@@ -4417,10 +4419,12 @@ def check_id(session_id: str) -> str:
 
 
 def slug(text: str) -> str:
-    """`text` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by '-'."""
+    """`text` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by
+    '-'."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", str(text))[:_SLUG_LENGTH]
     # A leading '-' would read as an option on a command line.
-    return "_" + name[1 - _SLUG_LENGTH:] if name[:1] in ("", ".", "-") or _DEVICE.match(name) else name
+    odd = name[:1] in ("", ".", "-") or _DEVICE.match(name)
+    return "_" + name[1 - _SLUG_LENGTH:] if odd else name
 
 
 def _printable(text: str) -> str:
@@ -4432,7 +4436,8 @@ def _stem(path: str) -> str:
 
 
 def _damaged(path: str, reason: str) -> DamagedSession:
-    return DamagedSession(path, f"not a readable session ({reason})", "restore it from a backup or delete it")
+    return DamagedSession(path, f"not a readable session ({reason})",
+                          "restore it from a backup or delete it")
 
 
 class _naming:
@@ -4467,10 +4472,11 @@ _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",",
 _DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
 _raw_decode = _DECODER.raw_decode
 _quote = json.encoder.encode_basestring_ascii
-# What _ENCODER makes anew at every call, which takes as long as encoding an event does. It detects no circles: they are
-# nested too deeply.
+# What _ENCODER makes anew at every call, which takes as long as encoding an event does. It detects
+# no circles: they are nested too deeply.
 _make_chunks = getattr(json.encoder, "c_make_encoder", None)
-_chunks = _make_chunks and _make_chunks(None, _ENCODER.default, _quote, None, ":", ",", False, False, False)
+_chunks = _make_chunks and _make_chunks(
+    None, _ENCODER.default, _quote, None, ":", ",", False, False, False)
 
 
 def _encode(value) -> str:
@@ -4486,20 +4492,22 @@ def _encode_event(event: dict) -> str:
 
 
 def _encode_footer(footer: dict, room: int = 0) -> bytes:
-    """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one behind."""
+    """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one
+    behind."""
     lost = footer.get("lost_events")
-    text = '], "status":%s,"ended_at":%s,"event_count":%d,"total_tokens_input":%r,' \
-           '"total_tokens_output":%r,"total_duration_ms":%r,%s' % (
-               _quote(footer["status"]), _quote(footer["ended_at"]), footer["event_count"],
-               footer["total_tokens_input"], footer["total_tokens_output"], footer["total_duration_ms"],
-               '"lost_events":%d,' % lost if lost else "")
+    counts = (footer["event_count"], *[footer[total] for total in _TOTALS])
+    text = '], "status":%s,"ended_at":%s,' % (_quote(footer["status"]), _quote(footer["ended_at"]))
+    text += ('"event_count":%d,"total_tokens_input":%r,"total_tokens_output":%r,'
+             '"total_duration_ms":%r,' % counts)
+    text += '"lost_events":%d,' % lost if lost else ""
     if len(text) + len(_FOOTER_END) >= _FOOTER_SIZE:
         raise ValueError("status, end and totals of a session must fit in 1 KB")
     return text.ljust(room - len(_FOOTER_END)).encode() + _FOOTER_END
 
 
 def _parse_footer(tail: bytes):
-    """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole footer."""
+    """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole
+    footer."""
     start = tail.rfind(_FOOTER_START) + 1
     if start and tail.endswith(_FOOTER_END):
         try:
@@ -4517,8 +4525,8 @@ def _is_number(value) -> bool:
 
 def _has_footer(doc: dict) -> bool:
     get = doc.get
-    return (type(get("status")) is type(get("ended_at")) is str and _is_number(get("total_duration_ms"))
-            and _is_number(get("total_tokens_input")) and _is_number(get("total_tokens_output"))
+    return (type(get("status")) is type(get("ended_at")) is str
+            and all(_is_number(get(total)) for total in _TOTALS)
             and type(get("event_count")) is type(get("lost_events", 0)) is int)
 
 
@@ -4539,10 +4547,12 @@ def _ended(event: dict) -> dict:
 
 
 def _lay_out(doc: dict) -> Iterator[bytes]:
-    """The parts of a session's file. What the document lacks of the footer comes from its events."""
-    header = {key: value for key, value in doc.items() if key != "events" and key not in _FOOTER_KEYS}
+    """The parts of a session's file. What the document lacks of the footer comes from its
+    events."""
+    header = {key: value for key, value in doc.items() if key not in ("events", *_FOOTER_KEYS)}
     yield f'{_encode(header)[:-1]},"events": [\n'.encode()
-    footer: Dict[str, Any] = {"status": "ACTIVE", "ended_at": "", "event_count": 0, **dict.fromkeys(_TOTALS, 0)}
+    footer: Dict[str, Any] = {"status": "ACTIVE", "ended_at": "", "event_count": 0}
+    footer.update(dict.fromkeys(_TOTALS, 0))
     lines: List[str] = []
     for event in doc["events"]:
         lines.append(("," if footer["event_count"] else "") + _encode_event(event) + "\n")
@@ -4595,7 +4605,8 @@ def _parse(data: bytes, path: str) -> dict:
     if not fault and any(type(event) is not dict for event in doc["events"]):
         fault = "an event is not an object"
     if not fault and data.endswith(_FOOTER_END):
-        if not _has_footer(doc) or doc["event_count"] != len(doc["events"]) + doc.get("lost_events", 0):
+        count = len(doc["events"]) + doc.get("lost_events", 0)
+        if not _has_footer(doc) or doc["event_count"] != count:
             fault = "the footer does not fit the events"
     if fault:
         raise _damaged(path, fault)
@@ -4604,7 +4615,8 @@ def _parse(data: bytes, path: str) -> dict:
 
 
 def _parse_ends(first: bytes, last: bytes):
-    """Header and footer in one dict from the ends of a file, or None when they do not look like it."""
+    """Header and footer in one dict from the ends of a file, or None when they do not look like
+    it."""
     end, cut = first.find(b"\n"), last.rfind(_FOOTER_START) + 1
     if cut and last.endswith(_FOOTER_END) and first.endswith(_HEADER_END, 0, end):
         head, _ = _raw_decode((first[:end] + last[cut:]).decode())
@@ -4632,7 +4644,8 @@ def _parse_event(line: bytes):
 
 
 def _salvage(data: bytes, path: str):
-    """(document, numbers of damaged lines, bytes dropped at the end) from a file that does not parse.
+    """(document, numbers of damaged lines, bytes dropped at the end) from a file that does not
+    parse.
 
     DamagedSession when it was not written line by line or no line tells whose session it is."""
     first, *lines = data.split(b"\n")
@@ -4641,7 +4654,9 @@ def _salvage(data: bytes, path: str):
         lines.pop()
     try:
         found = [_parse_event(line) for line in lines]
-        header = _DECODER.decode(first.decode("utf-8-sig") + "]}") if first.endswith(_HEADER_END) else None
+        header = None
+        if first.endswith(_HEADER_END):
+            header = _DECODER.decode(first.decode("utf-8-sig") + "]}")
     except ValueError:
         header = None
     except RecursionError:
@@ -4664,12 +4679,13 @@ def _derive_header(events: list, path: str) -> dict:
         raise _damaged(path, "neither a header nor events")
     data = start.get("data") if isinstance(start.get("data"), dict) else {}
     texts = {key: data[key] for key in ("agent", "task", "model") if isinstance(data.get(key), str)}
-    return {"id": _stem(path), "agent": "", "task": "", "started_at": str(start.get("timestamp", "")),
-            "model": "", "metadata": {}, **texts}
+    return {"id": _stem(path), "agent": "", "task": "", "model": "", "metadata": {}, **texts,
+            "started_at": str(start.get("timestamp", ""))}
 
 
 def _restore(data: bytes, path: str):
-    """(document, what was repaired or "", whether lines were lost); DamagedSession when it is hopeless."""
+    """(document, what was repaired or "", whether lines were lost); DamagedSession when it is
+    hopeless."""
     try:
         return _parse(data, path), "", False
     except DamagedSession as error:
@@ -4737,7 +4753,7 @@ def _lock(fd: int, exclusive: bool) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
     else:
         import msvcrt
-        os.lseek(fd, 1 << 30, os.SEEK_SET)  # a byte past the data: what msvcrt locks nobody else can read
+        os.lseek(fd, 1 << 30, os.SEEK_SET)  # past the data: what msvcrt locks nobody else can read
         msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
 
 
@@ -4760,7 +4776,7 @@ def _open_locked(path: str, exclusive: bool):
             info, named = os.fstat(fd), os.lstat(path)
             if not stat.S_ISREG(info.st_mode):
                 raise _damaged(path, "not a regular file")
-            # Another process may have replaced the file while we waited: then we hold the lock of a dead one.
+            # Another process may have replaced the file meanwhile: then the lock is a dead one.
             if named.st_ino == info.st_ino and named.st_dev == info.st_dev:
                 return fd, info
         except BaseException:
@@ -4770,7 +4786,8 @@ def _open_locked(path: str, exclusive: bool):
 
 
 class _locked:
-    """Context of a session file that is open and locked: (descriptor, stat). SessionNotFound when it is not there."""
+    """Context of a session file that is open and locked: (descriptor, stat). SessionNotFound when
+    it is not there."""
 
     def __init__(self, path: str, *, exclusive: bool):
         self.path, self.exclusive = path, exclusive
@@ -4781,8 +4798,9 @@ class _locked:
                 self.fd, info = _open_locked(self.path, self.exclusive)
             except FileNotFoundError:
                 folder, name = os.path.split(self.path)
-                raise SessionNotFound(f"no session {_printable(_stem(name))} in {_printable(os.path.dirname(folder))}; "
-                                      "`list` shows what is there") from None
+                root = _printable(os.path.dirname(folder))
+                raise SessionNotFound(f"no session {_printable(_stem(name))} in {root}; `list` "
+                                      "shows what is there") from None
         return self.fd, info
 
     def __exit__(self, kind, error, trace):
@@ -4866,8 +4884,9 @@ def _decoded(text: bytes):
 
 
 def _stream(fd: int, size: int, make):
-    """(document, last bytes before the footer, footer's offset) of a locked session, which is unlocked while its
-    events are read, a megabyte at a time, each handed through `make`. None when it is not in the present layout."""
+    """(document, last bytes before the footer, footer's offset) of a locked session, which is
+    unlocked while its events are read, a megabyte at a time, each handed through `make`. None when
+    it is not in the present layout."""
     first = _pread(fd, _LONG_PEEK, 0)
     start = first.find(b"\n") + 1
     tail = _read(fd, max(start - 1, size - _FOOTER_SIZE, 0), size)
@@ -4887,7 +4906,7 @@ def _stream(fd: int, size: int, make):
         if not more or found is None or any(type(event) is not dict for event in found):
             return None
         events.extend(map(make, found) if make else found)
-        rest, block = rest[cut:], _BLOCK if cut else 2 * block  # a line longer than that is read in steps that double
+        rest, block = rest[cut:], _BLOCK if cut else 2 * block  # for a longer line
     doc = {**doc, **footer, "events": events}
     if _fault(doc) or footer["event_count"] != len(events) + footer.get("lost_events", 0):
         return None
@@ -4897,9 +4916,9 @@ def _stream(fd: int, size: int, make):
 class Store:
     """Session files under `root`, safe against parallel writers, crashes and damaged files.
 
-    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is called with
-    each). With `durable` every event is forced to the disk before it is acknowledged. No file stays open between
-    calls, so threads and forked processes may share a Store."""
+    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is
+    called with each). With `durable` every event is forced to the disk before it is acknowledged.
+    No file stays open between calls, so threads and forked processes may share a Store."""
 
     def __init__(self, root: str, *, warn=None, durable: bool = False):
         self.root = os.path.abspath(os.fspath(root))
@@ -4937,8 +4956,8 @@ class Store:
                 yield from entries
 
     def find(self, session_id: str) -> str:
-        """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule, unless an
-        older store holds exactly this name."""
+        """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule,
+        unless an older store holds exactly this name."""
         self._check_folders()
         try:
             return f"{self.sessions}{os.sep}{check_id(session_id)}.json"
@@ -4967,26 +4986,14 @@ class Store:
                 raise PermissionError  # it may be a folder that is shared on purpose
             os.chmod(folder, mode & ~0o022)
         except OSError:
-            self._report(f"others can write into {_printable(folder)}: chmod go-w it, or use another store")
+            self._report(f"others can write into {_printable(folder)}: chmod go-w it, or use "
+                         "another store")
 
     def _names(self) -> list:
         return [entry.name for entry in self._entries(self.sessions)]
 
     def _report_path(self, session_id: str) -> str:
         return os.path.join(self.reports, _stem(self.find(session_id)) + _REPORT)
-
-    def own_prices(self) -> dict:
-        """What the user put into prices.json; empty without it. InvalidValue when it cannot be used."""
-        path = os.path.join(self.root, "prices.json")
-        try:
-            own = json.loads(read_regular(path).decode("utf-8-sig"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise InvalidValue(f"{path} cannot be read: {error}; mend or remove it") from None
-        if not isinstance(own, dict):
-            raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
-        return own
 
     def write_report(self, session_id: str, report: dict) -> None:
         """Save a report in one step. It can be computed again, so it is not forced to the disk."""
@@ -4999,15 +5006,18 @@ class Store:
     def create(self, header: dict, events, footer: dict, *, replace=False, sync=True) -> None:
         """Store a session. SessionExists when its id is taken, unless `replace`.
 
-        Status and end that `footer` leaves out come from the events, counts and totals always do (without
-        events the totals given stay). `sync=False` leaves it to the system when the file reaches the disk."""
+        Status and end that `footer` leaves out come from the events, counts and totals always do
+        (without events the totals given stay). `sync=False` leaves it to the system when the file
+        reaches the disk."""
         path = self.find(check_id(header["id"]))
-        temp = _write_temp(self.sessions, _lay_out({**header, **footer, "events": events}), sync or self.durable)
+        parts = _lay_out({**header, **footer, "events": events})
+        temp = _write_temp(self.sessions, parts, sync or self.durable)
         try:
             while not _publish(temp, path):
                 if not replace:
-                    raise SessionExists(f"session {header['id']} is already in {_printable(self.root)}; "
-                                        "choose another id or delete it first")
+                    raise SessionExists(
+                        f"session {header['id']} is already in {_printable(self.root)}; choose "
+                        "another id or delete it first")
                 try:
                     with _locked(path, exclusive=True), _naming(path):
                         os.replace(temp, path)
@@ -5023,9 +5033,10 @@ class Store:
     def append(self, session_id: str, make_event, *, sync: bool = False):
         """Add an event in constant time; (event, footer, mark for `tail`).
 
-        `make_event(footer)` is called under the lock and returns (event, changes to the footer); its
-        `event_count` was never given out before, count and totals follow from the event. A None event changes
-        only the footer. TypeError or ValueError when the event has no JSON form: nothing is written then."""
+        `make_event(footer)` is called under the lock and returns (event, changes to the footer);
+        its `event_count` was never given out before, count and totals follow from the event. A None
+        event changes only the footer. TypeError or ValueError when the event has no JSON form:
+        nothing is written then."""
         path = self.find(session_id)
         while True:
             with _locked(path, exclusive=True) as (fd, info):
@@ -5051,15 +5062,16 @@ class Store:
             _overwrite(fd, new, offset, old)
             if sync or self.durable:
                 os.fsync(fd)
-        return event, footer, _mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
+        mark = _mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
+        return event, footer, mark
 
     def load(self, session_id: str) -> dict:
         """The session as one dict, events included; a damaged file is repaired first."""
         return self.load_marked(session_id)[0]
 
     def load_marked(self, session_id: str, make=None):
-        """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large session is never
-        whole in memory as text or as dicts."""
+        """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large
+        session is never whole in memory as text or as dicts."""
         path = self.find(session_id)
         with _locked(path, exclusive=False) as (fd, info), _naming(path):
             found = _stream(fd, info.st_size, make)
@@ -5089,7 +5101,8 @@ class Store:
             return False
 
     def tail(self, session_id: str, mark: tuple):
-        """(events since `mark`, footer, new mark), reading only those; None when the file was replaced."""
+        """(events since `mark`, footer, new mark), reading only those; None when the file was
+        replaced."""
         path = self.find(session_id)
         device, inode, offset, count, before = mark
         with _locked(path, exclusive=False) as (fd, info), _naming(path):
@@ -5105,11 +5118,12 @@ class Store:
             return None
         if footer["event_count"] != count + len(events):
             return None
-        return events, footer, _mark(info, data[:cut], offset - len(before) + cut, footer["event_count"])
+        end = offset - len(before) + cut
+        return events, footer, _mark(info, data[:cut], end, footer["event_count"])
 
     def head(self, session_id: str) -> dict:
-        """Header and footer of a session as one dict, from the ends of its file; from all of it when they do not
-        fit."""
+        """Header and footer of a session as one dict, from the ends of its file; from all of it
+        when they do not fit."""
         head = _peek(self.find(session_id), header_only=False)
         if not head or _fault(head):
             head = self.load(session_id)
@@ -5117,8 +5131,8 @@ class Store:
         return head
 
     def readable_head(self, session_id: str):
-        """Header and footer as one dict; None for a session that is gone meanwhile, and with a warning for one
-        that cannot be read."""
+        """Header and footer as one dict; None for a session that is gone meanwhile, and with a
+        warning for one that cannot be read."""
         try:
             return self.head(session_id)
         except SessionNotFound:
@@ -5128,8 +5142,9 @@ class Store:
             return None
 
     def headers(self):
-        """Yield (id, header) of every session that can be read, by the first line of its file where that tells.
-        The id is the one that addresses the session; the header's own may differ. In no particular order."""
+        """Yield (id, header) of every session that can be read, by the first line of its file where
+        that tells. The id is the one that addresses the session; the header's own may differ. In no
+        particular order."""
         self._check_folders()
         for name in self._names():
             if name.endswith(".json"):
@@ -5140,7 +5155,8 @@ class Store:
                     yield session_id, head
 
     def change(self, session_id: str, edit) -> None:
-        """Let `edit` change the session's dict in place, under the lock, and store it anew in one step."""
+        """Let `edit` change the session's dict in place, under the lock, and store it anew in one
+        step."""
         path = self.find(session_id)
         with _locked(path, exclusive=True) as (fd, info):
             with _naming(path):
@@ -5150,7 +5166,8 @@ class Store:
         self._report(remark)
 
     def archive(self, session_id: str) -> str:
-        """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written inside."""
+        """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written
+        inside."""
         path = self.find(check_id(session_id))
         with _locked(path, exclusive=True) as (fd, info), _naming(path):
             doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
@@ -5177,7 +5194,8 @@ class Store:
             _remove(temp)
 
     def delete(self, session_id: str) -> bool:
-        """Remove a session, readable or not, with its report and copies of it; False when there is none."""
+        """Remove a session, readable or not, with its report and copies of it; False when there is
+        none."""
         path = self.find(session_id)
         try:
             with _locked(path, exclusive=True):
@@ -5185,7 +5203,7 @@ class Store:
         except SessionNotFound:
             return False
         except DamagedSession:
-            self._delete(session_id, path)  # a link or a pipe: there is nothing to lock, and only the name goes
+            self._delete(session_id, path)  # a link or a pipe cannot be locked: the name goes
         return True
 
     def _delete(self, session_id: str, path: str) -> None:
@@ -5199,7 +5217,8 @@ class Store:
                 _sync_folder(path)
 
     def _rewrite(self, fd: int, info, path: str) -> None:
-        """Bring the file of a locked session into the present layout: converted if older, else repaired."""
+        """Bring the file of a locked session into the present layout: converted if older, else
+        repaired."""
         with _naming(path):
             data = _read(fd, 0, info.st_size)
         doc, remark, lost = _restore(data, path)
@@ -5220,8 +5239,8 @@ class Store:
         return sorted(found)
 
     def sweep(self, *, once: bool = False) -> int:
-        """Remove what crashes left behind: temporary files older than an hour, reports without a session; `once`:
-        not again by this instance. Returns how many."""
+        """Remove what crashes left behind: temporary files older than an hour, reports without a
+        session; `once`: not again by this instance. Returns how many."""
         found = 0
         if once and self._swept:
             return found
@@ -5236,14 +5255,16 @@ class Store:
 
     def _is_left(self, folder: str, entry) -> bool:
         if folder == self.reports and entry.name.endswith(_REPORT):
-            return not os.path.lexists(os.path.join(self.sessions, entry.name[:-len(_REPORT)] + ".json"))
+            session = entry.name[:-len(_REPORT)] + ".json"
+            return not os.path.lexists(os.path.join(self.sessions, session))
         return entry.name.startswith(".") and entry.name.endswith(_TEMPORARY) and \
             time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_BEHIND
 
     def repair(self, *, discard: bool = False) -> Dict[str, Any]:
-        """Mend every session that can be mended, and sweep: {"repaired": [what was said of each], "damaged": [what
-        keeps each of the others from being read], "copies": [paths of damaged files that were kept], "removed": number
-        of other files removed}. With `discard` the copies go."""
+        """Mend every session that can be mended, and sweep: {"repaired": [what was said of each],
+        "damaged": [what keeps each of the others from being read], "copies": [paths of damaged
+        files that were kept], "removed": number of other files removed}. With `discard` the copies
+        go."""
         before, damaged = len(self.warnings), []
         for session_id, _ in self.files():
             try:
@@ -5256,11 +5277,12 @@ class Store:
         for path in copies if discard else ():
             with _naming(path):
                 _remove(path)
-        return {"repaired": self.warnings[before:], "damaged": damaged, "copies": copies, "removed": self.sweep()}
+        return {"repaired": self.warnings[before:], "damaged": damaged, "copies": copies,
+                "removed": self.sweep()}
 
     def lock_scan(self) -> int:
-        """The descriptor of the lock that one scan of the store holds while it reads what changed; close it with
-        `_release`."""
+        """The descriptor of the lock that one scan of the store holds while it reads what changed;
+        close it with `_release`."""
         path = os.path.join(self.root, "scan.lock")
         with _naming(path):
             os.makedirs(self.root, mode=0o700, exist_ok=True)
@@ -5328,6 +5350,21 @@ def read_regular(path: str) -> bytes:
         os.close(fd)
 
 
+def own_prices(root: str) -> dict:
+    """What the user put into prices.json; empty without it. InvalidValue when it cannot be
+    used."""
+    path = os.path.join(root, "prices.json")
+    try:
+        own = json.loads(read_regular(path).decode("utf-8-sig"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidValue(f"{path} cannot be read: {error}; mend or remove it") from None
+    if not isinstance(own, dict):
+        raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
+    return own
+
+
 def _read_json(path: str):
     try:
         return _DECODER.decode(read_regular(path).decode())
@@ -5340,7 +5377,8 @@ def _read_json(path: str):
 _STATE_TABLES = ("files", "units", "responses", "rows", "deleted", "summaries")
 _STATE_VERSION = 1
 _STATE_WAIT = 60.0  # seconds to wait for other processes
-_OLD_STATE = ("scan.json", "scan-responses.json", "summaries.json", "deleted.json")  # of version 2.0
+# The state files of version 2.0.
+_OLD_STATE = ("scan.json", "scan-responses.json", "summaries.json", "deleted.json")
 
 
 class State:
@@ -5438,11 +5476,13 @@ class State:
                 return self._transact(work, write, alone)
             except (sqlite3.DatabaseError, ValueError) as error:
                 said = str(error)
-                refused = isinstance(error, sqlite3.OperationalError) and not said.startswith("no such table")
+                refused = isinstance(error, sqlite3.OperationalError)
+                refused = refused and not said.startswith("no such table")
                 if refused and not write and not alone:
                     alone = True  # a full disk may have no room for what readers share
                 elif refused or last:
-                    raise StorageError(self.path, said, _FULL if "full" in said else _YOURS) from error
+                    remedy = _FULL if "full" in said else _YOURS
+                    raise StorageError(self.path, said, remedy) from error
                 else:
                     self._begin_afresh(error)
 
@@ -5559,7 +5599,8 @@ def _table(db, name: str, column: str = "value") -> dict:
 
 
 def _generation(db) -> int:
-    return db.execute("SELECT total(seq) FROM sqlite_sequence WHERE name IN ('files', 'units')").fetchone()[0]
+    query = "SELECT total(seq) FROM sqlite_sequence WHERE name IN ('files', 'units')"
+    return db.execute(query).fetchone()[0]
 
 
 def _put(db, table: str, entries: list) -> None:
@@ -8750,7 +8791,7 @@ class _LiveSessions:
     def prices(self) -> PriceList:
         """See ``SessionOptimizer.prices``."""
         if self._prices is None:
-            self._prices = PriceList(self.store.own_prices())
+            self._prices = PriceList(own_prices(self.store.root))
         return self._prices
 
     def refreshed(self, session_id: str) -> Optional[Session]:
