@@ -6012,6 +6012,7 @@ class _Layout:
         self._context = self._start = 0  # of the call before; where this call's items begin
         self._base = 0                   # context of the window's first call
         self._results: List[SessionEvent] = []  # what may leave the window, oldest first
+        self._history: Dict[str, int] = {}      # tokens that calls counted elsewhere brought
 
     def enter(self, event: SessionEvent, characters: int) -> None:
         """What enters with the next call; a compaction begins a window."""
@@ -6027,7 +6028,7 @@ class _Layout:
 
     def _begin_window(self, start: int) -> None:
         self._previous, self._context, self._start = None, 0, start
-        self._results = []
+        self._results, self._history = [], {}
 
     def _lose(self, event: SessionEvent, lost: int, left: List[SessionEvent]) -> None:
         """Results leave the context: those known, or the oldest until the loss is used up."""
@@ -6069,12 +6070,10 @@ class _Layout:
             self._lose(self.events[-1], lost, [])
         if self._previous is None:
             self._base = context
-        if call.counted:
-            if self._previous is not None and not self._previous.counted:
-                self.events.insert(self._start, _load(call, Source.RESUME))
-                self._start += 1
-            self._lay_out(call, context - self._context)
-        else:
+        if call.counted and self._previous is not None and not self._previous.counted:
+            self._resume(call)
+        self._lay_out(call, context - self._context)
+        if not call.counted:
             # What led to a response that is counted elsewhere is told there, but for what a
             # response here has written.
             ours = [event for event in self.events[self._start:] if event.tokens_output]
@@ -6086,6 +6085,15 @@ class _Layout:
         self._previous, self._context, self._pending = call, context, []
         self._start = len(self.events)
 
+    def _resume(self, call: _Call) -> None:
+        """The first call that counts here goes on with a context that others have paid for."""
+        marks = [_load(call, Source.RESUME)]
+        if self._history:
+            marks.append(_load(call, Source.HISTORY, contents=self._history))
+        self.events[self._start:self._start] = marks
+        self._start += len(marks)
+        self._history = {}
+
     def _lay_out(self, call: _Call, growth: int) -> None:
         fresh = sum(call.usage[:3])  # type: ignore[index]
         previous, pending = self._previous, self._pending
@@ -6096,7 +6104,7 @@ class _Layout:
             self.events.append(_load(call, Source.REBUILD))
             laid.append((self.events[-1], rebuilt))
         most = [size // 2 - min(size, SMALL_RESULT) // 10 for _, size in pending]
-        if previous is not None and previous.counted:
+        if previous is not None and previous.counted >= call.counted:
             kept = self._kept(previous, left - sum(most))
             laid.append((previous.event, min(left, kept)))
             left -= min(left, kept)
@@ -6104,7 +6112,14 @@ class _Layout:
         laid += zip((event for event, _ in pending), share_out(entered, most))
         if left > entered:
             laid.append((self._rest(call), left - entered))
-        _bill(call, laid)
+        if call.counted:
+            _bill(call, laid)
+            return
+        told = [(content_of(event), tokens) for event, tokens in laid[bool(rebuilt):]]
+        if previous is None:
+            told.append((START_LOAD, call.usage.read))  # type: ignore[union-attr]
+        for content, tokens in told:
+            self._history[content] = self._history.get(content, 0) + tokens
 
     def _kept(self, previous: _Call, unexplained: int) -> int:
         """Tokens of the answer before that are in the context now: while a prompt is worked on its

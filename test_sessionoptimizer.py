@@ -4156,7 +4156,9 @@ def test_a_session_that_goes_on_in_a_new_file_is_resumed_there(tmp_path, optimiz
     optimizer.scan([str(tmp_path)])
     resumed, = [session for session in map(optimizer.get_session, [s.id for s in optimizer.list_sessions()])
                 if session.metadata.get("calls_elsewhere")]
-    assert [event.data["source"] for event in resumed.events if event.event_type is EventType.CONTEXT_LOAD][0] == "resume"
+    resume, history = [event for event in resumed.events if event.event_type is EventType.CONTEXT_LOAD][:2]
+    assert (resume.data["source"], history.data["source"], history.tokens_input) == ("resume", "history", 0)
+    assert history.data["contents"] == {"start load": 1_000, "prompts": 10, "answers kept in context": 50, "file reads": 100}
 
 
 def read_again(told, last, **between):
