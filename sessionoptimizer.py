@@ -5644,29 +5644,23 @@ SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, and always more than dro
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
-class LineMemory:
-    """What reads have shown in one context window, to tell whether a later read shows the same. Texts are split into
-    lines only when a file is read a second time; most never are."""
+class _SeenLines:
+    """The lines that reads have shown in one window, to tell whether a later read shows the same.
+    Texts are split into lines only when a file is read a second time; most never are."""
 
     def __init__(self) -> None:
-        self._unread: Dict[str, List[Tuple[int, int, str]]] = {}  # path: first line, count, text of reads not looked at yet
-        self._files: Dict[str, Dict[int, int]] = {}               # path: number and hash of every line known
-        self.totals: Dict[str, int] = {}                          # path: lines of the file when it was last read whole
-
-    def clear(self) -> None:
-        """The window ended."""
-        self._unread.clear()
-        self._files.clear()
-        self.totals.clear()
+        self._waiting: Dict[str, List[Tuple[int, int, str]]] = {}  # by path: not looked at yet
+        self._known: Dict[str, Dict[int, int]] = {}  # by path: number and hash of every line known
+        self.totals: Dict[str, int] = {}  # by path: lines of the file when it was last read whole
 
     def verdict(self, path: str, first: int, count: int, text: str) -> str:
-        """ "same" where every line known of the file is as known, "changed" where one differs, "" where none is known; and
-        keep these lines."""
-        waiting = self._unread.setdefault(path, [])
+        """ "same" where every line known of the file is as known, "changed" where one differs, ""
+        where none is known; and keep these lines."""
+        waiting = self._waiting.setdefault(path, [])
         waiting.append((first, count, text))
-        if len(waiting) == 1 and path not in self._files:
+        if len(waiting) == 1 and path not in self._known:
             return ""
-        known, verdict = self._files.setdefault(path, {}), ""
+        known, verdict = self._known.setdefault(path, {}), ""
         for start, size, shown in waiting:
             hashes = dict(enumerate(map(hash, plain_lines(shown)[:size]), start))
             shared = [number for number in hashes if number in known]
@@ -5681,12 +5675,10 @@ class LineMemory:
 
 def plain_lines(text: str) -> List[str]:
     """The lines of what a read returned, without the numbers some tools put before them."""
-    lines = text.split("\n")
     numbered = _NUMBERED.match(text)
-    if numbered:
-        mark = numbered.group(1)
-        lines = [line.split(mark, 1)[-1] for line in lines]
-    return lines
+    if not numbered:
+        return text.split("\n")
+    return [line.split(numbered.group(1), 1)[-1] for line in text.split("\n")]
 
 
 _hashlib: Any = None  # imported once, when the first hash is asked for
@@ -5716,190 +5708,11 @@ def task_line(text: str) -> str:
 _NUMBERED = _Pattern(r" *\d+(\t|→)")
 
 
-class ToolEvents:
-    """Turns an agent's tool calls and results into events; what differs between agents is in the readers.
-
-    One per context window's agent: it knows the directory and the lines its window has seen.
-    """
-
-    def __init__(self, cwd: str = ""):
-        self.cwd = cwd
-        self.memory = LineMemory()
-
-    def call(self, name: str, arguments: Any, timestamp: str, response: str, line: int,
-             kind: str = "") -> SessionEvent:
-        """The event of a tool call, before its result is known."""
-        arguments = arguments if arguments.__class__ is dict else {}
-        data: Dict[str, Any] = {"tool": name, "response_id": response, "line": line}
-        event = SessionEvent("", timestamp, EventType.TOOL_CALL, data)
-        tool = name.lower()
-        kind = kind or TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool.startswith("mcp__") else tool, "")
-        command = (arguments.get("command") or arguments.get("cmd") or arguments.get("script")) if kind == "shell" else None
-        path = "" if kind in ("shell", "harmless") else _path_argument(arguments)
-        if command:
-            self._command(event, command, arguments.get("workdir") or arguments.get("dir_path") or self.cwd)
-        elif kind == "search":
-            self._search(event, arguments, path)
-        elif kind == "read" and path:
-            event.event_type = EventType.FILE_READ
-            data["file_path"] = mask_secrets(canonical_path(path, self.cwd))
-            for key in ("offset", "limit"):
-                if _is_count(arguments.get(key)) and arguments[key]:
-                    data[key] = arguments[key]
-            if arguments.get("pages"):
-                data["pages"] = str(arguments["pages"])[:40]
-        elif kind == "read" and any(_paths_argument(arguments)):
-            self._several(event, _paths_argument(arguments))
-        elif kind == "write":
-            event.event_type = EventType.FILE_WRITE
-            paths = [path] if path else patched_paths(str(arguments.get("input") or arguments.get("patch") or ""))
-            data["changes"] = [mask_secrets(canonical_path(p, self.cwd)) for p in paths] or ["*"]
-            if paths:
-                data["file_path"] = data["changes"][0]
-        else:
-            data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
-            if tool.startswith("mcp_"):
-                self._named(data, arguments)
-        return event
-
-    def _several(self, event: SessionEvent, paths: List[str]) -> None:
-        """A read of several files; with patterns among them it is a search."""
-        if re.search(r"[*?\[{]", " ".join(paths)):
-            event.event_type = EventType.SEARCH
-            event.data["query"] = mask_secrets(" ".join(paths)[:600])[:300]
-            return
-        event.event_type = EventType.FILE_READ
-        reads = [[mask_secrets(canonical_path(path, self.cwd)), 1, None] for path in paths]
-        event.data.update(reads=reads, file_path=reads[0][0])
-
-    def _named(self, data: Dict[str, Any], arguments: Dict[str, Any]) -> None:
-        """The path and the query that a tool of an MCP server was given."""
-        path, query = _path_argument(arguments), arguments.get("query") or arguments.get("pattern") or arguments.get("url")
-        if path:
-            data["file_path"] = canonical_path(path, self.cwd)
-        if query.__class__ is str:
-            data["query"] = mask_secrets(query[:600])[:300]
-
-    def _command(self, event: SessionEvent, command: Any, cwd: Any) -> None:
-        effects = _masked(shell_effects(command, cwd if isinstance(cwd, str) else self.cwd))
-        text = command if isinstance(command, str) else " ".join(map(str, command))
-        event.data["command"] = mask_secrets(_HERE.split(text[:1000], 1)[0])[:300]
-        event.data["operation"] = digest_of(" ".join(text.split()))
-        event.data["changes"] = effects.changes
-        kind = effects.kind
-        if kind == "read" and effects.pure:  # of other output the file's share is not known
-            event.event_type = EventType.FILE_READ
-            path, first, last = effects.reads[0]
-            event.data["file_path"] = path
-            if len(effects.reads) > 1:
-                event.data["reads"] = [[p, f, t] for p, f, t in effects.reads]
-            elif (first, last) != (1, None):
-                event.data["lines"] = [first, last]
-        elif kind == "search" and effects.searches:
-            event.event_type = EventType.SEARCH
-            query, scope = effects.searches[0]
-            event.data["query"] = mask_secrets(query)[:300]
-            scope = f"{scope} #{event.data['operation']}" if len(effects.searches) > 1 else scope
-            event.data["scope"] = mask_secrets(scope)
-        elif kind == "write":
-            event.event_type = EventType.FILE_WRITE
-            if effects.writes:
-                event.data["file_path"] = effects.writes[0]
-
-    def _search(self, event: SessionEvent, arguments: Dict[str, Any], path: str) -> None:
-        event.event_type = EventType.SEARCH
-        query = next((arguments[key] for key in ("pattern", "query", "url") if arguments.get(key)), path)
-        if not query and arguments.get("prompt"):
-            query = f"prompt {digest_of(arguments['prompt'])}"
-        event.data["query"] = mask_secrets(str(query)[:600])[:300]
-        scope = {key: value if key in _SCOPE_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 80
-                 else digest_of(value)
-                 for key, value in sorted(arguments.items()) if value not in (None, query) and key != "description"}
-        if path and path != query:
-            event.data["file_path"] = mask_secrets(canonical_path(path, self.cwd))
-            scope.update((key, event.data["file_path"]) for key in scope if arguments[key] == path)
-        if scope:
-            event.data["scope"] = mask_secrets(json.dumps(scope))[:600]
-
-    def result(self, event: SessionEvent, text: str, first: int = 0, count: int = 0, total: int = 0) -> None:
-        """What a read or a search returned: its hash, lines, and whether the window has seen them otherwise. The first
-        line's number, how many lines are the file's and how many it has: 0 where the transcript does not say."""
-        data = event.data
-        if event.event_type is EventType.SEARCH:
-            data["content_hash"] = digest_of(text)
-        elif event.event_type is EventType.FILE_READ:
-            if len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
-                data["unchanged"] = True
-                return
-            if not text:
-                data["truncated"] = True  # an image, say: what it showed is not known
-                return
-            data["content_hash"] = digest_of(text)
-            if _is_cut_off(text) or "command" in data and _COMPLAINT.match(text):
-                data["truncated"] = True
-            elif "reads" not in data and "pages" not in data:
-                self._lines(data, text, first, count, total)
-
-    def _lines(self, data: Dict[str, Any], text: str, first: int, count: int, total: int) -> None:
-        count = count or text.count("\n") + (not text.endswith("\n"))
-        start = first or line_range(data)[0]
-        if start < 0 and self.memory.totals.get(data["file_path"], 0) >= count:
-            start = self.memory.totals[data["file_path"]] - count + 1  # the last lines of a file whose length is known
-        if start < 0 or not text:
-            return
-        if total:
-            data["total_lines"] = total
-        elif not first and "lines" not in data and "offset" not in data and "limit" not in data:
-            data["total_lines"] = self.memory.totals[data["file_path"]] = count
-        data["lines"] = [start, start + count - 1]
-        verdict = self.memory.verdict(data["file_path"], start, count, text)
-        if verdict:
-            data["content"] = verdict
-
-    def failure(self, event: SessionEvent, message: str, arguments: Any = None) -> None:
-        """The call failed: what is kept of the message is a hash, the exit code and why it is nobody's fault."""
-        if event.event_type is EventType.FILE_WRITE and not event.data.get("command"):
-            # An edit that failed changed nothing; one that asks for a new read makes that read no repetition.
-            event.data["changes"] = event.data["changes"] if _STALE.search(message[:600]) else []
-        event.event_type = EventType.ERROR
-        data = event.data
-        data["error_hash"] = digest_of(normal_message(message))
-        if "operation" not in data:
-            data["operation"] = digest_of(json.dumps(arguments, sort_keys=True, default=str))
-        exit_code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
-        if exit_code:
-            data["exit_code"] = int(exit_code.group(1))
-        kind = _failure_kind_of(message)
-        if kind:
-            data["kind"] = kind
-
-
 _HERE = _Pattern(r"<<|@['\"]|\*\*\* Begin Patch")  # what follows in a command is file content
 
 # Where a search looks and how it shows what it finds: kept as given. What else it is told may be a prompt: kept as a hash.
 _SCOPE_KEYS = ("path", "dir_path", "glob", "type", "include", "output_mode", "head_limit", "offset", "limit", "max_results",
                "multiline", "context", "-i", "-n", "-A", "-B", "-C", "case_sensitive", "respect_git_ignore")
-
-
-def _masked(effects: ShellEffects) -> ShellEffects:
-    """The effects with what looks like a secret masked in their paths."""
-    effects.reads = [(mask_secrets(path), first, last) for path, first, last in effects.reads]
-    effects.writes, effects.changes = [[mask_secrets(path) for path in paths] for paths in (effects.writes, effects.changes)]
-    return effects
-
-
-def _path_argument(arguments: Dict[str, Any]) -> str:
-    """The file or directory a tool call names, "" where none."""
-    for key in ("file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path"):
-        if arguments.get(key).__class__ is str:
-            return arguments[key]
-    return ""
-
-
-def _paths_argument(arguments: Dict[str, Any]) -> List[str]:
-    """The files that a read of several names."""
-    given = arguments.get("include") or arguments.get("paths")
-    return [path for path in given if path.__class__ is str] if given.__class__ is list else []
 
 
 _QUERY_TOOL = _Pattern(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
@@ -5918,17 +5731,6 @@ def _is_cut_off(text: str) -> bool:
 
 _STALE = _Pattern(r"has not been read yet|modified since (?:it was )?(?:last )?read|read it again", re.I)
 _COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
-
-
-def _failure_kind_of(message: str) -> str:
-    head = message[:600]
-    if _COLLATERAL.search(head):
-        return "collateral"
-    if "Request interrupted by user" in head or "aborted by user" in head:
-        return "interrupted"
-    if head.startswith(("Exit code", "Process exited")):
-        return ""  # what the command printed is not about the call
-    return failure_kind({"message": head})
 
 
 def _milliseconds(start: str, end: str) -> int:
@@ -6173,7 +5975,7 @@ class _Window:
         self.agent, self.overhead = agent, overhead
         self.calls = 0
         self.current: Optional[_Call] = None  # the response that is being told
-        self.tools = ToolEvents()
+        self.seen = _SeenLines()
         self._steps: List[List[Any]] = []     # event or _Call, characters that enter
 
     def add(self, entry: Any, characters: int = 0) -> int:
@@ -6218,13 +6020,170 @@ _COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `gi
 
 
 class _Tool:
-    """One tool call while it is told."""
+    """One tool call while it is told: what it does by its name and arguments, and what its result
+    shows."""
 
-    __slots__ = ("event", "window", "arguments", "step", "calls", "open")
+    __slots__ = ("event", "data", "window", "given", "cwd", "step", "calls", "open")
 
-    def __init__(self, event: SessionEvent, window: _Window, arguments: Any):
-        self.event, self.window, self.arguments, self.open = event, window, arguments, True
-        self.step, self.calls = window.add(event), window.calls
+    def __init__(self, event: SessionEvent, window: _Window, arguments: Any, cwd: str):
+        self.event, self.data, self.window, self.cwd = event, event.data, window, cwd
+        self.given: Dict[str, Any] = arguments if arguments.__class__ is dict else {}
+        self.step, self.calls, self.open = window.add(event), window.calls, True
+
+    def describe(self, kind: str) -> None:
+        """What the call reads, searches, writes or changes."""
+        tool, given = self.data["tool"].lower(), self.given
+        kind = kind or TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool[:5] == "mcp__" else tool, "")
+        path = self._text("file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
+        command = given.get("command") or given.get("cmd") or given.get("script")
+        if kind == "shell" and command:
+            self._command(command)
+        elif kind == "search":
+            self._search(path)
+        elif kind == "read" and path:
+            self._read(path)
+        elif kind == "read" and any(self._several()):
+            self._read_several(self._several())
+        elif kind == "write":
+            paths = [path] if path else patched_paths(str(given.get("input") or given.get("patch") or ""))
+            paths = list(map(self._path, paths))
+            self._becomes(EventType.FILE_WRITE, changes=paths or ["*"], file_path=(paths or [""])[0])
+        else:
+            self.data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
+            if tool.startswith("mcp_"):
+                query = given.get("query") or given.get("pattern") or given.get("url")
+                path = "" if kind == "harmless" else path
+                self._keep(file_path=path and self._path(path),
+                           query=_short(query) if query.__class__ is str else "")
+
+    def _becomes(self, event_type: EventType, **data: Any) -> None:
+        self.event.event_type = event_type
+        self._keep(**data)
+
+    def _keep(self, **data: Any) -> None:
+        """Keep what says something."""
+        self.data.update((name, value) for name, value in data.items() if value)
+
+    def _text(self, *names: str) -> str:
+        return next((self.given[n] for n in names if self.given.get(n).__class__ is str), "")
+
+    def _path(self, path: str) -> str:
+        return mask_secrets(canonical_path(path, self.cwd))
+
+    def _read(self, path: str) -> None:
+        given = self.given
+        self._becomes(EventType.FILE_READ, file_path=self._path(path), pages=str(
+            given.get("pages") or "")[:40], **{
+                key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))})
+
+    def _several(self) -> List[str]:
+        """The files that a read of several names."""
+        given = self.given.get("include") or self.given.get("paths")
+        return [path for path in given if path.__class__ is str] if given.__class__ is list else []
+
+    def _read_several(self, paths: List[str]) -> None:
+        """With patterns among the files it is a search."""
+        if re.search(r"[*?\[{]", " ".join(paths)):
+            self._becomes(EventType.SEARCH, query=_short(" ".join(paths)))
+        else:
+            reads = [[self._path(path), 1, None] for path in paths]
+            self._becomes(EventType.FILE_READ, reads=reads, file_path=reads[0][0])
+
+    def _command(self, command: Any) -> None:
+        cwd = self.given.get("workdir") or self.given.get("dir_path") or self.cwd
+        effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
+        text = command if isinstance(command, str) else " ".join(map(str, command))
+        operation = digest_of(" ".join(text.split()))
+        reads = [[mask_secrets(path), first, last] for path, first, last in effects.reads]
+        self.data.update(command=mask_secrets(_HERE.split(text[:1000], 1)[0])[:300],
+                         operation=operation, changes=list(map(mask_secrets, effects.changes)))
+        if effects.kind == "read" and effects.pure:  # of other output the file's share is not known
+            part = reads[0][1:] if reads[0][1:] != [1, None] else []
+            several = len(reads) > 1
+            self._becomes(EventType.FILE_READ, file_path=reads[0][0], reads=reads if several else [],
+                          lines=[] if several else part)
+        elif effects.kind == "search" and effects.searches:
+            query, scope = effects.searches[0]
+            scope = f"{scope} #{operation}" if len(effects.searches) > 1 else scope
+            self._becomes(EventType.SEARCH, query=mask_secrets(query)[:300])
+            self.data["scope"] = mask_secrets(scope)
+        elif effects.kind == "write":
+            self._becomes(EventType.FILE_WRITE, file_path="".join(map(mask_secrets, effects.writes[:1])))
+
+    def _search(self, path: str) -> None:
+        given = self.given
+        query = next((given[key] for key in ("pattern", "query", "url") if given.get(key)), path)
+        if not query and given.get("prompt"):
+            query = f"prompt {digest_of(given['prompt'])}"
+        scope = {key: _scope(key, value) for key, value in sorted(given.items())
+                 if value not in (None, query) and key != "description"}
+        place = self._path(path) if path and path != query else ""
+        scope.update((key, place) for key in scope if place and given[key] == path)
+        self._becomes(EventType.SEARCH, file_path=place,
+                      scope=mask_secrets(json.dumps(scope))[:600] if scope else "")
+        self.data["query"] = _short(query)
+
+    def returned(self, text: str, first: int, count: int, total: int) -> None:
+        """What a read or a search returned: its hash, its lines, and whether the window has seen
+        them otherwise. First line, how many there are and how many the file has: 0 for not said."""
+        data, reads = self.data, self.event.event_type is EventType.FILE_READ
+        if reads and len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
+            data["unchanged"] = True
+        elif reads and not text:
+            data["truncated"] = True  # an image, say: what it showed is not known
+        elif reads or self.event.event_type is EventType.SEARCH:
+            data["content_hash"] = digest_of(text)
+            if reads and (_is_cut_off(text) or "command" in data and _COMPLAINT.match(text)):
+                data["truncated"] = True
+            elif reads and "reads" not in data and "pages" not in data:
+                self._lines(text, first, count, total)
+
+    def _lines(self, text: str, first: int, count: int, total: int) -> None:
+        data, seen = self.data, self.window.seen
+        count = count or text.count("\n") + (not text.endswith("\n"))
+        path, start = data["file_path"], first or line_range(data)[0]
+        if start < 0 and seen.totals.get(path, 0) >= count:
+            start = seen.totals[path] - count + 1  # the last lines of a file whose length is known
+        if start < 0:
+            return
+        if not total and not first and data.keys().isdisjoint(("lines", "offset", "limit")):
+            total = seen.totals[path] = count
+        self._keep(total_lines=total, lines=[start, start + count - 1],
+                   content=seen.verdict(path, start, count, text))
+
+    def failed(self, message: str, kind: str) -> None:
+        """What is kept of a failure's message is a hash, the exit code and why it is nobody's
+        fault."""
+        if self.event.event_type is EventType.FILE_WRITE and not self.data.get("command"):
+            # An edit that failed changed nothing; one that asks for a new read makes that read no
+            # repetition.
+            self.data["changes"] = self.data["changes"] if _STALE.search(message[:600]) else []
+        arguments = json.dumps(self.given, sort_keys=True, default=str)
+        code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
+        self.data.setdefault("operation", digest_of(arguments))
+        self._becomes(EventType.ERROR, error_hash=digest_of(normal_message(message)),
+                      exit_code=int(code.group(1)) if code else 0, kind=kind or _kind_of(message))
+
+
+def _short(text: Any) -> str:
+    return mask_secrets(str(text)[:600])[:300]
+
+
+def _scope(key: str, value: Any) -> Any:
+    """An argument of a search as it is kept: a hash of what may be a prompt."""
+    plain_value = not isinstance(value, (dict, list)) and len(str(value)) <= 80
+    return value if key in _SCOPE_KEYS and plain_value else digest_of(value)
+
+
+def _kind_of(message: str) -> str:
+    head = message[:600]
+    if _COLLATERAL.search(head):
+        return "collateral"
+    if "Request interrupted by user" in head or "aborted by user" in head:
+        return "interrupted"
+    if head.startswith(("Exit code", "Process exited")):
+        return ""  # what the command printed is not about the call
+    return failure_kind({"message": head})
 
 
 class Recorder:
@@ -6330,7 +6289,7 @@ class Recorder:
                    **data: Any) -> SessionEvent:
         """The context was replaced by a summary of ``size`` characters, or emptied (Source.CLEAR):
         a new window begins."""
-        self._window().tools.memory.clear()
+        self._window().seen = _SeenLines()
         return self.context(source, size, **data)
 
     def cleared(self, keys: Iterable[str], lost: int = 0) -> SessionEvent:
@@ -6448,16 +6407,15 @@ class Recorder:
         if key and key in self._tools:
             return self._tools[key].event
         window = self._window()
-        call, tools = window.current, window.tools
-        tools.cwd = self.cwd
-        event = tools.call(name, arguments, self._time, call.key if call else response,
-                           self._place["line"], kind)
-        event.data.update(self._place)
+        call = window.current
+        event = self._event(EventType.TOOL_CALL, {
+            "tool": name, "response_id": call.key if call else response})
+        tool = self._tools[key or f"#{len(self._tools)}"] = _Tool(event, window, arguments, self.cwd)
+        tool.describe(kind)
         event.duration_ms = milliseconds
         if call:
             event.model = call.event.model
             call.parts.append((len(name) + _json_size(arguments) if size is None else size, event))
-        self._tools[key or f"#{len(self._tools)}"] = _Tool(event, window, arguments)
         return event
 
     def returned(self, key: str, text: Optional[str], size: Optional[int] = None, *,
@@ -6480,7 +6438,7 @@ class Recorder:
         elif cut:
             event.data["truncated"] = True
         elif text is not None and event.event_type is not EventType.ERROR:
-            tool.window.tools.result(event, text, *lines)
+            tool.returned(text, *lines)
         if event.data["tool"].lower() in AGENT_TOOLS and "kind" not in event.data:
             event.data["changes"] = []
         if text and "commit" in event.data.get("command", ""):
@@ -6493,14 +6451,12 @@ class Recorder:
         """A tool call has failed, which was learnt apart from its result."""
         tool = self._tools.get(key)
         if tool and tool.event.event_type is not EventType.ERROR:
-            tool.window.tools.failure(tool.event, text, tool.arguments)
-            if kind:
-                tool.event.data["kind"] = kind
+            tool.failed(text, kind)
 
     def _unknown_tool(self, key: str) -> _Tool:
         event = self._event(EventType.TOOL_CALL, {
             "tool": "unknown", "kind": "unreadable", "changes": ["?"]})
-        tool = self._tools[key] = _Tool(event, self._window(), None)
+        tool = self._tools[key] = _Tool(event, self._window(), None, "")
         return tool
 
     # the session
