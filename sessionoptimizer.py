@@ -5637,10 +5637,10 @@ def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark
 # ==================================================================================================
 
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
-SHARP_DROP = 10_000        # tokens a context must lose, and half of itself, for a window to end unmarked
+SHARP_DROP = 10_000        # tokens, and half of itself, a context must lose to end unmarked
 SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
 HIDDEN_THINKING = 4_000    # tokens of thinking that nine of ten steps stay below
-SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, and always more than dropped thinking; else 12%
+SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, always more than thinking; else 12%
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
@@ -5689,17 +5689,19 @@ def digest_of(text: Any) -> str:
     global _hashlib
     if _hashlib is None:
         import hashlib as _hashlib
-    return _hashlib.blake2b(text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass"),
-                            digest_size=8).hexdigest()
+    raw = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
+    return _hashlib.blake2b(raw, digest_size=8).hexdigest()
 
 
 def _count_of(value: Any) -> int:
-    """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS counts as 0."""
+    """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS counts as
+    0."""
     return value if value.__class__ is int and 0 <= value <= MAX_TOKENS // 1000 else 0
 
 
 def task_line(text: str) -> str:
-    """The first line of a prompt that says something, secrets masked, cut to TASK_LENGTH characters."""
+    """The first line of a prompt that says something, secrets masked, cut to TASK_LENGTH
+    characters."""
     line = next((line.strip() for line in text.split("\n") if line.strip()), "")
     line = " ".join(mask_secrets(line[:4 * TASK_LENGTH]).split())
     return line if len(line) <= TASK_LENGTH else line[:TASK_LENGTH - 1] + "…"
@@ -5710,16 +5712,20 @@ _NUMBERED = _Pattern(r" *\d+(\t|→)")
 
 _HERE = _Pattern(r"<<|@['\"]|\*\*\* Begin Patch")  # what follows in a command is file content
 
-# Where a search looks and how it shows what it finds: kept as given. What else it is told may be a prompt: kept as a hash.
-_SCOPE_KEYS = ("path", "dir_path", "glob", "type", "include", "output_mode", "head_limit", "offset", "limit", "max_results",
-               "multiline", "context", "-i", "-n", "-A", "-B", "-C", "case_sensitive", "respect_git_ignore")
+# Where a search looks and how it shows what it finds: kept as given. What else it is told may be a
+# prompt: kept as a hash.
+_SCOPE_KEYS = frozenset("""path dir_path glob type include output_mode head_limit offset limit
+    max_results multiline context -i -n -A -B -C case_sensitive respect_git_ignore""".split())
 
 
-_QUERY_TOOL = _Pattern(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|screenshot|snapshot)")
+_QUERY_TOOL = _Pattern(r"^mcp_.*(?:^|_)(?:get|list|read|search|find|query|fetch|view|show|describe|"
+                       r"screenshot|snapshot)")
 # What a program in a pipe says instead of a file, while the last one of the pipe succeeds.
-_COMPLAINT = _Pattern(r"\s*(?:usage: |(?:\S{0,80}/)?(?:(?:ba|z|da)?sh|cat|head|tail|sed|nl|g?awk|less|bat|jq|sort|cut|"
-                      r"iconv|git|docker|kubectl|ssh|curl|Get-Content)\s?: )", re.I)
-_UNCHANGED = _Pattern(r"unchanged since (?:your |the )?last read|file[ _]unchanged|file has not changed since", re.I)
+_COMPLAINT = _Pattern(
+    r"\s*(?:usage: |(?:\S{0,80}/)?(?:(?:ba|z|da)?sh|cat|head|tail|sed|nl|g?awk|less|bat|jq|sort|"
+    r"cut|iconv|git|docker|kubectl|ssh|curl|Get-Content)\s?: )", re.I)
+_UNCHANGED = _Pattern(r"unchanged since (?:your |the )?last read|file[ _]unchanged|"
+                      r"file has not changed since", re.I)
 _CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum allowed")
 
 
@@ -5729,7 +5735,8 @@ def _is_cut_off(text: str) -> bool:
     return "truncated…" in text or any(map(ends.__contains__, _CUT_OFF))
 
 
-_STALE = _Pattern(r"has not been read yet|modified since (?:it was )?(?:last )?read|read it again", re.I)
+_STALE = _Pattern(
+    r"has not been read yet|modified since (?:it was )?(?:last )?read|read it again", re.I)
 _COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
 
 
@@ -6034,7 +6041,8 @@ class _Tool:
         """What the call reads, searches, writes or changes."""
         tool, given = self.data["tool"].lower(), self.given
         kind = kind or TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool[:5] == "mcp__" else tool, "")
-        path = self._text("file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
+        path = self._text(
+            "file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
         command = given.get("command") or given.get("cmd") or given.get("script")
         if kind == "shell" and command:
             self._command(command)
@@ -6045,9 +6053,9 @@ class _Tool:
         elif kind == "read" and any(self._several()):
             self._read_several(self._several())
         elif kind == "write":
-            paths = [path] if path else patched_paths(str(given.get("input") or given.get("patch") or ""))
-            paths = list(map(self._path, paths))
-            self._becomes(EventType.FILE_WRITE, changes=paths or ["*"], file_path=(paths or [""])[0])
+            patch = str(given.get("input") or given.get("patch") or "")
+            paths = [self._path(name) for name in ([path] if path else patched_paths(patch))]
+            self._becomes(EventType.FILE_WRITE, changes=paths or ["*"], file_path=(paths + [""])[0])
         else:
             self.data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
             if tool.startswith("mcp_"):
@@ -6098,17 +6106,18 @@ class _Tool:
         self.data.update(command=mask_secrets(_HERE.split(text[:1000], 1)[0])[:300],
                          operation=operation, changes=list(map(mask_secrets, effects.changes)))
         if effects.kind == "read" and effects.pure:  # of other output the file's share is not known
-            part = reads[0][1:] if reads[0][1:] != [1, None] else []
-            several = len(reads) > 1
-            self._becomes(EventType.FILE_READ, file_path=reads[0][0], reads=reads if several else [],
-                          lines=[] if several else part)
+            several, part = len(reads) > 1, reads[0][1:]
+            self._becomes(EventType.FILE_READ, file_path=reads[0][0],
+                          reads=reads if several else [],
+                          lines=[] if several or part == [1, None] else part)
         elif effects.kind == "search" and effects.searches:
             query, scope = effects.searches[0]
             scope = f"{scope} #{operation}" if len(effects.searches) > 1 else scope
             self._becomes(EventType.SEARCH, query=mask_secrets(query)[:300])
             self.data["scope"] = mask_secrets(scope)
         elif effects.kind == "write":
-            self._becomes(EventType.FILE_WRITE, file_path="".join(map(mask_secrets, effects.writes[:1])))
+            written = list(map(mask_secrets, effects.writes[:1]))
+            self._becomes(EventType.FILE_WRITE, file_path="".join(written))
 
     def _search(self, path: str) -> None:
         given = self.given
@@ -6410,7 +6419,8 @@ class Recorder:
         call = window.current
         event = self._event(EventType.TOOL_CALL, {
             "tool": name, "response_id": call.key if call else response})
-        tool = self._tools[key or f"#{len(self._tools)}"] = _Tool(event, window, arguments, self.cwd)
+        tool = _Tool(event, window, arguments, self.cwd)
+        self._tools[key or f"#{len(self._tools)}"] = tool
         tool.describe(kind)
         event.duration_ms = milliseconds
         if call:
@@ -6524,8 +6534,8 @@ class Recorder:
 # ==================================================================================================
 
 class TranscriptReader:
-    """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new format is a subclass with
-    ``detect`` and ``read``, appended to READERS."""
+    """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new
+    format is a subclass with ``detect`` and ``read``, appended to READERS."""
 
     name = agent = ""
     stamp = rb'"timestamp"\s*:\s*"([^"]{4,40})"'  # how a time is written
@@ -6535,7 +6545,8 @@ class TranscriptReader:
         return []
 
     def detect(self, path: str, head: bytes) -> bool:
-        """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this format."""
+        """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this
+        format."""
         raise NotImplementedError
 
     def companions(self, path: str) -> List[str]:
@@ -6932,17 +6943,18 @@ def _text(value: Any) -> str:
 
 
 def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. OSError as open()."""
+    """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped.
+    OSError as open()."""
     with open(path, "rb", buffering=1 << 20) as file:
         for first in itertools.islice(file, 1):
             yield 1, first[3:] if first.startswith(b"\xef\xbb\xbf") else first
         yield from enumerate(file, 2)
 
 
-def transcript_entries(path: str,
-                       skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A last line
-    that is not finished is left out, other damage goes to ``skip``. OSError as open()."""
+def transcript_entries(
+        path: str, skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A
+    last line that is not finished is left out, other damage goes to ``skip``. OSError as open()."""
     for number, line in numbered_lines(path):
         if number == 1 and line.strip() in (b"{", b"["):
             with open(path, "rb") as file:
@@ -6992,7 +7004,8 @@ def _time_text(value: Any) -> str:
 
 
 def _arguments(value: Any) -> Dict[str, Any]:
-    """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of texts."""
+    """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of
+    texts."""
     if value.__class__ is str:
         try:
             value = json.loads(value)
@@ -7010,14 +7023,14 @@ def _arguments(value: Any) -> Dict[str, Any]:
 
 
 def _content(content: Any) -> Tuple[str, int]:
-    """The text of a message or a tool's output (a text, or parts with texts and images), and its size in
-    characters."""
+    """The text of a message or a tool's output (a text, or parts with texts and images), and its
+    size in characters."""
     if isinstance(content, dict):
         content = [content] if "text" in content else content.get("content", content.get("output"))
     images = sum("image" in _text(_as_dict(part).get("type")) or "inlineData" in _as_dict(part)
                  for part in _as_list(content))
-    text = "\n".join(part if part.__class__ is str else _text(_as_dict(part).get("text")) for part in content) \
-        if isinstance(content, list) else _text(content)
+    parts = content if isinstance(content, list) else [content]
+    text = "\n".join(_text(part) or _text(_as_dict(part).get("text")) for part in parts)
     return text, len(text) + images * IMAGE_CHARACTERS
 
 
@@ -7032,8 +7045,9 @@ _OUTPUT_HEAD = _Pattern(
 _EXIT_CODE = _Pattern(r"(?:Exit code: |Process exited with code |\bexit code: )(-?\d{1,9})")
 _RUNNING = _Pattern(r"Process running with session ID (\d{1,18})")
 _CODEX_FAILURE = _Pattern(
-    r"failed in sandbox|[\w ]{1,40} failed: |error: |failed to parse function arguments|aborted by "
-    r"user|execution error|unsupported (?:custom tool )?call|collab spawn failed|tool call error", re.I)
+    r"failed in sandbox|[\w ]{1,40} failed: |error: |failed to parse function arguments|"
+    r"aborted by user|execution error|unsupported (?:custom tool )?call|collab spawn failed|"
+    r"tool call error", re.I)
 _CODEX_CUT = _Pattern(
     r"\A(?:Total output lines: \d+)|(?:…|\.\.\. ?)\d+ (?:tokens|chars|lines) truncated|"
     r"\[\.\.\. omitted \d+ of \d+ lines")
@@ -7044,13 +7058,13 @@ _LAYOUT_GAP = 2  # seconds within which items that follow their token count are 
 _CODEX_USAGE = ("input", "cached_input", "cache_write_input", "output", "reasoning_output")
 
 Outcome = namedtuple("Outcome", "text size exit_code running failed")
-Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered the context,
-the exit code (None: not told), the id of a process that still runs, and whether the call failed."""
+Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered, the exit
+code (None: not told), the id of a process that still runs, and whether the call failed."""
 
 
 class CodexReader(TranscriptReader):
-    """Codex CLI: one rollout per thread. Usage is the growth of the running total in ``token_count``
-    events, many of which only repeat it.
+    """Codex CLI: one rollout per thread. Usage is the growth of the running total in
+    ``token_count`` events, many of which only repeat it.
 
     A sub-agent's rollout is a window of its parent's session where the parent is read with it.
     """
@@ -7063,10 +7077,12 @@ class CodexReader(TranscriptReader):
         return [os.path.join(home, "sessions"), os.path.join(home, "archived_sessions")]
 
     def detect(self, path: str, head: bytes) -> bool:
-        return b'"parentUuid"' not in head and bool(_ROLLOUT.search(head) or _OLD_ROLLOUT.match(head))
+        found = _ROLLOUT.search(head) or _OLD_ROLLOUT.match(head)
+        return b'"parentUuid"' not in head and bool(found)
 
     def group(self, paths: List[str]) -> List[List[str]]:
-        """A thread with its sub-agents' rollouts and archived copies of itself; its own file first."""
+        """A thread with its sub-agents' rollouts and archived copies of itself; its own file
+        first."""
         threads = {path: _thread_of(path) for path in sorted(paths, key=_archived)}
         parents = {own: parent for own, parent in threads.values() if own}
         units: Dict[str, List[str]] = {}
@@ -7097,7 +7113,8 @@ def _archived(path: str) -> bool:
 
 
 def _thread_of(path: str) -> Tuple[str, str]:
-    """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is none."""
+    """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is
+    none."""
     first = _head_of(path, 1 << 16).split(b"\n", 1)[0]
     found = [re.search(rb'"%s"\s*:\s*"([^"]{1,200})"' % key, first)
              for key in (b"id", b"parent_thread_id")]
@@ -7108,8 +7125,8 @@ def _thread_of(path: str) -> Tuple[str, str]:
 class _Rollout:
     """One rollout while it is told.
 
-    A response's items are written before the token count that meters it (then they wait for it) or, to
-    about 0.40, right after it (then the metered call takes them).
+    A response's items are written before the token count that meters it (then they wait for it) or,
+    to about 0.40, right after it (then the metered call takes them).
     """
 
     def __init__(self, told: Recorder, path: str, main: str):
@@ -7119,8 +7136,9 @@ class _Rollout:
         self.known = False        # a line of a rollout was seen
         self.compacted = False    # a compaction since the last metered call
         self.total: Optional[Tuple[int, ...]] = None
-        self.call, self.called_at = "", ""  # a metered call that takes the items that follow, its time
-        self.waiting: List[Tuple[bool, str, int, Callable[[str], Any]]] = []  # by the model, time, line
+        self.call, self.called_at = "", ""  # a metered call that takes what follows, its time
+        # Whether the model wrote it, time, line, verb.
+        self.waiting: List[Tuple[bool, str, int, Callable[[str], Any]]] = []
         self.open: Dict[str, Tuple[str, Dict[str, Any]]] = {}  # name and arguments by key of a call
         self.running: Dict[str, str] = {}          # keys by id of a process
 
@@ -7142,8 +7160,9 @@ class _Rollout:
                 kind, payload = "session_meta", entry
             elif kind in ("message", "reasoning") or "call_id" in entry and "_call" in kind:
                 kind, payload = "response_item", entry
-        handler = {"session_meta": self._meta, "turn_context": self._turn, "response_item": self._item,
-                   "compacted": self._compaction, "event_msg": self._message}.get(kind)
+        handler = {"session_meta": self._meta, "turn_context": self._turn,
+                   "event_msg": self._message, "response_item": self._item,
+                   "compacted": self._compaction}.get(kind)
         if handler and isinstance(payload, dict):
             self.known = True
             handler(payload)
@@ -7199,8 +7218,8 @@ class _Rollout:
             self._metered(*spent)
 
     def _metered(self, entered: int, cached: int, write: int, output: int, thoughts: int) -> None:
-        # A fork repeats its parent's token counts: the turn's id (or the thread it was forked from) and
-        # the running total are the same in both, the time is not.
+        # A fork repeats its parent's token counts: the turn's id (or the thread it was forked from)
+        # and the running total are the same in both, the time is not.
         name = self.turn if len(self.turn) > 30 else self.lineage + self.turn
         identity = f"codex:{name}:{'/'.join(map(str, self.total or (self.line,)))}"
         cached = min(cached, entered)
@@ -7284,7 +7303,8 @@ class _Rollout:
             name = "local_shell"
             raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
         elif kind == "web_search_call":
-            raw = {key: action[key] for key in ("pattern", "query", "url") if _text(action.get(key))}
+            raw = {key: _text(action.get(key)) for key in ("pattern", "query", "url")
+                   if _text(action.get(key))}
             queries = list(filter(None, map(_text, _as_list(action.get("queries")))))
             raw.update({"query": " | ".join(queries)} if queries else {})
         name = name or {"tool_search_call": "toolsearch"}.get(kind, kind[:-len("_call")])
@@ -7305,7 +7325,7 @@ class _Rollout:
 
     def _result(self, key: str, outcome: Outcome, size: int) -> None:
         told, (name, arguments) = self.told, self.open[key]
-        if name == "write_stdin":  # input for a running command, or a look at it: that is what fails
+        if name == "write_stdin":  # input for a running command, or a look at it: it may fail
             command = key
             if not outcome.running:
                 command = self.running.pop(str(arguments.get("session_id")), key)
@@ -7317,7 +7337,8 @@ class _Rollout:
             self.running[outcome.running] = key
         failed = outcome.failed and not self._found_nothing(key, outcome)
         seen = name == "view_image" and not failed  # what a picture shows is not known
-        told.returned(key, None if seen else outcome.text, size, failed=failed and not outcome.running,
+        told.returned(key, None if seen else outcome.text, size,
+                      failed=failed and not outcome.running,
                       cut=bool(outcome.running or _CODEX_CUT.search(outcome.text)))
 
     def _found_nothing(self, key: str, outcome: Outcome) -> bool:
@@ -7334,7 +7355,8 @@ class _Rollout:
 
 
 def _codex_usage(usage: Any) -> Optional[Tuple[int, ...]]:
-    """Input (cached included), cached, cache writes, output (reasoning included), reasoning; or None."""
+    """Input (cached included), cached, cache writes, output (reasoning included), reasoning; or
+    None."""
     if not isinstance(usage, dict):
         return None
     return tuple(_count_of(usage.get(f"{key}_tokens")) for key in _CODEX_USAGE)
@@ -7531,19 +7553,22 @@ class _Chat:
 
 
 def _gemini_result(tool: Dict[str, Any]) -> Tuple[str, int, bool]:
-    """What a tool call returned: its text (a command's output alone), its size, whether it failed."""
+    """What a tool call returned: its text (a command's output alone), its size, whether it
+    failed."""
     texts, size, error = [], 0, tool.get("status") in ("error", "cancelled")
     for part in _as_list(tool.get("result")):
         response = _as_dict(_as_dict(part).get("functionResponse")).get("response")
         extra = 0 if isinstance(response, dict) else _content([part])[1]
         response = _as_dict(response)
         error = error or bool(_text(response.get("error")))
-        text = next(filter(None, [_text(response.get(key)) for key in ("error", "output", "content")]), "")
+        found = (_text(response.get(key)) for key in ("error", "output", "content"))
+        text = next(filter(None, found), "")
         texts.append(text)
         size += extra + (len(text) or _json_size(response) if response else 0)
     text = "\n".join(texts)
-    codes = _GEMINI_EXIT.findall(text) if tool.get("name") == "run_shell_command" else []
-    wrapped = codes or tool.get("name") == "run_shell_command" and text.startswith(("Command: ", "Output: "))
+    is_shell = tool.get("name") == "run_shell_command"
+    codes = _GEMINI_EXIT.findall(text) if is_shell else []
+    wrapped = codes or is_shell and text.startswith(("Command: ", "Output: "))
     output, told = _command_output(text) if wrapped else (text, text)
     if codes and int(codes[-1]) and not error:
         # Exit code 1 without a word is the "no" of a search or a test.
@@ -7583,8 +7608,8 @@ _LATEST = 4 * 10**18  # nanoseconds since 1970: the year 2096; what is later is 
 class OtelReader(TranscriptReader):
     """OpenTelemetry GenAI spans as OTLP/JSON: one object per line, or one document.
 
-    A session is a conversation id, or a trace where there is none. Only leaf model calls are counted; an
-    agent's span stands for them where it has usage and none of them was written.
+    A session is a conversation id, or a trace where there is none. Only leaf model calls are
+    counted; an agent's span stands for them where it has usage and none of them was written.
     """
 
     name = "otel"
@@ -7636,8 +7661,8 @@ class OtelReader(TranscriptReader):
 class _Span:
     """One span: names, nanoseconds and attributes in their Python types."""
 
-    __slots__ = ("trace", "id", "parent", "name", "start", "end", "attributes", "resource", "failed",
-                 "message", "path", "line", "operation", "conversation")
+    __slots__ = ("trace", "id", "parent", "name", "start", "end", "attributes", "resource",
+                 "failed", "message", "path", "line", "operation", "conversation")
 
     def __init__(self, span: Dict[str, Any], resource: Dict[str, Any], path: str, line: int):
         def either(name: str, other: str) -> Any:
@@ -7646,21 +7671,24 @@ class _Span:
         self.attributes, self.resource = _attributes(span.get("attributes")), resource
         self.path, self.line = path, line
         self.name = _text(span.get("name"))
-        self.trace, self.id = _text(either("traceId", "trace_id")), _text(either("spanId", "span_id"))
-        self.parent = _text(either("parentSpanId", "parent_span_id")) or self.text("virtual_parent.genai")
-        self.start, self.end = (min(max(0, _integer(either(f"{name}TimeUnixNano", f"{name}_time_unix_nano"))),
-                                    _LATEST) for name in ("start", "end"))
+        self.trace = _text(either("traceId", "trace_id"))
+        self.id = _text(either("spanId", "span_id"))
+        parent = _text(either("parentSpanId", "parent_span_id"))
+        self.parent = parent or self.text("virtual_parent.genai")
+        times = (either(f"{name}TimeUnixNano", f"{name}_time_unix_nano")
+                 for name in ("start", "end"))
+        self.start, self.end = (min(max(0, _integer(moment)), _LATEST) for moment in times)
         self.end = max(self.start, self.end) if self.start else 0
         status = _as_dict(span.get("status"))
-        self.failed = status.get("code") in (2, "2", "STATUS_CODE_ERROR") or bool(self.text("error.type")) \
-            or self.attributes.get("success") in (False, "false")
+        self.failed = status.get("code") in (2, "2", "STATUS_CODE_ERROR") or bool(
+            self.text("error.type")) or self.attributes.get("success") in (False, "false")
         self.message = _text(status.get("message")) or self.text("error.type") or self.text("error")
         self.operation = _OWN_SPANS.get(self.name) or self.text("gen_ai.operation.name")
         self.conversation = next((self.text(key) for key in _CONVERSATION if self.text(key)), "")
 
     def text(self, *names: str) -> str:
         """The first of these attributes that is a text which says something."""
-        return next((self.attributes[name] for name in names if _text(self.attributes.get(name))), "")
+        return next(filter(None, (_text(self.attributes.get(name)) for name in names)), "")
 
     def usage(self) -> Tuple[int, ...]:
         """Input, output, cache read, cache write, reasoning, as they are given."""
@@ -7757,7 +7785,7 @@ class _Conversation:
         self.open: Dict[str, str] = {}   # keys of tool calls whose result no span gave, by their id
         self.above = {span.id for member in members if member.operation in _MODEL_CALLS
                       for span in list(_ancestry(member, spans))[1:]}
-        # Cached tokens are part of the input by convention; a call with more of them shows otherwise.
+        # Cached tokens are part of the input by convention; a call with more shows otherwise.
         self.exclusive = any(
             span.name in _OWN_SPANS or span.usage()[2] + span.usage()[3] > span.usage()[0]
             for span in members if span.operation in _MODEL_CALLS + ("invoke_agent",))
@@ -7766,7 +7794,8 @@ class _Conversation:
         """Tell the spans."""
         told = self.told
         named = next((s for s in self.members if s.text("gen_ai.agent.name")), self.members[0])
-        agent = named.text("gen_ai.agent.name") or _text(named.resource.get("service.name")) or "OTEL"
+        service = _text(named.resource.get("service.name"))
+        agent = named.text("gen_ai.agent.name") or service or "OTEL"
         told.session(self.identity, version=_text(named.resource.get("service.version")),
                      agent=slug(agent.upper()))
         for span in self.members:
@@ -7782,7 +7811,8 @@ class _Conversation:
         told.session(task=root.name)
 
     def _agent_of(self, span: _Span) -> str:
-        """The agent of a span: the nearest invoke_agent that another one called; "" for the outermost."""
+        """The agent of a span: the nearest invoke_agent that another one called; "" for the
+        outermost."""
         agents = [s for s in _ancestry(span, self.spans) if s.operation == "invoke_agent"]
         name = "embeddings" if span.operation == "embeddings" else span.text("agent_id")
         if len(agents) > 1:
@@ -7838,8 +7868,10 @@ class _Conversation:
             told.failed(span.identity, why or "")
 
     def _entered(self, span: _Span) -> None:
-        """The messages new in this call's input give sizes to prompts, and to results no span has."""
-        messages, agent = _messages(span.attributes.get("gen_ai.input.messages")), self._agent_of(span)
+        """The messages new in this call's input give sizes to prompts, and to results no span
+        has."""
+        messages = _messages(span.attributes.get("gen_ai.input.messages"))
+        agent = self._agent_of(span)
         seen = self.seen.get(agent, 0)
         self.seen[agent] = len(messages)
         for message in messages[seen if seen <= len(messages) else 0:]:
@@ -7864,8 +7896,9 @@ def _messages(value: Any) -> List[Dict[str, Any]]:
     messages = []
     for message in _as_list(value):
         if isinstance(message, dict) and not _too_deep(message):
-            parts = [dict(part, text=part["content"]) if _text(_as_dict(part).get("content")) else part
-                     for part in _as_list(message.get("parts", message.get("content")))]
+            given = _as_list(message.get("parts", message.get("content")))
+            parts = [dict(part, text=part["content"]) if _text(_as_dict(part).get("content"))
+                     else part for part in given]
             messages.append(dict(message, parts=parts or [{"text": _text(message.get("content"))}]))
     return messages
 
@@ -7879,9 +7912,9 @@ _OPENCODE_LINE = _Pattern(r" *(\d+)(?:\| ?|: )")  # how the read tool numbers li
 
 
 class OpenCodeReader(TranscriptReader):
-    """OpenCode: exported sessions, its SQLite database, and the folder of JSON files it had before. Every
-    assistant message is one call, or every step of one that has several; a session with a parent is a
-    sub-agent of it. Of a session that is in several places the database counts."""
+    """OpenCode: exported sessions, its SQLite database, and the folder of JSON files it had before.
+    Every assistant message is one call, or every step of one that has several; a session with a
+    parent is a sub-agent of it. Of a session that is in several places the database counts."""
 
     name = "opencode"
     agent = "OPENCODE"
@@ -8011,7 +8044,8 @@ def _opencode_row(row: Any) -> Dict[str, Any]:
 class _Stored:
     """One stored session: its facts, and its messages with their parts."""
 
-    def __init__(self, path: str, info: Dict[str, Any], messages: List[Any], places: Dict[str, int]):
+    def __init__(self, path: str, info: Dict[str, Any], messages: List[Any],
+                 places: Dict[str, int]):
         self.path, self.info, self.messages, self.places = path, info, messages, places
         self.identity, self.parent = _text(info.get("id")), _text(info.get("parentID"))
 
@@ -8020,7 +8054,8 @@ class _Stored:
         times = _as_dict(self.info.get("time"))
         for moment in (times.get("updated"), times.get("created")):
             told.at(_iso_time(_integer(moment) * 10**6), 1, self.path, agent)
-        told.session(self.identity, _text(self.info.get("directory")), _text(self.info.get("version")))
+        facts = (_text(self.info.get(key)) for key in ("directory", "version"))
+        told.session(self.identity, *facts)
         for message in map(_as_dict, self.messages):
             info = _as_dict(message.get("info"))
             began = _as_dict(info.get("time")).get("created")
@@ -8055,8 +8090,8 @@ class _Stored:
         if info.get("summary") is True:
             told.compaction(sum(len(_text(part.get("text"))) for part in parts))
 
-    def _step(self, told: Recorder, info: Dict[str, Any], parts: List[Dict[str, Any]], identity: str,
-              metered: Dict[str, Any]) -> None:
+    def _step(self, told: Recorder, info: Dict[str, Any], parts: List[Dict[str, Any]],
+              identity: str, metered: Dict[str, Any]) -> None:
         usage, thoughts = _opencode_usage(metered)
         error = _as_dict(info.get("error"))
         if not any(usage) and error:
@@ -8076,8 +8111,8 @@ class _Stored:
 
 
 def _opencode_usage(metered: Dict[str, Any]) -> Tuple[Usage, int]:
-    """The usage of a message or a step, and the reasoning in its output. Output contains reasoning, but
-    where the total or the sizes show otherwise."""
+    """The usage of a message or a step, and the reasoning in its output. Output contains reasoning,
+    but where the total or the sizes show otherwise."""
     tokens = _as_dict(metered.get("tokens"))
     entered, output, thoughts = (_count_of(tokens.get(k)) for k in ("input", "output", "reasoning"))
     read, write = (_count_of(_as_dict(tokens.get("cache")).get(key)) for key in ("read", "write"))
@@ -8108,11 +8143,13 @@ def _opencode_tool(told: Recorder, part: Dict[str, Any]) -> None:
     lines = (0, 0, 0)
     if name == "read" and not failed:
         text, lines = _opencode_lines(text)
-    told.returned(key, text, size, failed=failed, lines=lines, cut=metadata.get("truncated") is True)
+    cut = metadata.get("truncated") is True
+    told.returned(key, text, size, failed=failed, lines=lines, cut=cut)
 
 
 def _opencode_lines(text: str) -> Tuple[str, Tuple[int, int, int]]:
-    """A file's own lines without the frame and the numbers around them; where they begin and how many."""
+    """A file's own lines without the frame and the numbers around them; where they begin and how
+    many."""
     numbered = [(match, line) for match, line in
                 ((_OPENCODE_LINE.match(line), line) for line in text.split("\n")) if match]
     if not numbered:
@@ -8236,22 +8273,22 @@ def _response_text(response: Any) -> Tuple[str, int]:
 
 
 class LiveHooks:
-    """Logs what an agent's hooks tell to the session of that id in the store of a ``SessionOptimizer``, and guards its
-    window."""
+    """Logs what an agent's hooks tell to the session of that id in the store of a
+    ``SessionOptimizer``, and guards its window."""
 
     def __init__(self, optimizer: Any):
         self.optimizer, self.store = optimizer, optimizer.store
 
     def log(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
         """See ``SessionOptimizer.log_hook``."""
-        named = isinstance(payload, dict) and _text(payload.get("session_id")) and _text(payload.get("hook_event_name"))
-        if not named:
+        if not all(_text(_as_dict(payload).get(key)) for key in ("session_id", "hook_event_name")):
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
         session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
         event = hook_event(payload)
         if kind == "SessionEnd":
             event = SessionEvent("", now_text(), EventType.SESSION_END, {
-                "status": SessionStatus.COMPLETED.value, "reason": _text(payload.get("reason"))[:40]})
+                "status": SessionStatus.COMPLETED.value,
+                "reason": _text(payload.get("reason"))[:40]})
         elif event is None and kind != "SessionStart":
             return None
         if not os.path.lexists(self.store.find(session_id)):
@@ -8269,7 +8306,8 @@ class LiveHooks:
         transcript = os.path.expanduser(_text(payload.get("transcript_path")))
         try:
             self.optimizer.start_session(
-                ClaudeCodeReader.agent, task_line(_text(payload.get("prompt"))), _text(payload.get("model")), session_id,
+                ClaudeCodeReader.agent, task_line(_text(payload.get("prompt"))),
+                _text(payload.get("model")), session_id,
                 {"transcript_path": transcript, "cwd": _text(payload.get("cwd")), "live": True})
         except SessionExists:
             pass  # another hook of the same moment was first
@@ -8322,11 +8360,14 @@ class LiveHooks:
         answer = {"hookEventName": "PreToolUse", "additionalContext": advice}
         if deny:
             refused = {"refused_repeat_of": repeat["event_id"]}
-            if any(event.agent_id == agent and refused.items() <= event.data.items() for event in later):
+            if any(event.agent_id == agent and refused.items() <= event.data.items()
+                   for event in later):
                 return None
-            self._append(session_id, "PreToolUse", SessionEvent("", now_text(), EventType.CUSTOM, refused, agent_id=agent))
-            answer = {"hookEventName": "PreToolUse", "permissionDecision": "deny", "permissionDecisionReason":
-                      advice + " If it is not in view any more, make the same call again."}
+            self._append(session_id, "PreToolUse", SessionEvent(
+                "", now_text(), EventType.CUSTOM, refused, agent_id=agent))
+            advice += " If it is not in view any more, make the same call again."
+            answer = {"hookEventName": "PreToolUse", "permissionDecision": "deny",
+                      "permissionDecisionReason": advice}
         return {"hookSpecificOutput": answer}
 
 
@@ -8341,7 +8382,8 @@ def _unchanged_since(paths: Iterable[str], seconds: Optional[float]) -> bool:
         stats = [os.stat(path) for path in paths]
     except (OSError, ValueError):
         return False
-    changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime) for info in stats]  # there: time of creation
+    changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime)  # there: of creation
+               for info in stats]
     return seconds is not None and all(change <= seconds for change in changes)
 
 
@@ -8351,14 +8393,16 @@ def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
         what, again = plain(_paths_of(call.data)[0], 120), "reading it again"
         how = f"was read at {repeat['timestamp'][11:16]} and has not changed since"
     else:
-        what, again = f"The answer to the search '{plain(call.data.get('query'), 80)}'", "searching again"
+        what = f"The answer to the search '{plain(call.data.get('query'), 80)}'"
+        again = "searching again"
         how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
     return (f"{what} {how}: it is still in the context (about {repeat['tokens']:,} tokens). "
             f"Use that instead of {again}.")
 
 
 def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Dict[str, Any]]:
-    """What ``SessionOptimizer.would_repeat`` returns for a read or search that has not been made yet."""
+    """What ``SessionOptimizer.would_repeat`` returns for a read or search that has not been made
+    yet."""
     memory = ContextMemory(_cwd_of(session))
     for earlier in session.events:
         memory.observe(earlier)
@@ -8369,8 +8413,9 @@ def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Dict[str,
     first, last = line_range(repeat.earlier.data)
     lines = max(1, last - first + 1) if event.event_type is EventType.FILE_READ else 1
     return {"event_id": repeat.earlier.id, "timestamp": repeat.earlier.timestamp,
-            "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines, "lines": repeat.covered,
-            "of_lines": repeat.total, "held_since": memory.held_since(event)}
+            "tokens": repeat.earlier.tokens_input * min(repeat.covered, lines) // lines,
+            "lines": repeat.covered, "of_lines": repeat.total,
+            "held_since": memory.held_since(event)}
 
 
 # ==================================================================================================
