@@ -6631,7 +6631,12 @@ def _is_agent_file(path: str) -> bool:
 
 
 def _session_id_in(path: str) -> str:
-    match = re.search(rb'"sessionId"\s*:\s*"([^"]{1,200})"', _head_of(path, 1 << 16))
+    return _value_in(_head_of(path, _HEAD_SIZE), b"sessionId")
+
+
+def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
+    """The first text under a key in a file's beginning; "" where there is none."""
+    match = re.search(rb'"%s"\s*:\s*"(%s[^"]{1,200})"' % (key, prefix), head)
     return match.group(1).decode("utf-8", "replace") if match else ""
 
 
@@ -6750,7 +6755,7 @@ class _ClaudeSession:
             message.get("id"), entry.get("requestId"), entry.get("uuid")))), "")
         if model == "<synthetic>":
             if entry.get("isApiErrorMessage") is True:
-                told.call_failed(_plain_text(message.get("content")))
+                told.call_failed(_content(message.get("content"))[0])
         elif identity and isinstance(usage, dict):
             blocks = [block for block in map(_as_dict, _as_list(message.get("content"))) if block]
             thinking = [len(_text(block.get("thinking"))) for block in blocks
@@ -6803,7 +6808,7 @@ class _ClaudeSession:
         content = _as_dict(entry.get("message")).get("content")
         self.mode = _text(entry.get("permissionMode")) or self.mode
         if entry.get("isCompactSummary") is True:
-            self.told.compaction(len(_plain_text(content)))
+            self.told.compaction(_content(content)[1])
             return
         text, images = "", 0
         for block in content if isinstance(content, list) else [content]:
@@ -6834,7 +6839,7 @@ class _ClaudeSession:
                 self.command = f"{command.group(1)} {arguments.group(1) if arguments else ''}"
 
     def _result(self, block: Dict[str, Any], entry: Dict[str, Any]) -> None:
-        text, size = _result_size(block.get("content"))
+        text, size = _content(block.get("content"))
         first, count, total = _file_lines(entry.get("toolUseResult"))
         self.told.returned(_text(block.get("tool_use_id")), _without_reminders(text), size,
                            failed=block.get("is_error") is True, lines=(first, count, total))
@@ -6892,21 +6897,6 @@ def _file_lines(details: Any) -> Tuple[int, int, int]:
     first, count, total = (_count_of(file.get(f"{name}Line{end}")) for name, end in (
         ("start", ""), ("num", "s"), ("total", "s")))
     return first, count, total
-
-
-def _plain_text(content: Any) -> str:
-    """The text of a message's content, which is a text or a list of blocks."""
-    if isinstance(content, list):
-        return "\n".join(_text(_as_dict(block).get("text")) for block in content
-                         if isinstance(block, dict))
-    return _text(content)
-
-
-def _result_size(content: Any) -> Tuple[str, int]:
-    """A tool result's text, and its size in characters with images at their weight."""
-    images = sum(_as_dict(block).get("type") == "image" for block in _as_list(content))
-    text = _plain_text(content)
-    return text, len(text) + images * IMAGE_CHARACTERS
 
 
 def _claude_usage(usage: Dict[str, Any]) -> Usage:
@@ -7115,11 +7105,8 @@ def _archived(path: str) -> bool:
 def _thread_of(path: str) -> Tuple[str, str]:
     """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is
     none."""
-    first = _head_of(path, 1 << 16).split(b"\n", 1)[0]
-    found = [re.search(rb'"%s"\s*:\s*"([^"]{1,200})"' % key, first)
-             for key in (b"id", b"parent_thread_id")]
-    own, parent = (match.group(1).decode("utf-8", "replace") if match else "" for match in found)
-    return own, parent
+    first = _head_of(path, _HEAD_SIZE).split(b"\n", 1)[0]
+    return _value_in(first, b"id"), _value_in(first, b"parent_thread_id")
 
 
 class _Rollout:
@@ -7132,6 +7119,7 @@ class _Rollout:
     def __init__(self, told: Recorder, path: str, main: str):
         self.told, self.path, self.main = told, path, main
         self.own = self.lineage = self.turn = self.model = self.version = self.now = self.cwd = ""
+        self.effort = ""
         self.line = 0
         self.known = False        # a line of a rollout was seen
         self.compacted = False    # a compaction since the last metered call
@@ -7182,6 +7170,7 @@ class _Rollout:
         self.cwd = _text(turn.get("cwd")) or self.cwd
         self.told.session(cwd=self.cwd)
         self.turn = _text(turn.get("turn_id")) or self.turn
+        self.effort = _text(turn.get("effort")) or self.effort
 
     def _message(self, message: Dict[str, Any]) -> None:
         kind = message.get("type")
@@ -7227,8 +7216,9 @@ class _Rollout:
         waiting, self.waiting = self.waiting, []
         self.called_at = waiting[0][1] if waiting else self.now
         self.told.at(self.called_at)
-        self.told.call(identity, self._priced_model(), Usage(
+        event = self.told.call(identity, self._priced_model(), Usage(
             entered - cached - write, write, 0, cached, output), thoughts=thoughts)
+        event.data.update({EFFORT: self.effort} if self.effort else {})
         self.call, self.compacted = "" if waiting else identity, False
         for _, moment, line, verb in waiting:
             self.told.at(moment, line)
@@ -7907,7 +7897,6 @@ def _messages(value: Any) -> List[Dict[str, Any]]:
 
 _OPENCODE_EXPORT = _Pattern(rb'\s*\{\s*"info"\s*:\s*\{')
 _OPENCODE_LEGACY = os.sep + os.path.join("storage", "session", "")
-_OPENCODE_ID = rb'"%s"\s*:\s*"(ses_[^"]{1,200})"'
 _OPENCODE_LINE = _Pattern(r" *(\d+)(?:\| ?|: )")  # how the read tool numbers lines
 
 
@@ -7935,12 +7924,9 @@ class OpenCodeReader(TranscriptReader):
 
     def group(self, paths: List[str]) -> List[List[str]]:
         """A database with the files it replaced; exports with those of their sub-agents."""
-        named = {}
-        for path in paths:
-            head = _head_of(path, _HEAD_SIZE)
-            found = (re.search(_OPENCODE_ID % key, head) for key in (b"id", b"parentID"))
-            named[path] = [match.group(1).decode("utf-8", "replace") if match else ""
-                           for match in found]
+        heads = {path: _head_of(path, _HEAD_SIZE) for path in paths}
+        named = {path: [_value_in(head, key, b"ses_") for key in (b"id", b"parentID")]
+                 for path, head in heads.items()}
         parents = {own: parent for own, parent in named.values() if parent}
         units: Dict[str, List[str]] = {}
         for path in sorted(paths, key=lambda path: (not path.endswith(".db"), path)):
@@ -8252,7 +8238,7 @@ def _response_text(response: Any) -> Tuple[str, int]:
     if isinstance(_as_dict(response).get("content"), list):
         response = response["content"]
     if isinstance(response, (str, list)):
-        return _result_size(response)
+        return _content(response)
     details = _as_dict(response)
     file = _as_dict(details.get("file"))
     if details.get("isImage") is True or "base64" in file:

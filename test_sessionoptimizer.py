@@ -4212,6 +4212,30 @@ def test_results_that_were_cleared_are_not_there_to_be_repeated(keys, lost, repe
     assert sorted(re.search("'([^']+)'", issue.description).group(1) for issue in report.issues) == repeated
 
 
+@pytest.mark.parametrize("second, repeated", [((1, 2), True), ((3, 4), False)])
+def test_a_page_of_a_file_is_what_stands_behind_its_frame(tmp_path, optimizer, second, repeated):
+    """Gemini CLI says above a page which lines it holds: that is no line of the file."""
+    frame = ("\nIMPORTANT: The file content has been truncated.\nStatus: Showing lines %d-%d of 9 total lines.\n"
+             "Action: read more of it.\n\n--- FILE CONTENT (truncated) ---\n")
+    messages = [{"id": "u", "type": "user", "content": "look", "timestamp": "2026-03-01T10:00:00Z"}]
+    for number, page in enumerate(((1, 2), second)):
+        output = frame % page + "".join("line %d\n" % line for line in page)
+        messages.append({"id": "m%d" % number, "type": "gemini", "content": "", "model": "gemini-2.5-pro", "timestamp": "2026-03-01T10:00:0%dZ" % number,
+                         "tokens": {"input": 1_000 + 300 * number, "output": 20, "cached": 900 * number, "thoughts": 0, "tool": 0},
+                         "toolCalls": [{"id": "t%d" % number, "name": "read_file", "status": "success",
+                                        "args": {"file_path": "/w/a.py", "offset": page[0] - 1, "limit": 2},
+                                        "result": [{"functionResponse": {"response": {"output": output}}}]}]})
+    messages.append({"id": "m9", "type": "gemini", "content": "done", "model": "gemini-2.5-pro", "timestamp": "2026-03-01T10:00:09Z",
+                     "tokens": {"input": 1_700, "output": 5, "cached": 1_200, "thoughts": 0, "tool": 0}})
+    path = write(tmp_path / "session-a.json", json.dumps({
+        "sessionId": "s1", "projectHash": "x", "startTime": "2026-03-01T10:00:00Z", "lastUpdated": "2026-03-01T10:00:09Z", "messages": messages}))
+    row, = optimizer.scan([str(path)])["sessions"]
+    reads = [event.data for event in optimizer.get_session(row["id"]).events if event.event_type is EventType.FILE_READ]
+    assert [data["lines"] for data in reads] == [[1, 2], list(second)] and reads[0]["total_lines"] == 9
+    assert "truncated" not in reads[0]
+    assert any(issue["issue_type"] == "REPEATED_FILE_READ" for issue in row["issues"]) == repeated
+
+
 REMINDER = "\n\n<system-reminder>\nWhenever you read a file, consider %s.\n</system-reminder>\n"
 
 
@@ -4615,7 +4639,7 @@ def hooks_of(path):
                     payloads[place] = {
                         "session_id": "s", "cwd": cwd, "tool_name": call["name"], "tool_input": call["input"],
                         "hook_event_name": "PostToolUseFailure" if failed else "PostToolUse",
-                        "error": so._plain_text(block["content"]), "tool_response": entry["toolUseResult"]}
+                        "error": so._content(block["content"])[0], "tool_response": entry["toolUseResult"]}
     return payloads
 
 
