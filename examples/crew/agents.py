@@ -82,16 +82,18 @@ class Runner:
         with open(output, "ab") as file:
             process = subprocess.Popen(leash + command, cwd=cwd, stdin=subprocess.PIPE, stdout=file, stderr=file,
                                        start_new_session=True, env={**os.environ, **environment})
-        end = time.monotonic() + seconds
-        while not ended(process) and time.monotonic() < end and not self.lost.is_set():
-            time.sleep(LOOK_SECONDS)
-        stopped = not ended(process)
-        process.stdin.close()
-        while not ended(process):
-            time.sleep(LOOK_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what the command left running in the background
-        process.wait()
+        end, stopped = time.monotonic() + seconds, True
+        try:
+            while not ended(process) and time.monotonic() < end and not self.lost.is_set():
+                time.sleep(LOOK_SECONDS)
+            stopped = not ended(process)
+        finally:  # Ctrl-C too: nothing of it runs when the worktree is removed
+            process.stdin.close()
+            while not ended(process):
+                time.sleep(LOOK_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what the command left running in the background
+            process.wait()
         with open(output, "rb") as file:
             file.seek(max(0, os.path.getsize(output) - TAIL_BYTES))
             tail = file.read().decode(errors="replace").strip()

@@ -7,7 +7,7 @@ from typing import Callable, Dict, List
 
 LOOK_SECONDS = 0.1
 STOP_SECONDS = 15.0
-MOST_RESTARTS = 100  # of one worker: what dies more often has a cause that starting it again does not cure
+MOST_RESTARTS = 20  # of one worker: what dies more often has a cause that starting it again does not cure
 
 
 class Pool:

@@ -907,19 +907,20 @@ def test_a_request_that_cannot_be_met(top, arguments, status, message):
     assert message in inside(top, *arguments, stdin="nothing\n", status=status)
 
 
-def test_when_the_whole_crew_is_killed_the_next_run_goes_on(top, home, tools):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_when_the_whole_crew_is_stopped_the_next_run_goes_on(top, home, tools, number):
     code = "import os, time\nif not os.path.exists(r'%s'):\n    time.sleep(60)\n" % (home / "go") + WRITE
     options = ["--agent", "script:2=" + " ".join(agent_of(tools, code).command), "--store", str(home / "store")]
     command = [sys.executable, HERE, "run", "-", "--repo", str(top), *options]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     first.stdin.write(lines_of(Task("t1", "One"), Task("t2", "Two")).encode())
     first.stdin.close()
     folder, end = str(top) + ".crew/crew", time.monotonic() + 30
     while time.monotonic() < end and not (os.path.isdir(folder) and len(os.listdir(folder)) == 2):
         time.sleep(0.05)
-    first.kill()
-    first.wait()
-    while time.monotonic() < end and os.listdir(folder):  # the workers end by themselves
+    os.killpg(first.pid, signal.SIGINT) if number == signal.SIGINT else first.kill()
+    first.wait(30)
+    while time.monotonic() < end and os.path.isdir(folder) and os.listdir(folder):  # the workers end by themselves
         time.sleep(0.05)
     (home / "go").write_text("")
     assert crew(top, "run", *options).count("merged") == 2
