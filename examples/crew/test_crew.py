@@ -964,3 +964,31 @@ def test_a_real_agent_works_in_a_crew_and_its_tokens_are_what_the_model_counted(
     assert report["totals"]["cost"] == pytest.approx(stats["total_cost"], rel=1e-9)
     assert {row["id"]: row["tokens"] for row in report["tasks"]} == {f"n{n}": counted(f"number {n}") for n in (1, 2, 3)}
     assert len(git(top, "worktree", "list").splitlines()) == 1
+
+
+ASKS = """
+import json, os, urllib.request
+for number in range(2):
+    messages = [{"role": "user", "content": "number 7 " * 99}]
+    body = {"model": "claude-opus-4-5", "max_tokens": 9, "tools": [{}], "messages": messages}
+    request = urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        open("answer.txt", "a").write(json.load(answer)["content"][0]["text"] + "\\n")
+"""
+
+
+def test_a_script_that_asks_a_provider_itself_is_billed_by_the_answers(tmp_path, repository, tools, monkeypatch):
+    """It keeps no log and logs nothing: ``record`` reads what goes through."""
+    fake_api = pytest.importorskip("agent_session.fake_api")
+    pytest.importorskip("ptyprocess", reason="ptyprocess is missing: pip install -e '.[agents]'")
+    with fake_api.FakeApi([{"text": "Seven."}]) as api:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", api.url)
+        post = Post(tmp_path, repository, agent_of(tools, ASKS))
+        report = post.do(Task("t1", "Ask"))
+    (row,) = report["tasks"]
+    counted = sum(told[name] for told in api.truth for name in ("uncached_input", "cache_write", "output"))
+    assert (row["outcome"], row["tokens"], row["sessions"], len(api.truth)) == ("merged", counted, 1, 2)
+    assert row["cost"] > 0 and row["cost_per_line"] == row["cost"] / 2
+    (session,) = post.worker.optimizer.list_sessions()
+    assert (session.metadata["collab_id"], session.metadata["task_id"]) == ("team", "t1")
