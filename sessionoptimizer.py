@@ -3665,26 +3665,58 @@ def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
     before: ``tokens`` (their sum), ``cost``, ``efficiency``, ``issues`` ({type: count})."""
     row = session_row(session, report)
     kinds = [issue["issue_type"] for issue in row["issues"]]
-    ratios = [ratio for ratio, _, _ in TokenSpikeAnalyzer().ratios(session, 1.0)]
     kept = {name: value for name, value in row.items() if name not in _LONG_KEYS}
-    return dict(kept, tokens=row["total_tokens"], cost=row["estimated_cost"],
+    return dict(kept, usage=row["tokens"], tokens=row["total_tokens"], cost=row["estimated_cost"],
                 efficiency=row["efficiency_score"], started=seconds_of(row["started_at"]) or 0.0,
-                issues={kind: kinds.count(kind) for kind in kinds}, spike=max(ratios, default=0.0))
+                issues={kind: kinds.count(kind) for kind in kinds})
 
 
 _SUMS = ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens")
+_CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
+_WASTE = {"tokens": "waste_tokens", "measured_tokens": "measured_waste_tokens",
+          "cost": "waste_cost", "measured_cost": "measured_waste_cost"}
 
 
 def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     """The sums over session rows: sessions, model calls, tokens, USD, waste; their efficiency."""
-    totals: Dict[str, Any] = {"sessions": len(rows)}
-    for part, names in (("tokens", ("uncached_input", "cache_write", "cache_read", "output")),
-                        ("waste", ("tokens", "measured_tokens", "cost", "measured_cost"))):
-        totals[part] = {name: sum(row[part][name] for row in rows) for name in names}
-    totals.update((name, sum(row[name] for row in rows)) for name in _SUMS)
-    wasted = totals["waste"]["tokens"]
-    totals["efficiency_score"] = 100.0 * (1 - wasted / totals["total_tokens"]) if wasted else 100.0
+    usages = [row.get("usage") or row["tokens"] for row in rows]
+    totals: Dict[str, Any] = {name: sum(row[name] for row in rows) for name in _SUMS}
+    totals["sessions"] = len(rows)
+    totals["tokens"] = {name: sum(usage[name] for usage in usages) for name in _CLASSES}
+    totals["waste"] = {name: sum(row[flat] for row in rows) for name, flat in _WASTE.items()}
+    share = totals["waste"]["tokens"] / totals["total_tokens"] if totals["total_tokens"] else 0
+    totals["efficiency_score"] = 100.0 * (1 - share)
     return totals
+
+
+GROUPS = ("day", "model", "project", "agent", "session")
+
+
+def grouped(rows: List[Dict[str, Any]], by: str) -> List[Dict[str, Any]]:
+    """The sums of session rows by one of GROUPS: ``{"key", "sessions", "total_tokens",
+    "estimated_cost", "waste_cost", "measured_waste_cost"}``, days in order, else the most dollars
+    first. A day is local, and the one on which a session began."""
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for row in rows:
+        key = _day(row["started_at"]) if by == "day" else row["id" if by == "session" else by]
+        groups.setdefault(str(key or "unknown"), []).append(row)
+    names = ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost")
+    sums: List[Dict[str, Any]] = [
+        dict({name: sum(row[name] for row in group) for name in names}, key=key,
+             sessions=len(group)) for key, group in groups.items()]
+    return sorted(sums, key=lambda entry: entry["key"] if by == "day" else -entry["estimated_cost"])
+
+
+def _day(time: str) -> str:
+    moment = parse_time(time)
+    return moment.astimezone().isoformat()[:10] if moment is not None else ""
+
+
+def selection(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """What there is before anything is filtered: how many sessions, the newest, and the agents."""
+    newest = max((_day(row["last_at"]) for row in rows), default="")
+    return {"sessions": len(rows), "newest": newest,
+            "agents": sorted({row["agent"] for row in rows})}
 
 
 # -- a report is a list of sections; each renderer escapes every text of them in its own way
@@ -3743,7 +3775,7 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int =
         cells = [cut(cell, size, middle=head[:1] == "~")
                  for head, cell, size in zip(heads, row, widths)]
         lines.append("  ".join(cell.rjust(size) if head[:1] == ">" else cell.ljust(size)
-                               for head, cell, size in zip(heads, cells, widths)).rstrip())
+                               for head, cell, size in zip(heads, cells, widths))[:width].rstrip())
     return lines
 
 
@@ -3887,11 +3919,14 @@ def _use_rows(use: Dict[str, int], most: int = 40) -> List[Tuple[Any, ...]]:
 
 # -- what a scan's report holds
 
-def _scan_sections(result: Dict[str, Any], most: int) -> List[Section]:
+def _scan_sections(result: Dict[str, Any], most: int, by: Iterable[str] = ()) -> List[Section]:
     rows, totals = result["sessions"], result["totals"]
+    skipped = _skipped_lines(result["skipped"])
     if not rows:
-        return [Section("No sessions found", lines=_skipped_lines(result["skipped"]) or [
-            "No sessions found."])]
+        found = result.get("found", {})
+        some = [f"{found['sessions']:,} sessions, none of them as asked for; the newest is of "
+                f"{found['newest'] or 'an unknown day'}"] if found.get("sessions") else []
+        return [Section("No sessions found", lines=some + skipped or ["Nothing to read here."])]
     use: Dict[str, int] = {}
     for row in rows:
         for name, tokens in row["token_use"].items():
@@ -3899,6 +3934,7 @@ def _scan_sections(result: Dict[str, Any], most: int) -> List[Section]:
     changed = [("Changed", result["changes"])] if result.get("changes") else []
     return [
         Section("Sessionoptimizer scan", headline(totals, rows) + changed),
+        *(section for name in by for section in group_sections(rows, name)),
         Section("Waste by kind", heads=("", ">findings", ">tokens", ">wasted $", ""),
                 rows=_kind_rows(rows), hint="each token charged once",
                 lines=[] if any(row["issues"] for row in rows) else ["None found."]),
@@ -3910,13 +3946,26 @@ def _scan_sections(result: Dict[str, Any], most: int) -> List[Section]:
         Section("What to do first", lines=_first_steps(rows)),
         Section("Read most often across sessions", heads=(">reads", ">sessions", "~path"),
                 rows=_most_read(rows, most)),
-        Section("Notes", lines=_scan_notes(rows) + _skipped_lines(result["skipped"]))]
+        Section("Notes", lines=_scan_notes(rows) + skipped)]
+
+
+def group_sections(rows: List[Any], by: Optional[str]) -> List[Section]:
+    """A table of the sums by one of GROUPS; none without a name."""
+    groups = grouped(rows, by) if by else []
+    most = max((entry["estimated_cost"] for entry in groups), default=0)
+    short = short_ids(entry["key"] for entry in groups) if by == "session" else {}
+    rows = [(short.get(entry["key"], entry["key"]), f"{entry['sessions']:,}",
+             short_number(entry["total_tokens"]), dollars(entry["estimated_cost"]),
+             dollars(entry["measured_waste_cost"]), bar(entry["estimated_cost"], most, _BAR))
+            for entry in groups]
+    return [Section(f"By {by}", rows=rows, hint="wasted: measured",
+                    heads=(f"~{by}", ">sessions", ">tokens", ">cost $", ">wasted $", "#"))]
 
 
 def date_range(rows: List[Dict[str, Any]]) -> str:
     """The days on which the sessions began and were last active: "2026-06-01 to 2026-11-20"."""
     times = [row[name] for row in rows for name in ("started_at", "last_at")]
-    days = sorted(time[:10] for time in times if time)
+    days = sorted(filter(None, map(_day, times)))
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
 
 
@@ -4014,10 +4063,11 @@ def _skipped_lines(skipped: List[Dict[str, Any]]) -> List[str]:
     return [f"Skipped: {' and '.join(told)} {why}"] if told else []
 
 
-def scan_report(result: Dict[str, Any], most: int = 8, *, width: int = 80) -> str:
-    """What a scan found, as plain text: totals, waste by kind, where all tokens went, the worst
-    sessions, what to do first."""
-    return text_sections(_scan_sections(result, most), width)
+def scan_report(result: Dict[str, Any], most: int = 8, *, by: Iterable[str] = (),
+                width: int = 80) -> str:
+    """What a scan found, as plain text: totals, tables ``by`` some of GROUPS, waste by kind, where
+    all tokens went, the worst sessions, what to do first."""
+    return text_sections(_scan_sections(result, most, by), width)
 
 
 # -- pages: one file each, with pictures drawn without a script
@@ -4034,7 +4084,8 @@ _STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:28px 20px 48px}
-h1{font-size:26px;margin:2px 0 6px}h2{font-size:16px;margin:0}h1,p,li,dd,summary,td{overflow-wrap:anywhere}
+h1{font-size:26px;margin:2px 0 6px}h2{font-size:16px;margin:0}
+h1,p,li,dd,summary,td{overflow-wrap:anywhere}
 .soft,dt,figcaption,footer{color:var(--soft);font-size:13px}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px;
 margin-top:16px}
@@ -4199,7 +4250,7 @@ def html_report(session: Session, report: OptimizationReport) -> str:
 
 def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
     """What a scan found as one HTML file: what the text says, with the dollars of every day."""
-    sections = _scan_sections(result, most)
+    sections = _scan_sections(result, most, ("agent", "project", "model"))
     sections.insert(1, Section("By day", picture=_by_day(result["sessions"])))
     return _page(f"{len(result['sessions']):,} sessions", "Scan of agent transcripts", sections)
 
@@ -4240,108 +4291,160 @@ def _cell(value: Any) -> Any:
 FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report,
            "html": html_report, "csv": csv_report}
 
-AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action")
-AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is called, the figure of a
-``summaries()`` row, how urgent, the limit and its unit, and what to do."""
+AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action cause")
+AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is
+called, the figure of a ``summaries()`` row, how urgent, the limit and its unit, what to do, and the
+cause, of which a session alerts once."""
 
 ALERT_RULES = (
-    AlertRule("efficiency", "LOW_EFFICIENCY", "efficiency", Severity.HIGH, 70, "%",
-              "Analyze the session: its findings name the tokens that bought nothing"),
+    AlertRule("efficiency", "LOW_EFFICIENCY", "efficiency_score", Severity.HIGH, 70, "%",
+              "See analyze --evidence", "waste"),
     AlertRule("waste", "HIGH_WASTE", "waste_tokens", Severity.MEDIUM, 5_000, "tokens",
-              "Follow the report's first recommendation"),
+              "Follow its first advice", "waste"),
     AlertRule("minutes", "LONG_SESSION", "minutes", Severity.MEDIUM, 60, "minutes",
-              "Start a new session for the next task: this one's context is sent again with every call"),
-    AlertRule("error_rate", "HIGH_ERROR_RATE", "error_rate", Severity.HIGH, 30, "% of the events",
-              "Read the first errors and check paths, dependencies and permissions before going on"),
-    AlertRule("spike", "TOKEN_SPIKE", "spike", Severity.LOW, 3, "times the average event",
-              "Look at the largest event: a narrower read or query may have been enough"),
-)
+              "Start a new session", "length"),
+    AlertRule("error_rate", "HIGH_ERROR_RATE", "error_rate", Severity.HIGH, 30, "% of events",
+              "Read its first errors", "errors"))
+LEAST_DOLLARS = 0.01  # of waste that a session alerts from
 
 
 def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[str, Any]]:
-    """The alerts of one ``summaries()`` row. An efficiency alerts below its limit, everything else above."""
-    for rule in ALERT_RULES:
+    """The alerts of one ``summaries()`` row, the first of each cause. An efficiency alerts below
+    its limit, everything else above; less wasted dollars than the limit ``dollars`` never alert."""
+    causes: set = set()
+    for rule in ALERT_RULES if row["waste_cost"] >= limits["dollars"] else ():
         value, limit = row[rule.figure], limits[rule.name]
         low = rule.name == "efficiency"
-        if value < limit if low else value > limit:
-            unit = rule.unit if rule.unit.startswith("%") else f" {rule.unit}"
-            shown = f"{value:,.0f}" if rule.name == "waste" else f"{value:,.1f}"
-            yield {"id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
-                   "session_id": row["id"], "agent": row["agent"],
-                   "message": f"{rule.kind.lower().replace('_', ' ').capitalize()}: {shown}{unit} "
-                              f"({'below' if low else 'above'} {limit:g})",
-                   "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
+        if rule.cause in causes or not (value < limit if low else value > limit):
+            continue
+        causes.add(rule.cause)
+        share = rule.unit[0] == "%"
+        shown = f"{value:,.1f}{rule.unit}" if share else f"{value:,.0f} {rule.unit}"
+        yield {"id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
+               "session_id": row["id"], "agent": row["agent"], "cost": row["waste_cost"],
+               "message": f"{rule.kind.lower().replace('_', ' ').capitalize()}: {shown} "
+                          f"({'below' if low else 'above'} {limit:g})",
+               "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
 
 
 def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, float]:
-    """The limits of ALERT_RULES by name, with ``thresholds`` in their place; InvalidValue for an unknown name or a value
-    that is not a number >= 0."""
+    """The limits of ALERT_RULES by name and that of ``dollars``, with ``thresholds`` in their
+    place; InvalidValue for an unknown name or a value that is not a number >= 0."""
     limits = {rule.name: rule.threshold for rule in ALERT_RULES}
+    limits["dollars"] = LEAST_DOLLARS
     for name, value in (thresholds or {}).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name not in limits or not number or not value >= 0:
-            raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of {', '.join(limits)}")
+            raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of "
+                               f"{', '.join(limits)}")
         limits[name] = value
     return limits
+
+
+def alert_sections(alerts: List[Dict[str, Any]], most: int) -> List[Section]:
+    """The alerts as a table, the most dollars first."""
+    short = short_ids(alert["session_id"] for alert in alerts)
+    left = len(alerts) - most
+    more = [f"and {left:,} more (--limit {len(alerts)} shows them)"] if left > 0 else []
+    return [Section("Alerts", heads=(">wasted $", "id", "level", "what", "what to do"), rows=[
+        (dollars(alert["cost"]), short[alert["session_id"]], alert["level"],
+         alert["message"].split(" (")[0], alert["action"]) for alert in alerts[:most]],
+        lines=more if alerts else ["No alerts."])]
 
 
 # -- sessions over time
 
 def statistics_of(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     """Sums and averages over ``summaries()`` rows (at least one), oldest first."""
+    totals = scan_totals(rows)
     counts: Dict[str, int] = {}
     for row in rows:
         for kind, count in row["issues"].items():
             counts[kind] = counts.get(kind, 0) + count
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return {"sessions_analyzed": len(rows),
-            "total_tokens": sum(row["tokens"] for row in rows), "total_cost": sum(row["cost"] for row in rows),
-            "average_efficiency": sum(row["efficiency"] for row in rows) / len(rows),
-            "total_waste_tokens": sum(row["waste_tokens"] for row in rows),
-            "total_waste_cost": sum(row["waste_cost"] for row in rows),
+    scores = [row["efficiency_score"] for row in rows]
+    return {"sessions_analyzed": len(rows), "total_tokens": totals["total_tokens"],
+            "total_cost": totals["estimated_cost"], "average_efficiency": sum(scores) / len(rows),
+            "efficiency_score": totals["efficiency_score"],
+            "total_waste_tokens": totals["waste"]["tokens"],
+            "total_waste_cost": totals["waste"]["cost"],
+            "measured_waste_tokens": totals["waste"]["measured_tokens"],
+            "measured_waste_cost": totals["waste"]["measured_cost"],
             "common_issues": [{"type": kind, "count": count} for kind, count in frequent],
-            "trends": _trend([row["efficiency"] for row in rows])}
+            "trends": _trend(scores)}
+
+
+def statistics_sections(stats: Dict[str, Any], rows: List[Dict[str, Any]],
+                        by: Optional[str]) -> List[Section]:
+    """What ``stats`` prints of ``agent_statistics`` and the rows it is about."""
+    trend, change = stats["trends"]["trend"], stats["trends"]["change_percent"]
+    told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
+    return [Section(f"{stats['agent'] or 'All agents'}, last {stats['period_days']:g} days",
+                    [*headline(scan_totals(rows), rows), told]),
+            Section("Most frequent findings", heads=("", ">sessions"), rows=[
+                (issue["type"], f"{issue['count']:,}") for issue in stats["common_issues"]]),
+            *group_sections(rows, by)]
 
 
 def _trend(scores: List[float]) -> Dict[str, Any]:
     """The second half in time against the first, in points of efficiency; stable within 5."""
-    if len(scores) < 2:
-        return {"trend": "insufficient_data", "change_percent": 0.0, "first_period_avg": 0.0, "second_period_avg": 0.0}
     middle = len(scores) // 2
+    if not middle:
+        return {"trend": "insufficient_data", "change_percent": 0.0, "first_period_avg": 0.0,
+                "second_period_avg": 0.0}
     first, second = sum(scores[:middle]) / middle, sum(scores[middle:]) / (len(scores) - middle)
-    change = second - first
-    trend = "stable"
+    change, trend = second - first, "stable"
     if abs(change) > 5:
         trend = "improving" if change > 0 else "declining"
-    return {"trend": trend, "change_percent": round(change, 1), "first_period_avg": round(first, 1),
-            "second_period_avg": round(second, 1)}
+    return {"trend": trend, "change_percent": round(change, 1),
+            "first_period_avg": round(first, 1), "second_period_avg": round(second, 1)}
 
 
 def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Dict[str, Any]:
     """Sessions (at least two) side by side: what ``SessionOptimizer.compare_sessions`` returns."""
-    rows: List[Dict[str, Any]] = [
-        {"id": session.id, "agent": session.agent, "task": session.task[:80], "total_tokens": report.total_tokens,
-         "cost": report.estimated_cost, "efficiency_score": report.efficiency_score, "issue_count": len(report.issues)}
-        for session, report in found]
+    rows = []
+    for session, report in found:
+        row = session_row(session, report)
+        kept = {name: value for name, value in row.items() if name not in _LONG_KEYS}
+        rows.append(dict(kept, task=session.task[:80], cost=row["estimated_cost"]))
     ranked = sorted(found, key=lambda pair: -pair[1].efficiency_score)
-    names = {"tokens": "total_tokens", "cost": "cost", "efficiency": "efficiency_score", "issues": "issue_count"}
-    return {"sessions": rows,
-            "averages": {name: sum(row[key] for row in rows) / len(rows) for name, key in names.items()},
+    names = {"tokens": "total_tokens", "cost": "cost", "efficiency": "efficiency_score",
+             "issues": "issue_count"}
+    return {"sessions": rows, "averages": {
+                name: sum(row[key] for row in rows) / len(rows) for name, key in names.items()},
             "best_performer": ranked[0][0].id, "worst_performer": ranked[-1][0].id,
             "recommendations": _lessons(*ranked[0], *ranked[-1])}
 
 
-def _lessons(best: Session, good: OptimizationReport, worst: Session, bad: OptimizationReport) -> List[str]:
+def comparison_sections(result: Dict[str, Any]) -> List[Section]:
+    """What ``compare`` prints."""
+    short = short_ids(row["id"] for row in result["sessions"])
+    mean = result["averages"]
+    rows = [(short[row["id"]], f"{row['total_tokens']:,}", dollars(row["estimated_cost"]),
+             dollars(row["waste_cost"]), f"{row['efficiency_score']:.1f}",
+             f"{row['issue_count']:,}", row["task"]) for row in result["sessions"]]
+    wasted = sum(row["waste_cost"] for row in result["sessions"]) / len(rows)
+    rows.append(("average", f"{mean['tokens']:,.0f}", dollars(mean["cost"]), dollars(wasted),
+                 f"{mean['efficiency']:.1f}", f"{mean['issues']:.1f}", ""))
+    return [Section("Comparison", rows=rows, heads=(
+                "id", ">tokens", ">session $", ">wasted $", ">score", ">issues", "task")),
+            Section("Best and worst", [("Best", result["best_performer"]),
+                                       ("Worst", result["worst_performer"])]),
+            Section("What the best did without", lines=result["recommendations"])]
+
+
+def _lessons(best: Session, good: OptimizationReport, worst: Session,
+             bad: OptimizationReport) -> List[str]:
     """What the better session did without, from the issues of both."""
     avoided = {issue.issue_type for issue in good.issues}
-    lessons: Dict[IssueType, List[EfficiencyIssue]] = {}
+    lessons: Dict[str, List[EfficiencyIssue]] = {}
     for issue in bad.issues:
         if issue.issue_type not in avoided:
-            lessons.setdefault(issue.issue_type, []).append(issue)
-    weighed = sorted(((sum(issue.charged_tokens for issue in issues), kind.value, issues)
+            lessons.setdefault(issue.issue_type.value, []).append(issue)
+    weighed = sorted(((sum(issue.charged_tokens for issue in issues), kind, issues)
                       for kind, issues in lessons.items()), key=lambda item: -item[0])
-    return [f"{best.id} had no {kind}, {worst.id} had {len(issues)} ({tokens:,} tokens): {issues[0].suggestion}"
-            for tokens, kind, issues in weighed]
+    return [f"{best.id} had no {kind}, {worst.id} had {len(issues)} ({tokens:,} tokens): "
+            f"{issues[0].suggestion}" for tokens, kind, issues in weighed]
 
 
 # ==================================================================================================
@@ -8675,7 +8778,7 @@ class TranscriptScan:
         return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in chosen],
                 "totals": scan_totals(chosen), **billed(chosen),
                 "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
-                "changes": _changes_text(before, rows) if before else ""}
+                "changes": _changes_text(before, rows) if before else "", "found": selection(rows)}
 
 
 def bill_columns(analysis: Analysis) -> Dict[str, Any]:
@@ -8702,7 +8805,7 @@ def billed(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     return {"bill": in_usd(add_bills(row["bill"] for row in rows)), "advice": in_usd(advice_of(rows))}
 
 
-ROW_FORMAT = 2  # rises when rows of sessions get other columns: kept ones are made anew
+ROW_FORMAT = 3  # rises when rows of sessions get other columns: kept ones are made anew
 
 
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:
@@ -9287,13 +9390,14 @@ class SessionOptimizer:
         return comparison_of(found)
 
     def agent_statistics(self, agent: str, days: int = 30) -> Dict[str, Any]:
-        """An agent's sessions of the last ``days``: tokens, USD, average efficiency (0–100), the
+        """An agent's sessions (all agents' for "") of the last ``days``: tokens, USD, average efficiency (0–100), the
         five most frequent issues, and the trend of the second half against the first; with no
         sessions ``{"agent", "sessions": 0, "message"}``. Every session of the period counts;
         unchanged ones are not read again."""
         if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
             raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
-        rows = [row for row in self.summaries(days) if row["agent"].upper() == str(agent).upper()]
+        rows = [row for row in self.summaries(days)
+                if not agent or row["agent"].upper() == str(agent).upper()]
         if not rows:
             message = f"No sessions found in the last {days} days"
             return {"agent": agent, "sessions": 0, "message": message}
@@ -9302,9 +9406,9 @@ class SessionOptimizer:
     def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
         """One row per session, oldest first: id, agent, task, model, status, started_at, tokens,
         cost, efficiency, waste_tokens, waste_cost, measured_waste_tokens, minutes, errors,
-        error_rate (percent of the events; a single error is no rate), spike (the largest event as
-        a multiple of the average), last_at, issues ({type: count}). Rows of unchanged sessions
-        come from the store; a damaged session is named in a warning and left out."""
+        error_rate (percent of the events; a single error is no rate), last_at, issues
+        ({type: count}), and the rest of ``session_row``. Rows of unchanged sessions come from the
+        store; a damaged session is named in a warning and left out."""
         settings = settings_of(self.analyzers, self.prices)
         known = self.store.state.summaries(settings)
         rows, news = {}, {}
@@ -9334,8 +9438,9 @@ class SessionOptimizer:
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
-        """What deserves a look, most urgent first, then newest: ``{"id", "level", "kind",
-        "session_id", "agent", "message", "action", "value", "threshold", "time"}``. The id stays
+        """What deserves a look, the most wasted dollars first: ``{"id", "level", "kind",
+        "session_id", "agent", "message", "action", "value", "threshold", "time", "cost"}`` (USD
+        wasted), at most one of a session and cause. The id stays
         the same while the session does not change its kind of trouble; the time is that of its
         last event. ``since``: active since (without a zone: local). ``thresholds`` replaces limits
         of ALERT_RULES by name; InvalidValue for an unknown name or a value that is not a number
@@ -9345,8 +9450,7 @@ class SessionOptimizer:
                 if (not agent or row["agent"].upper() == agent.upper())
                 and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
         found = [alert for row in rows for alert in alerts_of(row, limits)]
-        return sorted(found, key=lambda alert: (-Severity(alert["level"]).rank,
-                                                -(seconds_of(alert["time"]) or 0.0)))
+        return sorted(found, key=lambda alert: (-alert["cost"], -(seconds_of(alert["time"]) or 0.0)))
 
 
 def _begun(agent: str, task: str, model: str, session_id: Optional[str],
@@ -9392,9 +9496,11 @@ _default_optimizer: Optional[SessionOptimizer] = None
 
 
 def get_optimizer(storage_path: Optional[str] = None) -> SessionOptimizer:
-    """The default optimizer, made at first use; a ``storage_path`` other than its own makes a new default."""
+    """The default optimizer, made at first use; a ``storage_path`` other than its own makes a new
+    default."""
     global _default_optimizer
-    if _default_optimizer is None or (storage_path and os.path.abspath(storage_path) != _default_optimizer.store.root):
+    root = os.path.abspath(storage_path) if storage_path else None
+    if _default_optimizer is None or root not in (None, _default_optimizer.store.root):
         _default_optimizer = SessionOptimizer(storage_path)
     return _default_optimizer
 
@@ -9405,15 +9511,18 @@ def start_session(agent: str, task: str, model: str = "default", session_id: Opt
     return get_optimizer().start_session(agent, task, model, session_id, metadata)
 
 
-def end_session(session_id: str, status: Union[SessionStatus, str] = SessionStatus.COMPLETED) -> Optional[Session]:
+def end_session(session_id: str, status: Union[SessionStatus, str] = SessionStatus.COMPLETED,
+                ) -> Optional[Session]:
     """SessionOptimizer.end_session on the default optimizer."""
     return get_optimizer().end_session(session_id, status)
 
 
-def log_event(session_id: str, event_type: Union[EventType, str], data: Optional[Dict[str, Any]] = None,
-              tokens_input: int = 0, tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
+def log_event(session_id: str, event_type: Union[EventType, str],
+              data: Optional[Dict[str, Any]] = None, tokens_input: int = 0, tokens_output: int = 0,
+              duration_ms: int = 0) -> Optional[SessionEvent]:
     """SessionOptimizer.log_event on the default optimizer."""
-    return get_optimizer().log_event(session_id, event_type, data, tokens_input, tokens_output, duration_ms)
+    return get_optimizer().log_event(
+        session_id, event_type, data, tokens_input, tokens_output, duration_ms)
 
 
 def analyze_session(session_id: str) -> Optional[OptimizationReport]:
@@ -9432,46 +9541,43 @@ def get_agent_stats(agent: str, days: int = 30) -> Dict[str, Any]:
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_LIMIT = 0, 1, 2, 3
 
-_EXAMPLES = """examples:
-  sessionoptimizer scan                                  where the tokens of this machine's agents went
-  sessionoptimizer scan ~/.claude/projects --since 7d
-  ID=$(sessionoptimizer start FORGE "Fix the loader" --model opus --quiet)
-  sessionoptimizer log "$ID" FILE_READ --data '{"file_path": "src/a.py"}' --tokens-in 900
-  sessionoptimizer end "$ID" && sessionoptimizer analyze "$ID"
-
-status: 0 done, 1 the request failed, 2 bad command line, 3 a limit was missed"""
-
 
 class CommandError(SessionOptimizerError):
     """A request that failed; the message goes to standard error and the status is 1."""
 
+    status = EXIT_FAILED
+
+
+class UsageError(CommandError):
+    """A command line that names what there is not, such as an unknown agent; the status is 2."""
+
+    status = EXIT_USAGE
+
 
 def _when(text: str) -> datetime:
-    """A point in time: 90m, 12h, 7d ago, or ISO-8601; ValueError otherwise."""
+    """A point in time: today, yesterday, 90m, 12h, 7d ago, or ISO-8601; ValueError otherwise."""
     from datetime import datetime, timedelta
-    match = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", text.strip())
+    text, now = text.strip().lower(), datetime.now().astimezone()
+    if text in ("today", "yesterday"):
+        day = now.date() - timedelta(days=text == "yesterday")
+        return datetime(day.year, day.month, day.day).astimezone()
+    match = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", text)
     if match:
-        seconds = float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
-        return datetime.now().astimezone() - timedelta(seconds=seconds)
-    moment = parse_time(text.strip())
+        unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
+        return now - timedelta(seconds=float(match.group(1)) * unit)
+    moment = parse_time(text.upper())
     if moment is None:
         raise ValueError(text)
     return moment
 
 
-def _argument(read: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    """An argparse type whose error says what was expected."""
-    def convert(text: str) -> Any:
-        try:
-            return read(text)
-        except (ValueError, OverflowError, RecursionError):
-            raise _argument_error()(f"{text!r} is not {what}") from None
+def _number(read: Callable[[str], float], most: float = float("inf")) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        value = read(text)
+        if not 0 <= value <= most or value == float("inf"):
+            raise ValueError(text)
+        return value
     return convert
-
-
-def _argument_error() -> Any:
-    import argparse
-    return argparse.ArgumentTypeError
 
 
 def _object(text: str) -> Dict[str, Any]:
@@ -9481,188 +9587,293 @@ def _object(text: str) -> Dict[str, Any]:
     return value
 
 
-_TIME_ARGUMENT = _argument(_when, "a time: use 90m, 12h, 7d or ISO-8601")
-_JSON_ARGUMENT = _argument(_object, "a JSON object such as '{\"file_path\": \"a.py\"}'")
+def _kind(read: Callable[[str], Any], what: str, metavar: str) -> Dict[str, Any]:
+    """The settings of an option whose value is read so, and whose error says what was expected."""
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except (ValueError, OverflowError, RecursionError):
+            raise _argument_error()(f"{text!r} is not {what}") from None
+    return {"type": convert, "metavar": metavar}
 
 
-def _one_of(enum: Any, what: str) -> Callable[[str], Any]:
-    return _argument(lambda text: enum(text.upper()), f"{what}: use one of {', '.join(m.value for m in enum)}")
+def _argument_error() -> Any:
+    import argparse
+    return argparse.ArgumentTypeError
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+def _one_of(enum: Any, what: str, metavar: str) -> Dict[str, Any]:
+    names = ", ".join(member.value for member in enum)
+    return _kind(lambda text: enum(text.upper()), f"{what}: use one of {names}", metavar)
 
 
-_COUNT = _argument(_positive, "a whole number >= 0")
+_WHEN = _kind(_when, "a time: use today, yesterday, 90m, 12h, 7d or ISO-8601", "WHEN")
+_JSON = _kind(_object, "a JSON object such as '{\"file_path\": \"a.py\"}'", "JSON")
+_COUNT = _kind(_number(int), "a whole number >= 0", "N")
+_AMOUNT = _kind(_number(float), "a number >= 0", "N")
+_SCORE = _kind(_number(float, 100), "a score from 0 to 100", "SCORE")
+_STATUS = _one_of(SessionStatus, "a status", "STATUS")
+_LEVEL = _one_of(Severity, "a level", "LEVEL")
+_FLAG = {"action": "store_true"}
+
+Command = namedtuple("Command", "run group summary example options")
+_GROUPS = {"look": "Look at what agents did", "record": "Record a session yourself",
+           "watch": "Watch", "files": "Files, and this program"}
 
 
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError(text)
-    return value
+def _option(flags: str, text: str, kind: Any = None, default: Any = None) -> Tuple[Any, ...]:
+    """An option as argparse wants it: its flags (or its name), and the rest. ``kind``: settings, a
+    metavar, or a tuple of choices."""
+    settings = {"metavar": kind} if isinstance(kind, str) else dict(
+        {"choices": kind} if isinstance(kind, tuple) else kind or {})
+    if default is not None:
+        settings["default"] = default
+    return (*flags.split(), dict(settings, help=text))
 
 
-_AMOUNT = _argument(_amount, "a number >= 0")
+_SHARED = (
+    _option("--store", "the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)", "DIR"),
+    _option("--color", "always, never or auto (default: on a terminal without NO_COLOR)",
+            ("always", "never", "auto")))
+_SESSION = _option("session_id", "the session's id, a unique beginning of it, or 'last'")
+_DATA_OR_TEXT = _option("--format", "text (default) or json", ("text", "json"), "text")
+_REPORT = _option("--format", f"one of {', '.join(FORMATS)}", tuple(FORMATS), "text")
+_AGENT = _option("--agent", "of this agent only", "NAME")
+_SINCE = _option("--since", "today, yesterday, 90m, 12h, 7d ago, or ISO-8601", _WHEN)
+_LIMIT = _option("--limit", "show at most N (default 20)", _COUNT, 20)
+_BY = _option("--by", f"a table by {', '.join(GROUPS)}", {"choices": GROUPS, "metavar": "WHAT"})
+_OUTPUT = _option("--output", "write to FILE (for you alone) instead of standard output", "FILE")
+_FAIL_UNDER = _option("--fail-under", "status 3 when the efficiency is below or nothing was judged",
+                      _SCORE)
 
 
-# The options and commands, each declared once: name or flags, and what argparse wants to know of them.
-def _commands() -> Dict[str, Tuple[Callable[..., int], str, List[Tuple[Any, ...]]]]:
-    session = ("session_id", {"help": "the session's id, a unique beginning of it, or 'last'"})
-    json_or_text = ("--format", {"choices": ("text", "json"), "default": "text", "help": "text (default) or json"})
-    return dict(_session_commands(session, json_or_text), **_report_commands(session, json_or_text))
+def commands() -> Dict[str, Command]:
+    """Every command by its name, in the order of the help: the function that runs it, its group,
+    what it does, an example, and its options."""
+    return {**_looking(), **_recording(), **_keeping()}
 
 
-def _session_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -> Dict[str, Any]:
+def _looking() -> Dict[str, Command]:
     return {
-        "start": (_start, "begin a session", [
-            ("agent", {"help": "the agent's name"}), ("task", {"help": "what it is to do"}),
-            ("--model", {"default": "default", "help": "its model, for prices"}),
-            ("--id", {"dest": "new_id", "metavar": "ID", "help": "the session's id (default: agent and time)"}),
-            ("--metadata", {"type": _JSON_ARGUMENT, "metavar": "JSON", "help": "an object kept with the session"}),
-            ("-q", "--quiet", {"action": "store_true", "help": "print the id alone"}), json_or_text]),
-        "end": (_end, "end a session", [
-            session, ("--status", {"type": _one_of(SessionStatus, "a status"), "default": SessionStatus.COMPLETED,
-                                   "metavar": "STATUS", "help": "COMPLETED (default), FAILED or ABANDONED"})]),
-        "log": (_log, "log an event, or a stream of them from standard input", [
-            session, ("event_type", {"help": "an event type such as FILE_READ; - reads one JSON object per line: "
-                                             '{"event_type", "data", "tokens_input", "tokens_output", "duration_ms"}'}),
-            ("--data", {"type": _JSON_ARGUMENT, "metavar": "JSON", "help": "the event's data, an object"}),
-            ("--tokens-in", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens new to the context"}),
-            ("--tokens-out", {"type": _COUNT, "default": 0, "metavar": "N", "help": "tokens the model wrote"}),
-            ("--duration-ms", {"type": _COUNT, "default": 0, "metavar": "N", "help": "milliseconds it took"}),
-            ("--durable", {"action": "store_true", "help": "force the event to the disk before it is acknowledged"})]),
-        "hook": (_hook, "log a hook event of Claude Code from standard input", [
-            ("--guard", {"action": "store_true", "help": "answer PreToolUse when the call would bring what is in the context"}),
-            ("--deny", {"action": "store_true", "help": "with --guard: refuse such a call once, do not only advise"})]),
-        "list": (_list, "list sessions, newest first", [
-            ("--agent", {"help": "of this agent only"}),
-            ("--status", {"type": _one_of(SessionStatus, "a status"), "metavar": "STATUS", "help": "of this status only"}),
-            ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "started since: 90m, 12h, 7d or ISO-8601"}),
-            ("--limit", {"type": _COUNT, "default": 20, "metavar": "N", "help": "at most N (default 20)"}), json_or_text]),
-        "repair": (_repair, "mend damaged sessions and remove what crashes left behind", [
-            ("--discard", {"action": "store_true", "help": "remove the copies of damaged files as well"})]),
-        "delete": (_delete, "delete a session and its report", [
-            ("session_id", {"help": "the session's whole id, or 'last'"})]),
+        "scan": Command(_scan, "look", "read agents' transcripts and say where the tokens went",
+                        "scan --since 7d", [
+            _option("paths", "files or folders (default: where agents keep them)",
+                    {"nargs": "*", "metavar": "PATH"}),
+            _option("--agent", "this agent's only, e.g. claude-code", "NAME", ""), _SINCE,
+            _option("--project", "whose working directory or path contains TEXT", "TEXT", ""), _BY,
+            _option("--no-store", "keep nothing", _FLAG),
+            _option("--again", "read everything again, deleted sessions too", _FLAG),
+            _option("--format", "text (default), json or html", ("text", "json", "html"), "text"),
+            _OUTPUT, _FAIL_UNDER]),
+        "list": Command(_list, "look", "list sessions, newest first", "list --since yesterday", [
+            _AGENT, _option("--status", "of this status only", _STATUS), _SINCE, _LIMIT,
+            _DATA_OR_TEXT]),
+        "analyze": Command(_analyze, "look", "say what a session wasted",
+                           "analyze last --evidence", [
+            _SESSION, _REPORT, _FAIL_UNDER,
+            _option("--evidence", "show the events of every finding: line, what, tokens", _FLAG)]),
+        "stats": Command(_stats, "look", "sessions over time", "stats --by model --days 7", [
+            _option("agent", "of this agent only (default: all)", {"nargs": "?"}),
+            _option("--days", "of the last N days (default 30)", _COUNT, 30), _BY, _DATA_OR_TEXT]),
+        "compare": Command(_compare, "look", "compare sessions", "compare 3f2a 91bc", [
+            _option("session_ids", "two or more sessions", {"nargs": "+", "metavar": "session_id"}),
+            _DATA_OR_TEXT]),
+        "export": Command(_export, "look", "write a session's report",
+                          "export last --format html --output report.html",
+                          [_SESSION, _REPORT, _OUTPUT]),
+        "alerts": Command(_alerts, "watch", "say which sessions deserve a look, and what to do",
+                          "alerts --since 1d --dollars 0.50", [
+            _SINCE, _AGENT, _DATA_OR_TEXT, _LIMIT,
+            _option("--fail-on", "status 3 at an alert of LOW, MEDIUM, HIGH or above", _LEVEL),
+            _option("--dollars", f"of N wasted dollars or more (default {LEAST_DOLLARS})", _AMOUNT),
+            *map(_limit_option, ALERT_RULES)]),
     }
 
 
-def _report_commands(session: Tuple[Any, ...], json_or_text: Tuple[Any, ...]) -> Dict[str, Any]:
-    limit = ("--fail-under", {"type": _AMOUNT, "metavar": "SCORE", "help": "status 3 when the score is below (0-100)"})
-    report = ("--format", {"choices": tuple(FORMATS), "default": "text", "help": f"one of {', '.join(FORMATS)}"})
+def _limit_option(rule: AlertRule) -> Tuple[Any, ...]:
+    when = "below" if rule.name == "efficiency" else "above"
+    text = f"{rule.level.value} alert {when} N {rule.unit} (default {rule.threshold})"
+    return _option("--" + rule.name.replace("_", "-"), text.replace("%", "%%"), _AMOUNT)
+
+
+def _recording() -> Dict[str, Command]:
+    keys = '{"event_type", "data", "tokens_input", "tokens_output", "duration_ms"}'
     return {
-        "analyze": (_analyze, "say what a session wasted", [
-            session, report, limit,
-            ("--evidence", {"action": "store_true", "help": "show the events of every finding: file:line, tokens, extract"})]),
-        "stats": (_stats, "an agent's sessions over time", [
-            ("agent", {"help": "the agent's name"}),
-            ("--days", {"type": _COUNT, "default": 30, "metavar": "N", "help": "of the last N days (default 30)"}),
-            json_or_text]),
-        "alerts": (_alerts, "say which sessions deserve a look, and what to do", [
-            ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "active since: 90m, 12h, 7d or ISO-8601"}),
-            ("--agent", {"help": "of this agent only"}), json_or_text,
-            ("--fail-on", {"type": _one_of(Severity, "a level"), "metavar": "LEVEL",
-                           "help": "status 3 when an alert of this level or above is there: LOW, MEDIUM, HIGH"}),
-            *(("--" + rule.name.replace("_", "-"), {"type": _AMOUNT, "metavar": "N", "help":
-               f"{rule.level.value} alert {'below' if rule.name == 'efficiency' else 'above'} N {rule.unit} "
-               f"(default {rule.threshold})".replace("%", "%%")}) for rule in ALERT_RULES)]),
-        "compare": (_compare, "compare sessions", [
-            ("session_ids", {"nargs": "+", "metavar": "session_id", "help": "two or more sessions"}), json_or_text]),
-        "export": (_export, "write a session's report", [
-            session, report, ("--output", {"metavar": "FILE", "help": "write to FILE instead of standard output"})]),
-        "scan": (_scan, "read agents' transcripts and say where the tokens went", [
-            ("paths", {"nargs": "*", "metavar": "PATH", "help": "files or folders (default: where agents keep them)"}),
-            ("--agent", {"default": "", "metavar": "NAME", "help": "this agent's only, e.g. claude-code"}),
-            ("--since", {"type": _TIME_ARGUMENT, "metavar": "WHEN", "help": "active since: 90m, 12h, 7d or ISO-8601"}),
-            ("--project", {"default": "", "metavar": "TEXT", "help": "whose working directory or path contains TEXT"}),
-            ("--no-store", {"action": "store_true", "help": "keep nothing"}),
-            ("--again", {"action": "store_true", "help": "read everything again, deleted sessions too"}),
-            ("--format", {"choices": ("text", "json", "html"), "default": "text", "help": "text (default), json or html"}),
-            ("--output", {"metavar": "FILE", "help": "write to FILE instead of standard output"}), limit]),
-        "import": (_import, "store sessions from JSON files or transcripts", [
-            ("files", {"nargs": "+", "metavar": "FILE", "help": "a session's JSON, or a transcript of a known agent"})]),
-        "version": (_version, "print the version", []),
-        "help": (_help, "show this help, or a command's", [("topic", {"nargs": "?", "metavar": "command"})]),
+        "start": Command(_start, "record", "begin a session",
+                         'start FORGE "Fix the loader" --model opus -q', [
+            _option("agent", "the agent's name"), _option("task", "what it is to do"),
+            _option("--model", "its model, for prices", None, "default"),
+            _option("--id", "the session's id (default: agent and time)",
+                    {"dest": "new_id", "metavar": "ID"}),
+            _option("--metadata", "an object kept with the session", _JSON),
+            _option("-q --quiet", "print the id alone", _FLAG), _DATA_OR_TEXT]),
+        "log": Command(_log, "record", "log an event, or a stream of them from standard input",
+                       "log last SEARCH --data '{\"query\": \"x\"}'", [
+            _SESSION, _option("event_type", "an event type such as FILE_READ; - reads one JSON "
+                                            f"object per line: {keys}"),
+            _option("--data", "the event's data, an object", _JSON),
+            _option("--tokens-in", "tokens new to the context", _COUNT, 0),
+            _option("--tokens-out", "tokens the model wrote", _COUNT, 0),
+            _option("--duration-ms", "milliseconds it took", _COUNT, 0),
+            _option("--durable", "force the event to the disk before it is told", _FLAG)]),
+        "end": Command(_end, "record", "end a session", "end last --status FAILED", [
+            _SESSION, _option("--status", "COMPLETED (default), FAILED or ABANDONED", _STATUS,
+                              SessionStatus.COMPLETED)]),
+        "hook": Command(_hook, "record", "log a hook event of Claude Code from standard input",
+                        "hook --guard", [
+            _option("--guard", "answer PreToolUse when the context holds the answer", _FLAG),
+            _option("--deny", "with --guard: refuse such a call once, not only advise", _FLAG)]),
     }
+
+
+def _keeping() -> Dict[str, Command]:
+    return {
+        "import": Command(_import, "files", "store sessions from JSON files or transcripts",
+                          "import session.json", [
+            _option("files", "a session's JSON, or a transcript of a known agent",
+                    {"nargs": "+", "metavar": "FILE"})]),
+        "delete": Command(_delete, "files", "delete a session and its report", "delete last", [
+            _option("session_id", "the session's whole id, or 'last'")]),
+        "repair": Command(_repair, "files", "mend damaged sessions and remove what crashes left",
+                          "repair", [
+            _option("--discard", "remove the copies of damaged files as well", _FLAG)]),
+        "version": Command(_version, "files", "print the version", "version", []),
+        "help": Command(_help, "files", "show the help of everything, or of one command",
+                        "help scan", [_option("topic", "a command", {"nargs": "?"})]),
+    }
+
+
+_STATUSES = "status: 0 done, 1 the request failed, 2 bad command line, 3 a limit was missed"
+
+
+def _overview() -> str:
+    """The help of the whole program: the commands in groups, each with an example."""
+    lines = ["usage: sessionoptimizer [--store DIR] [--color WHEN] command ...", "",
+             "Where the tokens of your AI agents' sessions went, on evidence you can check."]
+    for group, title in _GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, command in commands().items():
+            if command.group == group:
+                lines += [f"  {name:<9} {command.summary}",
+                          f"            $ sessionoptimizer {command.example}"]
+    shared = [f"  {flag:<9} {settings['help']}" for flag, settings in _SHARED]
+    return "\n".join([*lines, "", "With every command:", *shared, "", _STATUSES,
+                      "One command: sessionoptimizer help COMMAND", ""])
 
 
 def build_parser() -> Any:
-    """The argparse parser."""
+    """The argparse parser: from it the shell completions in examples/completions are made."""
     import argparse
-    parser = argparse.ArgumentParser(
-        prog="sessionoptimizer", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Find the tokens an AI agent's session wasted, on evidence you can check.", epilog=_EXAMPLES)
-    store: Dict[str, Any] = {"metavar": "DIR", "help": "the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)"}
-    parser.add_argument("--store", default=None, **store)
+    known = commands()
+
+    class Parser(argparse.ArgumentParser):
+        """A parser that says what was meant, with the usage of the command it is about."""
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            options, rest = super().parse_known_args(args, namespace)
+            if rest:
+                near = _did_you_mean(rest[0], self._option_string_actions)
+                self.error(f"unknown: {' '.join(rest)}{near}")
+            return options, rest
+
+        def error(self, message: str) -> Any:
+            wrong = re.match(r"argument command: invalid choice: '?([^' ]*)", message)
+            if wrong:
+                message = f"no command {wrong.group(1)!r}{_did_you_mean(wrong.group(1), known)}"
+            self.print_usage(sys.stderr)
+            self.exit(EXIT_USAGE, f"{self.prog}: {plain(message, 1000)}\n")
+
+    parser = Parser(prog="sessionoptimizer", allow_abbrev=False)
+    parser.format_help = _overview  # type: ignore[method-assign]
     parser.add_argument("--version", action="version", version=f"sessionoptimizer {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    for name, (function, summary, options) in _commands().items():
-        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-                                  allow_abbrev=False)
-        sub.add_argument("--store", default=argparse.SUPPRESS, **store)
-        for *flags, settings in options:
+    choice = parser.add_subparsers(dest="command", metavar="command")
+    for flag, settings in _SHARED:
+        parser.add_argument(flag, **settings)
+    for name, command in known.items():
+        sub = choice.add_parser(
+            name, help=command.summary, description=f"{name} - {command.summary}",
+            epilog=f"example:\n  sessionoptimizer {command.example}\n\n{_STATUSES}",
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for *flags, settings in command.options:
             sub.add_argument(*flags, **settings)
-        sub.set_defaults(func=function)
+        for flag, settings in _SHARED:
+            sub.add_argument(flag, default=argparse.SUPPRESS, **settings)
+        sub.set_defaults(func=command.run)
     return parser
 
 
-def _plain_options(command: str, words: List[str]) -> Any:
-    """The options of a command line whose words are values, or flags each followed by its value; None for any other line,
-    which is argparse's to read or to refuse. What runs once per event has no time to load argparse."""
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+    near = get_close_matches(word, list(known), 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _plain_options(name: str, words: List[str]) -> Any:
+    """The options of a command line whose words are values, or flags each followed by its value;
+    None for any other line, which is argparse's to read or to refuse. What runs once per event has
+    no time to load argparse."""
     from types import SimpleNamespace
-    function, _, declared = _commands()[command]
+    command = commands()[name]
     flags: Dict[str, Tuple[str, Dict[str, Any]]] = {"--store": ("store", {})}
-    found: Dict[str, Any] = {"store": None, "func": function}
+    found: Dict[str, Any] = {"store": None, "color": None, "func": command.run}
     places = ["command"]
-    for *names, settings in declared:
-        name = settings.get("dest") or names[-1].lstrip("-").replace("-", "_")
-        places += [name] if names[0] == name else []
-        flags.update((flag, (name, settings)) for flag in names if flag != name)
-        found[name] = settings.get("default", False if settings.get("action") == "store_true" else None)
+    for *names, settings in command.options:
+        place = settings.get("dest") or names[-1].lstrip("-").replace("-", "_")
+        places += [place] if names[0] == place else []
+        flags.update((flag, (place, settings)) for flag in names if flag != place)
+        found[place] = settings.get("default", False if settings.get("action") else None)
     values, rest = [], iter(words)
     try:
         for word in rest:
             if word == "-" or word[:1] not in ("-", ""):
                 values.append(word)
                 continue
-            name, settings = flags[word]
+            place, settings = flags[word]
             value: Any = True if "action" in settings else next(rest)
             if value is not True and value[:1] in ("-", "") or settings.get("choices"):
                 return None
-            found[name] = value if value is True else settings.get("type", str)(value)
+            found[place] = value if value is True else settings.get("type", str)(value)
     except (KeyError, StopIteration, _argument_error()):
         return None
-    return SimpleNamespace(**dict(found, **dict(zip(places, values)))) if len(values) == len(places) else None
+    if len(values) != len(places):
+        return None
+    return SimpleNamespace(**dict(found, **dict(zip(places, values))))
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line and return its status; the only place that turns errors into messages."""
     if argv is None:
         import gc
-        gc.freeze()  # the process is this command's: what is loaded stays, and need not be looked through at its end
+        gc.freeze()  # what is loaded stays, and need not be looked through at the end
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv:
-        argv = ["help"]
-    words = argv[2:] if argv[0] == "--store" else argv[1:] if argv[0].startswith("--store=") else argv
-    first = words[0] if words else ""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))
+    words = argv[2:] if argv[:1] in (["--store"], ["--color"]) else argv
+    first = next((word for word in words if word[:1] != "-"), "")
     if first != "hook":
         return _main(argv, first)
     try:
         with _Deadline(HOOK_SECONDS):
             _main(argv, first)
+    except _OutOfTime:
+        print("sessionoptimizer hook: no time left, this event is not logged", file=sys.stderr)
     except Exception as error:  # whatever it is: the agent whose hook this is must go on
         print(f"sessionoptimizer hook: {plain(repr(error), 300)}", file=sys.stderr)
     return EXIT_DONE
 
 
-HOOK_SECONDS = 1.2  # an agent gives the hooks at the end of a session 1.5 s, start-up included
+HOOK_SECONDS = 0.9   # an agent gives the hooks at the end of a session 1.5 s, start-up included
+HOOK_SIZE = 1 << 24  # bytes of an event: what is larger could not be read in that time
+
+
+class _OutOfTime(BaseException):
+    """The deadline is over; no handler of errors on the way takes it for one of its own."""
 
 
 class _Deadline:
-    """Context in which TimeoutError is raised after some seconds, where the system has timers and this is the main thread."""
+    """Context in which _OutOfTime is raised after some seconds, where the system has timers and
+    this is the main thread."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -9685,35 +9896,34 @@ class _Deadline:
 
     @staticmethod
     def _over(number: int, frame: Any) -> None:
-        raise TimeoutError("the time for a hook is over")
+        raise _OutOfTime
 
 
 def _main(argv: List[str], first: str) -> int:
     options = _plain_options(first, argv) if first in ("log", "hook") else None
     if options is None:
-        parser = build_parser()
         try:
-            options = parser.parse_args(argv)
+            options = build_parser().parse_args(argv)
         except SystemExit as stop:
             return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
         except BrokenPipeError:  # from the help or the version
             return _flushed(EXIT_DONE)
-        if not getattr(options, "func", None):
-            parser.print_usage(sys.stderr)
-            return EXIT_USAGE
+        options.func = getattr(options, "func", _welcome)
     with warnings.catch_warnings():
         warnings.simplefilter("always", SessionOptimizerWarning)
         warnings.showwarning = _show_warning
         try:
-            return _run(options)
+            options.optimizer = SessionOptimizer(options.store)
+            return _flushed(options.func(options))
         except SessionOptimizerError as error:
             print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
-            return EXIT_FAILED
+            return error.status if isinstance(error, CommandError) else EXIT_FAILED
         except BrokenPipeError:
             return _flushed(EXIT_DONE)
         except OSError as error:
             place = plain(error.filename or "the output", 300)
-            print(f"sessionoptimizer: {place} cannot be used: {error.strerror}; nothing stored is lost", file=sys.stderr)
+            print(f"sessionoptimizer: {place} cannot be used: {error.strerror}; nothing stored is "
+                  "lost", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return EXIT_FAILED
         except KeyboardInterrupt:
@@ -9724,56 +9934,83 @@ def _flushed(status: int) -> int:
     """The status, once what was printed is written, or nobody reads it any more."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+    except BrokenPipeError:  # the interpreter would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
-def _run(options: Any) -> int:
-    if sys.stdout is None or sys.stdin is None:  # closed by the caller
-        sys.stdout, sys.stdin = sys.stdout or open(os.devnull, "w"), sys.stdin or open(os.devnull)
-    options.optimizer = SessionOptimizer(options.store)
-    status = options.func(options)
-    sys.stdout.flush()
-    return status
-
-
-def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None,
+                  line: Any = None) -> None:
     print(f"warning: {plain(message, 1000)}", file=sys.stderr)
 
 
+# -- what commands print
+
 def _say(text: str) -> None:
     """Print, whatever the terminal's encoding can show."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "replace").decode(encoding))
+
+
+_COLOURS = {"CRITICAL": "1;31", "HIGH": "31", "MEDIUM": "33", "LOW": "36", "bar": "34",
+            "title": "1"}
+_PAINTED = _Pattern(r"(?m)(?P<title>^[A-Z][A-Z ]+(?=$| \())|(?<= )(?P<bar>#+)$"
+                    r"|\b(CRITICAL|HIGH|MEDIUM|LOW)\b(?=\]| PRIORITY\]|  )")
+
+
+def colour(text: str, name: str, when: Optional[str] = None) -> str:
+    """The text in a colour: ``when`` is "always" or "never", else where standard output is a
+    terminal that shows one and NO_COLOR is not set."""
+    if when not in ("always", "never"):
+        blind = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or (
+            os.name == "nt" and "WT_SESSION" not in os.environ)
+        when = "always" if sys.stdout.isatty() and not blind else "never"
+    return f"\033[{_COLOURS[name]}m{text}\033[0m" if when == "always" else text
+
+
+def _painted(report: str, when: Optional[str]) -> str:
+    """A text report with its titles, severities and bars in colour."""
+    return _PAINTED.sub(lambda match: colour(
+        match.group(), match.lastgroup or match.group(), when), report)
+
+
+def _width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    from shutil import get_terminal_size
+    return max(40, min(200, get_terminal_size().columns))
+
+
+def _show(options: Any, data: Any, *sections: Section) -> int:
+    """Print the data as JSON, or the sections as text."""
+    if options.format == "json":
+        print(json.dumps(data, indent=2))
+    else:
+        _say(_painted(text_sections(sections, _width()), options.color))
+    return EXIT_DONE
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _write_out(text: str, path: Optional[str]) -> None:
+    """To standard output, or to a file that its owner alone can read."""
+    if not path:
+        _say(text)
+        return
     try:
-        print(text)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or "ascii"
-        print(text.encode(encoding, "replace").decode(encoding))
-
-
-_COLOURS = {"CRITICAL": "1;31", "HIGH": "31", "MEDIUM": "33", "LOW": "36", "bar": "34"}
-
-
-def colour(text: str, name: str) -> str:
-    """The text in a colour, where standard output is a terminal that shows one and NO_COLOR is not set."""
-    shows = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and (
-        os.name != "nt" or "WT_SESSION" in os.environ)
-    return f"\033[{_COLOURS[name]}m{text}\033[0m" if shows else text
-
-
-def _painted(report: str) -> str:
-    """A text report with its severities and bars in colour, for the terminal alone."""
-    report = re.sub(r"\[(CRITICAL|HIGH|MEDIUM|LOW)\]", lambda match: colour(match.group(), match.group(1)), report)
-    return re.sub(r"(?m)(?<= )#+$", lambda match: colour(match.group(), "bar"), report)
-
-
-def _say_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+        with open(path, "w", encoding="utf-8", opener=_private) as file:
+            if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                os.fchmod(file.fileno(), 0o600)
+            file.write(text if text.endswith("\n") else text + "\n")
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
+    _say(f"Report written: {plain(path, 1000)}")
 
 
 def _found_id(options: Any, given: str, whole: bool = False) -> str:
-    """The session's whole id: the one given, the only one that begins so (unless it must be ``whole``), or the newest for
-    'last'."""
+    """The session's whole id: the one given, the only one that begins so (unless it must be
+    ``whole``), or the newest for 'last'."""
     store = options.optimizer.store
     if given == "last":
         newest = options.optimizer.list_sessions(limit=1)
@@ -9784,25 +10021,69 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
         if os.path.lexists(store.find(given)):
             return given
     except InvalidSessionId:
-        raise CommandError(f"{given!r} is not the id of a session: see sessionoptimizer list") from None
-    matches = [session_id for session_id, _ in store.files() if session_id.startswith(given)]
+        raise CommandError(f"{given!r} is no session's id: see sessionoptimizer list") from None
+    matches = sorted(session_id for session_id, _ in store.files() if session_id.startswith(given))
     if len(matches) == 1 and not whole:
         return matches[0]
-    found = f"no session has the id {given!r}; give the whole id: {', '.join(sorted(matches)[:3])}" if whole and matches else \
-        f"{len(matches)} sessions begin with {given!r} ({', '.join(sorted(matches)[:3])} …): give more of it" \
-        if matches else f"no session {given!r}: see sessionoptimizer list"
-    raise CommandError(found)
+    some = ", ".join(matches[:3])
+    if not matches:
+        raise CommandError(f"no session {given!r}: see sessionoptimizer list")
+    if whole:
+        raise CommandError(f"no session has the id {given!r}; give the whole id: {some}")
+    raise CommandError(f"{len(matches)} sessions begin with {given!r} ({some} …): give more")
+
+
+def _known_agent(options: Any, agents: Iterable[str]) -> None:
+    """UsageError where the agent asked for is none of these; every name is right where there are
+    none."""
+    known = {name.lower().replace(" ", "-") for name in agents if name}
+    asked = (options.agent or "").lower().replace(" ", "-")
+    if asked and known and asked not in known:
+        raise UsageError(f"no session of an agent {options.agent!r}{_did_you_mean(asked, known)} "
+                         f"(agents: {', '.join(sorted(known))})")
+
+
+def _judged(options: Any, score: float, count: int = 1) -> int:
+    """The status of --fail-under: missed by too low a score, and where nothing was judged."""
+    if options.fail_under is None or count and score >= options.fail_under:
+        return EXIT_DONE
+    why = f"the score {score:.1f} is below {options.fail_under:g}"
+    why = why if count else "nothing to judge: no session was selected"
+    print(f"sessionoptimizer: {why}", file=sys.stderr)
+    return EXIT_LIMIT
+
+
+# -- the commands
+
+def _welcome(options: Any) -> int:
+    here = []
+    for reader in READERS:
+        files = find_transcripts(root for root in reader.roots() if os.path.isdir(root))
+        count = sum(1 for _ in files)
+        here += [f"{count:,} files of {reader.name}"] * bool(count)
+    found = ", ".join(here) or "none where agents keep them: give a path to scan"
+    _say(text_sections([
+        Section(f"sessionoptimizer {__version__}", lines=[
+            "Where the tokens of your AI agents' sessions went, and what to change. Nothing leaves "
+            "this machine.", f"Transcripts found: {found}"]),
+        Section("Begin with", heads=("", ""), rows=[
+            ("sessionoptimizer scan", "read the transcripts on this machine"),
+            ("sessionoptimizer analyze last --evidence", "look at the newest session"),
+            ("sessionoptimizer help", "all commands, with examples")])], _width()))
+    return EXIT_DONE
 
 
 def _start(options: Any) -> int:
-    session = options.optimizer.start_session(options.agent, options.task, options.model, options.new_id, options.metadata)
+    session = options.optimizer.start_session(
+        options.agent, options.task, options.model, options.new_id, options.metadata)
     if options.format == "json":
-        _say_json({name: value for name, value in session.to_dict().items() if name != "events"})
+        head = {name: value for name, value in session.to_dict().items() if name != "events"}
+        print(json.dumps(head, indent=2))
     elif options.quiet:
         print(session.id)
     else:
-        _say(f"Session started: {session.id}\nAgent: {plain(session.agent)}\nTask: {plain(session.task)}\n"
-             f"Model: {plain(session.model)}")
+        _say(f"Session started: {session.id}\nAgent: {plain(session.agent)}\n"
+             f"Task: {plain(session.task)}\nModel: {plain(session.model)}")
     return EXIT_DONE
 
 
@@ -9810,18 +10091,18 @@ def _end(options: Any) -> int:
     session = options.optimizer.end_session(_found_id(options, options.session_id), options.status)
     if session is None:
         return EXIT_FAILED
-    print(f"Session ended: {session.id}\nStatus: {session.status.value}\nTotal tokens: {session.total_tokens:,}\n"
-          f"Estimated cost: ${session.estimated_cost:.4f}")
+    print(f"Session ended: {session.id}\nStatus: {session.status.value}\n"
+          f"Total tokens: {session.total_tokens:,}\nEstimated cost: ${session.estimated_cost:.4f}")
     return EXIT_DONE
 
 
 def _log(options: Any) -> int:
-    session_id = _found_id(options, options.session_id)
     options.optimizer.store.durable = options.durable
+    session_id = _found_id(options, options.session_id)
     if options.event_type == "-":
         return _log_stream(options.optimizer, session_id)
-    event = options.optimizer.log_event(session_id, options.event_type, options.data, options.tokens_in,
-                                        options.tokens_out, options.duration_ms)
+    event = options.optimizer.log_event(session_id, options.event_type, options.data,
+                                        options.tokens_in, options.tokens_out, options.duration_ms)
     if event is None:
         return EXIT_FAILED
     print(f"Event logged: {event.id}")
@@ -9832,7 +10113,8 @@ _STREAM_KEYS = ("data", "tokens_input", "tokens_output", "duration_ms")
 
 
 def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
-    """Log one event per line as it comes; a bad line is named and skipped, and the status is 1 at the end."""
+    """Log one event per line as it comes; a bad line is named and skipped, and the status is 1 at
+    the end."""
     logged = bad = 0
     for number, line in enumerate(sys.stdin.buffer, 1):
         if not line.strip():
@@ -9855,34 +10137,42 @@ def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
 
 
 def _hook(options: Any) -> int:
-    payload = json.loads(sys.stdin.buffer.read().decode("utf-8", "replace"))
-    if options.guard and isinstance(payload, dict) and payload.get("hook_event_name") == "PreToolUse":
-        answer = options.optimizer.guard(payload, deny=options.deny)
-        if answer:
-            print(json.dumps(answer))
-    else:
+    text = sys.stdin.buffer.read(HOOK_SIZE + 1)
+    if len(text) > HOOK_SIZE:
+        while sys.stdin.buffer.read(HOOK_SIZE):
+            pass  # the agent writes it all before it goes on
+        raise CommandError("an event of more than 16 MB is not logged")
+    payload = json.loads(text.decode("utf-8", "replace"))
+    told = payload.get("hook_event_name") if isinstance(payload, dict) else None
+    if not options.guard or told != "PreToolUse":
         options.optimizer.log_hook(payload)
+        return EXIT_DONE
+    answer = options.optimizer.guard(payload, deny=options.deny)
+    if answer:
+        print(json.dumps(answer))
     return EXIT_DONE
+
+
+_LISTED = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens",
+           "estimated_cost")
 
 
 def _list(options: Any) -> int:
-    sessions = options.optimizer.list_sessions(options.agent, options.status, options.since, options.limit)
-    if options.format == "json":
-        _say_json([{"id": s.id, "agent": s.agent, "task": s.task, "status": s.status.value, "model": s.model,
-                    "started_at": s.started_at, "ended_at": s.ended_at, "total_tokens": s.total_tokens}
-                   for s in sessions])
-        return EXIT_DONE
-    for path in options.optimizer.store.copies():
-        _say(f"copy of a damaged file: {plain(path, 300)} (repair --discard removes it)")
-    if not sessions:
-        print("No sessions found.")
-        return EXIT_DONE
-    width = max(len(session.id) for session in sessions)
-    print(f"{'id':<{width}}  {'agent':<12} {'status':<10} {'started':<16} {'tokens':>12}  task")
-    for s in sessions:
-        _say(f"{plain(s.id):<{width}}  {plain(s.agent, 12):<12} {s.status.value:<10} {plain(s.started_at, 99)[:16]:<16} "
-             f"{s.total_tokens:>12,}  {plain(s.task, 50)}")
-    return EXIT_DONE
+    listed = options.optimizer.list_sessions
+    sessions = listed(options.agent, options.status, options.since, options.limit)
+    if not sessions and options.agent:
+        _known_agent(options, {session.agent for session in listed(limit=10 ** 9)})
+    rows = [dict({name: getattr(session, name) for name in _LISTED}, status=session.status.value)
+            for session in sessions]
+    short = short_ids(row["id"] for row in rows)
+    table = [(short[row["id"]], row["agent"], row["status"], row["started_at"][:16],
+              f"{row['total_tokens']:,}", dollars(row["estimated_cost"]), row["task"])
+             for row in rows]
+    lines = [f"copy of a damaged file: {path} (repair --discard removes it)"
+             for path in options.optimizer.store.copies()]
+    return _show(options, rows, Section(
+        "Sessions", rows=table, lines=lines if rows else ["No sessions found.", *lines],
+        heads=("id", "agent", "status", ">started", ">tokens", ">session $", "task")))
 
 
 def _delete(options: Any) -> int:
@@ -9893,79 +10183,67 @@ def _delete(options: Any) -> int:
     return EXIT_DONE
 
 
+def _repair(options: Any) -> int:
+    found = options.optimizer.repair(discard=options.discard)
+    copies = "removed" if options.discard else "kept (--discard removes them)"
+    print(f"Repaired: {len(found['repaired'])}\n"
+          f"Copies of damaged files {copies}: {len(found['copies'])}\n"
+          f"Other leftovers removed: {found['removed']}\nNot readable: {len(found['damaged'])}")
+    for line in found["damaged"] + ([] if options.discard else found["copies"]):
+        _say(f"  {plain(line, 300)}")
+    return EXIT_FAILED if found["damaged"] else EXIT_DONE
+
+
 def _analyze(options: Any) -> int:
     session_id = _found_id(options, options.session_id)
     report = options.optimizer.analyze(session_id)
     session = options.optimizer.get_session(session_id)
     if report is None or session is None:
         raise CommandError(f"no session {session_id!r}")
-    text = FORMATS[options.format](session, report)
-    _say(_painted(text) if options.format == "text" else text)
-    if options.evidence and options.format == "text":
-        _say(evidence_text(session, report))
-    return _below(options, report.efficiency_score)
-
-
-def _below(options: Any, score: float) -> int:
-    if options.fail_under is not None and score < options.fail_under:
-        print(f"sessionoptimizer: the score {score:.1f} is below {options.fail_under:g}", file=sys.stderr)
-        return EXIT_LIMIT
-    return EXIT_DONE
+    if options.format == "text":
+        evidence = evidence_text(session, report, width=_width()) if options.evidence else ""
+        _say(_painted(text_report(session, report, width=_width()) + evidence, options.color))
+    else:
+        _say(FORMATS[options.format](session, report))
+    return _judged(options, report.efficiency_score)
 
 
 def _stats(options: Any) -> int:
-    stats = options.optimizer.agent_statistics(options.agent, options.days)
-    if options.format == "json":
-        _say_json(stats)
-        return EXIT_DONE
+    optimizer, agent = options.optimizer, options.agent or ""
+    stats = optimizer.agent_statistics(agent, options.days)
     if "message" in stats:
-        _say(f"{plain(stats['agent'])}: {stats['message']}")
-        return EXIT_DONE
-    trend = stats["trends"]
-    _say(f"Agent: {plain(stats['agent'])} (last {stats['period_days']} days)\n"
-         f"Sessions analyzed: {stats['sessions_analyzed']:,}\nTotal tokens: {stats['total_tokens']:,}\n"
-         f"Total cost: {dollars(stats['total_cost'])}\nAverage efficiency: {stats['average_efficiency']:.1f}%\n"
-         f"Total waste: {stats['total_waste_tokens']:,} tokens ({dollars(stats['total_waste_cost'])})\n"
-         f"Trend: {trend['trend']} ({trend['change_percent']:+.1f} points)")
-    for issue in stats["common_issues"]:
-        print(f"  {issue['type']}: {issue['count']}")
-    return EXIT_DONE
+        _known_agent(options, {row["agent"] for row in optimizer.summaries()})
+        return _show(options, stats, Section(agent or "All agents", lines=[stats["message"]]))
+    rows = [row for row in optimizer.summaries(options.days)
+            if not agent or row["agent"].upper() == agent.upper()]
+    if options.by:
+        stats["groups"] = grouped(rows, options.by)
+    return _show(options, stats, *statistics_sections(stats, rows, options.by))
 
 
 def _alerts(options: Any) -> int:
-    given = {rule.name: getattr(options, rule.name) for rule in ALERT_RULES}
-    alerts = options.optimizer.alerts(options.since, options.agent,
-                                      {name: value for name, value in given.items() if value is not None})
-    if options.format == "json":
-        _say_json(alerts)
-    elif not alerts:
-        print("No alerts.")
-    else:
-        for alert in alerts:
-            about = f"{plain(alert['agent'], 40)}, {plain(alert['time'], 40)[:16]}"
-            _say(_painted(f"[{alert['level']}] ") + f"{plain(alert['session_id'])} ({about}): {alert['message']}\n"
-                 f"    {alert['action']}")
-    fired = options.fail_on is not None and any(Severity(alert["level"]) >= options.fail_on for alert in alerts)
-    return EXIT_LIMIT if fired else EXIT_DONE
+    names = [rule.name for rule in ALERT_RULES] + ["dollars"]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    alerts = options.optimizer.alerts(options.since, options.agent, given)
+    rows = options.optimizer.summaries() if options.agent or options.fail_on else []
+    _known_agent(options, {row["agent"] for row in rows})
+    _show(options, alerts, *alert_sections(alerts, options.limit))
+    if options.fail_on is None:
+        return EXIT_DONE
+    since = options.since.timestamp() if options.since else 0.0
+    chosen = [row for row in rows if (seconds_of(row["last_at"]) or 0.0) >= since]
+    if not chosen:
+        print("sessionoptimizer: nothing to judge: no session was selected", file=sys.stderr)
+    missed = any(Severity(alert["level"]) >= options.fail_on for alert in alerts)
+    return EXIT_LIMIT if missed or not chosen else EXIT_DONE
 
 
 def _compare(options: Any) -> int:
-    result = options.optimizer.compare_sessions([_found_id(options, given) for given in options.session_ids])
+    ids = [_found_id(options, given) for given in options.session_ids]
+    result = options.optimizer.compare_sessions(ids)
     if "error" in result:
         raise CommandError(result["error"])
-    if options.format == "json":
-        _say_json(result)
-        return EXIT_DONE
-    print(f"{'session':<40} {'tokens':>12} {'cost':>10} {'score':>6} {'issues':>6}")
-    for row in result["sessions"]:
-        _say(f"{plain(row['id'], 40):<40} {row['total_tokens']:>12,} {dollars(row['cost']):>10} "
-              f"{row['efficiency_score']:>6.1f} {row['issue_count']:>6}")
-    mean = result["averages"]
-    _say(f"{'average':<40} {mean['tokens']:>12,.0f} {dollars(mean['cost']):>10} {mean['efficiency']:>6.1f} "
-          f"{mean['issues']:>6.1f}\nBest: {result['best_performer']}\nWorst: {result['worst_performer']}")
-    for lesson in result["recommendations"]:
-        _say(f"  * {plain(lesson, 300)}")
-    return EXIT_DONE
+    return _show(options, result, *comparison_sections(result))
 
 
 def _export(options: Any) -> int:
@@ -9976,46 +10254,39 @@ def _export(options: Any) -> int:
     return EXIT_DONE
 
 
-def _repair(options: Any) -> int:
-    found = options.optimizer.repair(discard=options.discard)
-    copies = "removed" if options.discard else "kept (--discard removes them)"
-    print(f"Repaired: {len(found['repaired'])}\nCopies of damaged files {copies}: {len(found['copies'])}\n"
-          f"Other leftovers removed: {found['removed']}\nNot readable: {len(found['damaged'])}")
-    for line in found["damaged"] + ([] if options.discard else found["copies"]):
-        _say(f"  {plain(line, 300)}")
-    return EXIT_FAILED if found["damaged"] else EXIT_DONE
-
-
-def _write_out(text: str, path: Optional[str]) -> None:
-    """To a file or to standard output."""
-    if not path:
-        _say(text)
-        return
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text if text.endswith("\n") else text + "\n")
-    except OSError as error:
-        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
-    print(f"Report written: {path}")
-
-
 def _scan(options: Any) -> int:
-    result = options.optimizer.scan(options.paths or None, agent=options.agent, since=options.since, project=options.project,
-                                    store=not options.no_store, again=options.again, progress=_progress_bar())
+    result = options.optimizer.scan(
+        options.paths or None, agent=options.agent, since=options.since, project=options.project,
+        store=not options.no_store, again=options.again, progress=_progress_bar())
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
+    there = result["found"]
+    if not result["sessions"]:
+        _known_agent(options, there["agents"] + [reader.name for reader in READERS])
+    if options.by:
+        result["groups"] = grouped(result["sessions"], options.by)
     if options.format == "json":
-        _write_out(json.dumps(result, indent=2), options.output)
+        text = json.dumps(result, indent=2)
     elif options.format == "html":
-        _write_out(html_scan_report(result), options.output)
-    elif not result["sessions"] and not options.paths:
-        places = ", ".join(root for reader in READERS for root in reader.roots())
-        _say(f"No transcripts found. Looked in: {places}\nGive a path: sessionoptimizer scan PATH")
-    elif options.output:
-        _write_out(scan_report(result), options.output)
+        text = html_scan_report(result)
     else:
-        _say(_painted(scan_report(result)))
-    return _below(options, result["totals"]["efficiency_score"])
+        text = _scan_text(options, result)
+    _write_out(text, options.output)
+    return _judged(options, result["totals"]["efficiency_score"], len(result["sessions"]))
+
+
+def _scan_text(options: Any, result: Dict[str, Any]) -> str:
+    width = 80 if options.output else _width()
+    if not result["found"]["sessions"] and not options.paths:
+        places = ", ".join(root for reader in READERS for root in reader.roots())
+        return f"No transcripts found. Looked in: {places}\nGive a path: sessionoptimizer scan PATH"
+    text = scan_report(result, by=[options.by] if options.by else [], width=width)
+    if result["sessions"] and not result["changes"] and not options.no_store:
+        place = plain(options.optimizer.store.root)
+        text += "\n\n" + "\n".join(_wrapped(
+            f"Kept in {place}, also when the agent deletes its transcripts (Claude Code: after 30 "
+            "days).", width))
+    return text if options.output else _painted(text, options.color)
 
 
 def _progress_bar() -> Optional[Callable[[int, int], None]]:
@@ -10029,7 +10300,8 @@ def _progress_bar() -> Optional[Callable[[int, int], None]]:
         now = time.monotonic()
         if now - begun > 0.5 and now - shown > 0.1:
             shown = now
-            print(f"\r[{bar(done, total, 30):<30}] {done}/{total} transcripts", end="", file=sys.stderr, flush=True)
+            print(f"\r[{bar(done, total, 30):<30}] {done}/{total} transcripts", end="",
+                  file=sys.stderr, flush=True)
     return show
 
 
@@ -10059,7 +10331,8 @@ def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
     if not result["sessions"] and not result["skipped"]:
         print(f"sessionoptimizer: {plain(path)}: holds no session or transcript", file=sys.stderr)
     for entry in result["skipped"]:
-        print(f"sessionoptimizer: {plain(entry['path'])}:{entry['line']}: {plain(entry['reason'])}", file=sys.stderr)
+        print(f"sessionoptimizer: {plain(entry['path'])}:{entry['line']}: "
+              f"{plain(entry['reason'])}", file=sys.stderr)
     return [row["id"] for row in result["sessions"]]
 
 
@@ -10069,16 +10342,17 @@ def _version(options: Any) -> int:
 
 
 def _help(options: Any) -> int:
-    parser = build_parser()
-    commands = _commands()
-    if getattr(options, "topic", None):
-        if options.topic not in commands:
-            raise CommandError(f"no command {options.topic!r}: there are {', '.join(commands)}")
+    known, parser = commands(), build_parser()
+    if options.topic is None:
+        print(_overview(), end="")
+    elif options.topic in known:
         try:
             parser.parse_args([options.topic, "--help"])
         except SystemExit:
-            return EXIT_DONE
-    parser.print_help()
+            pass
+    else:
+        near = _did_you_mean(options.topic, known)
+        raise UsageError(f"no command {options.topic!r}{near} (there are {', '.join(known)})")
     return EXIT_DONE
 
 

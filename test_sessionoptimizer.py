@@ -5667,7 +5667,8 @@ def test_sessions_are_compared(optimizer):
     made(optimizer, "good", now, [read_event(3_000)])
     result = optimizer.compare_sessions(["bad", "good", "nobody", "bad"])
     assert set(result) >= {"sessions", "averages", "best_performer", "worst_performer", "recommendations"}
-    assert [dict(row, cost=round(row["cost"], 6)) for row in result["sessions"]] == [
+    names = ("id", "agent", "task", "total_tokens", "cost", "efficiency_score", "issue_count")
+    assert [dict({name: row[name] for name in names}, cost=round(row["cost"], 6)) for row in result["sessions"]] == [
         {"id": "bad", "agent": "FORGE", "task": "t bad", "total_tokens": 2_000, "cost": 0.03, "efficiency_score": 50.0, "issue_count": 1},
         {"id": "good", "agent": "FORGE", "task": "t good", "total_tokens": 3_000, "cost": 0.045, "efficiency_score": 100.0, "issue_count": 0}]
     assert rounded(result["averages"]) == {"tokens": 2_500, "cost": 0.0375, "efficiency": 75.0, "issues": 0.5}
@@ -5753,16 +5754,15 @@ READ = ("FILE_READ", {"file_path": "a.py"}, 1000, 0)
 ANSWER = ("AI_RESPONSE", {}, 0, 1000)
 
 
-FAILED = [("ERROR", {"message": f"cannot do {word}", "tool": word}, 100, 0) for word in ("one", "two", "three", "four")]
+FAILED = [("ERROR", {"message": f"cannot do {word}", "tool": word}, 2000, 0) for word in ("one", "two", "three", "four")]
 
 
 ALERTING = {  # kind: a session that alerts, and the same with a little less of it
-    "LOW_EFFICIENCY": ([READ, READ, READ, ANSWER], [READ, READ, ANSWER, ANSWER, ANSWER, ANSWER]),
+    "LOW_EFFICIENCY": ([READ, READ, READ, ANSWER], [READ, READ, READ] + [ANSWER] * 4),
     "HIGH_WASTE": ([("FILE_READ", {"file_path": "a.py"}, 5001, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5,
                    [("FILE_READ", {"file_path": "a.py"}, 5000, 0)] * 2 + [("AI_RESPONSE", {}, 0, 5000)] * 5),
     "LONG_SESSION": ([ANSWER] * 62, [ANSWER] * 61),
     "HIGH_ERROR_RATE": (FAILED + [ANSWER] * 9, FAILED + [ANSWER] * 10),
-    "TOKEN_SPIKE": ([ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3001)], [ANSWER] * 9 + [("AI_RESPONSE", {}, 0, 3000)]),
 }
 
 
@@ -5771,29 +5771,39 @@ def test_an_alert_of_every_kind_fires_above_its_limit_and_not_at_it(optimizer, k
     above, at = ALERTING[kind]
     store_session(optimizer, "above", above)
     store_session(optimizer, "at", at)
-    fired = [alert for alert in optimizer.alerts() if alert["kind"] == kind]
+    fired = [alert for alert in optimizer.alerts(thresholds={"dollars": 0}) if alert["kind"] == kind]
     assert [alert["session_id"] for alert in fired] == ["above"]
     rule = next(rule for rule in so.ALERT_RULES if rule.kind == kind)
     assert fired[0]["level"] == rule.level.value and fired[0]["threshold"] == rule.threshold
     assert fired[0]["id"] == f"above:{kind}" and fired[0]["action"] == rule.action and fired[0]["agent"] == "FORGE"
-    assert set(fired[0]) == {"id", "level", "kind", "session_id", "agent", "message", "action", "value", "threshold", "time"}
+    assert set(fired[0]) == {"id", "level", "kind", "session_id", "agent", "message", "action", "value", "threshold", "time", "cost"}
     assert so.parse_time(fired[0]["time"]) is not None and fired[0]["value"] != rule.threshold
 
 
-def test_the_table_of_alerts_is_the_plans():
-    assert [(rule.name, rule.level.name, rule.threshold) for rule in so.ALERT_RULES] == [
-        ("efficiency", "HIGH", 70), ("waste", "MEDIUM", 5000), ("minutes", "MEDIUM", 60), ("error_rate", "HIGH", 30),
-        ("spike", "LOW", 3)]
+def test_the_table_of_alerts():
+    assert [(rule.name, rule.level.name, rule.threshold, rule.cause) for rule in so.ALERT_RULES] == [
+        ("efficiency", "HIGH", 70, "waste"), ("waste", "MEDIUM", 5000, "waste"), ("minutes", "MEDIUM", 60, "length"),
+        ("error_rate", "HIGH", 30, "errors")]
 
 
-def test_alerts_are_most_urgent_first_and_then_newest(optimizer):
-    store_session(optimizer, "old", ALERTING["LOW_EFFICIENCY"][0], minutes_ago=90)
-    store_session(optimizer, "new", ALERTING["LOW_EFFICIENCY"][0])
+def test_alerts_are_ranked_by_dollars_and_one_per_session_and_cause(optimizer):
+    big = [("FILE_READ", {"file_path": "a.py"}, 9000, 0)] * 3 + [ANSWER]
+    store_session(optimizer, "small", ALERTING["LOW_EFFICIENCY"][0])
+    store_session(optimizer, "big", big, minutes_ago=90)
     store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], minutes_ago=1)
     alerts = optimizer.alerts()
-    ranks = [Severity(alert["level"]).rank for alert in alerts]
-    assert ranks == sorted(ranks, reverse=True)
-    assert [alert["session_id"] for alert in alerts if alert["kind"] == "LOW_EFFICIENCY"] == ["new", "old"]
+    assert [alert["cost"] for alert in alerts] == sorted((alert["cost"] for alert in alerts), reverse=True)
+    row = next(row for row in optimizer.summaries() if row["id"] == "big")
+    assert row["waste_tokens"] > 5000 and row["efficiency_score"] < 70  # two rules, one cause
+    assert [alert["kind"] for alert in alerts if alert["session_id"] == "big"] == ["LOW_EFFICIENCY"]
+    assert [alert["kind"] for alert in optimizer.alerts(thresholds={"efficiency": 0}) if alert["session_id"] == "big"] == ["HIGH_WASTE"]
+    assert len({(alert["session_id"], alert["kind"]) for alert in alerts}) == len(alerts)
+
+
+@pytest.mark.parametrize("least, fires", [(0, True), (0.02, True), (0.0201, False)])
+def test_less_than_the_dollars_asked_for_does_not_alert(optimizer, least, fires):
+    store_session(optimizer, "s", ALERTING["LOW_EFFICIENCY"][0])  # 2,000 of the price default: two cents
+    assert bool(optimizer.alerts(thresholds={"dollars": least})) is fires
 
 
 def test_since_means_active_since_and_agent_is_any_case(optimizer):
@@ -5810,11 +5820,11 @@ def test_thresholds_replace_the_tables(optimizer):
     assert "LOW_EFFICIENCY" not in {alert["kind"] for alert in optimizer.alerts()}
     (alert,) = [alert for alert in optimizer.alerts(thresholds={"efficiency": 80}) if alert["kind"] == "LOW_EFFICIENCY"]
     assert alert["threshold"] == 80 and alert["value"] == 75.0 and "75.0%" in alert["message"]
-    kinds = {alert["kind"] for alert in optimizer.alerts(thresholds={"spike": 0.5, "waste": 10, "minutes": 1})}
-    assert kinds == {"TOKEN_SPIKE", "HIGH_WASTE", "LONG_SESSION"}
+    kinds = {alert["kind"] for alert in optimizer.alerts(thresholds={"waste": 10, "minutes": 1})}
+    assert kinds == {"HIGH_WASTE", "LONG_SESSION"}
 
 
-@pytest.mark.parametrize("thresholds", [{"speed": 1}, {"waste": "many"}, {"waste": -1}, {"waste": float("nan")},
+@pytest.mark.parametrize("thresholds", [{"speed": 1}, {"spike": 3}, {"dollars": -1}, {"waste": "many"}, {"waste": -1}, {"waste": float("nan")},
                                         {"waste": True}, {"waste": None}])
 def test_a_threshold_that_cannot_be_is_named(optimizer, thresholds):
     with pytest.raises(so.InvalidValue, match=next(iter(thresholds))):
@@ -5829,27 +5839,32 @@ def test_one_failure_is_no_rate_and_those_of_others_do_not_count(optimizer):
 
 def test_an_empty_store_has_no_alerts(optimizer):
     assert optimizer.alerts() == []
-    assert run(optimizer, "alerts", "--fail-on", "LOW") == (0, "No alerts.\n", "")
+    assert run(optimizer, "alerts") == (0, "ALERTS\n  * No alerts.\n", "")
     status, out, _ = run(optimizer, "alerts", "--format", "json")
     assert (status, json.loads(out)) == (0, [])
 
 
 def test_the_alerts_command(optimizer):
+    nothing = "ALERTS\n  * No alerts.\n"
     store_session(optimizer, "wasteful", ALERTING["LOW_EFFICIENCY"][0])
     store_session(optimizer, "long", ALERTING["LONG_SESSION"][0], agent="ATLAS")
     status, out, _ = run(optimizer, "alerts", "--format", "json")
     assert status == 0 and json.loads(out) == optimizer.alerts()
     status, out, _ = run(optimizer, "alerts")
-    assert status == 0 and out.startswith("[HIGH] wasteful (FORGE") and "    Analyze the session" in out
+    assert status == 0 and re.search(r"\$0\.0200  wasteful  HIGH +Low efficiency: 50\.0% +See analyze --evidence", out)
+    status, out, _ = run(optimizer, "alerts", "--limit", "1", "--dollars", "0")
+    assert len(out.splitlines()) == 4 and "and 1 more" in out
     assert run(optimizer, "alerts", "--fail-on", "high")[0] == 3
     assert run(optimizer, "alerts", "--fail-on", "critical")[0] == 0
-    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "HIGH")[0] == 0
-    assert run(optimizer, "alerts", "--agent", "atlas", "--fail-on", "MEDIUM")[0] == 3
-    assert run(optimizer, "alerts", "--since", "1m", "--fail-on", "LOW") == (0, "No alerts.\n", "")
-    quiet = ["--efficiency", "0", "--waste", "1e9", "--minutes", "1e9", "--error-rate", "100", "--spike", "1e9"]
-    assert run(optimizer, "alerts", "--fail-on", "LOW", *quiet) == (0, "No alerts.\n", "")
+    assert run(optimizer, "alerts", "--agent", "atlas", "--dollars", "0", "--fail-on", "HIGH")[0] == 0
+    assert run(optimizer, "alerts", "--agent", "atlas", "--dollars", "0", "--fail-on", "MEDIUM")[0] == 3
+    quiet = ["--efficiency", "0", "--waste", "1e9", "--minutes", "1e9", "--error-rate", "100"]
+    assert run(optimizer, "alerts", "--fail-on", "LOW", *quiet) == (0, nothing, "")
     assert run(optimizer, "alerts", "--fail-on", "URGENT")[0] == 2
     assert run(optimizer, "alerts", "--waste", "-1")[0] == 2
+    told = "sessionoptimizer: nothing to judge: no session was selected\n"  # a gate that judged nothing does not pass
+    assert run(optimizer, "alerts", "--since", "1m", "--fail-on", "LOW") == (3, nothing, told)
+    assert run(optimizer, "alerts", "--since", "1m") == (0, nothing, "")
 
 
 def test_a_read_of_what_the_window_holds_gets_advice(agent, source):
@@ -6005,21 +6020,23 @@ CALLS = [  # a command line, and the calls of the library it makes
      [("log_event", dict(session_id="s1", event_type="FILE_READ", data={"file_path": "a"}, tokens_input=5, tokens_output=6, duration_ms=7))]),
     ("log s1 custom", [("log_event", dict(session_id="s1", event_type="custom", data=None, tokens_input=0, tokens_output=0, duration_ms=0))]),
     ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=20))]),
-    ("list --agent a --status failed --since 2026-03-01T10:00:00Z --limit 3 --format json",
-     [("list_sessions", dict(agent="a", status=SessionStatus.FAILED, since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), limit=3))]),
+    ("list --agent forge --status active --since 2026-03-01T10:00:00Z --limit 3 --format json",
+     [("list_sessions", dict(agent="forge", status=SessionStatus.ACTIVE, since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), limit=3))]),
     ("repair --discard", [("repair", dict(discard=True))]),
     ("delete s1", [("delete_session", dict(session_id="s1"))]),
     ("analyze s1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
     ("analyze s1 --format markdown --fail-under 1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
-    ("stats forge", [("agent_statistics", dict(agent="forge", days=30))]),
-    ("stats forge --days 7 --format json", [("agent_statistics", dict(agent="forge", days=7))]),
+    ("stats", [("agent_statistics", dict(agent="", days=30)), ("summaries", dict(days=30))]),
+    ("stats forge --days 7 --format json", [("agent_statistics", dict(agent="forge", days=7)), ("summaries", dict(days=7))]),
     ("compare s1 s2", [("compare_sessions", dict(session_ids=["s1", "s2"]))]),
     ("export s1", [("export_report", dict(session_id="s1", format="text"))]),
     ("export s1 --format json", [("export_report", dict(session_id="s1", format="json"))]),
     ("scan . --no-store --again --agent codex --project p --since 2026-03-01T10:00:00Z",
      [("scan", dict(paths=["."], agent="codex", project="p", since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), store=False, again=True))]),
     ("scan", [("scan", dict(paths=None, agent="", project="", since=None, store=True, again=False))]),
-    ("alerts --agent a", [("alerts", dict(since=None, agent="a"))]),
+    ("alerts", [("alerts", dict(since=None, agent=None, thresholds={}))]),
+    ("alerts --agent forge --minutes 9 --dollars 1",
+     [("alerts", dict(since=None, agent="forge", thresholds={"minutes": 9, "dollars": 1})), ("summaries", {})]),
     ("import session.json", [("import_session", dict(data=WHOLE_SESSION))]),
 ]
 
@@ -6060,14 +6077,14 @@ def test_a_command_is_one_call_of_the_library(line, calls, tmp_path, monkeypatch
 
 def test_every_command_is_in_the_table_of_calls():
     tried = {row[0].split()[0] for row in CALLS}
-    assert set(so._commands()) - tried == {"version", "help", "hook"}  # which call no more than they print
+    assert set(so.commands()) - tried == {"version", "help", "hook"}  # which call no more than they print
 
 
 BAD_LINES = [
     "start", "start a", "start a b c", "log s1", "log s1 CUSTOM --data {", "log s1 CUSTOM --data []", "log s1 CUSTOM --data NaN",
     "log s1 CUSTOM --tokens-in -1", "log s1 CUSTOM --tokens-in 1.5", "log s1 CUSTOM --tokens-in x", "list --limit -1", "list --limit x",
-    "list --since soon", "list --since 5y", "list --status DONE", "end s1 --status DONE", "stats", "stats a --days x", "compare", "export",
-    "export s1 --format pdf", "analyze s1 --fail-under x", "scan --format yaml", "import", "frobnicate", "--frobnicate", "list --frobnicate",
+    "list --since soon", "list --since 5y", "list --status DONE", "end s1 --status DONE", "stats a b", "stats a --days x", "compare", "export",
+    "export s1 --format pdf", "analyze s1 --fail-under x", "scan --fail-under 200", "analyze s1 --fail-under -1", "scan --by week", "scan --color pink", "scan --format yaml", "import", "frobnicate", "--frobnicate", "list --frobnicate",
     "start a b --mod opus", "start a b --metadata []", "version now", "--store", "list extra"]
 
 
@@ -6082,7 +6099,7 @@ FAILING = [
     ("analyze nobody", "nobody"), ("end nobody", "nobody"), ("log nobody CUSTOM", "nobody"), ("delete nobody", "nobody"), ("export nobody", "nobody"),
     ("compare s1 nobody", "nobody"), ("compare s1 s1", "2"), ("log s1 NAP", "NAP.*FILE_READ"), ("start a t --id s1", "end s1 --status ABANDONED"),
     ("start a t --id ../x", "A-Z"), ("analyze ../x", "list"), ("scan nowhere", "nowhere"), ("import nowhere.json", "nowhere.json"),
-    ("export s1 --output no/such/place", "no/such/place"), ("help nothing", "nothing.*scan"), ("log s1 CUSTOM --tokens-in 9999999999999999", "tokens_input")]
+    ("export s1 --output no/such/place", "no/such/place"), ("log s1 CUSTOM --tokens-in 9999999999999999", "tokens_input")]
 
 
 @pytest.mark.parametrize("line, says", FAILING, ids=[row[0] for row in FAILING])
@@ -6233,11 +6250,18 @@ def test_nothing_is_made_at_home_when_nothing_is_stored(home, tmp_path):
 
 
 def test_help_and_version_return_their_status(capsys):
-    assert [so.main(line) for line in ([], ["help"], ["--help"], ["help", "scan"], ["scan", "--help"], ["version"], ["--version"])] == [0] * 7
+    assert [so.main(line) for line in (["help"], ["--help"], ["help", "scan"], ["scan", "--help"], ["version"], ["--version"])] == [0] * 6
     shown = capsys.readouterr()
     assert "--fail-under" in shown.out and shown.err == "" and shown.out.count("sessionoptimizer " + so.__version__) == 2
-    for name in so._commands():
-        assert so.main(["help", name]) == 0 and name in capsys.readouterr().out
+    overview = so._overview()
+    for name, command in so.commands().items():
+        assert so.main(["help", name]) == 0
+        shown = capsys.readouterr().out
+        assert command.summary in shown and command.example in shown and "status: 0 done" in shown
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", overview, re.M) and command.example in overview
+        line = shlex.split(command.example.replace("3f2a 91bc", "a b"))
+        assert so.build_parser().parse_args(line).func is command.run
+    assert overview.index("scan ") < overview.index("list ") < overview.index("start ")
 
 
 def test_injection_through_every_field_of_the_command_line(tmp_path):
@@ -6326,6 +6350,175 @@ def test_the_quick_way_to_read_a_command_line_agrees_with_argparse(line, capsys)
         assert any(word.startswith("--store=") or "=" in word or word in ("--", "") for word in argv), "too slow a way for a simple line"
 
 
+MISTYPED = [  # a command line, what it is told, and whose usage it sees
+    ("scna", "no command 'scna': did you mean scan?", "sessionoptimizer [-h]"),
+    ("scan --sinc 7d", "unknown: --sinc: did you mean --since?", "sessionoptimizer scan"),
+    ("list --stroe x", "did you mean --store?", "sessionoptimizer list"), ("analyze x --evidnece", "did you mean --evidence?", "sessionoptimizer analyze"),
+    ("frobnicate", "no command 'frobnicate'\n", "sessionoptimizer [-h]"), ("list zzz", "unknown: zzz\n", "sessionoptimizer list")]
+
+
+@pytest.mark.parametrize("line, says, usage", MISTYPED, ids=[row[0] for row in MISTYPED])
+def test_a_mistyped_word_is_told_what_was_meant(line, says, usage, capsys):
+    assert so.main(shlex.split(line)) == 2
+    shown = capsys.readouterr().err
+    assert says in shown and shown.startswith("usage: " + usage), shown
+
+
+def test_help_about_nothing(capsys):
+    assert so.main(["help", "scn"]) == 2
+    assert "did you mean scan?" in capsys.readouterr().err
+
+
+def test_without_a_command_it_says_what_it_is_and_what_is_here(home, capsys):
+    assert so.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "none where agents keep them" in shown and all(
+        "sessionoptimizer " + words in shown for words in ("scan ", "analyze last", "help "))
+    place = home / ".claude" / "projects" / "p"
+    place.mkdir(parents=True)
+    write(place / "a.jsonl", "{}")
+    assert so.main([]) == 0 and "1 files of claude-code" in capsys.readouterr().out
+
+
+FILTERS = [  # arguments of scan after the samples, status, what is said
+    ("--since 2031-01-01", 0, "6 sessions, none of them as asked for; the newest is of 2026-"),
+    ("--since 2031-01-01 --fail-under 1", 3, "nothing to judge"), ("--project nowhere --fail-under 1", 3, "nothing to judge"),
+    ("--agent claude --fail-under 99", 2, "did you mean claude-code?"), ("--agent forge", 2, "agents: "),
+    ("--agent codex --fail-under 1", 3, "nothing to judge"), ("--agent 'Claude Code' --fail-under 1", 0, "SESSIONOPTIMIZER SCAN"),
+    ("--agent claude-code --fail-under 1", 0, "SESSIONOPTIMIZER SCAN")]
+
+
+@pytest.mark.parametrize("line, status, says", FILTERS, ids=[row[0] for row in FILTERS])
+def test_a_filter_that_matches_nothing_says_so_and_passes_no_gate(optimizer, line, status, says, tmp_path):
+    folder = tmp_path / "some"
+    for name in sorted(os.listdir(TRANSCRIPTS))[:6]:
+        shutil.copytree(os.path.join(TRANSCRIPTS, name), str(folder / name))
+    found, out, err = run(optimizer, "scan", str(folder), *shlex.split(line))
+    count = len(optimizer.scan([str(folder)])["sessions"])
+    assert found == status and says.replace("6 sessions", f"{count} sessions") in out + err, (found, out, err)
+
+
+@pytest.mark.parametrize("line", ["list --agent forg", "stats forg", "alerts --agent forg"])
+def test_an_unknown_agent_is_a_bad_command_line(optimizer, line):
+    assert run(optimizer, *line.split())[0] == 0  # nothing there: every name may come
+    store_session(optimizer, "s", [READ, ANSWER])
+    status, out, err = run(optimizer, *line.split())
+    assert (status, out) == (2, "") and "did you mean forge?" in err and "agents: forge" in err
+    assert run(optimizer, *line.replace("forg", "Forge").split())[0] == 0
+
+
+@pytest.mark.parametrize("text", ["today", "yesterday", "Today"])
+def test_days_on_the_command_line(text):
+    now = datetime.now().astimezone()
+    expected = datetime(now.year, now.month, now.day) - timedelta(days=text == "yesterday")
+    assert so._when(text) == expected.astimezone()
+
+
+@pytest.fixture
+def crowded(optimizer):
+    """A store with every kind of finding, long names and paths, and sessions logged by hand."""
+    long = "a/very/long/path/" * 12 + "end.py"
+    store_session(optimizer, "f" * 60, [("FILE_READ", {"file_path": long, "tool": "Read"}, 30_000, 0)] * 3 + FAILED + [
+        ("SEARCH", {"query": "x" * 200}, 400, 9)] * 2 + [ANSWER] * 70, agent="AN-AGENT-WITH-A-LONG-NAME")
+    store_session(optimizer, "short", [READ, READ, ANSWER])
+    optimizer.scan([SAMPLES])
+    return optimizer
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_no_line_is_wider_than_the_terminal(crowded, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    root, widest = crowded.store.root, 0
+    for line in (["scan", SAMPLES], ["scan", SAMPLES, "--by", "project"], ["list", "--limit", "50"], ["stats", "--days", "9000", "--by", "session"],
+                 ["alerts", "--limit", "50"], ["analyze", "short", "--evidence"], ["analyze", "fff", "--evidence"], ["analyze", "f714ed36", "--evidence"],
+                 ["compare", "fff", "short", "f714ed36"], ["help", "scan"] if width >= 80 else [], []):
+        assert so.main([*line, "--store", root] if line and line[0] != "help" else line) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert [text for text in shown if len(text) > width] == [], line
+        widest = max(widest, *map(len, shown))
+    assert widest > width - 12  # and a wide terminal is used
+    if width >= 80:
+        assert max(map(len, so._overview().splitlines())) <= 80
+
+
+@pytest.mark.parametrize("when, environment, coloured", [
+    ("always", {}, True), ("always", {"NO_COLOR": "1"}, True), ("never", {}, False), ("auto", {}, False)])
+def test_colour_on_demand(optimizer, when, environment, coloured):
+    store_session(optimizer, "s", [READ, READ, READ, ANSWER])
+    for words in (["analyze", "s"], ["alerts"], ["list"]):
+        for line in ([*words, "--color", when], ["--color", when, *words]):
+            status, out, _ = command("--store", optimizer.store.root, *line, **environment)
+            assert status == 0 and ("\033[1m" in out) is coloured, line
+    assert "\033" not in command("--store", optimizer.store.root, "analyze", "s", "--format", "json", "--color", "always")[1]
+
+
+@posix_only
+def test_reports_in_files_are_for_their_owner(optimizer, tmp_path):
+    store_session(optimizer, "s", [READ, READ, ANSWER])
+    old, fresh = tmp_path / "old.html", tmp_path / "fresh.html"
+    old.write_text("x")
+    os.chmod(str(old), 0o644)
+    for target in (old, fresh):
+        for line in (["export", "s", "--format", "html"], ["scan", os.path.join(TRANSCRIPTS, "read-twice"), "--format", "html"]):
+            assert run(optimizer, *line, "--output", str(target))[0] == 0
+            assert stat.S_IMODE(os.stat(str(target)).st_mode) == 0o600
+    assert run(optimizer, "export", "s", "--output", "/dev/null")[0] == 0 and not stat.S_IMODE(os.stat("/dev/null").st_mode) == 0o600
+
+
+def test_a_file_name_that_the_terminal_cannot_show(optimizer, tmp_path):
+    store_session(optimizer, "s", [READ, READ, ANSWER])
+    target = tmp_path / "\u2603.html"
+    done = subprocess.run([sys.executable, MODULE, "--store", optimizer.store.root, "export", "s", "--format", "html", "--output", str(target)],
+                          env=dict(os.environ, PYTHONIOENCODING="cp1252"), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and b"?.html" in done.stdout and target.exists()
+
+
+@posix_only
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_errors(optimizer, closed):
+    line = f"{sys.executable} {MODULE} --store {optimizer.store.root} scan {TRANSCRIPTS} {closed}"
+    assert subprocess.run(["sh", "-c", line], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+
+
+HOOKS = {"a bad option before it": (["-x", "hook"], b"{}"), "too large": (["hook"], b'{"x": "' + b"a" * 50_000_000 + b'"}'),
+         "an endless number": (["hook"], b'{"session_id": ' + b"9" * 5000 + b"}")}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_a_hook_says_one_line_and_ends_with_0(tmp_path, case):
+    words, given = HOOKS[case]
+    done = subprocess.run([sys.executable, MODULE, "--store", str(tmp_path / "s"), *words], input=given, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"") and b"Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(b"sessionoptimizer")
+
+
+def test_a_hook_reads_no_more_than_it_can(tmp_path, monkeypatch):
+    """Beyond the size nothing is parsed, and what is left is read in pieces."""
+    read_sizes = []
+
+    class Pipe:
+        def __init__(self, size):
+            self.left = size
+
+        def read(self, size):
+            read_sizes.append(size)
+            size = min(size, self.left)
+            self.left -= size
+            return b" " * size
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Pipe(3 * so.HOOK_SIZE)})())
+    monkeypatch.setattr(so.json, "loads", lambda *_: pytest.fail("parsed"))
+    assert so.main(["--store", str(tmp_path), "hook"]) == 0
+    assert sys.stdin.buffer.left == 0 and max(read_sizes) == so.HOOK_SIZE + 1
+
+
+@pytest.mark.parametrize("shell, name", [("bash", "sessionoptimizer.bash"), ("zsh", "_sessionoptimizer")])
+def test_the_completions_are_those_of_the_parser(shell, name):
+    """Made anew by: python3 -m shtab --shell bash sessionoptimizer.build_parser"""
+    shtab = pytest.importorskip("shtab")
+    kept = read(os.path.join(HERE, "examples", "completions", name)).decode("utf-8")
+    assert shtab.complete(so.build_parser(), shell=shell).strip() == kept.strip()
+
+
 # The module as a whole, and its documentation.
 
 def test_importing_the_module_stays_light():
@@ -6394,7 +6587,7 @@ def test_no_name_is_given_twice():
 def test_every_command_and_option_is_documented():
     page = read(os.path.join(HERE, "docs", "command-line.md")).decode("utf-8")
     sections = {title: body for title, body in re.findall(r"^### (.+)\n((?:(?!^##).*\n?)*)", page, re.M)}
-    for name, (_, summary, options) in so._commands().items():
+    for name, (_, _, summary, _, options) in so.commands().items():
         found = [body for title, body in sections.items() if name in re.split(r"\W+", title)]
         assert len(found) == 1, "%s needs one section" % name
         for *flags, settings in options:
@@ -6406,7 +6599,7 @@ def test_every_command_and_option_is_documented():
         assert shared in page
     for title in sections:
         for word in re.split(r" and |, ", title):
-            assert word in so._commands(), "a section about no command: %s" % title
+            assert word in so.commands(), "a section about no command: %s" % title
 
 
 def test_every_issue_type_format_and_error_is_documented():
@@ -6439,7 +6632,7 @@ def workplace(tmp_path, monkeypatch):
         os.chmod(write(programs / name, "#!/bin/sh\nexec %s\n" % words), 0o755)
     monkeypatch.setenv("PATH", str(programs) + os.pathsep + os.environ["PATH"])
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(str(place))
     if shutil.which("git"):
         for words in (["init", "-q"], ["add", "README.md"], ["-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-qm", "feat: begin"]):
@@ -6572,7 +6765,8 @@ def test_a_hook_gives_up_in_time_when_the_session_is_locked(agent):
         fcntl.flock(file, fcntl.LOCK_EX)
         begun = time.monotonic()
         status, out, err = agent.call(hook_event_name="SessionEnd", reason="other")
-        assert (status, out) == (0, "") and "time for a hook" in err and time.monotonic() - begun < 10
+        assert (status, out, err) == (0, "", "sessionoptimizer hook: no time left, this event is not logged\n")
+        assert time.monotonic() - begun < 10
     assert agent.call(hook_event_name="SessionEnd", reason="other") == (0, "", "")
     assert agent.session().status is so.SessionStatus.COMPLETED
 
