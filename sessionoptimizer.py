@@ -3609,44 +3609,38 @@ def session_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
     """What every command prints of one session (the ``sessions`` of ``scan --format json``)."""
     source = session.metadata.get("source")
     source = source if isinstance(source, dict) else {}
-    sums = dict.fromkeys(("tokens_input", "tokens_cache_write", "tokens_cache_read"), 0)
-    calls = unattributed = errors = failures = 0
-    reads: Dict[str, int] = {}
-    for event in session.events:
-        for name in sums:
-            sums[name] += getattr(event, name)
+    events, reads = session.events, {}  # type: Tuple[List[SessionEvent], Dict[str, int]]
+    kinds = [event.event_type for event in events]
+    failures = sum(kind is EventType.ERROR and not failure_kind(event.data)
+                   for kind, event in zip(kinds, events))
+    unmetered = unattributed = 0
+    for kind, event in zip(kinds, events):
         path = event.data.get("file_path")
-        if event.event_type is EventType.AI_RESPONSE:
-            calls += not event.data.get("unmetered")
-        elif event.event_type is EventType.FILE_READ and path:
+        if kind is EventType.FILE_READ and path:
             reads[path] = reads.get(path, 0) + 1
-        elif event.event_type is EventType.ERROR:
-            errors += 1
-            failures += not failure_kind(event.data)
-        elif event.data.get("source") == "unattributed":
+        elif kind is EventType.AI_RESPONSE:
+            unmetered += bool(event.data.get("unmetered"))
+        elif event.data.get("source") == Source.UNATTRIBUTED:
             unattributed += event.tokens_input
-    write, count = sums["tokens_cache_write"], len(session.events)
-    waste = {"tokens": report.total_waste_tokens, "cost": report.total_waste_cost,
-             "measured_tokens": report.measured_waste_tokens,
-             "measured_cost": report.measured_waste_cost}
+    write = sum(event.tokens_cache_write for event in events)
+    tokens = (sum(event.tokens_input for event in events) - write, write,
+              sum(event.tokens_cache_read for event in events), session.total_tokens_output)
+    waste = {name: getattr(report, field) for name, field in _REPORTED.items()}
     return {
         "id": session.id, "source": source.get("reader", ""), "path": source.get("path", ""),
         "agent": session.agent, "task": session.task, "model": session.model,
         "status": session.status.value, "started_at": session.started_at,
         "ended_at": session.ended_at, "last_at": _last_at(session),
         "project": source.get("cwd", ""), "minutes": session.duration_seconds / 60,
-        "model_calls": calls, "tokens": {
-            "uncached_input": sums["tokens_input"] - write, "cache_write": write,
-            "cache_read": sums["tokens_cache_read"], "output": session.total_tokens_output},
-        "total_tokens": report.total_tokens, "estimated_cost": report.estimated_cost,
-        "efficiency_score": report.efficiency_score, "waste": waste,
-        "waste_tokens": waste["tokens"], "waste_cost": waste["cost"],
-        "measured_waste_tokens": waste["measured_tokens"],
-        "measured_waste_cost": waste["measured_cost"],
+        "prompts": kinds.count(EventType.USER_MESSAGE),
+        "model_calls": kinds.count(EventType.AI_RESPONSE) - unmetered,
+        "tokens": dict(zip(_CLASSES, tokens)), "total_tokens": report.total_tokens,
+        "estimated_cost": report.estimated_cost, "efficiency_score": report.efficiency_score,
+        "waste": waste, **{flat: waste[name] for name, flat in _WASTE.items()},
         "issues": [issue.to_dict() for issue in report.issues], "issue_count": len(report.issues),
         "token_use": report.token_use, "unattributed_tokens": unattributed,
-        "events": count, "errors": errors,
-        "error_rate": 100 * failures / count if failures > 1 else 0.0,
+        "events": len(events), "errors": kinds.count(EventType.ERROR),
+        "error_rate": 100 * failures / len(events) if failures > 1 else 0.0,
         "notes": report.notes + [f"analyzer failed: {text}" for text in report.analyzer_errors],
         "most_read": dict(sorted(reads.items(), key=lambda item: -item[1])[:10]),
     }
@@ -3657,6 +3651,11 @@ def _last_at(session: Session) -> str:
     return last or session.ended_at or session.started_at
 
 
+_CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
+_WASTE = {"tokens": "waste_tokens", "measured_tokens": "measured_waste_tokens",
+          "cost": "waste_cost", "measured_cost": "measured_waste_cost"}
+_REPORTED = {"tokens": "total_waste_tokens", "measured_tokens": "measured_waste_tokens",
+             "cost": "total_waste_cost", "measured_cost": "measured_waste_cost"}
 _LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "path")
 
 
@@ -3672,9 +3671,6 @@ def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
 
 
 _SUMS = ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens")
-_CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
-_WASTE = {"tokens": "waste_tokens", "measured_tokens": "measured_waste_tokens",
-          "cost": "waste_cost", "measured_cost": "measured_waste_cost"}
 
 
 def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -3689,27 +3685,53 @@ def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
     return totals
 
 
-GROUPS = ("day", "model", "project", "agent", "session")
+GROUPS = ("day", "week", "model", "project", "agent", "session", "tool")
 
 
-def grouped(rows: List[Dict[str, Any]], by: str) -> List[Dict[str, Any]]:
-    """The sums of session rows by one of GROUPS: ``{"key", "sessions", "total_tokens",
-    "estimated_cost", "waste_cost", "measured_waste_cost"}``, days in order, else the most dollars
-    first. A day is local, and the one on which a session began."""
-    groups: Dict[str, List[Dict[str, Any]]] = {}
+def measures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """What sessions cost: ``{"sessions", "total_tokens", "estimated_cost", "waste_cost",
+    "measured_waste_cost", "cost_per_session", "cost_per_prompt", "written_again"}`` (a share of the
+    dollars); 0 where there is nothing to divide by."""
+    names = ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost", "prompts")
+    sums: Dict[str, Any] = {name: sum(row[name] for row in rows) for name in names}
+    prompts, cost = sums.pop("prompts") or 1, sums["estimated_cost"]
+    billed = sum(row["bill"]["total"] for row in rows) or 1
+    again = sum(cell["cost"] for row in rows for cell in row["bill"]["cells"]
+                if cell["how"] == "again")
+    return dict(sums, sessions=len(rows), cost_per_session=cost / (len(rows) or 1),
+                cost_per_prompt=cost / prompts, written_again=again / billed)
+
+
+def grouped(rows: List[Dict[str, Any]], by: str, bill: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The ``measures`` of session rows by one of GROUPS, each with its ``key``; days and weeks (by
+    their Monday) in order, else the most dollars first. A day is local, and the one on which a
+    session began. By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
+    "again", "output", "estimated_cost"}``."""
+    groups: Dict[str, Any] = {}
+    if by == "tool":
+        for cell in bill["cells"]:
+            paid = groups.setdefault(cell["content"], dict.fromkeys((*_HOW, "estimated_cost"), 0.0))
+            paid[cell["how"]] += cell["cost"]
+            paid["estimated_cost"] += cell["cost"]
+        sums = [dict(paid, key=content) for content, paid in groups.items()]
+        return sorted(sums, key=lambda entry: -entry["estimated_cost"])
     for row in rows:
-        key = _day(row["started_at"]) if by == "day" else row["id" if by == "session" else by]
-        groups.setdefault(str(key or "unknown"), []).append(row)
-    names = ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost")
-    sums: List[Dict[str, Any]] = [
-        dict({name: sum(row[name] for row in group) for name in names}, key=key,
-             sessions=len(group)) for key, group in groups.items()]
-    return sorted(sums, key=lambda entry: entry["key"] if by == "day" else -entry["estimated_cost"])
+        when, name = by in ("day", "week"), "id" if by == "session" else by
+        key = _day(row["started_at"], by == "week") if when else row[name]
+        groups.setdefault(key or "unknown", []).append(row)
+    sums = [dict(measures(group), key=key) for key, group in groups.items()]
+    ordered = sorted(sums, key=lambda entry: entry["key"])
+    return ordered if by in ("day", "week") else sorted(
+        ordered, key=lambda entry: -entry["estimated_cost"])
 
 
-def _day(time: str) -> str:
+def _day(time: str, monday: bool = False) -> str:
+    from datetime import timedelta
     moment = parse_time(time)
-    return moment.astimezone().isoformat()[:10] if moment is not None else ""
+    if moment is None:
+        return ""
+    local = moment.astimezone()
+    return (local - timedelta(local.weekday() if monday else 0)).isoformat()[:10]
 
 
 def selection(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -3725,7 +3747,7 @@ Section = namedtuple("Section", "title facts heads rows lines parts picture hint
                      defaults=((), (), (), (), (), "", ""))
 Section.__doc__ = """A part of a report: a title, ``facts`` (label, text), a table (``heads`` and
 ``rows``), ``lines`` of a list, numbered ``parts`` (sections), and a ``picture`` for pages. A head
-begins with > for numbers, ~ for paths, # for a bar, which is the last column."""
+begins with > for numbers, ~ for paths; in the last column # for a bar, + for texts that wrap."""
 
 
 def _wrapped(text: Any, width: int, lead: str = "") -> List[str]:
@@ -3755,27 +3777,31 @@ def _text_body(section: Section, width: int) -> List[str]:
     for line in section.lines:
         lines += _wrapped(line, width, "* ")
     for number, part in enumerate(section.parts, 1):
-        lines += [""] * (number > 1) + _wrapped(part.title, width, f"{number}. ")
-        lines += [("   " + line).rstrip() for line in _text_body(part, width - 3)]
+        body = [("   " + line).rstrip() for line in _text_body(part, width - 3)]
+        lines += [""] * bool(body and number > 1) + _wrapped(part.title, width, f"{number}. ") + body
     return lines
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 80) -> List[str]:
-    """The lines of a table. Where it is too wide, its widest columns of texts are cut."""
-    table = [[head.lstrip(">~#") for head in heads]]
+    """The lines of a table. Where it is too wide, its widest columns of texts are cut, or go on
+    below."""
+    import textwrap
+    table = [[head.lstrip(">~#+") for head in heads]]
     table += [[plain(cell, 400) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     texts = [at for at, head in enumerate(heads) if head[:1] not in (">", "#")]
-    excess = sum(widths) + 2 * (len(heads) - 1) - width
-    for _ in range(excess):
+    for _ in range(sum(widths) + 2 * (len(heads) - 1) - width):
         widest = max(texts, key=lambda at: widths[at])
         widths[widest] = max(8, widths[widest] - 1)
-    lines = []
+    lines, indent = [], " " * (sum(widths[:-1]) + 2 * len(widths) - 2)
     for row in table if any(table[0]) else table[1:]:
+        rest = textwrap.wrap(row[-1], widths[-1]) if heads[-1][:1] == "+" else []
+        row[-1:] = rest[:1] or row[-1:]
         cells = [cut(cell, size, middle=head[:1] == "~")
                  for head, cell, size in zip(heads, row, widths)]
         lines.append("  ".join(cell.rjust(size) if head[:1] == ">" else cell.ljust(size)
                                for head, cell, size in zip(heads, cells, widths))[:width].rstrip())
+        lines += [indent + more for more in rest[1:]]
     return lines
 
 
@@ -3783,7 +3809,7 @@ def _markdown_section(section: Section, level: str = "##") -> List[str]:
     lines = [f"- **{label}:** {markdown_text(value, 500)}" for label, value in section.facts]
     if section.rows:
         heads = [head for head in section.heads if head[:1] != "#"]  # a bar is the last one
-        lines.append("| " + " | ".join(head.lstrip(">~") for head in heads) + " |")
+        lines.append("| " + " | ".join(head.lstrip(">~+") for head in heads) + " |")
         lines.append("|" + "|".join("---:" if head[:1] == ">" else "---" for head in heads) + "|")
         lines += ["| " + " | ".join(markdown_text(cell, 400) for cell in row[:len(heads)]) + " |"
                   for row in section.rows]
@@ -3793,9 +3819,91 @@ def _markdown_section(section: Section, level: str = "##") -> List[str]:
     return [f"{level} {markdown_text(section.title, 400)}", "", *lines] if lines else []
 
 
+# -- the bill, and what to do about it
+
+_HOW = {"carried": "sent again with every call", "first": "entering the first time",
+        "again": "written again (cache lost)", "output": "output"}
+_CAUSES = {"expired": "you came back after the cache expired", "resume": "a session was resumed",
+           "system_changed": "the system prompt changed", "tools_changed": "the tools changed",
+           "messages_changed": "the client rewrote messages", "model_changed": "another model",
+           "model_switch": "another model", "settings": "settings were changed",
+           "shortened": "the context was cut", "previous_message_not_found": "the provider lost it",
+           "unavailable": "the provider lost it", "not_explained": "not explained"}
+
+
+def bill_sections(bill: Dict[str, Any], period: str = "") -> List[Section]:
+    """Where the money went (a bill in USD): how it was paid, and the largest parts of each."""
+    rows = []
+    for how, told in _HOW.items() if bill else ():
+        parts: Dict[str, float] = {}
+        for cell in bill["cells"]:
+            if cell["how"] == how:
+                parts[cell["content"]] = parts.get(cell["content"], 0.0) + cell["cost"]
+        cost = sum(parts.values())
+        if how == "again":
+            parts = {"small ones": bill["small_rebuilds"]["cost"]}
+            for rebuild in bill["rebuilds"]:
+                cause = _CAUSES[rebuild["cause"]]
+                parts[cause] = parts.get(cause, 0.0) + rebuild["cost"]
+        ranked = sorted(parts.items(), key=lambda item: -item[1])
+        shown = " · ".join(f"{name} {dollars(part)}" for name, part in ranked[:4] if part)
+        if how == "output":
+            hidden = bill["hidden_output"]
+            shown = f"a lower bound: {hidden['calls']:,} of {hidden['of']:,} calls hide theirs"
+            shown = shown if hidden["calls"] else ""
+        rows.append((told, dollars(cost), share_text(cost, bill["total"]), shown, cost))
+    guessed = f"{dollars(bill['guessed'])} of it at a guessed price" if bill.get("guessed") else ""
+    hint = ", ".join(filter(None, [dollars(bill.get("total", 0)), guessed, period]))
+    ranked_rows = [row[:4] for row in sorted(rows, key=lambda row: -row[4]) if row[4]]
+    return [Section("Where the money went", heads=("", ">", ">", "+"), rows=ranked_rows, hint=hint)]
+
+
+def advice_section(advice: List[Dict[str, Any]], most: int = 5) -> Section:
+    """What to do first (advice in USD), the largest saving first."""
+    parts = []
+    for entry in advice[:most]:
+        low, high = entry["saves"]["low"], entry["saves"]["high"]
+        saves = dollars(high) if low == high else f"{dollars(low)} to {dollars(high)}"
+        if "per_1000_tokens" in entry:
+            saves = f"{dollars(entry['per_1000_tokens']['cost'])} per 1,000 tokens removed"
+        worse = f", {entry['worse']} worse ({dollars(entry['worst'])})" if entry.get("worse") else ""
+        parts.append(Section(f"{entry['text']} Saves {saves}; {len(entry['sessions']):,} sessions"
+                             f"{worse}."))
+    return Section("What to do first", parts=parts, hint="the savings overlap")
+
+
+def rebuild_section(bill: Dict[str, Any]) -> Section:
+    """Every time the context was written again because its cache was lost."""
+    return Section("Written again", heads=(
+        ">when", ">where", "cause", "source", ">minutes", ">tokens", ">net $"), rows=[
+        (rebuild["at"][:16], f"line {rebuild['line']}" if rebuild.get("line") else "",
+         _CAUSES[rebuild["cause"]], rebuild["source"], f"{(rebuild['gap_seconds'] or 0) / 60:.0f}",
+         f"{rebuild['tokens']:,}", dollars(rebuild["net_cost"])) for rebuild in bill["rebuilds"]])
+
+
+ADVICE_BEGIN, ADVICE_END = "<!-- sessionoptimizer: begin -->", "<!-- sessionoptimizer: end -->"
+
+
+def advice_markdown(advice: List[Dict[str, Any]]) -> str:
+    """The lines for CLAUDE.md or AGENTS.md between their markers, each with its evidence as a
+    comment; what is a command and no line is left out."""
+    lines = [ADVICE_BEGIN]
+    for entry, part in zip(advice, advice_section(advice, len(advice)).parts):
+        if entry["paste"][-1:] == ".":
+            why = plain(part.title, 400).replace("--", "-")
+            lines += [f"- {plain(entry['paste'])}", f"  <!-- {why} -->"]
+    return "\n".join([*lines, ADVICE_END]) + "\n"
+
+
+def without_advice(text: str) -> str:
+    """A file's text without the lines between the markers."""
+    return re.sub(rf"\n?{ADVICE_BEGIN}.*?{ADVICE_END}\n?", "", text, flags=re.S)
+
+
 # -- what a session's report holds
 
-def _session_sections(session: Session, report: OptimizationReport) -> List[Section]:
+def _session_sections(session: Session, report: OptimizationReport, *, picture: str = "",
+                      evidence: bool = False) -> List[Section]:
     source = session.metadata.get("source")
     path = [("Transcript", source.get("path"))] if isinstance(source, dict) else []
     incomplete = " (incomplete: an analyzer failed)" if report.analyzer_errors else ""
@@ -3814,9 +3922,10 @@ def _session_sections(session: Session, report: OptimizationReport) -> List[Sect
             ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,}"),
             ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices"),
             ("Issues Found", str(len(report.issues)))]),
-        Section("Issues", parts=findings(session, report, evidence=False),
+        *bill_sections(report.bill), advice_section(report.advice),
+        Section("From start to end", picture=picture),
+        Section("Issues", parts=findings(session, report, evidence=evidence),
                 hint="by severity, then waste"),
-        Section("Where All Tokens Went", heads=_USE_HEADS, rows=_use_rows(report.token_use)),
         Section("Recommendations", lines=report.recommendations),
         Section("Notes", lines=report.notes)]
 
@@ -3883,7 +3992,7 @@ def evidence_text(session: Session, report: OptimizationReport, *, width: int = 
     """Every finding with its events: where each stands in the transcript, its tokens, and a
     one-line extract of it."""
     evidence = Section("Evidence", parts=findings(session, report, facts=False))
-    return "\n" + text_sections([evidence], width)
+    return "\n\n" + text_sections([evidence, rebuild_section(report.bill)], width)
 
 
 def markdown_report(session: Session, report: OptimizationReport) -> str:
@@ -3901,65 +4010,50 @@ def json_report(session: Session, report: OptimizationReport) -> str:
 
 
 _BAR = 24  # characters of a bar
-_USE_HEADS = ("purpose", ">tokens", ">share", "#")
-
-
-def _use_rows(use: Dict[str, int], most: int = 40) -> List[Tuple[Any, ...]]:
-    """The rows of a table of tokens by purpose; what no event explains stands in it even where it
-    is nothing."""
-    ranked = sorted(use.items(), key=lambda item: -item[1])
-    total = sum(use.values())
-    rest = sum(tokens for name, tokens in ranked[most:] if name != "unattributed")
-    shown = ranked[:most] + [("everything else", rest)] * bool(rest)
-    if "unattributed" not in dict(shown):
-        shown.append(("unattributed", use.get("unattributed", 0)))
-    return [(name, f"{tokens:,}", share_text(tokens, total), bar(tokens, ranked[0][1], _BAR))
-            for name, tokens in shown] if use else []
 
 
 # -- what a scan's report holds
 
 def _scan_sections(result: Dict[str, Any], most: int, by: Iterable[str] = ()) -> List[Section]:
-    rows, totals = result["sessions"], result["totals"]
-    skipped = _skipped_lines(result["skipped"])
+    rows, skipped = result["sessions"], _skipped_lines(result["skipped"])
     if not rows:
         found = result.get("found", {})
         some = [f"{found['sessions']:,} sessions, none of them as asked for; the newest is of "
                 f"{found['newest'] or 'an unknown day'}"] if found.get("sessions") else []
         return [Section("No sessions found", lines=some + skipped or ["Nothing to read here."])]
-    use: Dict[str, int] = {}
-    for row in rows:
-        for name, tokens in row["token_use"].items():
-            use[name] = use.get(name, 0) + tokens
+    bill = result.get("bill", {})
     changed = [("Changed", result["changes"])] if result.get("changes") else []
     return [
-        Section("Sessionoptimizer scan", headline(totals, rows) + changed),
-        *(section for name in by for section in group_sections(rows, name)),
+        *bill_sections(bill, date_range(rows)), advice_section(result.get("advice", [])),
+        Section("Sessions", headline(result["totals"], rows) + changed),
+        *(group_section(grouped(rows, name, bill), name) for name in by),
         Section("Waste by kind", heads=("", ">findings", ">tokens", ">wasted $", ""),
                 rows=_kind_rows(rows), hint="each token charged once",
                 lines=[] if any(row["issues"] for row in rows) else ["None found."]),
-        Section("Where all tokens went", heads=_USE_HEADS, rows=_use_rows(use, most + 6),
-                hint="new input and output"),
         Section("Worst sessions", rows=_worst_rows(rows, most),
                 heads=("id", ">score", ">wasted", ">wasted $", ">session $", "task"),
                 hint="sessionoptimizer analyze ID --evidence shows why"),
-        Section("What to do first", lines=_first_steps(rows)),
-        Section("Read most often across sessions", heads=(">reads", ">sessions", "~path"),
-                rows=_most_read(rows, most)),
         Section("Notes", lines=_scan_notes(rows) + skipped)]
 
 
-def group_sections(rows: List[Any], by: Optional[str]) -> List[Section]:
-    """A table of the sums by one of GROUPS; none without a name."""
-    groups = grouped(rows, by) if by else []
-    most = max((entry["estimated_cost"] for entry in groups), default=0)
+def group_section(groups: List[Dict[str, Any]], by: str) -> Section:
+    """The table of what ``grouped`` gives."""
     short = short_ids(entry["key"] for entry in groups) if by == "session" else {}
-    rows = [(short.get(entry["key"], entry["key"]), f"{entry['sessions']:,}",
-             short_number(entry["total_tokens"]), dollars(entry["estimated_cost"]),
-             dollars(entry["measured_waste_cost"]), bar(entry["estimated_cost"], most, _BAR))
-            for entry in groups]
-    return [Section(f"By {by}", rows=rows, hint="wasted: measured",
-                    heads=(f"~{by}", ">sessions", ">tokens", ">cost $", ">wasted $", "#"))]
+    if by == "tool":
+        names: Tuple[str, ...] = ("estimated_cost", "first", "carried", "again")
+        heads: Tuple[str, ...] = (">cost $", ">first", ">carried", ">again")
+    else:
+        names = ("estimated_cost", "cost_per_session", "cost_per_prompt", "measured_waste_cost")
+        heads = (">sessions", ">cost $", ">a session", ">a prompt", ">wasted", ">again")
+    rows = []
+    for entry in groups:
+        row = [short.get(entry["key"], entry["key"]), *(dollars(entry[name]) for name in names)]
+        if by != "tool":
+            row.insert(1, f"{entry['sessions']:,}")
+            row.append(share_text(entry["written_again"], 1))
+        rows.append(row)
+    return Section(f"By {by}", heads=(f"~{by}", *heads), rows=rows,
+                   hint="" if by == "tool" else "wasted: measured; again: written again, of the cost")
 
 
 def date_range(rows: List[Dict[str, Any]]) -> str:
@@ -4019,31 +4113,6 @@ def _worst_rows(rows: List[Dict[str, Any]], most: int) -> List[Tuple[str, ...]]:
             for row in worst]
 
 
-def _first_steps(rows: List[Dict[str, Any]], most: int = 4) -> List[str]:
-    steps: Dict[str, List[float]] = {}
-    for row in rows:
-        for issue in row["issues"]:
-            entry = steps.setdefault(issue["suggestion"], [0, 0.0])
-            entry[0] += issue["charged_tokens"]
-            entry[1] += issue["charged_cost"]
-    ranked = sorted(((c, t, s) for s, (t, c) in steps.items() if t), reverse=True)[:most]
-    return [f"{plain(advice)} ({short_number(tokens)} tokens, {dollars(cost)})"
-            for cost, tokens, advice in ranked]
-
-
-def _most_read(rows: List[Dict[str, Any]], most: int) -> List[Tuple[str, ...]]:
-    reads: Dict[str, List[int]] = {}
-    for row in rows:
-        for path, count in row["most_read"].items():
-            if path.startswith(("/", "~")) or path[1:2] == ":":  # else of an unknown project
-                entry = reads.setdefault(path, [0, 0])
-                entry[0] += count
-                entry[1] += 1
-    ranked = sorted(((count, sessions, path) for path, (count, sessions) in reads.items()
-                     if sessions > 1), reverse=True)[:most]
-    return [(f"{count:,}", f"{sessions:,}", path) for count, sessions, path in ranked]
-
-
 def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
     notes: Dict[str, int] = {}
     for note in (note for row in rows for note in row["notes"]):
@@ -4065,16 +4134,17 @@ def _skipped_lines(skipped: List[Dict[str, Any]]) -> List[str]:
 
 def scan_report(result: Dict[str, Any], most: int = 8, *, by: Iterable[str] = (),
                 width: int = 80) -> str:
-    """What a scan found, as plain text: totals, tables ``by`` some of GROUPS, waste by kind, where
-    all tokens went, the worst sessions, what to do first."""
+    """What a scan found, as plain text: where the money went, what to do first, totals, tables
+    ``by`` some of GROUPS, waste by kind, the worst sessions."""
     return text_sections(_scan_sections(result, most, by), width)
 
 
 # -- pages: one file each, with pictures drawn without a script
 
 MOST_COLUMNS = 120  # of a picture: more would be thinner than a pixel on a phone
-_KINDS = {"new": "New", "again": "Written again (the cache was lost)", "out": "Output",
-          "waste": "Wasted", "carry": "Context sent again (cache reads)"}
+_KINDS = {"carry": "Sent again", "new": "New", "again": "Written again (cache lost)",
+          "out": "Output", "waste": "Wasted"}
+_PAID = {"carried": "carry", "first": "new", "again": "again", "output": "out"}
 _STYLE = """
 :root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#566072;--line:#ddd;
 --bad:#c62730;--fair:#8a5200;--new:#3b82e6;--again:#b77400;--out:#57b58a;--carry:#9fb0c8}
@@ -4147,8 +4217,11 @@ def _html_body(section: Section) -> str:
     facts = "".join(f"<dt>{_escaped(name)}</dt><dd>{_escaped(told)}</dd>"
                     for name, told in section.facts)
     lines = "".join(f"<li>{_escaped(line)}</li>" for line in section.lines)
-    parts = "".join(f"<details><summary>{_escaped(part.title)}</summary>{_html_body(part)}"
-                    "</details>" for part in section.parts)
+    parts = ""
+    for number, part in enumerate(section.parts, 1):
+        title, body = _escaped(part.title), _html_body(part)
+        parts += (f"<details><summary>{title}</summary>{body}</details>" if body
+                  else f"<p>{number}. {title}</p>")
     return (section.picture + (f"<dl>{facts}</dl>" if facts else "") + _html_table(section)
             + (f"<ul>{lines}</ul>" if lines else "") + parts)
 
@@ -4158,7 +4231,7 @@ def _html_table(section: Section) -> str:
     rows = [[_escaped(cell) for cell in row] for row in section.rows]
     for row in rows if classes and "b" in classes[-1] else ():
         row[-1] = f'<i style="width:{100 * len(row[-1]) / _BAR:.0f}%"></i>'
-    rows.insert(0, [_escaped(head.lstrip(">~#")) for head in section.heads])
+    rows.insert(0, [_escaped(head.lstrip(">~#+")) for head in section.heads])
     shown = ["".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row)) for row in rows]
     shown[0] = shown[0].replace("<td", "<th").replace("</td", "</th")
     table = "".join(f"<tr>{cells}</tr>" for cells in shown)
@@ -4193,58 +4266,49 @@ def _chart(columns: List[Tuple[str, Any]], unit: str, show: Callable[[float], st
 
 
 def _timeline(session: Session, charged: Dict[str, int]) -> str:
-    """What entered and was written call by call, and below the context that was sent again."""
+    """The context call by call: what was sent again, what is new, what had to be written again and
+    what was wasted. A column is a model call, or several where they are many."""
     calls: List[List[SessionEvent]] = [[]]
     for event in session.events:
         calls[-1].append(event)
         if event.event_type is EventType.AI_RESPONSE:
             calls.append([])
     calls = [call for call in calls if call]
-    size = -(-len(calls) // MOST_COLUMNS) or 1
-    fresh, carried = [], []
+    size, columns = -(-len(calls) // MOST_COLUMNS) or 1, []
     for at in range(0, len(calls), size):
-        events = [event for call in calls[at:at + size] for event in call]
-        parts = dict.fromkeys(_KINDS, 0)
-        for event in events:
-            wasted = min(charged.get(event.id, 0), event.tokens)
-            rebuilt = event.data.get("source") == "cache rebuild"
-            parts["again" if rebuilt else "new"] += max(0, event.tokens_input - wasted)
-            parts["out"] += event.tokens_output - max(0, wasted - event.tokens_input)
+        parts = {"carry": 0, "new": 0, "again": 0, "out": 0, "waste": 0}
+        for event in itertools.chain(*calls[at:at + size]):
+            wasted = min(charged.get(event.id, 0), event.tokens_input)
+            rebuilt = event.data.get("source") == Source.REBUILD
+            parts["again" if rebuilt else "new"] += event.tokens_input - wasted
             parts["waste"] += wasted
+            parts["out"] += event.tokens_output
             parts["carry"] += event.tokens_cache_read
-        name = f"call {at + 1}, {events[0].timestamp[:16]}"
-        carried.append((name, {"carry": parts.pop("carry")}))
-        fresh.append((name, parts))
+        columns.append((f"call {at + 1}", parts))
     per = f"per {size} calls" if size > 1 else "per call"
-    return _chart(fresh, f"new tokens {per}", short_number) + _chart(
-        carried, f"tokens of context sent again {per}", short_number)
+    return _chart(columns, f"tokens {per}", short_number)
 
 
 def _by_day(rows: List[Dict[str, Any]]) -> str:
-    """Dollars by the day a session began; by month or year where the days are too many."""
-    from datetime import date
-    days = [parse_time(row["started_at"][:10]) for row in rows]
-    dated = [(day.toordinal(), row) for day, row in zip(days, rows) if day is not None]
-    first = min((day for day, _ in dated), default=0)
-    last = max((day for day, _ in dated), default=-1)
-    length = 10 if last - first < MOST_COLUMNS else 7 if last - first < MOST_COLUMNS * 30 else 4
-    sums = {date.fromordinal(day).isoformat()[:length]: {"new": 0.0, "waste": 0.0}
-            for day in range(first, last + 1)}
-    for _, row in dated:
-        parts = sums[row["started_at"][:length]]
-        parts["new"] += row["estimated_cost"] - row["measured_waste_cost"]
-        parts["waste"] += row["measured_waste_cost"]
-    unit = {10: "day", 7: "month", 4: "year"}[length]
-    return _chart(list(sums.items())[-MOST_COLUMNS:], f"per {unit}", dollars)
+    """Dollars by the day a session began, and how they were paid: the last MOST_COLUMNS days."""
+    from datetime import date, timedelta
+    sums: Dict[str, Dict[str, float]] = {}
+    for row in rows:
+        parts = sums.setdefault(_day(row["started_at"]), dict.fromkeys(_PAID.values(), 0.0))
+        for cell in row["bill"]["cells"]:
+            parts[_PAID[cell["how"]]] += cell["cost"]
+    sums.pop("", None)
+    last = date.fromisoformat(max(sums)) if sums else date.today()
+    days = [(last - timedelta(back)).isoformat() for back in range(MOST_COLUMNS)]
+    shown = [day for day in reversed(days) if sums and day >= min(sums)]
+    return _chart([(day, sums.get(day, {})) for day in shown], "per day", dollars)
 
 
 def html_report(session: Session, report: OptimizationReport) -> str:
     """The report as one HTML file that needs nothing else: what the text says, with the session's
     course as a picture and the events of every finding."""
-    sections = _session_sections(session, report)
-    sections[2] = Section("Issues", parts=findings(session, report), hint=sections[2].hint)
     picture = _timeline(session, ClaimsLedger(Analysis(session), report.issues).by_event)
-    sections.insert(2, Section("From start to end", picture=picture))
+    sections = _session_sections(session, report, picture=picture, evidence=True)
     return _page(session.task or session.id, "Session report", sections)
 
 
@@ -4341,6 +4405,17 @@ def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, flo
     return limits
 
 
+def budget_alerts(budget: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The alert of a budget that the pace leads beyond."""
+    if budget["pace"] <= budget["budget"]:
+        return []
+    return [{"id": f"BUDGET:{budget['per']}:{budget['since'][:10]}", "level": Severity.HIGH.value,
+             "kind": "BUDGET", "session_id": "", "agent": "", "cost": budget["spent"],
+             "message": f"Budget: the pace leads to {dollars(budget['pace'])} this {budget['per']} "
+                        f"(above {dollars(budget['budget'])})", "action": "See advice",
+             "value": budget["pace"], "threshold": budget["budget"], "time": now_text()}]
+
+
 def alert_sections(alerts: List[Dict[str, Any]], most: int) -> List[Section]:
     """The alerts as a table, the most dollars first."""
     short = short_ids(alert["session_id"] for alert in alerts)
@@ -4374,8 +4449,7 @@ def statistics_of(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
             "trends": _trend(scores)}
 
 
-def statistics_sections(stats: Dict[str, Any], rows: List[Dict[str, Any]],
-                        by: Optional[str]) -> List[Section]:
+def statistics_sections(stats: Dict[str, Any], rows: List[Dict[str, Any]]) -> List[Section]:
     """What ``stats`` prints of ``agent_statistics`` and the rows it is about."""
     trend, change = stats["trends"]["trend"], stats["trends"]["change_percent"]
     told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
@@ -4383,7 +4457,72 @@ def statistics_sections(stats: Dict[str, Any], rows: List[Dict[str, Any]],
                     [*headline(scan_totals(rows), rows), told]),
             Section("Most frequent findings", heads=("", ">sessions"), rows=[
                 (issue["type"], f"{issue['count']:,}") for issue in stats["common_issues"]]),
-            *group_sections(rows, by)]
+            *(group_section(groups, name) for name, groups in stats["groups"].items()),
+            *split_sections(stats.get("split"))]
+
+
+ENOUGH_SESSIONS = 8  # on each side of a split
+
+
+def split_at(rows: List[Dict[str, Any]], moment: float) -> Dict[str, Any]:
+    """``{"before", "after"}`` (measures of the sessions begun before a time and since), and the
+    ``change`` of the dollars a session with its 95% ``interval`` from 2,000 resamples, None below
+    ENOUGH_SESSIONS a side."""
+    from random import Random
+    sides = [[row for row in rows if (row["started"] >= moment) is late] for late in (False, True)]
+    before, after = map(measures, sides)
+    split: Dict[str, Any] = {"before": before, "after": after, "change": None, "interval": None}
+    if min(map(len, sides)) >= ENOUGH_SESSIONS:
+        chance, changes = Random(1), []
+        costs = [[row["estimated_cost"] for row in side] for side in sides]
+        for _ in range(2_000):
+            old, new = (sum(chance.choices(side, k=len(side))) / len(side) for side in costs)
+            changes.append(new - old)
+        changes.sort()
+        split["change"] = after["cost_per_session"] - before["cost_per_session"]
+        split["interval"] = [changes[50], changes[-51]]
+    return split
+
+
+def split_sections(split: Optional[Dict[str, Any]]) -> List[Section]:
+    """What ``stats --split`` prints."""
+    if split is None:
+        return []
+    told = f"not enough sessions to compare: {ENOUGH_SESSIONS} on each side are needed"
+    if split["change"] is not None:
+        low, high = split["interval"]
+        sure = "surely" if low > 0 or high < 0 else "perhaps"
+        word = "more" if split["change"] > 0 else "less"
+        told = (f"a session costs {dollars(abs(split['change']))} {word}, {sure}: the change is "
+                f"between {low:+.2f} and {high:+.2f} USD (95%)")
+    table = group_section([dict(split[side], key=side) for side in ("before", "after")], "side")
+    return [table._replace(title="Before and after", lines=[told])]
+
+
+def budget_of(rows: List[Dict[str, Any]], amount: float, unit: str) -> Dict[str, Any]:
+    """What was spent of a budget (USD a ``day``, ``week`` or ``month``) since that began, and where
+    the straight pace leads: ``{"budget", "per", "since", "spent", "pace"}``."""
+    from datetime import datetime, timedelta
+    now = datetime.now().astimezone()
+    begin = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if unit == "week":
+        begin -= timedelta(begin.weekday())
+    if unit == "month":
+        begin = begin.replace(day=1)
+    end = {"day": begin + timedelta(1), "week": begin + timedelta(7),
+           "month": (begin + timedelta(32)).replace(day=1)}[unit]
+    spent = sum(row["estimated_cost"] for row in rows if row["started"] >= begin.timestamp())
+    return {"budget": amount, "per": unit, "since": begin.isoformat(), "spent": spent,
+            "pace": spent * ((end - begin) / (now - begin))}
+
+
+def budget_section(budget: Dict[str, Any]) -> Section:
+    """What ``--budget`` prints."""
+    over = " (above it)" if budget["pace"] > budget["budget"] else ""
+    return Section("Budget", [
+        ("Spent", f"{dollars(budget['spent'])} of {dollars(budget['budget'])} since "
+                  f"{budget['since'][:10]}"),
+        ("Pace", f"leads to {dollars(budget['pace'])} this {budget['per']}{over}")])
 
 
 def _trend(scores: List[float]) -> Dict[str, Any]:
@@ -9390,9 +9529,9 @@ class SessionOptimizer:
         return comparison_of(found)
 
     def agent_statistics(self, agent: str, days: int = 30) -> Dict[str, Any]:
-        """An agent's sessions (all agents' for "") of the last ``days``: tokens, USD, average efficiency (0–100), the
-        five most frequent issues, and the trend of the second half against the first; with no
-        sessions ``{"agent", "sessions": 0, "message"}``. Every session of the period counts;
+        """An agent's sessions ("": all) of the last ``days``: tokens, USD, average efficiency
+        (0–100), the five most frequent issues, and the trend of the second half; with no sessions
+        ``{"agent", "sessions": 0, "message"}``. Every session of the period counts;
         unchanged ones are not read again."""
         if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
             raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
@@ -9440,11 +9579,10 @@ class SessionOptimizer:
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
         """What deserves a look, the most wasted dollars first: ``{"id", "level", "kind",
         "session_id", "agent", "message", "action", "value", "threshold", "time", "cost"}`` (USD
-        wasted), at most one of a session and cause. The id stays
-        the same while the session does not change its kind of trouble; the time is that of its
-        last event. ``since``: active since (without a zone: local). ``thresholds`` replaces limits
-        of ALERT_RULES by name; InvalidValue for an unknown name or a value that is not a number
-        >= 0."""
+        wasted), at most one of a session and cause. The id stays the same while the session does
+        not change its kind of trouble; the time is that of its last event. ``since``: active since
+        (without a zone: local). ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue
+        for an unknown name or a value that is not a number >= 0."""
         limits, after = alert_limits(thresholds), since_seconds(since)
         rows = [row for row in self.summaries()
                 if (not agent or row["agent"].upper() == agent.upper())
@@ -9580,6 +9718,11 @@ def _number(read: Callable[[str], float], most: float = float("inf")) -> Callabl
     return convert
 
 
+def _budget(text: str) -> Tuple[float, str]:
+    amount, unit = re.match(r"\$?(\d+(?:\.\d+)?)/(day|week|month)$", text).groups()  # type: ignore
+    return float(amount), unit
+
+
 def _object(text: str) -> Dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -9592,7 +9735,7 @@ def _kind(read: Callable[[str], Any], what: str, metavar: str) -> Dict[str, Any]
     def convert(text: str) -> Any:
         try:
             return read(text)
-        except (ValueError, OverflowError, RecursionError):
+        except (ValueError, OverflowError, RecursionError, AttributeError):
             raise _argument_error()(f"{text!r} is not {what}") from None
     return {"type": convert, "metavar": metavar}
 
@@ -9637,10 +9780,13 @@ _SHARED = (
             ("always", "never", "auto")))
 _SESSION = _option("session_id", "the session's id, a unique beginning of it, or 'last'")
 _DATA_OR_TEXT = _option("--format", "text (default) or json", ("text", "json"), "text")
-_REPORT = _option("--format", f"one of {', '.join(FORMATS)}", tuple(FORMATS), "text")
+_ANY_FORMAT = _option("--format", f"one of {', '.join(FORMATS)}", tuple(FORMATS), "text")
 _AGENT = _option("--agent", "of this agent only", "NAME")
 _SINCE = _option("--since", "today, yesterday, 90m, 12h, 7d ago, or ISO-8601", _WHEN)
 _LIMIT = _option("--limit", "show at most N (default 20)", _COUNT, 20)
+_DAYS = _option("--days", "of the last N days (default 30)", _COUNT, 30)
+_BUDGET = _option("--budget", "USD a day, week or month, such as 60/month", _kind(
+    _budget, "a budget such as 60/month", "USD"))
 _BY = _option("--by", f"a table by {', '.join(GROUPS)}", {"choices": GROUPS, "metavar": "WHAT"})
 _OUTPUT = _option("--output", "write to FILE (for you alone) instead of standard output", "FILE")
 _FAIL_UNDER = _option("--fail-under", "status 3 when the efficiency is below or nothing was judged",
@@ -9670,22 +9816,29 @@ def _looking() -> Dict[str, Command]:
             _DATA_OR_TEXT]),
         "analyze": Command(_analyze, "look", "say what a session wasted",
                            "analyze last --evidence", [
-            _SESSION, _REPORT, _FAIL_UNDER,
+            _SESSION, _ANY_FORMAT, _FAIL_UNDER,
             _option("--evidence", "show the events of every finding: line, what, tokens", _FLAG)]),
         "stats": Command(_stats, "look", "sessions over time", "stats --by model --days 7", [
             _option("agent", "of this agent only (default: all)", {"nargs": "?"}),
-            _option("--days", "of the last N days (default 30)", _COUNT, 30), _BY, _DATA_OR_TEXT]),
+            _DAYS, _BY, _option("--split", "before and after a day, with what is sure", _WHEN), _BUDGET,
+            _DATA_OR_TEXT]),
+        "advice": Command(_advice, "look", "say what to change, from what sessions cost",
+                          "advice --format claude-md --apply CLAUDE.md", [
+            _DAYS, _option("--format", "text (default), json or claude-md, the lines for CLAUDE.md",
+                           ("text", "json", "claude-md"), "text"),
+            _option("--apply", "put the lines into FILE, between markers", "FILE"),
+            _option("--undo", "take them out of FILE again", "FILE")]),
         "compare": Command(_compare, "look", "compare sessions", "compare 3f2a 91bc", [
             _option("session_ids", "two or more sessions", {"nargs": "+", "metavar": "session_id"}),
             _DATA_OR_TEXT]),
         "export": Command(_export, "look", "write a session's report",
                           "export last --format html --output report.html",
-                          [_SESSION, _REPORT, _OUTPUT]),
+                          [_SESSION, _ANY_FORMAT, _OUTPUT]),
         "alerts": Command(_alerts, "watch", "say which sessions deserve a look, and what to do",
                           "alerts --since 1d --dollars 0.50", [
             _SINCE, _AGENT, _DATA_OR_TEXT, _LIMIT,
             _option("--fail-on", "status 3 at an alert of LOW, MEDIUM, HIGH or above", _LEVEL),
-            _option("--dollars", f"of N wasted dollars or more (default {LEAST_DOLLARS})", _AMOUNT),
+            _BUDGET, _option("--dollars", f"of N wasted dollars or more (default {LEAST_DOLLARS})", _AMOUNT),
             *map(_limit_option, ALERT_RULES)]),
     }
 
@@ -10153,8 +10306,7 @@ def _hook(options: Any) -> int:
     return EXIT_DONE
 
 
-_LISTED = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens",
-           "estimated_cost")
+_LISTED = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens")
 
 
 def _list(options: Any) -> int:
@@ -10162,16 +10314,22 @@ def _list(options: Any) -> int:
     sessions = listed(options.agent, options.status, options.since, options.limit)
     if not sessions and options.agent:
         _known_agent(options, {session.agent for session in listed(limit=10 ** 9)})
-    rows = [dict({name: getattr(session, name) for name in _LISTED}, status=session.status.value)
-            for session in sessions]
+    for path in options.optimizer.store.copies() if options.format == "text" else ():
+        _say(f"copy of a damaged file: {plain(path, 300)} (repair --discard removes it)")
+    rows = []
+    for session in sessions:
+        row = {name: getattr(session, name) for name in _LISTED}
+        try:
+            row["estimated_cost"] = session.estimated_cost
+        except SessionOptimizerError as error:  # its events cannot be read
+            print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
+        rows.append(dict(row, status=session.status.value))
     short = short_ids(row["id"] for row in rows)
     table = [(short[row["id"]], row["agent"], row["status"], row["started_at"][:16],
-              f"{row['total_tokens']:,}", dollars(row["estimated_cost"]), row["task"])
+              f"{row['total_tokens']:,}", dollars(row.get("estimated_cost", 0.0)), row["task"])
              for row in rows]
-    lines = [f"copy of a damaged file: {path} (repair --discard removes it)"
-             for path in options.optimizer.store.copies()]
     return _show(options, rows, Section(
-        "Sessions", rows=table, lines=lines if rows else ["No sessions found.", *lines],
+        "Sessions", rows=table, lines=[] if rows else ["No sessions found."],
         heads=("id", "agent", "status", ">started", ">tokens", ">session $", "task")))
 
 
@@ -10216,18 +10374,52 @@ def _stats(options: Any) -> int:
         return _show(options, stats, Section(agent or "All agents", lines=[stats["message"]]))
     rows = [row for row in optimizer.summaries(options.days)
             if not agent or row["agent"].upper() == agent.upper()]
-    if options.by:
-        stats["groups"] = grouped(rows, options.by)
-    return _show(options, stats, *statistics_sections(stats, rows, options.by))
+    stats["groups"] = {by: grouped(rows, by, stats["bill"]) for by in (options.by, "week") if by}
+    if options.split:
+        stats["split"] = split_at(rows, options.split.timestamp())
+    budget = []
+    if options.budget:
+        stats["budget"] = budget_of(optimizer.summaries(), *options.budget)
+        budget = [budget_section(stats["budget"])]
+    return _show(options, stats, *budget, *statistics_sections(stats, rows))
+
+
+def _advice(options: Any) -> int:
+    path = options.apply or options.undo
+    advice = options.optimizer.agent_statistics("", options.days).get("advice", [])
+    if not path:
+        if options.format == "claude-md":
+            _say(advice_markdown(advice).rstrip())
+            return EXIT_DONE
+        return _show(options, advice, advice_section(advice, 20) if advice else Section(
+            "Advice", lines=["Nothing to advise: scan first, or ask for more --days."]))
+    try:
+        old = ""
+        if os.path.lexists(path):
+            with open(path, encoding="utf-8", newline="") as file:
+                old = file.read()
+        kept = without_advice(old)
+        new = kept if options.undo else kept + "\n" * bool(kept) + advice_markdown(advice)
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(new)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path} cannot be changed: {error}") from None
+    _say(f"{'Taken out of' if options.undo else 'Put into'} {plain(path, 1000)}")
+    return EXIT_DONE
 
 
 def _alerts(options: Any) -> int:
     names = [rule.name for rule in ALERT_RULES] + ["dollars"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     alerts = options.optimizer.alerts(options.since, options.agent, given)
-    rows = options.optimizer.summaries() if options.agent or options.fail_on else []
+    rows = options.optimizer.summaries() if options.agent or options.fail_on or options.budget else []
     _known_agent(options, {row["agent"] for row in rows})
-    _show(options, alerts, *alert_sections(alerts, options.limit))
+    sections = alert_sections(alerts, options.limit)
+    if options.budget:
+        budget = budget_of(rows, *options.budget)
+        sections.insert(0, budget_section(budget))
+        alerts = budget_alerts(budget) + alerts
+    _show(options, alerts, *sections)
     if options.fail_on is None:
         return EXIT_DONE
     since = options.since.timestamp() if options.since else 0.0
@@ -10264,7 +10456,8 @@ def _scan(options: Any) -> int:
     if not result["sessions"]:
         _known_agent(options, there["agents"] + [reader.name for reader in READERS])
     if options.by:
-        result["groups"] = grouped(result["sessions"], options.by)
+        groups = grouped(result["sessions"], options.by, result["bill"])
+        result["groups"] = {options.by: groups}
     if options.format == "json":
         text = json.dumps(result, indent=2)
     elif options.format == "html":

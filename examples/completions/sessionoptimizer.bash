@@ -5,15 +5,16 @@
 #    source ~/.local/share/bash_completion/sessionoptimizer
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_sessionoptimizer_subparsers=(scan list analyze stats compare export alerts start log end hook import delete repair version help)
+_shtab_sessionoptimizer_subparsers=(scan list analyze stats advice compare export alerts start log end hook import delete repair version help)
 
 _shtab_sessionoptimizer_scan_option_strings=(-h --help --agent --since --project --by --no-store --again --format --output --fail-under --store --color)
 _shtab_sessionoptimizer_list_option_strings=(-h --help --agent --status --since --limit --format --store --color)
 _shtab_sessionoptimizer_analyze_option_strings=(-h --help --format --fail-under --evidence --store --color)
-_shtab_sessionoptimizer_stats_option_strings=(-h --help --days --by --format --store --color)
+_shtab_sessionoptimizer_stats_option_strings=(-h --help --days --by --split --budget --format --store --color)
+_shtab_sessionoptimizer_advice_option_strings=(-h --help --days --format --apply --undo --store --color)
 _shtab_sessionoptimizer_compare_option_strings=(-h --help --format --store --color)
 _shtab_sessionoptimizer_export_option_strings=(-h --help --format --output --store --color)
-_shtab_sessionoptimizer_alerts_option_strings=(-h --help --since --agent --format --limit --fail-on --dollars --efficiency --waste --minutes --error-rate --store --color)
+_shtab_sessionoptimizer_alerts_option_strings=(-h --help --since --agent --format --limit --fail-on --budget --dollars --efficiency --waste --minutes --error-rate --store --color)
 _shtab_sessionoptimizer_start_option_strings=(-h --help --model --id --metadata -q --quiet --format --store --color)
 _shtab_sessionoptimizer_log_option_strings=(-h --help --data --tokens-in --tokens-out --duration-ms --durable --store --color)
 _shtab_sessionoptimizer_end_option_strings=(-h --help --status --store --color)
@@ -27,16 +28,18 @@ _shtab_sessionoptimizer_option_strings=(-h --help --version --store --color)
 
 
 
-_shtab_sessionoptimizer_scan___by_choices=(day model project agent session)
+_shtab_sessionoptimizer_scan___by_choices=(day week model project agent session tool)
 _shtab_sessionoptimizer_scan___format_choices=(text json html)
 _shtab_sessionoptimizer_scan___color_choices=(always never auto)
 _shtab_sessionoptimizer_list___format_choices=(text json)
 _shtab_sessionoptimizer_list___color_choices=(always never auto)
 _shtab_sessionoptimizer_analyze___format_choices=(json markdown text html csv)
 _shtab_sessionoptimizer_analyze___color_choices=(always never auto)
-_shtab_sessionoptimizer_stats___by_choices=(day model project agent session)
+_shtab_sessionoptimizer_stats___by_choices=(day week model project agent session tool)
 _shtab_sessionoptimizer_stats___format_choices=(text json)
 _shtab_sessionoptimizer_stats___color_choices=(always never auto)
+_shtab_sessionoptimizer_advice___format_choices=(text json claude-md)
+_shtab_sessionoptimizer_advice___color_choices=(always never auto)
 _shtab_sessionoptimizer_compare___format_choices=(text json)
 _shtab_sessionoptimizer_compare___color_choices=(always never auto)
 _shtab_sessionoptimizer_export___format_choices=(json markdown text html csv)
@@ -53,7 +56,7 @@ _shtab_sessionoptimizer_delete___color_choices=(always never auto)
 _shtab_sessionoptimizer_repair___color_choices=(always never auto)
 _shtab_sessionoptimizer_version___color_choices=(always never auto)
 _shtab_sessionoptimizer_help___color_choices=(always never auto)
-_shtab_sessionoptimizer_pos_0_choices=(scan list analyze stats compare export alerts start log end hook import delete repair version help)
+_shtab_sessionoptimizer_pos_0_choices=(scan list analyze stats advice compare export alerts start log end hook import delete repair version help)
 _shtab_sessionoptimizer___color_choices=(always never auto)
 
 _shtab_sessionoptimizer_scan_pos_0_nargs='*'
@@ -68,6 +71,8 @@ _shtab_sessionoptimizer_analyze___help_nargs=0
 _shtab_sessionoptimizer_analyze___evidence_nargs=0
 _shtab_sessionoptimizer_stats__h_nargs=0
 _shtab_sessionoptimizer_stats___help_nargs=0
+_shtab_sessionoptimizer_advice__h_nargs=0
+_shtab_sessionoptimizer_advice___help_nargs=0
 _shtab_sessionoptimizer_compare_pos_0_nargs=+
 _shtab_sessionoptimizer_compare__h_nargs=0
 _shtab_sessionoptimizer_compare___help_nargs=0
