@@ -7012,8 +7012,7 @@ class _ClaudeSession:
             self._note_call(event, entry, message)
             for block in blocks:
                 if block.get("type") in ("tool_use", "server_tool_use"):
-                    name, given = _text(block.get("name")), block.get("input")
-                    told.tool(_text(block.get("id")), name, given, len(str(given)) + len(name))
+                    told.tool(_text(block.get("id")), _text(block.get("name")), block.get("input"))
 
     def _note_call(self, event: SessionEvent, entry: Dict[str, Any],
                    message: Dict[str, Any]) -> None:
