@@ -2088,7 +2088,7 @@ class ContextMemory:
             self._leave(event.agent_id, set(event.data["left"]))
         return None
 
-    def _leave(self, agent: str, ids: set) -> None:
+    def _leave(self, agent: str, ids: set[str]) -> None:
         """Results left a context that goes on."""
         for held in self._reads.get(agent, {}).values():
             held[:] = [old for old in held if old.event.id not in ids]
@@ -5932,7 +5932,7 @@ def digest_of(text: Any) -> str:
     if _hashlib is None:
         import hashlib as _hashlib
     raw = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
-    return _hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return str(_hashlib.blake2b(raw, digest_size=8).hexdigest())
 
 
 def _count_of(value: Any) -> int:
@@ -5998,6 +5998,26 @@ def _too_deep(value: Any) -> bool:
     return True
 
 
+def _arguments(value: Any) -> Dict[str, Any]:
+    """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of
+    texts."""
+    if value.__class__ is str:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    if value.__class__ is not dict or _too_deep(value):
+        return {}
+    arguments: Dict[str, Any] = dict(value)
+    for key in ("command", "cmd", "script"):
+        command = arguments.get(key)
+        if command.__class__ is list:
+            arguments[key] = [word for word in command if word.__class__ is str]
+        elif command.__class__ is not str:
+            arguments.pop(key, None)
+    return arguments
+
+
 def _json_size(value: Any) -> int:
     """Characters of a value as JSON; 0 for what cannot be written."""
     return len(value if value.__class__ is str else _as_json(value))
@@ -6024,12 +6044,16 @@ class _Call:
         self.earlier: List[_Call] = []
         self.hidden, self.visible = False, 0
 
+    @property
+    def spent(self) -> Usage:
+        """Its usage; nothing where that is not known."""
+        return self.usage or Usage()
+
     def share_output(self, resends_thoughts: bool) -> None:
         """Give the output to text, thinking and tool calls by size. Of it the next context can
         hold what is visible: at most half its characters where thinking is in no text; where the
         output is a placeholder, a token for 3.6 characters."""
-        assert self.usage is not None
-        rest, sizes = self.usage.output, [size for size, _ in self.parts]
+        rest, sizes = self.spent.output, [size for size, _ in self.parts]
         characters = sum(sizes)
         if self.thoughts is None:
             told = rest if self.complete else max(rest, characters * 10 // 36)
@@ -6102,14 +6126,14 @@ class _Layout:
         does not explain, of a context whose cache was found no further than the system prompt."""
         fall = self._context - context
         least = max(SMALL_FALL, min(LARGE_FALL, self._context * 12 // 100))
-        read = call.usage.read  # type: ignore[union-attr]
-        if self._previous is None or not self._results or fall <= least or read > self._base:
+        if self._previous is None or not self._results or fall <= least \
+                or call.spent.read > self._base:
             return 0
         return fall + sum(size for _, size in self._pending) * 10 // 36
 
     def call(self, call: _Call) -> None:
         """A call takes in what has entered."""
-        context = sum(call.usage[:4])  # type: ignore[index]
+        context = sum(call.spent[:4])
         if context > LONG_CONTEXT:
             call.event.rate = f"{call.event.rate} long".strip()
         if self._context - context > max(SHARP_DROP, self._context // 2):
@@ -6146,7 +6170,7 @@ class _Layout:
         self._history = {}
 
     def _lay_out(self, call: _Call, growth: int) -> None:
-        fresh = sum(call.usage[:3])  # type: ignore[index]
+        fresh = sum(call.spent[:3])
         previous, pending = self._previous, self._pending
         rebuilt = max(0, fresh - max(growth, 0))
         left = fresh - rebuilt
@@ -6168,7 +6192,7 @@ class _Layout:
             return
         told = [(content_of(event), tokens) for event, tokens in laid[bool(rebuilt):]]
         if previous is None:
-            told.append((START_LOAD, call.usage.read))  # type: ignore[union-attr]
+            told.append((START_LOAD, call.spent.read))
         for content, tokens in told:
             self._history[content] = self._history.get(content, 0) + tokens
 
@@ -6180,7 +6204,7 @@ class _Layout:
         if prompted or previous.thoughts is not None:
             return previous.visible
         if previous.complete:
-            return previous.usage.output  # type: ignore[union-attr]
+            return int(previous.spent.output)
         return max(previous.visible, min(unexplained, HIDDEN_THINKING))
 
     def _rest(self, call: _Call) -> SessionEvent:
@@ -6203,7 +6227,7 @@ def _load(call: _Call, source: str, **data: Any) -> SessionEvent:
 
 def _bill(call: _Call, laid: List[Tuple[SessionEvent, int]]) -> None:
     """Book the tokens, and the call's cache writes on them in proportion."""
-    uncached, write_5m, write_1h, read, _ = call.usage or Usage()
+    uncached, write_5m, write_1h, read, _ = call.spent
     call.event.tokens_cache_read += read
     tokens, model, rate = [count for _, count in laid], call.event.model, call.event.rate
     writes = share_out(write_5m + write_1h, tokens) if uncached else tokens
@@ -6276,7 +6300,7 @@ class _Tool:
 
     def __init__(self, event: SessionEvent, window: _Window, arguments: Any, cwd: str):
         self.event, self.data, self.window, self.cwd = event, event.data, window, cwd
-        self.given: Dict[str, Any] = arguments if arguments.__class__ is dict else {}
+        self.given = _arguments(arguments)
         self.step, self.calls, self.open = window.add(event), window.calls, True
 
     def describe(self, kind: str) -> None:
@@ -6900,7 +6924,7 @@ class _ClaudeSession:
         self.command = ""                  # the first slash command, for want of a prompt
         self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
         self.called = False                # whether the main agent's context holds a response
-        self.uuids: set = set()
+        self.uuids: set[str] = set()
         self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
         self.echoes: List[Tuple[str, int, str, Dict[str, Any]]] = []
 
@@ -6973,7 +6997,7 @@ class _ClaudeSession:
         self.facts = dict(found, **self.facts)
         version = self.facts.get("version", "")
         self.told.session(self.facts.get("sessionId", ""), self.facts.get("cwd", ""), version)
-        numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+        numbers = tuple(map(int, re.findall(r"\d{1,9}", version)[:3]))
         self.final = False if numbers >= _PLACEHOLDERS_FROM else None
 
     def _agent_of(self, entry: Dict[str, Any], own: str) -> str:
@@ -7232,25 +7256,6 @@ def _as_list(value: Any) -> List[Any]:
 def _time_text(value: Any) -> str:
     """The value where it is a time, else ""."""
     return value if value.__class__ is str and _TIME.match(value) else ""
-
-
-def _arguments(value: Any) -> Dict[str, Any]:
-    """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of
-    texts."""
-    if value.__class__ is str:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return {}
-    if value.__class__ is not dict or _too_deep(value):
-        return {}
-    for key in ("command", "cmd", "script"):
-        command = value.get(key)
-        if command.__class__ is list:
-            value = dict(value, **{key: [word for word in command if word.__class__ is str]})
-        elif command.__class__ is not str:
-            value = {name: given for name, given in value.items() if name != key}
-    return value
 
 
 def _content(content: Any) -> Tuple[str, int]:
