@@ -320,6 +320,12 @@ def test_the_session_says_what_was_run_and_how_it_ended(store, tmp_path):
     assert os.stat(tmp_path / "result.json").st_mode & 0o777 == 0o600
 
 
+def test_a_store_that_is_lost_meanwhile_does_not_change_how_the_command_ends(store):
+    done = subprocess.run(recorded(store, ["sh", "-c", f"rm -rf {shlex.quote(store)}; : >{shlex.quote(store)}; exit 7"]), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout) == (7, "") and done.stderr.startswith("record.py: not written down") and "Traceback" not in done.stderr
+
+
 # ============================================================================
 # Tokens from the provider's answers
 # ============================================================================
@@ -530,6 +536,19 @@ def test_the_log_of_the_directory_and_the_time_is_taken_and_no_other(store, tmp_
     assert sums(store)["output"] == 7
     with_all = SessionOptimizer(store).scan([str(home / ".claude")])["totals"]
     assert with_all["sessions"] == 3 and sums(store)["output"] == 1507  # nothing twice
+
+
+def test_transcripts_of_other_directories_are_not_even_read(tmp_path):
+    """But for those whose process says that they are ours."""
+    home, work = tmp_path / "home", tmp_path / "w\u00f6rk \"quoted\""
+    work.mkdir()
+    watch = Watch(str(work), {"HOME": str(home)})
+    os.makedirs(os.path.dirname(log_of(home, "here")))
+    for name, cwd in (("here", work), ("there", tmp_path), ("damaged", work), ("told", tmp_path), ("none", "")):
+        with open(log_of(home, name), "w", encoding="utf-8") as file:
+            file.write('{"cwd": "broken\\' if name == "damaged" else response(name, str(cwd), 1, 1) if cwd else "{}")
+    watch.sessions.add("told")
+    assert [os.path.basename(path) for path in sorted(watch.transcripts())] == ["here.jsonl", "told.jsonl"]
 
 
 def test_of_a_session_that_goes_on_only_the_new_part_is_this_recordings(store, tmp_path):

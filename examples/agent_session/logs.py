@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -19,6 +20,8 @@ from sessionoptimizer import SessionOptimizer, parse_time
 AGENTS = {"claude": "claude-code", "codex": "codex", "gemini": "gemini-cli"}  # command: reader
 HOMES = ("HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "GEMINI_CLI_HOME")  # where they keep them
 EARLIER = 1.0  # seconds that a transcript may be written before the recording began: clocks of file systems are coarse
+HEAD = 1 << 20  # bytes of a transcript, at either end, that are looked at for its directory
+_CWD = re.compile(rb'"cwd"\s*:\s*"((?:[^"\\]|\\.)*)"')
 CLASSES = ("uncached_input", "cache_write", "cache_write_1h", "cache_read", "output")
 
 
@@ -98,16 +101,30 @@ class Watch:
                     (self.sessions if told.get("pid") in ours else self.others).add(str(told.get("sessionId")))
 
     def transcripts(self) -> List[str]:
-        """The files under the roots that were written since the recording began."""
+        """The files under the roots that were written since the recording began and may be ours: to read all of them would
+        take the longer the more agents are at work."""
         found = []
         for root in sorted(self.roots):
             for place, _, names in os.walk(root):
                 for name in names:
                     path = os.path.join(place, name)
-                    with contextlib.suppress(OSError):
-                        if name.endswith((".json", ".jsonl")) and os.stat(path).st_mtime >= self.began - EARLIER:
+                    with contextlib.suppress(OSError, ValueError):
+                        if (name.endswith((".json", ".jsonl")) and os.stat(path).st_mtime >= self.began - EARLIER
+                                and self._may_be_ours(path)):
                             found.append(path)
         return found
+
+    def _may_be_ours(self, path: str) -> bool:
+        identity = os.path.splitext(os.path.basename(path))[0]
+        if identity in self.sessions or os.path.realpath(path) in self.open_files:
+            return True
+        if f"{os.sep}.gemini{os.sep}tmp{os.sep}" in path:  # its transcripts do not say where they were written
+            return True
+        with open(path, "rb") as file:
+            ends = file.read(HEAD)
+            file.seek(max(len(ends), os.fstat(file.fileno()).st_size - HEAD))
+            told = set(_CWD.findall(ends + file.read()))
+        return any(os.path.realpath(json.loads(b'"%s"' % place)) in self.directories for place in told)
 
     def is_ours(self, row: Dict[str, Any]) -> bool:
         """Whether a session that the module has read was this recording's."""

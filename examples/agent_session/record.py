@@ -468,9 +468,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except (OSError, ImportError) as error:  # as a shell says it
         exit_status, number = 126 if os.path.exists(command[0]) else 127, 0
         failure = str(error)
-    told = recording.end(exit_status, number, int((time.monotonic() - began) * 1000))
-    if given.result:
-        write_private(given.result, (json.dumps(told, indent=1) + "\n").encode())
+    try:
+        told = recording.end(exit_status, number, int((time.monotonic() - began) * 1000))
+        if given.result:
+            write_private(given.result, (json.dumps(told, indent=1) + "\n").encode())
+    except (SessionOptimizerError, OSError, ValueError, LookupError) as error:  # the command's own end is what counts
+        print(f"record.py: not written down: {error}", file=sys.stderr)
     if failure:
         print(f"record.py: {failure}", file=sys.stderr)
     if number:
