@@ -718,6 +718,19 @@ def test_the_token_comes_from_a_file_that_nobody_else_reads(place, tmp_path):
     assert os.stat(made).st_mode & 0o777 == 0o600
 
 
+@posix
+@pytest.mark.parametrize("package, program, options", [
+    ("aiohttp", "server.py", ["--port", "0", "--token", TOKEN]), ("ptyprocess", "record.py", ["--", "true"]),
+])
+def test_a_package_that_is_missing_is_named_with_its_extra(package, program, options, tmp_path):
+    path = os.path.join(PROGRAMS, program)
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.path[0] = {PROGRAMS!r}; sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *options], env=dict(os.environ, SESSIONOPTIMIZER_HOME=str(tmp_path)), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr == f"{program}: {package} is not installed: pip install 'sessionoptimizer[agents]'\n"
+
+
 # ============================================================================
 # The page
 # ============================================================================
