@@ -797,6 +797,10 @@ def test_what_could_not_be_sent_is_tried_again(optimizer, session):
 
 def test_levels_and_a_damaged_state(optimizer, session):
     wasteful(optimizer, session.id, 9)
+    large = optimizer.start_session("forge", "Much waste, more work", session_id="large")
+    wasteful(optimizer, large.id, 9)
+    for _ in range(40):
+        optimizer.log_event(large.id, EventType.AI_RESPONSE, tokens_output=1_000)
     levels = {alert["level"] for alert in optimizer.alerts()}
     sent = []
     monitor.check(optimizer, sent.append, level=Severity.HIGH)
