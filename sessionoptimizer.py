@@ -6023,9 +6023,12 @@ def _json_size(value: Any) -> int:
     return len(value if value.__class__ is str else _as_json(value))
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+
+
 def _as_json(value: Any) -> str:
     """A value as JSON; "" for what cannot be written."""
-    return "" if _too_deep(value) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return "" if _too_deep(value) else _to_json(value)
 
 
 class _Call:
@@ -6691,7 +6694,8 @@ class Recorder:
         event.duration_ms = milliseconds
         if call:
             event.model = call.event.model
-            call.parts.append((len(name) + _json_size(arguments) if size is None else size, event))
+            size = len(name) + len(_to_json(tool.given)) if size is None else size
+            call.parts.append((size, event))
         return event
 
     def returned(self, key: str, text: Optional[str], size: Optional[int] = None, *,
@@ -6925,6 +6929,9 @@ class _ClaudeSession:
         self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
         self.called = False                # whether the main agent's context holds a response
         self.uuids: set[str] = set()
+        self.decode = json.JSONDecoder().raw_decode
+        self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
+                     "attachment": self._attachment}
         self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
         self.echoes: List[Tuple[str, int, str, Dict[str, Any]]] = []
 
@@ -6945,7 +6952,10 @@ class _ClaudeSession:
 
     def _parsed(self, path: str, line: int, text: bytes) -> Dict[str, Any]:
         try:
-            entry = json.loads(text.decode("utf-8", "replace"))
+            decoded = text.decode("utf-8", "replace")
+            entry, end = self.decode(decoded, len(decoded) - len(decoded.lstrip()))
+            if decoded[end:].strip():
+                raise ValueError(f"Extra data: column {end + 1}")
         except (ValueError, RecursionError) as error:
             if text.endswith(b"\n") and text.strip():
                 self.told.skip(path, line, f"not JSON: {error}")
@@ -6975,8 +6985,7 @@ class _ClaudeSession:
             inner = _as_dict(data.get("message"))
             if _as_dict(inner.get("message")):
                 self.echoes.append((path, line, _text(data.get("agentId")), inner))
-        tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
-                "attachment": self._attachment}.get(_text(kind))
+        tell = self.tell.get(_text(kind))
         uuid = _text(entry.get("uuid"))
         if tell and not (uuid and uuid in self.uuids):
             self.uuids.add(uuid)
@@ -7017,26 +7026,29 @@ class _ClaudeSession:
     def _assistant(self, entry: Dict[str, Any]) -> None:
         message, told = _as_dict(entry.get("message")), self.told
         usage, model = message.get("usage"), _text(message.get("model"))
-        identity = next(filter(None, map(_text, (
-            message.get("id"), entry.get("requestId"), entry.get("uuid")))), "")
+        identity = _text(message.get("id")) or _text(entry.get("requestId")) or _text(
+            entry.get("uuid"))
         if model == "<synthetic>":
             if entry.get("isApiErrorMessage") is True:
                 told.call_failed(_content(message.get("content"))[0])
         elif identity and isinstance(usage, dict):
-            blocks = [block for block in map(_as_dict, _as_list(message.get("content"))) if block]
-            thinking = [len(_text(block.get("thinking"))) for block in blocks
-                        if block.get("type") in ("thinking", "redacted_thinking")]
-            text = sum(len(_text(block.get("text"))) for block in blocks
-                       if block.get("type") == "text")
+            text, thinking, tools = 0, None, []
+            for block in map(_as_dict, _as_list(message.get("content"))):
+                kind = block.get("type")
+                if kind == "text":
+                    text += len(_text(block.get("text")))
+                elif kind in ("thinking", "redacted_thinking"):
+                    thinking = (thinking or 0) + len(_text(block.get("thinking")))
+                elif kind in ("tool_use", "server_tool_use"):
+                    tools.append(block)
             event = told.call(identity, model, _claude_usage(usage), text=text,
-                              thinking=sum(thinking) if thinking else None,
+                              thinking=thinking,
                               complete=True if message.get("stop_reason") else self.final,
                               earlier=_earlier_iterations(usage),
                               fast=usage.get("speed") == "fast")
             self._note_call(event, entry, message)
-            for block in blocks:
-                if block.get("type") in ("tool_use", "server_tool_use"):
-                    told.tool(_text(block.get("id")), _text(block.get("name")), block.get("input"))
+            for block in tools:
+                told.tool(_text(block.get("id")), _text(block.get("name")), block.get("input"))
 
     def _note_call(self, event: SessionEvent, entry: Dict[str, Any],
                    message: Dict[str, Any]) -> None:
@@ -7044,10 +7056,10 @@ class _ClaudeSession:
         reason = _as_dict(_as_dict(message.get("diagnostics")).get("cache_miss_reason"))
         effort = entry.get("effort")
         self.marker = ""
-        for name, value in ((CACHE_MISS, reason.get("type")), (VERSION, entry.get("version")),
-                            (EFFORT, _as_dict(effort).get("level", effort)), (MODE, self.mode)):
-            if _text(value):
-                event.data[name] = _text(value)[:40]
+        facts = {CACHE_MISS: reason.get("type"), VERSION: entry.get("version"), MODE: self.mode,
+                 EFFORT: effort.get("level") if effort.__class__ is dict else effort}
+        event.data.update(
+            (name, _text(value)[:40]) for name, value in facts.items() if _text(value))
         self.called = self.called or not self.agent
 
     # what entered
