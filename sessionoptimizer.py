@@ -33,8 +33,9 @@ The rooms of this module, in order:
     Secrets             what is masked before anything is kept
     Shell               what a command line reads and changes
     Context             what a context window still holds
-    Accounting          one charge per token, the score
+    Accounting          one charge per token, the score, the bill
     Analyzers           what counts as waste, one class per kind
+    Replay              what a session would have cost under a policy
     Reports             the renderers
     Store               session files that survive parallel writers and crashes
     Recorder            what a reader says happened, laid out as events
@@ -59,7 +60,7 @@ import sys
 import time
 import warnings
 from _thread import RLock
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
@@ -2324,8 +2325,8 @@ class Analysis:
         self._bill: Optional[Dict[str, Any]] = None
         self._rebuilds: List[Dict[str, Any]] = []
         self._carry: Optional[Dict[str, int]] = None
-        self.small_rebuilds = {"count": 0, "tokens": 0, "cost": 0}
-        self.hidden_output = {"calls": 0, "of": 0, "cost_if_visible": 0}
+        self.small_rebuilds: Dict[str, int] = {}
+        self.hidden_output: Dict[str, int] = {}
 
     @property
     def repeats(self) -> List[Tuple[SessionEvent, Repeat]]:
@@ -2342,9 +2343,10 @@ class Analysis:
             write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
             billed = ((total - write) * rates.uncached + (write - hour) * rates.write_5m
                       + hour * rates.write_1h)
-            rebuild = event.data.get("source") == Source.REBUILD
-            billed += -total * rates.read if rebuild else self._carried(event)
-            cost += billed * entered // total
+            if event.data.get("source") == Source.REBUILD:
+                cost += min(billed * entered // total, max(0, billed - total * rates.read))
+            else:
+                cost += (billed + self._carried(event)) * entered // total
         return cost
 
     @property
@@ -2369,8 +2371,9 @@ class Analysis:
         where it is one."""
         session, self._rebuilds = self.session, []
         walk = self._walk = ContextWalk(session)
-        hidden, small = self.hidden_output, self.small_rebuilds
-        hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
+        hidden = self.hidden_output = dict(
+            empty_bill()["hidden_output"], calls=session.metadata.get("output_lower_bound_calls", 0))
+        small = self.small_rebuilds = empty_bill()["small_rebuilds"]
         for step in walk:
             rebuild, tokens = None, step.kept - step.read if step.call else 0
             if tokens >= SMALL:
@@ -2435,6 +2438,9 @@ class Piece:
         self.serial, self.content, self.event = serial, content, event
         self.sums = [0, 0, 0]
 
+    def __lt__(self, other: Piece) -> bool:
+        return self.serial < other.serial
+
     def paid(self, how: int) -> Tuple[int, int]:
         """Tokens and pico-dollars."""
         cost, tokens = divmod(self.sums[how], _PAIRED)
@@ -2464,6 +2470,10 @@ class HeldContext:
         self.pieces.append(piece)
         for notes in self._notes:
             notes.append(0)
+
+    def size(self, index: int) -> int:
+        """Tokens of a piece."""
+        return self.ends[index] - (self.ends[index - 1] if index else 0)
 
     def find(self, position: int) -> Tuple[int, int]:
         """The index of the piece that holds a position, and how far into the piece that is."""
@@ -2519,17 +2529,18 @@ class Step:
     context with all that; ``before``: its length at ``last``; ``stays``: what is left of the pieces that
     lost tokens since, by serial number. The call read the positions up to ``read`` from the cache and
     wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins what entered.
+    ``fresh_cost``: pico-dollars of all that it wrote.
     ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
     """
 
     __slots__ = ("call", "last", "previous", "events", "held", "before", "stays", "read", "kept",
-                 "rebuild_cost", "ttl")
+                 "rebuild_cost", "fresh_cost", "ttl")
 
     def __init__(self, call: Optional[SessionEvent], previous: Optional[Step],
                  events: List[SessionEvent], held: HeldContext, ttl: int):
         self.call, self.previous, self.events, self.held, self.ttl = call, previous, events, held, ttl
         self.last = previous.call if previous else None
-        self.before, self.rebuild_cost = held.length, 0
+        self.before, self.rebuild_cost, self.fresh_cost = held.length, 0, 0
         self.read = self.kept = call.tokens_cache_read if call else held.length
         self.stays: Dict[int, int] = {}
 
@@ -2616,7 +2627,10 @@ class ContextWalk:
             held.pay(AGAIN, step.read, step.kept, price)
             held.pieces[held.find(step.read)[0]].sums[AGAIN] += rest * _PAIRED
         for event in entering:
-            self._enter(held, content_of(event), event.tokens_input, event, self.input_cost(event))
+            cost = self.input_cost(event)
+            self._enter(held, content_of(event), event.tokens_input, event, cost)
+            step.fresh_cost += cost
+        step.fresh_cost += step.rebuild_cost
         return step
 
     def _fill(self, step: Step, loads: List[SessionEvent]) -> None:
@@ -2638,6 +2652,7 @@ class ContextWalk:
         counted: List[Tuple[Any, int]] = [(event, event.tokens_input) for event in loads]
         for event, tokens in [(None, step.kept - held.length)] + counted:
             cost = self.input_cost(event) if event else 0
+            step.fresh_cost += cost
             while tokens:
                 content, room = spans[0]
                 part = min(tokens, room)
@@ -2990,8 +3005,8 @@ def bill_of(session: Session, analysis: Optional[Analysis] = None) -> Dict[str, 
             _add_to(cells, ("output", "output"), usage.output, price.cost(Usage(output=usage.output)))
         if price.model == UNPRICED:
             bill["unpriced"]["tokens"] += sum(usage)
-    bill.update(cells=_cell_rows(cells), small_rebuilds=analysis.small_rebuilds,
-                rebuilds=analysis.rebuilds, hidden_output=analysis.hidden_output)
+    bill.update(cells=_cell_rows(cells), rebuilds=analysis.rebuilds,
+                small_rebuilds=analysis.small_rebuilds, hidden_output=analysis.hidden_output)
     bill["unpriced"]["calls"] = sum(
         event.event_type is EventType.AI_RESPONSE and session.price_of(event).model == UNPRICED
         for event in session.events) if bill["unpriced"]["tokens"] else 0
@@ -3029,8 +3044,8 @@ def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
     return total
 
 
-_MONEY = frozenset(("total", "guessed", "classes", "models", "cost", "net_cost", "cost_if_visible",
-                    "saves", "replay"))
+_MONEY = frozenset(("total", "recorded", "replayed", "guessed", "classes", "models", "cost", "net_cost", "cost_if_visible",
+                    "saves", "replay", "without_largest"))
 
 
 def in_usd(part: Any, money: bool = False) -> Any:
@@ -3074,8 +3089,10 @@ def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session:
             **more: Any) -> Dict[str, Any]:
     """``by_session``: the middle saving by session."""
     helped = sorted((-value, key) for key, value in by_session.items() if value > 0)
+    low, middle, high = saves
     return dict({"kind": kind, "text": text, "paste": paste,
-                 "saves": dict(zip(("low", "middle", "high"), saves)),
+                 "saves": {"low": low, "middle": middle, "high": high},
+                 "without_largest": middle + helped[0][0] if helped else middle,
                  "sessions": [key for _, key in helped], "project": ""}, **more)
 
 
@@ -3090,8 +3107,8 @@ def _long_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         worse = [value for value in middle.values() if value < 0]
         if is_recommended(recorded, totals) and (
                 kind not in best or best[kind]["saves"]["middle"] < totals[1]):
-            best[kind] = _advised(kind, text, "/compact", totals, middle, point=False, worse=len(worse),
-                                 worst=-min(worse, default=0))
+            best[kind] = _advised(kind, text, "/compact", totals, middle, point=False,
+                                  worse={"sessions": len(worse), "cost": -sum(worse)})
     return list(best.values())
 
 
@@ -3120,11 +3137,15 @@ def _start_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         per_1000, most = total * 1000 // tokens, sum(above.values())
         if bill:
             found.append(_advised(
-                "start_load", f"{os.path.basename(project)} loads {tokens // 1000}k tokens before the first "
+                "start_load", f"{_last_name(project)} loads {tokens // 1000}k tokens before the first "
                 f"prompt: ${total / PICO:,.2f}, {100 * total // bill}% of its bill.", "/context",
                 sorted((min(per_1000, most), most // 2, most)), above, project=project,
                 per_1000_tokens={"cost": per_1000}))
     return found
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1] or path
 
 
 def paid_for(bill: Dict[str, Any], content: str) -> int:
@@ -3141,7 +3162,7 @@ def _read_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
             files[read["file"]] = files.get(read["file"], 0) + read["cost"]
     total = sum(paid.values())
     most = sorted(files, key=lambda name: (-files[name], name))[:5]
-    names = ", ".join(os.path.basename(name) for name in most)
+    names = ", ".join(dict.fromkeys(map(_last_name, most)))
     share = LARGE_READ_SAVING * total // 100
     return [_advised("large_reads", f"Large files read whole cost ${total / PICO:,.2f}: {names}.",
                     _READ_IN_PARTS, (0, share // 2, share), paid, files=most)] if total else []
@@ -3434,12 +3455,16 @@ _VARYING = _Pattern(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+")
 
 
 class LongSessionAnalyzer(BaseAnalyzer):
-    """The session ran long; a long context is sent again with every call. Often legitimate, so an estimate.
+    """The session outlived its context: after a pause the whole of it was written to the cache again.
 
-    Charged: 10% of the session's tokens per 30 minutes over the limit, at most 30%, spread over all events.
+    Counts returns after the cache had expired (cause "expired" in the bill). Charged, as an estimate
+    (the rebuild is recorded, that the return could have been avoided is assumed): what the rebuild cost
+    beyond a cache read. A session logged by hand without cache usage is charged 10% of its tokens per
+    30 minutes over the limit, at most 30%, spread over all events.
     """
 
     issue_type = IssueType.LONG_SESSION
+    high_tokens = 100_000  # written again
     limit_minutes = 60
     high_minutes = 120
     percent_per_step = 10  # of the session's tokens
@@ -3447,16 +3472,34 @@ class LongSessionAnalyzer(BaseAnalyzer):
     most_percent = 30
 
     def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
+        if session.imported or any(event.usage[1:4] != (0, 0, 0) for event in session.events):
+            returns = [rebuild for rebuild in analysis.rebuilds if rebuild["cause"] == "expired"]
+            if returns:
+                yield self._returned(analysis, returns)
+            return
         minutes = session.duration_seconds / 60
         if minutes <= self.limit_minutes:
             return
-        percent = min(self.most_percent, (minutes - self.limit_minutes) / self.step_minutes * self.percent_per_step)
+        steps = (minutes - self.limit_minutes) / self.step_minutes
+        percent = min(self.most_percent, steps * self.percent_per_step)
         yield self.issue(
             Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
             f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
             "If the work fell into separate tasks, a fresh session for each would have carried less context",
             tokens=int(session.total_tokens * percent / 100),
             metadata={"duration_minutes": minutes, "threshold_minutes": self.limit_minutes})
+
+    def _returned(self, analysis: Analysis, returns: List[Dict[str, Any]]) -> EfficiencyIssue:
+        tokens, times = sum(rebuild["tokens"] for rebuild in returns), len(returns)
+        claims = {rebuild["event"]: (rebuild["tokens"] * rebuild["net_cost"] // max(1, rebuild["cost"]), 0)
+                  for rebuild in returns}
+        return self.issue(
+            Severity.HIGH if tokens >= self.high_tokens else Severity.MEDIUM,
+            f"{times} return{'s' * (times > 1)} after the cache had expired wrote {tokens:,} tokens again",
+            "Compact or note down what matters before a long pause, and begin anew after it",
+            events=[analysis.by_id[rebuild["event"]] for rebuild in returns], claims=claims,
+            metadata={"returns": times, "tokens": tokens,
+                      "gaps_seconds": [rebuild["gap_seconds"] for rebuild in returns]})
 
 
 class HighErrorRateAnalyzer(BaseAnalyzer):
@@ -3489,19 +3532,18 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     """Single events far above the usual size. Often legitimate: a place to look.
 
     Compared with the others of the same type (with all others where there are fewer than 10); CONTEXT_LOAD never counts.
-    Charged, as an estimate: what exceeds 1.5 times that average; nothing for imported sessions.
+    Nothing is charged.
     """
 
     issue_type = IssueType.TOKEN_SPIKE
     times = 3.0         # the average of the others
-    acceptable = 1.5    # times that average
     enough = 10         # events of one type that make an average of their own
     minimum_events = 3  # with tokens
 
     def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         spikes = [spike for spike in self.ratios(session, self.times) if spike[2].tokens > self.times * spike[1]]
         if spikes:
-            yield self._finding(session, sorted(spikes, key=lambda spike: -spike[2].tokens))
+            yield self._finding(sorted(spikes, key=lambda spike: -spike[2].tokens))
 
     def ratios(self, session: Session, least: float = 0.0) -> Iterator[Tuple[float, float, SessionEvent]]:
         """Of the events with tokens: how many times the average of the others, that average, and the event. Those well
@@ -3523,16 +3565,14 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
         for at, tokens, average in sorted(found):
             yield tokens / average if average else float(tokens), average, session.events[at]
 
-    def _finding(self, session: Session, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
+    def _finding(self, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
         multiplier, average, worst = spikes[0]
-        claims = {} if session.imported else {
-            event.id: split_like(event, event.tokens - int(self.acceptable * mean)) for _, mean, event in spikes}
         more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
         return self.issue(
             Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is {multiplier:.1f} times the "
             f"average of {average:,.0f}{more}",
             "A place to look: a large output may be what was wanted, or a query that returned too much",
-            events=[event for _, _, event in spikes], claims=claims,
+            events=[event for _, _, event in spikes],
             metadata={"multiplier": multiplier, "event_tokens": worst.tokens,
                       "average_tokens": average, "spikes": len(spikes)})
 
@@ -3540,6 +3580,399 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
 BUILT_IN_ANALYZERS = (
     RepeatedFileReadAnalyzer, RepeatedSearchAnalyzer, LargeFileAnalyzer, ExcessiveThinkingAnalyzer,
     FailedRetryAnalyzer, LongSessionAnalyzer, HighErrorRateAnalyzer, TokenSpikeAnalyzer)
+
+
+# ==================================================================================================
+# Replay
+# ==================================================================================================
+
+# Medians measured after real compactions, in tokens (docs/bill.md says where).
+SUMMARY = 12_000          # what a context holds after a compaction beyond the session's first one
+REREAD = 10_700           # read again after it, with the next call
+WORST_REREAD = 3 * REREAD + 10_000
+REQUEST_OUTPUT = 2_500    # written by the call that compacts
+CALLS_BETWEEN = 10        # calls from one compaction to the next, at least
+CLEARED_RESULT = 60       # left of a tool's result that is cleared
+ENOUGH_COMPACTIONS = 5    # of the user's own, that their median stands in for SUMMARY
+MISSES = (0, 13, 25)      # percent of the caches within their time to live that are lost all the same
+LOST = 95                 # percent of the caches beyond it that are lost
+CALIBRATED_CALLS = 20     # calls after a real compaction that are predicted
+POOR = 0.5                # error (p90) above which a range is all that can be said
+BEST, MIDDLE, WORST = range(3)
+
+# Policies and their options, with the values they have when not given; None must be given.
+POLICIES: Dict[str, Dict[str, Any]] = {
+    "none": {}, "compact": {"above": 200_000}, "return": {"above": 80_000}, "ttl": {"ttl": None},
+    "cap": {"tokens": None, "tool": ""}, "start": {"tokens": None}, "no-repeats": {},
+    "clear": {"older": None, "at_least": 0, "when_rebuilding": False},
+    "all": {"return": 80_000, "compact": 200_000}}
+
+
+class Replay:
+    """A session's calls priced once more, with contexts whose pieces a policy cuts or replaces.
+
+    What lies inside the prefix that a call read from the cache is priced as read, the rest at that
+    call's own write price; an edit moves what is behind it from read to written, in that call only.
+    ``saved``: pico-dollars against the recorded bill; 0 where the policy changes nothing.
+    """
+
+    def __init__(self, analysis: Analysis, name: str, options: Dict[str, Any], case: int,
+                 summary: int = SUMMARY):
+        self.session, self.name, self.options, self.case = analysis.session, name, options, case
+        self.summary, self.saved = summary, 0
+        self.limits = {"return": 0, "compact": 0}  # context above which it is compacted; 0: never
+        if name in self.limits:
+            self.limits[name] = options["above"]
+        elif name == "all":
+            self.limits.update(options)
+        self._idle = options["above"] if name in self.limits else 0  # nothing is done up to this length
+        self.repeated = repeated_tokens(analysis) if name in ("no-repeats", "all") else {}
+        self._firsts: Dict[str, Tuple[int, int]] = {}  # by agent: first context, system prefix
+        self._since = self._due = self._calls = self._length = 0
+
+    def __call__(self, step: Step, rebuild: Optional[Dict[str, Any]]) -> None:
+        if step.call is None:
+            return
+        if step.last is None:
+            self._open(step)
+        if self.name == "ttl":
+            self._keep_for(step, rebuild)
+            return
+        if self._idle and self._length <= self._idle and not (self._cut or self._inserted):
+            self._since += 1
+            self._length, self._seen = step.held.length, step.held.pieces[-1].serial
+            return
+        for serial, stays in step.stays.items():
+            self._cut_to(serial, min(stays, self._cuts.get(serial, 0)))
+        rates, held = self.session.price_of(step.call).rates, step.held
+        self._since += 1
+        read_again, self._due = self._due, 0
+        changed_from, extra = self._compact(step, rebuild, rates)
+        self._enter(step)
+        changed_from = min(changed_from, self._clear(step, rebuild))
+        read = min(self._place(held, step.read), changed_from)
+        self._inserted += read_again
+        self._length = held.length - self._cut + self._inserted
+        recorded = step.read * rates.read + step.fresh_cost
+        written = self._length - read
+        self.saved += recorded - read * rates.read - _written(step, written, rates) - extra
+
+    def _open(self, step: Step) -> None:
+        """A window begins."""
+        self._cuts: Dict[int, int] = {}  # by serial number of a piece: tokens that the policy keeps out
+        self._results: List[Tuple[int, Piece, int]] = []  # that may be cleared: call, piece, tokens
+        self._cut: int = 0         # their sum
+        self._inserted: int = 0    # tokens of a summary, and of what was read again after it
+        self._folded: int = 0      # pieces before this serial number stand in that summary
+        self._calls = self._due = self._length = 0
+        self._since, self._seen = CALLS_BETWEEN, -1
+        agent = step.call.agent_id if step.call else ""
+        prefix = step.read or step.held.length
+        self._first, self._prefix = self._firsts.setdefault(agent, (step.held.length, prefix))
+
+    def _cut_to(self, serial: int, tokens: int) -> None:
+        self._cut += tokens - self._cuts.pop(serial, 0)
+        if tokens:
+            self._cuts[serial] = tokens
+
+    def _place(self, held: HeldContext, position: int) -> int:
+        """Where a recorded position is in the replayed context."""
+        if not (self._cut or self._inserted):
+            return position
+        index, inside = held.find(position)
+        pieces, cuts = held.pieces, self._cuts
+        if inside:
+            inside = min(inside, held.size(index) - cuts.get(pieces[index].serial, 0))
+        if 2 * index > len(pieces):  # sum up the shorter side
+            removed = self._cut - sum(cuts.get(piece.serial, 0) for piece in pieces[index:])
+        else:
+            removed = sum(cuts.get(piece.serial, 0) for piece in pieces[:index])
+        begins = held.ends[index - 1] if index else 0
+        beyond = index == len(pieces) or pieces[index].serial >= self._folded
+        return begins - removed + inside + (self._inserted if beyond else 0)
+
+    def _compact(self, step: Step, rebuild: Optional[Dict[str, Any]], rates: Usage) -> Tuple[int, int]:
+        """Compact where the policy does: from where on the context is new, and the request's cost."""
+        base = self._first + self.summary
+        back = rebuild is not None and rebuild["cause"] == "expired" \
+            and self._length > max(base, self.limits["return"] or MAX_TOKENS)
+        if not back and (self._since < CALLS_BETWEEN
+                         or self._length <= max(base, self.limits["compact"] or MAX_TOKENS)):
+            return MAX_TOKENS, 0
+        read = min(step.read, self._length) if back and self.case == WORST else self._length
+        cost = read * rates.read + _written(step, self._length - read, rates) \
+            + REQUEST_OUTPUT * rates.output
+        start = 0
+        for index, piece in enumerate(step.held.pieces):
+            if piece.serial > self._seen:
+                break
+            if piece.content == START_LOAD:
+                start += step.held.size(index) - self._cuts.get(piece.serial, 0)
+            else:
+                self._cut_to(piece.serial, step.held.size(index))
+        self._inserted, self._folded, self._since = max(0, base - start), self._seen + 1, 0
+        self._due = REREAD if back else (0, REREAD, WORST_REREAD)[self.case]
+        return min(self._prefix, start), 0 if back and self.case == BEST else cost
+
+    def _enter(self, step: Step) -> None:
+        """Cut what enters."""
+        held, self._calls = step.held, self._calls + 1
+        index, start = len(held.pieces), 0
+        while index and held.pieces[index - 1].serial > self._seen:
+            index -= 1
+        for number in range(index, len(held.pieces)):
+            piece, size = held.pieces[number], held.size(number)
+            if piece.content == START_LOAD and self.name == "start":
+                self._cut_to(piece.serial, size - max(0, min(size, self.options["tokens"] - start)))
+                start += size
+            elif piece.event is not None and piece.event.id in self.repeated:
+                self._cut_to(piece.serial, min(size, self.repeated[piece.event.id]))
+            elif self.name == "cap" and is_result(piece) and self._named(piece):
+                over = max(0, size - self.options["tokens"])
+                self._cut_to(piece.serial, over * (WORST - self.case) // 2)
+            elif self.name == "clear" and is_result(piece) and size > CLEARED_RESULT:
+                self._results.append((self._calls, piece, size))
+        if held.pieces:
+            self._seen = max(self._seen, held.pieces[-1].serial)
+
+    def _named(self, piece: Piece) -> bool:
+        """Whether the policy is for the tool that returned a piece."""
+        tool = self.options["tool"].lower()
+        event = piece.event
+        return not tool or event is not None and tool in (
+            str(event.data.get("tool") or "").lower(), piece.content.lower())
+
+    def _clear(self, step: Step, rebuild: Optional[Dict[str, Any]]) -> int:
+        """Clear old results where the policy does; the position from which on the context is new."""
+        old = list(itertools.takewhile(
+            lambda result: result[0] + self.options["older"] <= self._calls, self._results))
+        freed = sum(size - CLEARED_RESULT for _, _, size in old)
+        if not old or freed < self.options["at_least"] or \
+                self.options["when_rebuilding"] and rebuild is None:
+            return MAX_TOKENS
+        del self._results[:len(old)]
+        changed_from = MAX_TOKENS
+        for _, piece, _ in old:
+            index = bisect_left(step.held.pieces, piece)
+            if step.held.pieces[index:index + 1] == [piece] and step.held.size(index) > CLEARED_RESULT:
+                begins = step.held.ends[index] - step.held.size(index)
+                changed_from = min(changed_from, self._place(step.held, begins))
+                self._cut_to(piece.serial, step.held.size(index) - CLEARED_RESULT)
+        return changed_from
+
+    def _keep_for(self, step: Step, rebuild: Optional[Dict[str, Any]]) -> None:
+        """Price a call as if what is written lived for another time."""
+        assert step.call is not None
+        ttl, rates = self.options["ttl"], self.session.price_of(step.call).rates
+        price = rates.write_1h if ttl == HOUR_TTL else rates.write_5m
+        written = hour = 0
+        for event in step.events:
+            written += event.tokens_cache_write
+            hour += event.tokens_cache_write_1h
+        self.saved += (written - hour) * rates.write_5m + hour * rates.write_1h - written * price
+        gap = step.gap or 0.0
+        if not step.ttl or step.last is None:
+            return
+        if rebuild is not None and rebuild["cause"] == "expired":
+            if gap <= ttl + GRACE:
+                hits = 100 - MISSES[self.case]
+                self.saved += rebuild["tokens"] * (price - rates.read) * hits // 100
+        elif gap > ttl + GRACE:
+            missed = max(0, step.read - self._prefix)
+            self.saved -= missed * (price - rates.read) * LOST // 100
+
+
+def _written(step: Step, tokens: int, rates: Usage) -> int:
+    """Pico-dollars of tokens at a call's own write price; at the cache's where it wrote nothing."""
+    fresh = step.held.length - step.read
+    if fresh:
+        return tokens * step.fresh_cost // fresh
+    return tokens * (rates.write_1h if step.ttl == HOUR_TTL else rates.write_5m if step.ttl else rates.uncached)
+
+
+def is_result(piece: Piece) -> bool:
+    """Whether a tool returned a piece."""
+    return piece.content not in _NOT_RETURNED
+
+
+def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
+    """Tokens that reads and searches brought although their window held them, by event id."""
+    return {event.id: event.tokens_input * repeat.covered // repeat.total
+            for event, repeat in analysis.repeats}
+
+
+def replayed(analysis: Analysis, *policies: Tuple[str, Dict[str, Any]],
+             summary: int = SUMMARY) -> List[List[int]]:
+    """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best case."""
+    cases = [[Replay(analysis, name, options, case, summary) for case in (BEST, MIDDLE, WORST)]
+             for name, options in policies]
+    analysis.follow(*itertools.chain(*cases))
+    return [sorted(replay.saved for replay in replays) for replays in cases]
+
+
+# Replayed when a session is read, with the shipped medians, for the advice of `scan` and `stats`.
+FIXED_POLICIES: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "return 80000": ("return", {"above": 80_000}),
+    "compact 200000": ("compact", {"above": 200_000}),
+    "compact 150000": ("compact", {"above": 150_000})}
+
+
+def parse_policy(text: str) -> Tuple[str, Dict[str, Any]]:
+    """A policy as it is written ("compact --above 60k", "cap 2000 --tool Bash", "ttl 1h"): its name and
+    all its options. InvalidValue says what is wrong."""
+    name, *words = str(text).split() or [""]
+    if name not in POLICIES:
+        raise InvalidValue(f"unknown policy {name!r}: use one of {', '.join(POLICIES)}")
+    options = dict(POLICIES[name])
+    while words:
+        word = words.pop(0)
+        given = word.startswith("--")
+        needed = [key for key, value in options.items() if value is None]
+        key = word[2:].replace("-", "_") if given else (needed or [""])[0]
+        if key not in options or name == "all":
+            raise InvalidValue(f"{name} has no option {word!r}: it has {', '.join(options) or 'none'}")
+        if options[key] is False:
+            options[key] = True
+        else:
+            options[key] = _policy_value(key, words.pop(0) if given and words else "" if given else word)
+    for key in [key for key, value in options.items() if value is None]:
+        raise InvalidValue(f"{name} needs {key}, such as {'1h' if key == 'ttl' else '20k'}")
+    return name, options
+
+
+def _policy_value(key: str, word: str) -> Any:
+    if key == "tool" and word:
+        return word
+    if key == "ttl" and word in ("5m", "1h"):
+        return HOUR_TTL if word == "1h" else SHORT_TTL
+    number = re.match(r"(\d{1,9})([km]?)$", word.lower())
+    if not number or key in ("ttl", "tool"):
+        raise InvalidValue(f"{key} is {word!r}: give {'5m or 1h' if key == 'ttl' else 'a number such as 60k'}")
+    return int(number.group(1)) * {"": 1, "k": 1_000, "m": 1_000_000}[number.group(2)]
+
+
+class Compactions:
+    """The real compactions of sessions, from which others are predicted. ``by_agent``: of each what the
+    context held beyond the session's first one, and the calls after it."""
+
+    def __init__(self) -> None:
+        self.by_agent: Dict[str, List[Dict[str, Any]]] = {}
+
+    def look_at(self, session: Session) -> None:
+        """Take in those of a session."""
+        firsts: Dict[str, Tuple[int, int]] = {}
+        open_one: Dict[str, Any] = {}
+        for step in ContextWalk(session):
+            if step.call is None:
+                continue
+            length, agent = step.held.length, step.call.agent_id
+            if step.last is None:
+                first, prefix = firsts.setdefault(agent, (length, step.read))
+                open_one = {"beyond": length - first, "prefix": prefix, "calls": []}
+                if any(map(is_compaction, step.events)) and firsts[agent] != (length, step.read):
+                    self.by_agent.setdefault(session.agent, []).append(open_one)
+            if len(open_one["calls"]) < CALIBRATED_CALLS:
+                hit = step.read > step.before // 2
+                open_one["calls"].append((length, step.read, hit, step.fresh_cost,
+                                          session.price_of(step.call).rates.read))
+
+    def summary(self, agent: str, default: int = SUMMARY) -> int:
+        """Tokens of a context beyond the first one, after a compaction of this agent's."""
+        beyond = sorted(found["beyond"] for found in self.by_agent.get(agent, ()))
+        return _median(beyond) if len(beyond) >= ENOUGH_COMPACTIONS else default
+
+    def errors(self) -> List[int]:
+        """By how much the cost of the calls after each is missed when it is predicted from the others of
+        that agent, in tenths of a percent, smallest first."""
+        errors = []
+        for all_of_them in self.by_agent.values():
+            for found in all_of_them if len(all_of_them) >= ENOUGH_COMPACTIONS else ():
+                others = sorted(other["beyond"] for other in all_of_them if other is not found)
+                more = _median(others) - found["beyond"]
+                paid = predicted = 0
+                for number, (length, read, hit, cost, price) in enumerate(found["calls"]):
+                    paid += read * price + cost
+                    moved = found["prefix"] if not number else read + more * hit
+                    fresh = max(0, length + more - moved)
+                    predicted += moved * price + cost * fresh // max(1, length - read)
+                errors.append(1_000 * abs(predicted - paid) // max(1, paid))
+        return sorted(errors)
+
+
+def _median(values: List[Any]) -> Any:
+    return values[(len(values) - 1) // 2]
+
+
+# Errors (median, 90th percentile) of the cost of the calls after a compaction, predicted with the
+# shipped medians; docs/bill.md.
+SHIPPED_ERRORS = {"CODEX": (12, 40), "": (118, 630)}  # by agent; tenths of a percent
+_ASSUMED = {
+    "compact": "what is lost in a compaction is read again: nothing, 10.7k or 42.1k tokens",
+    "return": "the summary is made by hand, before the pause, or on coming back",
+    "ttl": "0, 13 or 25% of the caches within their time are lost all the same, 95% of those beyond it",
+    "cap": "the rest of a result was needed never, half of the time, or always",
+    "clear": "what was cleared is not read again",
+    "start": "what is left out of the start load is not asked for"}
+_SAME = "the same calls with the same answers; what another context would have led to cannot be known"
+
+
+def what_if(load: Callable[[], Iterable[Optional[Session]]], policy: str,
+            progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
+    """Sessions priced again under a policy: "none", "compact --above N", "return --above N",
+    "ttl 5m|1h", "cap N [--tool T]", "start --tokens N", "no-repeats", "clear --older K [--at-least N]
+    [--when-rebuilding]", "all" (return 80k, compact 200k and no-repeats in one replay).
+
+    ``load`` gives the sessions, more than once; ``progress`` is called with the number of those done.
+    Returns ``{"policy", "parameters", "recorded", "replayed": {"low", "middle", "high"}, "saves",
+    "sessions": {"better", "worse", "same", "worst"}, "without_largest", "calibration": {"n", "source",
+    "median_error", "p90_error"} (shares), "point", "assumptions", "recommended"}``, USD. ``replayed``
+    ascends from the best case, ``saves`` from the worst; where ``point`` is False the range alone is
+    known. InvalidValue for a policy that is none."""
+    name, options = parse_policy(policy)
+    compactions, rows, agents = Compactions(), [], set()
+    compacts = name in ("compact", "return", "all")
+    for session in filter(None, load() if compacts else ()):
+        compactions.look_at(session)
+    for session in filter(None, load()):
+        saves, = replayed(Analysis(session), (name, options), summary=compactions.summary(session.agent))
+        rows.append((session.id, session.cost_in_pico, saves))
+        agents.add(session.agent)
+        if progress:
+            progress(len(rows))
+    calibration: Dict[str, Any] = _calibration(compactions.errors(), agents) if compacts else {
+        "n": 0, "source": "shipped", "median_error": 0.0, "p90_error": 0.0}
+    figures = _replay_sums(rows)
+    largest = max(rows, key=lambda row: (abs(row[2][1]), row[0]), default=("",))[0]
+    worst = min(rows, key=lambda row: (row[2][1], row[0]), default=("", 0, [0, 0, 0]))
+    middles = [saves[1] for _, _, saves in rows]
+    return dict(figures, policy=name, parameters=options, calibration=calibration,
+                sessions={"better": sum(middle > 0 for middle in middles),
+                          "worse": sum(middle < 0 for middle in middles),
+                          "same": middles.count(0),
+                          "worst": {"session": worst[0], "costs": max(0, -worst[2][1]) / PICO}},
+                without_largest=dict(_replay_sums([row for row in rows if row[0] != largest]),
+                                     session=largest),
+                point=calibration["p90_error"] <= POOR,
+                assumptions=[_SAME] + [text for key, text in _ASSUMED.items()
+                                       if key == name or name == "all" and key in options])
+
+
+def _replay_sums(rows: List[Tuple[str, int, List[int]]]) -> Dict[str, Any]:
+    recorded = sum(cost for _, cost, _ in rows)
+    saves = [sum(row[2][case] for row in rows) for case in range(3)]
+    names = ("low", "middle", "high")
+    replayed_costs = [recorded - saved for saved in reversed(saves)]
+    return in_usd({"recorded": recorded, "replayed": dict(zip(names, replayed_costs)),
+                   "saves": dict(zip(names, saves)), "recommended": is_recommended(recorded, saves)})
+
+
+def _calibration(errors: List[int], agents: Iterable[str]) -> Dict[str, Any]:
+    """``n``: how many compactions of the user's own the errors (shares) are from; 0: the shipped ones."""
+    median, high = max(SHIPPED_ERRORS.get(agent, SHIPPED_ERRORS[""]) for agent in agents or [""])
+    if errors:
+        median, high = _median(errors), errors[9 * (len(errors) - 1) // 10]
+    return {"n": len(errors), "source": "own" if errors else "shipped", "median_error": median / 1_000,
+            "p90_error": high / 1_000}
 
 
 # ==================================================================================================
@@ -8940,8 +9373,10 @@ def bill_columns(analysis: Analysis) -> Dict[str, Any]:
     """What a row of a session has for the bill and the advice: ``bill`` (pico-dollars), ``replay``
     (policy: savings worst, middle and best), ``start_load`` (tokens of the main agent's first window),
     ``version`` of the client, ``large_reads``."""
-    session, replay = analysis.session, {}  # type: Tuple[Session, Dict[str, List[int]]]
-    bill, source = analysis.bill, session.metadata.get("source")
+    saves = replayed(analysis, *FIXED_POLICIES.values())
+    session, bill = analysis.session, analysis.bill
+    replay = {name: each for name, each in zip(FIXED_POLICIES, saves) if any(each)}
+    source = session.metadata.get("source")
     reads = [{"file": str(piece.event.data.get("file_path") or ""), "tokens": piece.event.tokens_input,
               "cost": sum(piece.paid(how)[1] for how in range(3))}
              for piece in analysis.walk.pieces if piece.event is not None
@@ -8952,7 +9387,56 @@ def bill_columns(analysis: Analysis) -> Dict[str, Any]:
             "large_reads": reads}
 
 
+def usage_rows(session: Session) -> List[Dict[str, Any]]:
+    """The session's usage by UTC day, model, tool and project: ``{"day", "model", "tool", "project",
+    "calls", "uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output", "cost"}``,
+    tokens and whole pico-dollars that add up to the session's. What a call took in and read falls on its
+    day, what it wrote on the day it was written; ``tool``: "" where none."""
+    source = session.metadata.get("source")
+    project = str((source if isinstance(source, dict) else session.metadata).get("cwd", ""))
+    sums: Dict[Tuple[str, str, str], List[int]] = {}
+
+    def add(event: SessionEvent, stamp: str, usage: Usage, calls: int = 0) -> None:
+        seconds = seconds_of(stamp)
+        day = "" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
+        key = day, event.model or session.model, str(event.data.get("tool") or "")
+        row = sums.setdefault(key, [0] * 7)
+        for index, value in enumerate((calls, *usage, session.price_of(event).cost(usage))):
+            row[index] += value
+
+    for step in ContextWalk(session):
+        if step.call is not None:
+            add(step.call, step.call.timestamp, Usage(read=step.read), 1)
+        for event in step.events:
+            stamp = (step.call or event).timestamp
+            add(event, stamp, event.usage._replace(read=0, output=0))
+            if event.tokens_output:
+                add(event, event.timestamp, Usage(output=event.tokens_output))
+    names = ("calls", *CLASSES, "cost")
+    return [dict(zip(names, row), day=day, model=model, tool=tool, project=project)
+            for (day, model, tool), row in sorted(sums.items()) if any(row)]
+
+
 _IN_PICO = ("bill", "replay", "large_reads")  # columns of a row
+
+
+def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *, short: bool = False) -> Dict[str, Any]:
+    """The row of a session with its bill; ``short``: as ``summaries()`` keeps it."""
+    analysis = Analysis(session)
+    columns = bill_columns(analysis)
+    if short:
+        return dict(summary_row(session, charged_report(session, analyzers, analysis)), **columns)
+    return dict(session_row(session, build_report(session, analyzers, analysis)), **columns)
+
+
+def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
+    """The sessions in the transcripts below these paths; nothing is stored."""
+    scan = TranscriptScan(None, "once")
+    scan.look_at(paths)
+    found = [session for sessions in dict(scan.read()).values() for session in sessions]
+    for session in found:
+        session.prices = prices
+    return found
 
 
 def billed(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -9463,13 +9947,20 @@ class SessionOptimizer:
 
     def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
         session.prices = self.prices
-        analysis = Analysis(session)
-        columns = bill_columns(analysis)
-        report = build_report(session, self.analyzers, analysis)
+        row = full_row(session, self.analyzers)
         if store:
             self._live.create(session, replace=True, sync=False)
             self._live.forget(session.id)
-        return dict(session_row(session, report), **columns)
+        return row
+
+    def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
+               progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
+        """What the stored sessions, or the transcripts at ``paths``, would have cost under a policy
+        such as "compact --above 150k"; `what_if` says which there are and what comes back."""
+        with _CollectorPaused():
+            found = None if paths is None else sessions_at(paths, self.prices)
+            return what_if(lambda: found if found is not None else (
+                self._live.glimpse(name) for name, _ in self.store.files()), policy, progress)
 
     def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
         """Log what a hook of Claude Code tells (the object it gets on standard input) to the
@@ -9508,9 +9999,9 @@ class SessionOptimizer:
             report = build_report(session, self.analyzers)
         for failure in report.analyzer_errors:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
-        settings = settings_of(self.analyzers, self.prices)
         try:
             info = os.stat(self.store.find(session_id))
+            settings = settings_of(self.analyzers, self.prices)
             fingerprint = [info.st_size, info.st_mtime_ns, settings]
             self.store.write_report(session_id, dict(report.to_dict(), fingerprint=fingerprint))
         except FileNotFoundError:
@@ -9573,9 +10064,7 @@ class SessionOptimizer:
                 session = self._live.glimpse(session_id)
                 if session is None:
                     continue
-                analysis = Analysis(session)
-                report = charged_report(session, self.analyzers, analysis)
-                row = dict(summary_row(session, report), **bill_columns(analysis))
+                row = full_row(session, self.analyzers, short=True)
                 row = news[session_id] = dict(row, id=session_id, stamp=stamp)
             rows[session_id] = row
         gone = known.keys() - rows.keys()

@@ -36,6 +36,7 @@ def main():
     waste.write_all()
     accounting.write_all()
     opencode.write_all()
+    waste.long_but_innocent()
     for recorder in labels.ALL:
         write_case(recorder)
     with open(os.path.join(HERE, "labels.json"), "w", encoding="utf-8", newline="\n") as stream:

@@ -305,13 +305,11 @@ def handbook_story():
                 s.run("git log --oneline -2", "%x Round once\n%x Add coupons" % (77001 + number, 55002)))
         s.browse(1, 6)
     first, second = s.search("deprecated", "docs"), s.search("deprecated", "docs")
-    s.say("All ten chapters match the code again.", even=10)
-    total = sum(s.usage[key] for key in ("uncached_input", "cache_write", "output"))
+    s.say("All ten chapters match the code again.")
     case(s, "story", True, "Almost three hours in one session, its table of contents read three times.", None,
          [
              reread("docs/contents.md", *costs[1:]),
-             again("REPEATED_SEARCH", first, second, query="deprecated"),
-             finding("LONG_SESSION", total * 3 // 10, None)
+             again("REPEATED_SEARCH", first, second, query="deprecated")
          ])
 
 

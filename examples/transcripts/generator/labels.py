@@ -21,7 +21,8 @@ NOTES = {
         "What exceeds 30% of all output. Claude: the output is shared by length (4 characters per token); "
         "Codex and Gemini report it.", "errors":
             "Tokens of the failed calls, in and out.", "long session":
-                "More than 150 active minutes: 30% of input (uncached and cache writes) and output.",
+                "What was written again after the cache had expired, less the tenth of the input price that "
+                "reading it would have cost: 19/20 of it where it was written at the one-hour price.",
     "spikes":
         "A place to look, never waste in an imported session: 0 tokens; the count is the number of events.",
     "count":

@@ -1,7 +1,7 @@
 """The pairs: for each analyzer, guilty cases and innocent look-alikes that differ in one fact."""
 
 from .labels import again, case, finding, pair, reread, spike
-from .recorders import WORDS, Claude, Codex, Gemini, Tool, failing, matches, prose
+from .recorders import PREFIX, WORDS, Claude, Codex, Gemini, Tool, failing, matches, prose
 
 
 def status(s):
@@ -523,21 +523,43 @@ def spikes():
               "Eleven of equal size."), story)
 
 
+def come_back(s, minutes, lost):
+    """Work of some length, a pause, and a last answer; `lost`: the cache is gone after the pause."""
+    s.browse(10, 205)
+    s.say("The first chapters match the code.")
+    s.wait(minutes)
+    rebuilt = s.context - PREFIX
+    s.expired = lost
+    s.ask("Go on with the last chapter.")
+    s.browse(1, 2)
+    s.say("All pages are checked now.")
+    # all of it was written at the one-hour price (twice the input's) instead of read (a tenth of it)
+    return [finding("LONG_SESSION", rebuilt * 19 // 20, 1)]
+
+
 def long_sessions():
+    pair(Claude, "LongSession", "Check the pages of the handbook against the code, one by one.",
+         ("return-after-an-hour", "The cache lives for an hour; after 70 minutes all of it is written again."),
+         ("return-within-the-hour", "50 minutes later the cache is still there."),
+         lambda s, bad: come_back(s, 70 if bad else 50, bad))
+    pair(Claude, "LongSession", "Check the pages of the manual against the code, one by one.",
+         ("return-after-lunch", "After 63 minutes the cache has expired by the clock."),
+         ("cache-lost-within-the-hour", "Lost after 50 minutes: nobody says why, so it is no late return."),
+         lambda s, bad: come_back(s, 63 if bad else 50, True))
 
-    def story(s, bad):
-        for _ in range(16):
-            s.wait(9.5 if bad else 25)
-            s.browse(1, 2)
-        s.say("All pages are checked now.", even=10)
-        total = sum(s.usage[key] for key in ("uncached_input", "cache_write", "output"))
-        return [finding("LONG_SESSION", total * 3 // 10, None)]
 
+def long_but_innocent():
     for kind, mark in ((Claude, ""), (Codex, "codex-")):
-        pair(kind, "LongSession", "Check the pages of the handbook against the code, one by one.",
-             (mark + "long-without-a-pause", "More than 150 minutes without a pause over ten minutes."),
-             (mark + "long-with-pauses",
-              "Longer by the clock, but idle: a pause of 25 minutes before every step."), story)
+        s = kind(mark + "long-without-a-pause", "Check the pages of the guide against the code, one by one.",
+                 "shop")
+        for _ in range(16):
+            s.wait(9.5)
+            s.browse(1, 2)
+        s.say("All pages are checked now.")
+        case(s, "LongSession", False, "More than 150 minutes, but no return to a cache that is gone.")
+    s = Codex("codex-return-after-an-hour", "Check the pages of the guide against the code, one by one.", "shop")
+    come_back(s, 70, True)
+    case(s, "LongSession", False, "Codex does not tell how long its cache lives: the clock proves nothing.")
 
 
 def write_all():
