@@ -199,7 +199,7 @@ class Source:
     COMPACTION = "compaction"        # a new window begins
     REBUILD = "cache rebuild"        # context written again after the cache was lost
     HISTORY = "history"              # counted in another file: 0 tokens, ``contents`` by the bill's names
-    RESUME = "resume"                # a new process went on with a context; enters nothing
+    RESUME = "resume"                # a new process went on with a context, and its last answer
     CLEAR = "clear"                  # the user emptied the context: a new window begins
     UNATTRIBUTED = "unattributed"    # what nothing explains; no analyzer may claim it
 
@@ -2405,8 +2405,8 @@ class Analysis:
 START_LOAD, PROMPTS, FILE_READS, SEARCHES, SHELL = "start load", "prompts", "file reads", "searches", "shell"
 ANSWERS, ATTACHMENTS = "answers kept in context", "attachments and injected text"
 RELOAD, NOT_ATTRIBUTED = "reload after a compaction", "unattributed"
-_LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD,
-           Source.UNATTRIBUTED: NOT_ATTRIBUTED}
+_LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD, Source.CLEAR: RELOAD,
+           Source.UNATTRIBUTED: NOT_ATTRIBUTED, Source.RESUME: ANSWERS}
 _CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
              EventType.THINKING: ANSWERS, EventType.FILE_READ: FILE_READS, EventType.SEARCH: SEARCHES}
 _NOT_RETURNED = frozenset(_LOADED.values()) | {PROMPTS, ANSWERS, ATTACHMENTS}
@@ -2580,7 +2580,8 @@ class ContextWalk:
             held, ttl, step = HeldContext(), 0, None
             events: List[SessionEvent] = []
             for event in window:
-                called = event.event_type is EventType.AI_RESPONSE and any(e.tokens_input for e in events)
+                called = event.event_type is EventType.AI_RESPONSE and any(
+                    e.tokens_input for e in events) and not event.data.get("unmetered")
                 if not (called or event.tokens_cache_read):
                     events.append(event)  # no call, or one whose usage is not told
                     continue
@@ -6524,6 +6525,7 @@ class _Layout:
         self._base = 0                   # context of the window's first call
         self._results: List[SessionEvent] = []  # what may leave the window, oldest first
         self._history: Dict[str, int] = {}      # tokens that calls counted elsewhere brought
+        self._seen = [10, 36]                   # tokens and characters that entered growing contexts
 
     def enter(self, event: SessionEvent, characters: int) -> None:
         """What enters with the next call; a compaction begins a window."""
@@ -6581,9 +6583,10 @@ class _Layout:
             self._lose(self.events[-1], lost, [])
         if self._previous is None:
             self._base = context
+        answer = self._previous.event if self._previous else None
         if call.counted and self._previous is not None and not self._previous.counted:
-            self._resume(call)
-        self._lay_out(call, context - self._context)
+            answer = self._resume(call)
+        self._lay_out(call, context - self._context, answer)
         if not call.counted:
             # What led to a response that is counted elsewhere is told there, but for what a
             # response here has written.
@@ -6596,31 +6599,40 @@ class _Layout:
         self._previous, self._context, self._pending = call, context, []
         self._start = len(self.events)
 
-    def _resume(self, call: _Call) -> None:
-        """The first call that counts here goes on with a context that others have paid for."""
+    def _resume(self, call: _Call) -> SessionEvent:
+        """The first call that counts here goes on with a context that others have paid for. The event
+        that stands for the answer it goes on with."""
         marks = [_load(call, Source.RESUME)]
         if self._history:
             marks.append(_load(call, Source.HISTORY, contents=self._history))
         self.events[self._start:self._start] = marks
         self._start += len(marks)
         self._history = {}
+        return marks[0]
 
-    def _lay_out(self, call: _Call, growth: int) -> None:
+    def _lay_out(self, call: _Call, growth: int, answer: Optional[SessionEvent]) -> None:
+        """``answer``: the event that stands for the answer to the call before."""
         fresh = sum(call.spent[:3])
         previous, pending = self._previous, self._pending
-        rebuilt = max(0, fresh - max(growth, 0))
+        size = sum(size for _, size in pending)
+        most = [size // 2 - min(size, SMALL_RESULT) // 10 for _, size in pending]
+        if growth < 0:  # what entered is known by its size alone
+            growth = min(size * self._seen[0] // self._seen[1], sum(most))
+            growth += self._kept(previous, 0) if previous is not None else 0
+        rebuilt = max(0, fresh - growth)
         left = fresh - rebuilt
         laid: List[Tuple[SessionEvent, int]] = []
         if rebuilt:
             self.events.append(_load(call, Source.REBUILD))
             laid.append((self.events[-1], rebuilt))
-        most = [size // 2 - min(size, SMALL_RESULT) // 10 for _, size in pending]
-        if previous is not None and previous.counted >= call.counted:
+        if previous is not None and answer is not None:
             kept = self._kept(previous, left - sum(most))
-            laid.append((previous.event, min(left, kept)))
+            laid.append((answer, min(left, kept)))
             left -= min(left, kept)
         entered = min(left, sum(most))
         laid += zip((event for event, _ in pending), share_out(entered, most))
+        if previous is not None and left <= sum(most):
+            self._seen = [self._seen[0] + entered, self._seen[1] + size]
         if left > entered:
             laid.append((self._rest(call), left - entered))
         if call.counted:
