@@ -3588,7 +3588,8 @@ BUILT_IN_ANALYZERS = (
 # ==================================================================================================
 
 # Medians measured after real compactions, in tokens (docs/bill.md says where).
-SUMMARY = 12_000          # what a context holds after a compaction beyond the session's first one
+SUMMARY = 12_000          # what a context holds after a compaction beyond the session's first one,
+SUMMARIES = {"CODEX": 2_200}  # by agent, where it is not that
 REREAD = 10_700           # read again after it, with the next call
 WORST_REREAD = 3 * REREAD + 10_000
 REQUEST_OUTPUT = 2_500    # written by the call that compacts
@@ -3618,9 +3619,10 @@ class Replay:
     """
 
     def __init__(self, analysis: Analysis, name: str, options: Dict[str, Any], case: int,
-                 summary: int = SUMMARY):
+                 summary: int = 0):
         self.session, self.name, self.options, self.case = analysis.session, name, options, case
-        self.summary, self.saved = summary, 0
+        self.summary = summary or SUMMARIES.get(self.session.agent, SUMMARY)
+        self.saved = 0
         self.limits = {"return": 0, "compact": 0}  # context above which it is compacted; 0: never
         if name in self.limits:
             self.limits[name] = options["above"]
@@ -3803,8 +3805,9 @@ def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
 
 
 def replayed(analysis: Analysis, *policies: Tuple[str, Dict[str, Any]],
-             summary: int = SUMMARY) -> List[List[int]]:
-    """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best case."""
+             summary: int = 0) -> List[List[int]]:
+    """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best case.
+    ``summary``: tokens that stand in for SUMMARY."""
     cases = [[Replay(analysis, name, options, case, summary) for case in (BEST, MIDDLE, WORST)]
              for name, options in policies]
     analysis.follow(*itertools.chain(*cases))
@@ -3877,10 +3880,11 @@ class Compactions:
                 open_one["calls"].append((length, step.read, hit, step.fresh_cost,
                                           session.price_of(step.call).rates.read))
 
-    def summary(self, agent: str, default: int = SUMMARY) -> int:
-        """Tokens of a context beyond the first one, after a compaction of this agent's."""
+    def summary(self, agent: str) -> int:
+        """Tokens of a context beyond the first one, after a compaction of this agent's; 0 where there
+        are too few."""
         beyond = sorted(found["beyond"] for found in self.by_agent.get(agent, ()))
-        return _median(beyond) if len(beyond) >= ENOUGH_COMPACTIONS else default
+        return _median(beyond) if len(beyond) >= ENOUGH_COMPACTIONS else 0
 
     def errors(self) -> List[int]:
         """By how much the cost of the calls after each is missed when it is predicted from the others of
@@ -3906,7 +3910,7 @@ def _median(values: List[Any]) -> Any:
 
 # Errors (median, 90th percentile) of the cost of the calls after a compaction, predicted with the
 # shipped medians; docs/bill.md.
-SHIPPED_ERRORS = {"CODEX": (12, 40), "": (118, 630)}  # by agent; tenths of a percent
+SHIPPED_ERRORS = {"CODEX": (37, 82), "": (118, 630)}  # by agent; tenths of a percent
 _ASSUMED = {
     "compact": "what is lost in a compaction is read again: nothing, 10.7k or 42.1k tokens",
     "return": "the summary is made by hand, before the pause, or on coming back",
@@ -3917,13 +3921,14 @@ _ASSUMED = {
 _SAME = "the same calls with the same answers; what another context would have led to cannot be known"
 
 
-def what_if(load: Callable[[], Iterable[Optional[Session]]], policy: str,
+def what_if(sessions: Any, policy: str,
             progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
     """Sessions priced again under a policy: "none", "compact --above N", "return --above N",
     "ttl 5m|1h", "cap N [--tool T]", "start --tokens N", "no-repeats", "clear --older K [--at-least N]
     [--when-rebuilding]", "all" (return 80k, compact 200k and no-repeats in one replay).
 
-    ``load`` gives the sessions, more than once; ``progress`` is called with the number of those done.
+    ``sessions``: a list of them, or a function that gives them again and again (None: left out);
+    ``progress`` is called with the number of those done.
     Returns ``{"policy", "parameters", "recorded", "replayed": {"low", "middle", "high"}, "saves",
     "sessions": {"better", "worse", "same", "worst"}, "without_largest", "calibration": {"n", "source",
     "median_error", "p90_error"} (shares), "point", "assumptions", "recommended"}``, USD. ``replayed``
@@ -3932,6 +3937,7 @@ def what_if(load: Callable[[], Iterable[Optional[Session]]], policy: str,
     name, options = parse_policy(policy)
     compactions, rows, agents = Compactions(), [], set()
     compacts = name in ("compact", "return", "all")
+    load = sessions if callable(sessions) else lambda: sessions
     for session in filter(None, load() if compacts else ()):
         compactions.look_at(session)
     for session in filter(None, load()):
@@ -3950,7 +3956,8 @@ def what_if(load: Callable[[], Iterable[Optional[Session]]], policy: str,
                 sessions={"better": sum(middle > 0 for middle in middles),
                           "worse": sum(middle < 0 for middle in middles),
                           "same": middles.count(0),
-                          "worst": {"session": worst[0], "costs": max(0, -worst[2][1]) / PICO}},
+                          "worst": {"session": worst[0], "costs": -worst[2][1] / PICO}
+                          if worst[2][1] < 0 else None},
                 without_largest=dict(_replay_sums([row for row in rows if row[0] != largest]),
                                      session=largest),
                 point=calibration["p90_error"] <= POOR,
@@ -9432,8 +9439,10 @@ def usage_rows(session: Session) -> List[Dict[str, Any]]:
 _IN_PICO = ("bill", "replay", "large_reads")  # columns of a row
 
 
-def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *, short: bool = False) -> Dict[str, Any]:
+def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *,
+             prices: Optional[PriceList] = None, short: bool = False) -> Dict[str, Any]:
     """The row of a session with its bill; ``short``: as ``summaries()`` keeps it."""
+    session.prices = prices or session.prices
     analysis = Analysis(session)
     columns = bill_columns(analysis)
     if short:
@@ -9924,17 +9933,15 @@ class SessionOptimizer:
 
     def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
              since: Optional[datetime] = None, project: str = "", store: bool = True,
-             again: bool = False, progress: Optional[Callable[[int, int], None]] = None,
-             ) -> Dict[str, Any]:
-        """Read agent transcripts and say where the tokens went.
-
-        ``paths``: files or directories (default: where each agent keeps its transcripts). Only
-        what changed since the last scan is read, unless ``again``, which also brings deleted
-        sessions back. ``agent``, ``since`` and ``project`` (a part of the working directory or
-        path) narrow what is reported. With ``store=False`` nothing is kept. ``progress`` is called
-        with units done and to do. Returns ``{"sessions": [...], "totals": {...}, "skipped":
-        [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there.
-        """
+             again: bool = False,
+             progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, Any]:
+        """Read agent transcripts at ``paths`` (files or directories; default: where each agent keeps
+        them) and say where the money went. Only what changed since the last scan is read, unless
+        ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a
+        part of the working directory or path) narrow what is reported; with ``store=False`` nothing
+        is kept; ``progress`` is called with units done and to do. Returns ``{"sessions", "totals",
+        "bill", "advice", "skipped": [{"path", "line", "reason"}], "changes": text}``; StorageError
+        when a path is not there."""
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
@@ -9958,8 +9965,7 @@ class SessionOptimizer:
         return scan.result(before, agent, since, project)
 
     def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
-        session.prices = self.prices
-        row = full_row(session, self.analyzers)
+        row = full_row(session, self.analyzers, prices=self.prices)
         if store:
             self._live.create(session, replace=True, sync=False)
             self._live.forget(session.id)
@@ -9967,12 +9973,10 @@ class SessionOptimizer:
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
                progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
-        """What the stored sessions, or the transcripts at ``paths``, would have cost under a policy
-        such as "compact --above 150k"; `what_if` says which there are and what comes back."""
+        """What the stored sessions, or those at ``paths``, would have cost; see `what_if`."""
         with _CollectorPaused():
-            found = None if paths is None else sessions_at(paths, self.prices)
-            return what_if(lambda: found if found is not None else (
-                self._live.glimpse(name) for name, _ in self.store.files()), policy, progress)
+            return what_if((lambda: map(self._live.glimpse, dict(self.store.files())))
+                           if paths is None else sessions_at(paths, self.prices), policy, progress)
 
     def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
         """Log what a hook of Claude Code tells (the object it gets on standard input) to the
@@ -10013,9 +10017,8 @@ class SessionOptimizer:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
         try:
             info = os.stat(self.store.find(session_id))
-            settings = settings_of(self.analyzers, self.prices)
-            fingerprint = [info.st_size, info.st_mtime_ns, settings]
-            self.store.write_report(session_id, dict(report.to_dict(), fingerprint=fingerprint))
+            stamp = [info.st_size, info.st_mtime_ns, settings_of(self.analyzers, self.prices)]
+            self.store.write_report(session_id, dict(report.to_dict(), fingerprint=stamp))
         except FileNotFoundError:
             pass  # deleted meanwhile
         except (StorageError, InvalidSessionId, TypeError, ValueError) as error:
@@ -10076,8 +10079,8 @@ class SessionOptimizer:
                 session = self._live.glimpse(session_id)
                 if session is None:
                     continue
-                row = full_row(session, self.analyzers, short=True)
-                row = news[session_id] = dict(row, id=session_id, stamp=stamp)
+                row = dict(full_row(session, self.analyzers, short=True), id=session_id, stamp=stamp)
+                news[session_id] = row
             rows[session_id] = row
         gone = known.keys() - rows.keys()
         try:
@@ -10089,8 +10092,8 @@ class SessionOptimizer:
         except StorageError as error:
             _warn(f"the summaries could not be saved: {error}")
         since = time.time() - days * 86400 if days is not None else float("-inf")
-        return sorted((row for row in rows.values() if row["started"] >= since),
-                      key=lambda row: (row["started"], row["id"]))
+        kept = [row for row in rows.values() if row["started"] >= since]
+        return sorted(kept, key=lambda row: (row["started"], row["id"]))
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
