@@ -76,6 +76,9 @@ if TYPE_CHECKING:  # the names of types cost start-up time and are needed by typ
     from typing import (
         Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union)
 
+    Data = Dict[str, Any]
+    Rows = List[Data]
+
 __version__ = "2.0.0"
 
 
@@ -4046,7 +4049,7 @@ def waste_text(measured: float, most: float, whole: float, show: Callable[[float
 
 # -- one shape of a session row for every command, and their sums
 
-def session_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
+def session_row(session: Session, report: OptimizationReport) -> Data:
     """What every command prints of one session (the ``sessions`` of ``scan --format json``)."""
     source = session.metadata.get("source")
     source = source if isinstance(source, dict) else {}
@@ -4100,7 +4103,7 @@ _REPORTED = {"tokens": "total_waste_tokens", "measured_tokens": "measured_waste_
 _LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "path")
 
 
-def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
+def summary_row(session: Session, report: OptimizationReport) -> Data:
     """A session row without its lists, as ``summaries()`` keeps it, with the names it had there
     before: ``tokens`` (their sum), ``cost``, ``efficiency``, ``issues`` ({type: count})."""
     row = session_row(session, report)
@@ -4114,10 +4117,10 @@ def summary_row(session: Session, report: OptimizationReport) -> Dict[str, Any]:
 _SUMS = ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens")
 
 
-def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+def scan_totals(rows: Rows) -> Data:
     """The sums over session rows: sessions, model calls, tokens, USD, waste; their efficiency."""
     usages = [row.get("usage") or row["tokens"] for row in rows]
-    totals: Dict[str, Any] = {name: sum(row[name] for row in rows) for name in _SUMS}
+    totals: Data = {name: sum(row[name] for row in rows) for name in _SUMS}
     totals["sessions"] = len(rows)
     totals["tokens"] = {name: sum(usage[name] for usage in usages) for name in _CLASSES}
     totals["waste"] = {name: sum(row[flat] for row in rows) for name, flat in _WASTE.items()}
@@ -4129,12 +4132,12 @@ def scan_totals(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
 GROUPS = ("day", "week", "model", "project", "agent", "session", "tool")
 
 
-def measures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+def measures(rows: Rows) -> Data:
     """What sessions cost: ``{"sessions", "total_tokens", "estimated_cost", "waste_cost",
     "measured_waste_cost", "cost_per_session", "cost_per_prompt", "written_again"}`` (a share of the
     dollars); 0 where there is nothing to divide by."""
     names = ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost", "prompts")
-    sums: Dict[str, Any] = {name: sum(row[name] for row in rows) for name in names}
+    sums: Data = {name: sum(row[name] for row in rows) for name in names}
     prompts, cost = sums.pop("prompts") or 1, sums["estimated_cost"]
     billed = sum(row["bill"]["total"] for row in rows) or 1
     again = sum(cell["cost"] for row in rows for cell in row["bill"]["cells"]
@@ -4143,12 +4146,12 @@ def measures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
                 cost_per_prompt=cost / prompts, written_again=again / billed)
 
 
-def grouped(rows: List[Dict[str, Any]], by: str, bill: Dict[str, Any]) -> List[Dict[str, Any]]:
+def grouped(rows: Rows, by: str, bill: Data) -> Rows:
     """The ``measures`` of session rows by one of GROUPS, each with its ``key``; days and weeks (by
     their Monday) in order, else the most dollars first. A day is local, and the one on which a
     session began. By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
     "again", "output", "estimated_cost"}``."""
-    groups: Dict[str, Any] = {}
+    groups: Data = {}
     if by == "tool":
         for cell in bill["cells"]:
             paid = groups.setdefault(cell["content"], dict.fromkeys((*_HOW, "estimated_cost"), 0.0))
@@ -4175,7 +4178,7 @@ def _day(time: str, monday: bool = False) -> str:
     return (local - timedelta(local.weekday() if monday else 0)).isoformat()[:10]
 
 
-def selection(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+def selection(rows: Rows) -> Data:
     """What there is before anything is filtered: how many sessions, the newest, and the agents."""
     newest = max((_day(row["last_at"]) for row in rows), default="")
     return {"sessions": len(rows), "newest": newest,
@@ -4219,7 +4222,8 @@ def _text_body(section: Section, width: int) -> List[str]:
         lines += _wrapped(line, width, "* ")
     for number, part in enumerate(section.parts, 1):
         body = [("   " + line).rstrip() for line in _text_body(part, width - 3)]
-        lines += [""] * bool(body and number > 1) + _wrapped(part.title, width, f"{number}. ") + body
+        lines += [""] * bool(body and number > 1)
+        lines += _wrapped(part.title, width, f"{number}. ") + body
     return lines
 
 
@@ -4272,7 +4276,7 @@ _CAUSES = {"expired": "you came back after the cache expired", "resume": "a sess
            "unavailable": "the provider lost it", "not_explained": "not explained"}
 
 
-def bill_sections(bill: Dict[str, Any], period: str = "") -> List[Section]:
+def bill_sections(bill: Data, period: str = "") -> List[Section]:
     """Where the money went (a bill in USD): how it was paid, and the largest parts of each."""
     rows = []
     for how, told in _HOW.items() if bill else ():
@@ -4299,7 +4303,7 @@ def bill_sections(bill: Dict[str, Any], period: str = "") -> List[Section]:
     return [Section("Where the money went", heads=("", ">", ">", "+"), rows=ranked_rows, hint=hint)]
 
 
-def advice_section(advice: List[Dict[str, Any]], most: int = 5) -> Section:
+def advice_section(advice: Rows, most: int = 5) -> Section:
     """What to do first (advice in USD), the largest saving first."""
     parts = []
     for entry in advice[:most]:
@@ -4307,13 +4311,14 @@ def advice_section(advice: List[Dict[str, Any]], most: int = 5) -> Section:
         saves = dollars(high) if low == high else f"{dollars(low)} to {dollars(high)}"
         if "per_1000_tokens" in entry:
             saves = f"{dollars(entry['per_1000_tokens']['cost'])} per 1,000 tokens removed"
-        worse = f", {entry['worse']} worse ({dollars(entry['worst'])})" if entry.get("worse") else ""
-        parts.append(Section(f"{entry['text']} Saves {saves}; {len(entry['sessions']):,} sessions"
-                             f"{worse}."))
+        told = f"{entry['text']} Saves {saves}; {len(entry['sessions']):,} sessions"
+        if entry.get("worse"):
+            told += f", {entry['worse']} worse ({dollars(entry['worst'])})"
+        parts.append(Section(told + "."))
     return Section("What to do first", parts=parts, hint="the savings overlap")
 
 
-def rebuild_section(bill: Dict[str, Any]) -> Section:
+def rebuild_section(bill: Data) -> Section:
     """Every time the context was written again because its cache was lost."""
     return Section("Written again", heads=(
         ">when", ">where", "cause", "source", ">minutes", ">tokens", ">net $"), rows=[
@@ -4322,10 +4327,32 @@ def rebuild_section(bill: Dict[str, Any]) -> Section:
          f"{rebuild['tokens']:,}", dollars(rebuild["net_cost"])) for rebuild in bill["rebuilds"]])
 
 
+def whatif_section(result: Data) -> Section:
+    """What ``whatif`` prints of a replay."""
+    def told(figures: Data) -> str:
+        low, middle, high = (dollars(figures["saves"][name]) for name in ("low", "middle", "high"))
+        spread = f"{low} to {high}"
+        return f"{middle} ({spread})" if result["point"] else spread
+
+    counts, known = result["sessions"], result["calibration"]
+    worst = counts["worst"]
+    worse = f"; {worst['session'][:8]} by {dollars(worst['costs'])}" if worst else ""
+    by = f"{known['n']:,} compactions of your own" if known["n"] else "others' compactions"
+    errors = [f"{100 * known[name]:.0f}%" for name in ("median_error", "p90_error")]
+    return Section(f"What if: {result['policy']}", [
+        ("Recorded", dollars(result["recorded"])), ("Saves", told(result)),
+        ("Without the largest", told(result["without_largest"])),
+        ("Sessions", f"{counts['better']:,} better, {counts['worse']:,} worse, {counts['same']:,} "
+                     f"the same{worse}"),
+        ("Error", f"{errors[0]} in the middle, {errors[1]} for one in ten, by {by}"),
+        ("Verdict", f"{'' if result['recommended'] else 'not '}recommended")],
+        lines=result["assumptions"])
+
+
 ADVICE_BEGIN, ADVICE_END = "<!-- sessionoptimizer: begin -->", "<!-- sessionoptimizer: end -->"
 
 
-def advice_markdown(advice: List[Dict[str, Any]]) -> str:
+def advice_markdown(advice: Rows) -> str:
     """The lines for CLAUDE.md or AGENTS.md between their markers, each with its evidence as a
     comment; what is a command and no line is left out."""
     lines = [ADVICE_BEGIN]
@@ -4455,7 +4482,7 @@ _BAR = 24  # characters of a bar
 
 # -- what a scan's report holds
 
-def _scan_sections(result: Dict[str, Any], most: int, by: Iterable[str] = ()) -> List[Section]:
+def _scan_sections(result: Data, most: int, by: Iterable[str] = ()) -> List[Section]:
     rows, skipped = result["sessions"], _skipped_lines(result["skipped"])
     if not rows:
         found = result.get("found", {})
@@ -4477,7 +4504,7 @@ def _scan_sections(result: Dict[str, Any], most: int, by: Iterable[str] = ()) ->
         Section("Notes", lines=_scan_notes(rows) + skipped)]
 
 
-def group_section(groups: List[Dict[str, Any]], by: str) -> Section:
+def group_section(groups: Rows, by: str) -> Section:
     """The table of what ``grouped`` gives."""
     short = short_ids(entry["key"] for entry in groups) if by == "session" else {}
     if by == "tool":
@@ -4494,17 +4521,17 @@ def group_section(groups: List[Dict[str, Any]], by: str) -> Section:
             row.append(share_text(entry["written_again"], 1))
         rows.append(row)
     return Section(f"By {by}", heads=(f"~{by}", *heads), rows=rows,
-                   hint="" if by == "tool" else "wasted: measured; again: written again, of the cost")
+                   hint="" if by == "tool" else "wasted: measured; again: share written again")
 
 
-def date_range(rows: List[Dict[str, Any]]) -> str:
+def date_range(rows: Rows) -> str:
     """The days on which the sessions began and were last active: "2026-06-01 to 2026-11-20"."""
     times = [row[name] for row in rows for name in ("started_at", "last_at")]
     days = sorted(filter(None, map(_day, times)))
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
 
 
-def headline(totals: Dict[str, Any], rows: List[Dict[str, Any]]) -> List[Tuple[str, str]]:
+def headline(totals: Data, rows: Rows) -> List[Tuple[str, str]]:
     """The figures that every report on many sessions begins with."""
     tokens, waste, agents = totals["tokens"], totals["waste"], {str(row["agent"]) for row in rows}
     fresh, writes = tokens["uncached_input"] + tokens["cache_write"], tokens["cache_write"]
@@ -4524,17 +4551,15 @@ def headline(totals: Dict[str, Any], rows: List[Dict[str, Any]]) -> List[Tuple[s
         ("Efficiency", f"{totals['efficiency_score']:.1f}/100")]
 
 
-def short_ids(ids: Iterable[str], least: int = 8) -> Dict[str, str]:
-    """For each id its shortest beginning of ``least`` characters or more that no other one has."""
-    ranked = sorted(set(ids))
-    short = {}
-    for before, own, after in zip([""] + ranked, ranked, ranked[1:] + [""]):
-        shared = max(len(os.path.commonprefix([own, other])) for other in (before, after))
-        short[own] = own[:max(least, shared + 1)]
-    return short
+def short_ids(ids: Iterable[str], length: int = 8) -> Dict[str, str]:
+    """For each id its first characters where no other one begins so, else the whole."""
+    from collections import Counter
+    known = set(ids)
+    heads = Counter(name[:length] for name in known)
+    return {name: name if heads[name[:length]] > 1 else name[:length] for name in known}
 
 
-def _kind_rows(rows: List[Dict[str, Any]]) -> List[Tuple[str, ...]]:
+def _kind_rows(rows: Rows) -> List[Tuple[str, ...]]:
     kinds: Dict[Tuple[str, bool], List[float]] = {}
     for issue in (issue for row in rows for issue in row["issues"]):
         entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0.0, 0, 0])
@@ -4545,7 +4570,7 @@ def _kind_rows(rows: List[Dict[str, Any]]) -> List[Tuple[str, ...]]:
             for (kind, measured), (cost, tokens, count) in ranked]
 
 
-def _worst_rows(rows: List[Dict[str, Any]], most: int) -> List[Tuple[str, ...]]:
+def _worst_rows(rows: Rows, most: int) -> List[Tuple[str, ...]]:
     worst = sorted((row for row in rows if row["waste_tokens"]), reverse=True,
                    key=lambda row: (row["waste_cost"], row["waste_tokens"]))[:most]
     short = short_ids(row["id"] for row in rows)
@@ -4554,7 +4579,7 @@ def _worst_rows(rows: List[Dict[str, Any]], most: int) -> List[Tuple[str, ...]]:
             for row in worst]
 
 
-def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
+def _scan_notes(rows: Rows) -> List[str]:
     notes: Dict[str, int] = {}
     for note in (note for row in rows for note in row["notes"]):
         count, text = re.match(r"(?:(\d+) )?(.*)", note, re.S).groups()  # type: ignore[union-attr]
@@ -4563,7 +4588,7 @@ def _scan_notes(rows: List[Dict[str, Any]]) -> List[str]:
             else f"{count:,} {plain(text)}" for text, count in notes.items()]
 
 
-def _skipped_lines(skipped: List[Dict[str, Any]]) -> List[str]:
+def _skipped_lines(skipped: Rows) -> List[str]:
     places = {entry["path"] for entry in skipped if entry["line"]}
     lines = sum(bool(entry["line"]) for entry in skipped)
     files = len(skipped) - lines
@@ -4573,7 +4598,7 @@ def _skipped_lines(skipped: List[Dict[str, Any]]) -> List[str]:
     return [f"Skipped: {' and '.join(told)} {why}"] if told else []
 
 
-def scan_report(result: Dict[str, Any], most: int = 8, *, by: Iterable[str] = (),
+def scan_report(result: Data, most: int = 8, *, by: Iterable[str] = (),
                 width: int = 80) -> str:
     """What a scan found, as plain text: where the money went, what to do first, totals, tables
     ``by`` some of GROUPS, waste by kind, the worst sessions."""
@@ -4730,7 +4755,7 @@ def _timeline(session: Session, charged: Dict[str, int]) -> str:
     return _chart(columns, f"tokens {per}", short_number)
 
 
-def _by_day(rows: List[Dict[str, Any]]) -> str:
+def _by_day(rows: Rows) -> str:
     """Dollars by the day a session began, and how they were paid: the last MOST_COLUMNS days."""
     from datetime import date, timedelta
     sums: Dict[str, Dict[str, float]] = {}
@@ -4753,7 +4778,7 @@ def html_report(session: Session, report: OptimizationReport) -> str:
     return _page(session.task or session.id, "Session report", sections)
 
 
-def html_scan_report(result: Dict[str, Any], most: int = 12) -> str:
+def html_scan_report(result: Data, most: int = 12) -> str:
     """What a scan found as one HTML file: what the text says, with the dollars of every day."""
     sections = _scan_sections(result, most, ("agent", "project", "model"))
     sections.insert(1, Section("By day", picture=_by_day(result["sessions"])))
@@ -4813,9 +4838,11 @@ ALERT_RULES = (
 LEAST_DOLLARS = 0.01  # of waste that a session alerts from
 
 
-def alerts_of(row: Dict[str, Any], limits: Dict[str, float]) -> Iterator[Dict[str, Any]]:
+def alerts_of(row: Data, limits: Dict[str, float]) -> Iterator[Data]:
     """The alerts of one ``summaries()`` row, the first of each cause. An efficiency alerts below
-    its limit, everything else above; less wasted dollars than the limit ``dollars`` never alert."""
+    its limit, everything else above; less wasted dollars than the limit ``dollars`` never alert.
+    ``{"id", "level", "kind", "session_id", "agent", "cost" (USD wasted), "message", "action",
+    "value", "threshold", "time"}``."""
     causes: set = set()
     for rule in ALERT_RULES if row["waste_cost"] >= limits["dollars"] else ():
         value, limit = row[rule.figure], limits[rule.name]
@@ -4846,7 +4873,7 @@ def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, flo
     return limits
 
 
-def budget_alerts(budget: Dict[str, Any]) -> List[Dict[str, Any]]:
+def budget_alerts(budget: Data) -> Rows:
     """The alert of a budget that the pace leads beyond."""
     if budget["pace"] <= budget["budget"]:
         return []
@@ -4857,7 +4884,7 @@ def budget_alerts(budget: Dict[str, Any]) -> List[Dict[str, Any]]:
              "value": budget["pace"], "threshold": budget["budget"], "time": now_text()}]
 
 
-def alert_sections(alerts: List[Dict[str, Any]], most: int) -> List[Section]:
+def alert_sections(alerts: Rows, most: int) -> List[Section]:
     """The alerts as a table, the most dollars first."""
     short = short_ids(alert["session_id"] for alert in alerts)
     left = len(alerts) - most
@@ -4870,7 +4897,7 @@ def alert_sections(alerts: List[Dict[str, Any]], most: int) -> List[Section]:
 
 # -- sessions over time
 
-def statistics_of(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+def statistics_of(rows: Rows) -> Data:
     """Sums and averages over ``summaries()`` rows (at least one), oldest first."""
     totals = scan_totals(rows)
     counts: Dict[str, int] = {}
@@ -4890,7 +4917,7 @@ def statistics_of(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
             "trends": _trend(scores)}
 
 
-def statistics_sections(stats: Dict[str, Any], rows: List[Dict[str, Any]]) -> List[Section]:
+def statistics_sections(stats: Data, rows: Rows) -> List[Section]:
     """What ``stats`` prints of ``agent_statistics`` and the rows it is about."""
     trend, change = stats["trends"]["trend"], stats["trends"]["change_percent"]
     told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
@@ -4905,14 +4932,14 @@ def statistics_sections(stats: Dict[str, Any], rows: List[Dict[str, Any]]) -> Li
 ENOUGH_SESSIONS = 8  # on each side of a split
 
 
-def split_at(rows: List[Dict[str, Any]], moment: float) -> Dict[str, Any]:
+def split_at(rows: Rows, moment: float) -> Data:
     """``{"before", "after"}`` (measures of the sessions begun before a time and since), and the
     ``change`` of the dollars a session with its 95% ``interval`` from 2,000 resamples, None below
     ENOUGH_SESSIONS a side."""
     from random import Random
     sides = [[row for row in rows if (row["started"] >= moment) is late] for late in (False, True)]
     before, after = map(measures, sides)
-    split: Dict[str, Any] = {"before": before, "after": after, "change": None, "interval": None}
+    split: Data = {"before": before, "after": after, "change": None, "interval": None}
     if min(map(len, sides)) >= ENOUGH_SESSIONS:
         chance, changes = Random(1), []
         costs = [[row["estimated_cost"] for row in side] for side in sides]
@@ -4925,7 +4952,7 @@ def split_at(rows: List[Dict[str, Any]], moment: float) -> Dict[str, Any]:
     return split
 
 
-def split_sections(split: Optional[Dict[str, Any]]) -> List[Section]:
+def split_sections(split: Optional[Data]) -> List[Section]:
     """What ``stats --split`` prints."""
     if split is None:
         return []
@@ -4940,7 +4967,7 @@ def split_sections(split: Optional[Dict[str, Any]]) -> List[Section]:
     return [table._replace(title="Before and after", lines=[told])]
 
 
-def budget_of(rows: List[Dict[str, Any]], amount: float, unit: str) -> Dict[str, Any]:
+def budget_of(rows: Rows, amount: float, unit: str) -> Data:
     """What was spent of a budget (USD a ``day``, ``week`` or ``month``) since that began, and where
     the straight pace leads: ``{"budget", "per", "since", "spent", "pace"}``."""
     from datetime import datetime, timedelta
@@ -4957,7 +4984,7 @@ def budget_of(rows: List[Dict[str, Any]], amount: float, unit: str) -> Dict[str,
             "pace": spent * ((end - begin) / (now - begin))}
 
 
-def budget_section(budget: Dict[str, Any]) -> Section:
+def budget_section(budget: Data) -> Section:
     """What ``--budget`` prints."""
     over = " (above it)" if budget["pace"] > budget["budget"] else ""
     return Section("Budget", [
@@ -4966,7 +4993,7 @@ def budget_section(budget: Dict[str, Any]) -> Section:
         ("Pace", f"leads to {dollars(budget['pace'])} this {budget['per']}{over}")])
 
 
-def _trend(scores: List[float]) -> Dict[str, Any]:
+def _trend(scores: List[float]) -> Data:
     """The second half in time against the first, in points of efficiency; stable within 5."""
     middle = len(scores) // 2
     if not middle:
@@ -4980,7 +5007,7 @@ def _trend(scores: List[float]) -> Dict[str, Any]:
             "first_period_avg": round(first, 1), "second_period_avg": round(second, 1)}
 
 
-def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Dict[str, Any]:
+def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Data:
     """Sessions (at least two) side by side: what ``SessionOptimizer.compare_sessions`` returns."""
     rows = []
     for session, report in found:
@@ -4996,7 +5023,7 @@ def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Dict[str, 
             "recommendations": _lessons(*ranked[0], *ranked[-1])}
 
 
-def comparison_sections(result: Dict[str, Any]) -> List[Section]:
+def comparison_sections(result: Data) -> List[Section]:
     """What ``compare`` prints."""
     short = short_ids(row["id"] for row in result["sessions"])
     mean = result["averages"]
@@ -10065,11 +10092,8 @@ class SessionOptimizer:
         return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
     def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
-        """One row per session, oldest first: id, agent, task, model, status, started_at, tokens,
-        cost, efficiency, waste_tokens, waste_cost, measured_waste_tokens, minutes, errors,
-        error_rate (percent of the events; a single error is no rate), last_at, issues
-        ({type: count}), and the rest of ``session_row``. Rows of unchanged sessions come from the
-        store; a damaged session is named in a warning and left out."""
+        """One ``summary_row`` per session, oldest first; of the last ``days``. Rows of unchanged
+        sessions come from the store; a damaged session is named in a warning and left out."""
         settings = settings_of(self.analyzers, self.prices)
         known = self.store.state.summaries(settings)
         rows, news = {}, {}
@@ -10097,12 +10121,11 @@ class SessionOptimizer:
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
-        """What deserves a look, the most wasted dollars first: ``{"id", "level", "kind",
-        "session_id", "agent", "message", "action", "value", "threshold", "time", "cost"}`` (USD
-        wasted), at most one of a session and cause. The id stays the same while the session does
-        not change its kind of trouble; the time is that of its last event. ``since``: active since
-        (without a zone: local). ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue
-        for an unknown name or a value that is not a number >= 0."""
+        """What deserves a look, the most wasted dollars first, at most one of a session and cause
+        (see ``alerts_of``). An id stays the same while the session does not change its kind of
+        trouble; the time is that of its last event. ``since``: active since (without a zone: local).
+        ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue for an unknown name or a
+        value that is not a number >= 0."""
         limits, after = alert_limits(thresholds), since_seconds(since)
         rows = [row for row in self.summaries()
                 if (not agent or row["agent"].upper() == agent.upper())
@@ -10243,14 +10266,14 @@ def _budget(text: str) -> Tuple[float, str]:
     return float(amount), unit
 
 
-def _object(text: str) -> Dict[str, Any]:
+def _object(text: str) -> Data:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(text)
     return value
 
 
-def _kind(read: Callable[[str], Any], what: str, metavar: str) -> Dict[str, Any]:
+def _kind(read: Callable[[str], Any], what: str, metavar: str) -> Data:
     """The settings of an option whose value is read so, and whose error says what was expected."""
     def convert(text: str) -> Any:
         try:
@@ -10265,7 +10288,7 @@ def _argument_error() -> Any:
     return argparse.ArgumentTypeError
 
 
-def _one_of(enum: Any, what: str, metavar: str) -> Dict[str, Any]:
+def _one_of(enum: Any, what: str, metavar: str) -> Data:
     names = ", ".join(member.value for member in enum)
     return _kind(lambda text: enum(text.upper()), f"{what}: use one of {names}", metavar)
 
@@ -10316,7 +10339,7 @@ _FAIL_UNDER = _option("--fail-under", "status 3 when the efficiency is below or 
 def commands() -> Dict[str, Command]:
     """Every command by its name, in the order of the help: the function that runs it, its group,
     what it does, an example, and its options."""
-    return {**_looking(), **_recording(), **_keeping()}
+    return {**_looking(), **_weighing(), **_recording(), **_keeping()}
 
 
 def _looking() -> Dict[str, Command]:
@@ -10340,25 +10363,42 @@ def _looking() -> Dict[str, Command]:
             _option("--evidence", "show the events of every finding: line, what, tokens", _FLAG)]),
         "stats": Command(_stats, "look", "sessions over time", "stats --by model --days 7", [
             _option("agent", "of this agent only (default: all)", {"nargs": "?"}),
-            _DAYS, _BY, _option("--split", "before and after a day, with what is sure", _WHEN), _BUDGET,
-            _DATA_OR_TEXT]),
-        "advice": Command(_advice, "look", "say what to change, from what sessions cost",
-                          "advice --format claude-md --apply CLAUDE.md", [
-            _DAYS, _option("--format", "text (default), json or claude-md, the lines for CLAUDE.md",
-                           ("text", "json", "claude-md"), "text"),
-            _option("--apply", "put the lines into FILE, between markers", "FILE"),
-            _option("--undo", "take them out of FILE again", "FILE")]),
+            _DAYS, _BY, _BUDGET, _DATA_OR_TEXT,
+            _option("--split", "before and after a day, with what is sure", _WHEN)]),
         "compare": Command(_compare, "look", "compare sessions", "compare 3f2a 91bc", [
             _option("session_ids", "two or more sessions", {"nargs": "+", "metavar": "session_id"}),
             _DATA_OR_TEXT]),
         "export": Command(_export, "look", "write a session's report",
                           "export last --format html --output report.html",
                           [_SESSION, _ANY_FORMAT, _OUTPUT]),
+    }
+
+
+def _weighing() -> Dict[str, Command]:
+    return {
+        "advice": Command(_advice, "look", "say what to change, from what sessions cost",
+                          "advice --format claude-md --apply CLAUDE.md", [
+            _DAYS, _option("--format", "text (default), json or claude-md, the lines for CLAUDE.md",
+                           ("text", "json", "claude-md"), "text"),
+            _option("--apply", "put the lines into FILE, between markers", "FILE"),
+            _option("--undo", "take them out of FILE again", "FILE")]),
+        "whatif": Command(_whatif, "look", "price the sessions again under another habit",
+                          "whatif return --above 80k", [
+            _option("policy", f"one of {', '.join(POLICIES)}; what it needs stands behind it",
+                    {"nargs": "+"}),
+            _option("--above", "only contexts of more tokens, such as 80k", "N"),
+            _option("--tokens", "how many", "N"), _option("--tool", "results of this tool", "NAME"),
+            _option("--older", "results older than so many calls", "N"),
+            _option("--at-least", "results of so many tokens", "N"),
+            _option("--when-rebuilding", "only when the cache is lost anyway", _FLAG),
+            _option("--paths", "transcripts to read instead of the store",
+                    {"nargs": "+", "metavar": "PATH"}), _DATA_OR_TEXT]),
         "alerts": Command(_alerts, "watch", "say which sessions deserve a look, and what to do",
                           "alerts --since 1d --dollars 0.50", [
             _SINCE, _AGENT, _DATA_OR_TEXT, _LIMIT,
             _option("--fail-on", "status 3 at an alert of LOW, MEDIUM, HIGH or above", _LEVEL),
-            _BUDGET, _option("--dollars", f"of N wasted dollars or more (default {LEAST_DOLLARS})", _AMOUNT),
+            _option("--dollars", f"of N wasted dollars or more (default {LEAST_DOLLARS})", _AMOUNT),
+            _BUDGET,
             *map(_limit_option, ALERT_RULES)]),
     }
 
@@ -10487,8 +10527,8 @@ def _plain_options(name: str, words: List[str]) -> Any:
     no time to load argparse."""
     from types import SimpleNamespace
     command = commands()[name]
-    flags: Dict[str, Tuple[str, Dict[str, Any]]] = {"--store": ("store", {})}
-    found: Dict[str, Any] = {"store": None, "color": None, "func": command.run}
+    flags: Dict[str, Tuple[str, Data]] = {"--store": ("store", {})}
+    found: Data = {"store": None, "color": None, "func": command.run}
     places = ["command"]
     for *names, settings in command.options:
         place = settings.get("dest") or names[-1].lstrip("-").replace("-", "_")
@@ -10904,6 +10944,22 @@ def _stats(options: Any) -> int:
     return _show(options, stats, *budget, *statistics_sections(stats, rows))
 
 
+def _whatif(options: Any) -> int:
+    words, show = list(options.policy), _progress_bar("sessions")  # type: List[str], Any
+    for name in ("above", "tokens", "tool", "older", "at_least"):
+        value = getattr(options, name)
+        words += [] if value is None else ["--" + name.replace("_", "-"), value]
+    words += ["--when-rebuilding"] * options.when_rebuilding
+    try:
+        parse_policy(" ".join(words))
+    except InvalidValue as error:
+        raise UsageError(str(error)) from None
+    result = options.optimizer.whatif(" ".join(words), options.paths, progress=show and (
+        lambda done: show(done, 0)))
+    _wipe()
+    return _show(options, result, whatif_section(result))
+
+
 def _advice(options: Any) -> int:
     path = options.apply or options.undo
     advice = options.optimizer.agent_statistics("", options.days).get("advice", [])
@@ -10932,7 +10988,8 @@ def _alerts(options: Any) -> int:
     names = [rule.name for rule in ALERT_RULES] + ["dollars"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     alerts = options.optimizer.alerts(options.since, options.agent, given)
-    rows = options.optimizer.summaries() if options.agent or options.fail_on or options.budget else []
+    asked = options.agent or options.fail_on or options.budget
+    rows = options.optimizer.summaries() if asked else []
     _known_agent(options, {row["agent"] for row in rows})
     sections = alert_sections(alerts, options.limit)
     if options.budget:
@@ -10970,8 +11027,7 @@ def _scan(options: Any) -> int:
     result = options.optimizer.scan(
         options.paths or None, agent=options.agent, since=options.since, project=options.project,
         store=not options.no_store, again=options.again, progress=_progress_bar())
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
+    _wipe()
     there = result["found"]
     if not result["sessions"]:
         _known_agent(options, there["agents"] + [reader.name for reader in READERS])
@@ -10988,7 +11044,7 @@ def _scan(options: Any) -> int:
     return _judged(options, result["totals"]["efficiency_score"], len(result["sessions"]))
 
 
-def _scan_text(options: Any, result: Dict[str, Any]) -> str:
+def _scan_text(options: Any, result: Data) -> str:
     width = 80 if options.output else _width()
     if not result["found"]["sessions"] and not options.paths:
         places = ", ".join(root for reader in READERS for root in reader.roots())
@@ -11002,8 +11058,15 @@ def _scan_text(options: Any, result: Dict[str, Any]) -> str:
     return text if options.output else _painted(text, options.color)
 
 
-def _progress_bar() -> Optional[Callable[[int, int], None]]:
-    """Shows how far a long scan is; None where standard error is no terminal."""
+def _wipe() -> None:
+    """Take the progress bar away."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+
+
+def _progress_bar(what: str = "transcripts") -> Optional[Callable[[int, int], None]]:
+    """Shows how far long work is, of how much where that is known; None where standard error is no
+    terminal."""
     if not sys.stderr.isatty():
         return None
     begun = shown = time.monotonic()
@@ -11013,8 +11076,9 @@ def _progress_bar() -> Optional[Callable[[int, int], None]]:
         now = time.monotonic()
         if now - begun > 0.5 and now - shown > 0.1:
             shown = now
-            print(f"\r[{bar(done, total, 30):<30}] {done}/{total} transcripts", end="",
-                  file=sys.stderr, flush=True)
+            of = f"/{total}" if total else ""
+            print(f"\r[{bar(done, total, 30):<30}] {done}{of} {what}", end="", file=sys.stderr,
+                  flush=True)
     return show
 
 

@@ -2636,7 +2636,7 @@ def test_a_row_has_one_shape_in_every_command(optimizer):
 
 
 @pytest.mark.parametrize("ids, short", [
-    (["f714ed36-6704", "ac0cd7d4-301e"], ["f714ed36", "ac0cd7d4"]), (["f714ed36-6704", "f714ed36-9999"], ["f714ed36-6", "f714ed36-9"]),
+    (["f714ed36-6704", "ac0cd7d4-301e"], ["f714ed36", "ac0cd7d4"]), (["f714ed36-6704", "f714ed36-9999"], ["f714ed36-6704", "f714ed36-9999"]),
     (["s", "s1", "s12"], ["s", "s1", "s12"]), ([], []), (["forge_20261120_101500", "forge_20261120_1015001"], ["forge_20261120_101500", "forge_20261120_1015001"])])
 def test_short_ids_are_beginnings_that_only_one_has(ids, short):
     assert so.short_ids(ids) == dict(zip(ids, short))
@@ -2674,6 +2674,19 @@ ADVICE = [{"kind": "return", "text": "Leave early?", "paste": "/compact", "saves
            "sessions": ["a"], "project": "/shop", "per_1000_tokens": {"cost": 6.88}},
           {"kind": "large_reads", "text": "Large files -- whole.", "paste": "Read in parts.", "sessions": ["a"], "project": "",
            "saves": {"low": 3.0, "middle": 3.0, "high": 3.0}}]
+
+
+def test_a_replay_is_told_with_its_range_its_worst_and_its_worth(optimizer):
+    optimizer.scan([SAMPLES])
+    for policy in ("all", "no-repeats", "compact --above 10k", "none"):
+        result = optimizer.whatif(policy)
+        facts = dict(so.whatif_section(result).facts)
+        low, middle, high = (so.dollars(result["saves"][name]) for name in ("low", "middle", "high"))
+        assert low in facts["Saves"] and high in facts["Saves"] and (middle in facts["Saves"] or not result["point"])
+        assert facts["Verdict"].startswith("recommended") is result["recommended"]
+        status, out, err = run(optimizer, "whatif", *policy.split(), "--format", "json")
+        assert (status, err) == (0, "") and json.loads(out) == json.loads(json.dumps(result))
+    assert run(optimizer, "whatif", "dream")[0] == run(optimizer, "whatif", "cap")[0] == run(optimizer, "whatif")[0] == 2
 
 
 def test_advice_says_what_it_saves_and_for_how_many():
@@ -6356,6 +6369,9 @@ CALLS = [  # a command line, and the calls of the library it makes
      [("scan", dict(paths=["."], agent="codex", project="p", since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), store=False, again=True))]),
     ("scan", [("scan", dict(paths=None, agent="", project="", since=None, store=True, again=False))]),
     ("advice", [("agent_statistics", dict(agent="", days=30))]),
+    ("whatif cap 2k --tool Bash", [("whatif", dict(policy="cap 2k --tool Bash", paths=None))]),
+    ("whatif clear --older 5 --at-least 1k --when-rebuilding --paths .",
+     [("whatif", dict(policy="clear --older 5 --at-least 1k --when-rebuilding", paths=["."]))]),
     ("alerts", [("alerts", dict(since=None, agent=None, thresholds={}))]),
     ("alerts --agent forge --minutes 9 --dollars 1",
      [("alerts", dict(since=None, agent="forge", thresholds={"minutes": 9, "dollars": 1})), ("summaries", {})]),
