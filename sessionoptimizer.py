@@ -1666,7 +1666,7 @@ class _Shell:
     def read(self, call: _Step) -> Any:
         files = [file for file in call.operands if file != "-"]
         given = dict(call.flags)
-        counts = [given[flag] for flag in _COUNTS if given.get(flag)]
+        counts = [given[flag] for flag in _COUNTS if given.get(flag) and call.name != "nl"]
         if call.name in ("head", "tail"):
             counts.append("10")
         if not counts:
@@ -1759,7 +1759,8 @@ class _Shell:
         if inside:
             self.cwd = self.path(inside) or None
         verb, *rest = call.args[at:] or ["status"]
-        flow = self.command([call.name + " " + verb] + rest, call.flow)
+        verb = call.name + " " + verb
+        flow = self.command([verb] + rest, call.flow) if verb in _WORDS else self.unknown()
         self.cwd = outside
         return flow
 
@@ -1804,18 +1805,21 @@ class _Shell:
         given = {flag for flag, _ in call.flags}.union(re.split("[-_:]", verb), call.operands)
         fixes = _FIXING & given
         if managed and (fixes or verb in _CHANGE_VERBS or call.name == "yarn" and not verb):
-            return self.harmless(call) if _CHECKING & given else self.anything()
+            self.effects.changes += [] if _CHECKING & given else ["*"]
+            return self.harmless(call)
         tests = managed and re.match(_TEST_TASK, verb)
         looks = re.match(r"[a-z][\w-]*$", call.name) and (
             re.match(_LOOK_VERBS, verb) or re.match(_LOOK_VERBS, script))
-        return self.harmless(call) if tests or looks and not fixes else self.unknown()
+        if not tests and (fixes or not looks):
+            self.unknown()
+        return self.harmless(call)
 
 
 _HELP = frozenset("--version -V --help -h -help /?".split())
 _KEYWORDS = "if then elif else while until do done fi esac ! { } in try catch & time".split()
 _NOISE = frozenset("""
     -n -H -h --line-number --color --colour --heading --no-heading --with-filename -N -p
-    --no-messages --column --no-filename --text -I -G
+    --no-messages --column --no-filename --text -G
 """.split())
 _COUNTS = ("-n", "--lines", "-#", "-totalcount", "-head", "-first", "-tail", "-last")
 _LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect
@@ -1901,8 +1905,8 @@ write | git+restore | -s --source |  | --staged -S
 write | set-content add-content out-file new-item remove-item clear-content move-item rename-item \
     ni ri | >-path >-literalpath >-filepath >-destination -value -encoding -itemtype -name \
     -newname -width -erroraction -filter -include -exclude |  |
-copy | cp ln install rsync scp copy xcopy robocopy copy-item | >-t >--target-directory \
-    >-destination -path |  |
+copy | cp ln install rsync scp copy xcopy robocopy | >-t >--target-directory |  |
+copy | copy-item | <-path >-destination |  |
 copy | git+clone | -b -o --depth --branch --origin |  |
 fetch | curl | >-o >--output -H -X -d -u -A -b -F |  |
 patch | patch apply_patch applypatch git+apply |  |  | --check --stat --dry-run
@@ -1912,13 +1916,14 @@ write | prettier eslint gofmt goimports clang-format autopep8 yapf shfmt markdow
     rubocop standard xo oxlint ruff+check biome+check biome+format biome+lint | -c -l --config \
     --select --ignore --ext | --fix --write -w -i --in-place --apply -a -A | --check --diff \
     --fix-dry-run
-wrap | sudo env npx bunx uvx exec wsl doas command builtin time nohup caffeinate setsid chronic | \
+wrap | wsl | -d -u |  |
+wrap | sudo env npx bunx uvx exec doas command builtin time nohup caffeinate setsid chronic | \
     -u -g -p -C -h -a -d --package |  |
 wrap | timeout gtimeout nice ionice watch stdbuf | -s -k --signal --kill-after -n -c -i -o -e | \
     |
 shell | bash sh zsh dash ksh |  |  | -n
 shell | powershell pwsh cmd |  |  |
-python | python python3 python2 py pypy |  |  | --version
+python | python python3 python2 py pypy |  |  |
 unknown | node ruby perl php tsx ts-node tsc |  |  | --test --check --noEmit
 unknown | docker kubectl |  | run exec cp compose build |
 unknown | gh |  | checkout clone download |
