@@ -1650,10 +1650,10 @@ class _Shell:
         self.budget.spend(len(scope))
         return query, scope
 
-    def anything(self, call: Optional[_Step] = None) -> None:
+    def anything(self, call: Optional[_Step] = None) -> Any:
         self.effects.changes.append("*")
 
-    def unknown(self, call: Optional[_Step] = None) -> None:
+    def unknown(self, call: Optional[_Step] = None) -> Any:
         self.effects.changes.append("?")
 
     def cd(self, call: _Step) -> Any:
