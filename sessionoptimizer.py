@@ -1172,14 +1172,13 @@ def masked(value: Any, *, hashes: bool = True) -> Any:
         return mask_secrets(value)
     if isinstance(value, dict):
         return {mask_secrets(str(key)): masked(part, hashes=hashes) for key, part in value.items()
-                if hashes or key not in _HASHES or not _HASH.match(str(part))}
+                if hashes or not isinstance(part, str) or not _HASH.match(f"{key}={part}")}
     if isinstance(value, (list, tuple)):
         return [masked(part, hashes=hashes) for part in value]
     return value
 
 
-_HASHES = ("content_hash", "error_hash", "operation")
-_HASH = _Pattern(r"(?:prompt )?[0-9a-f]{16}\Z")
+_HASH = _Pattern(r"(?:(?:content_hash|error_hash|operation)=|query=prompt )[0-9a-f]{16}\Z")
 
 
 # ==================================================================================================
@@ -1197,6 +1196,7 @@ _DRIVE = _Pattern(r"[A-Za-z]:(?=[\\/]|$)")
 _CANONICAL = _Pattern(r"(?:/\.?\w[\w.@+-]*)+\Z")  # most paths: there is nothing to normalise
 _WINDOWS = _Pattern(
     r"(?:\A|[;|{(=&])\s{0,9}[A-Z][a-z]+-[A-Z][A-Za-z]+(?![\w:-])|(?:\A|\s)[A-Za-z]:\\")
+_MAYBE_WINDOWS = _Pattern(r"-(?<=[a-z]-)[A-Z]|:\\")  # wherever _WINDOWS finds something, and quick
 # The last group that matched names the kind of a piece and holds its value; no group: a gap.
 _PIECES = r"""(?xs)
   [^\S\n]+|%(escape)s\r?\n
@@ -1453,7 +1453,8 @@ class _Shell:
 
     def run(self, text: str, *, windows: bool = False) -> Any:
         """Follow a script; its output is shown, so nothing is left to flow on."""
-        self.windows = windows or bool(_WINDOWS.search(text[:_PARSED_CHARS]))
+        self.windows = windows or bool(
+            _MAYBE_WINDOWS.search(text) and _WINDOWS.search(text[:_PARSED_CHARS]))
         if text.lstrip().startswith("*** Begin Patch"):
             text = "apply_patch <<'~'\n" + text
         self.budget.depth -= 1

@@ -810,9 +810,10 @@ def test_masked_values():
     value = {"tool": "Bash", "n": 3, "x": None, "ok": True, "args": [{"token": key}, ("-p", key)], f"at {key}": [1.5]}
     assert so.masked(value) == {"tool": "Bash", "n": 3, "x": None, "ok": True, "args": [{"token": "***"}, ["-p", "***"]],
                                 "at ***": [1.5]}
-    stored = {"content_hash": "0123456789abcdef", "operation": "build", "events": [{"operation": "0123456789abcdef"}]}
+    stored = {"content_hash": "0123456789abcdef", "operation": "build", "query": "0123456789abcdef",
+              "events": [{"operation": "0123456789abcdef", "query": "prompt 0123456789abcdef"}]}
     assert so.masked(stored) == stored
-    assert so.masked(stored, hashes=False) == {"operation": "build", "events": [{}]}
+    assert so.masked(stored, hashes=False) == {"operation": "build", "query": "0123456789abcdef", "events": [{}]}
 
 
 # ==================================================================================================
