@@ -1050,7 +1050,7 @@ _SECRET_NAME = r"""(?:
     | token(?!s\b|iz|[_-]?(?:count|limit|type)) | (?<![a-z])cred(?:ential)?s?(?![a-z])
     | (?:api|access|account|shared|private|encrypt\w{0,3}|signing|secret|master|auth|client|license
         |app|storage|deploy|service|consumer|session|webhook|admin)[-_.]?key(?!s))
-| (?<=_)(?:KEY|AUTH|SIG)(?![A-Z])(?=[A-Z0-9_]{0,40}=) | (?<=-)(?i:key)(?=:\s))
+| (?<=_)(?:KEY|AUTH|SIG|PAT)(?![A-Z])(?=[A-Z0-9_]{0,40}=) | (?<=-)(?i:key)(?=:\s))
 (?![\w.-]{0,40}
   (?i:file|path|stdin|dir|id|name|url|uri|type|policy|ttl|env|length|prompt|pattern)s?\b)
 [\w-]{0,40}"""
@@ -1060,9 +1060,10 @@ _NAMED = r"""
     (?:%(secret)s
       (?:\\?["']?\]?(?:=(?!=)|:(?![:=])(?=\S|\s{0,3}
             (?:\\?["']|\S{1,300}\s{0,3}(?:[^\w\s]|\n|\Z))))\s{0,3}
-        | ["']?\]?\s{1,3}(?:=>|:=|=)\s{1,3}(?=["']|\S{0,60}\d) | >(?=[^<>\s]{1,200}</))
+        | ["']?\]?\s{1,3}(?:=>|:=|=)\s{1,3}(?=["']|\S{0,60}\d) | >(?=[^<>\s]{1,200}</)
+        | ["']\s{1,3}(?::|value=)\s{0,3}(?=["']))
     | (?<![\w-])--?[\w-]{0,40}?%(secret)s\s{1,3}(?!-)
-    | \bset(?:x|\s+-\w{1,3})?\s+\w{0,40}?%(secret)s\s{1,3}
+    | \b(?:set(?:x|\s+-\w{1,3})?|ENV|ARG)\s+[\w:]{0,40}?%(secret)s\s{1,3}(?!=)
     | (?:%(weak)s\\?["']?\s{0,3}[=:]\s{0,3} | (?<![\w-])--?[\w-]{0,40}?%(weak)s\s{1,3})
       (?=\\?["']?[A-Za-z_+/=.:-]{0,60}\d)(?=\\?["']?[\d_+/=.:-]{0,20}[A-Za-z])
       (?=\\?["']?[\w+/=.:-]{8})(?!\\?["']?[\w-]{0,30}[./]\w{1,9}\b)
@@ -1084,18 +1085,21 @@ _GIVEN = r"""
     | \s-U\s{1,3}["']?[\w.\\/-]{1,60}% | (?:\s-b|--cookie)[\s=]{1,3}(?P<jar>["'])?[\w.-]{1,60}=
     | \s/(?:p(?:ass)?:|user:\S{1,60}\s{1,3}(?!/)))"""
 _TYPED = r"""
-    \b(?:(?:mysql|mariadb)[\w-]{0,9}\b[^\n|;&]{0,200}?\s-p(?=\S) | 7z\b[^\n|;&]{0,80}?\s-p
-    | (?:sshpass|mongo\w{0,9}|rdesktop|twine|login)\b[^\n|;&]{0,200}?\s-p\s{0,3}
+    \b(?:(?:mysql|mariadb)[\w-]{0,9}\b[^\n|;&]{0,200}?\s-p(?=\S) | (?:7z|rar)\b[^\n|;&]{0,80}?\s-h?p
+    | (?:sshpass|mongo\w{0,9}|rdesktop|twine|login|psexec|security)\b[^\n|;&]{0,200}?\s-p\s{0,3}
     | (?:zip|unzip|sqlcmd|ssh-keygen)\b[^\n|;&]{0,80}?\s-P\s{0,3}
     | ssh-keygen\b[^\n|;&]{0,80}?\s-N\s{1,3} | lftp\b[^\n|;&]{0,200}?\s-u\s{1,3}["']?[\w.@-]{1,60},
-    | redis-cli\b[^\n|;&]{0,80}?\s-a\s{1,3} | ldap\w{3,8}\b[^\n|;&]{0,200}?\s-w\s{1,3}
+    | redis-cli\b[^\n|;&]{0,80}?\s-a\s{1,3} | (?:ldap\w{3,8}|security)\b[^\n|;&]{0,200}?\s-w\s{1,3}
     | openssl\b[^\n|;&]{0,200}?\s-[kK]\s{1,3} | sqlplus\s+(?:-\w+\s+)?\w{1,60}/
     | (?:vault|cargo)\s+login\s+(?!-) | login\s+\S{1,100}\s+password\s+
     | (?:add_user|change_password)\s+\S{1,60}\s+ | htpasswd\s+-\w*b\w*\s+\S{1,200}\s+\S{1,60}\s+
     | secrets?\s+set\s[^\n|;&]{0,80}?(?:--body[\s=]|=)
-    | (?:sudo|passwd|chpasswd|login)\b[^\n|;&]{0,100}?<<<\s{0,3}
-    | (?:echo|printf)\s{1,3}(?:-\w{1,3}\s{1,3}|["']?%s(?:\\n)?["']?\s{1,3})?
-      (?=[^\n|;&]{1,200}\|\s{0,3}(?:sudo\s[^\n|;&]{0,40}-S|(?:sudo\s+)?(?:ch)?passwd\b
+    | net\s+user\s+\S{1,60}\s+(?!/) | \w{1,9}_pw\s+
+    | (?:sudo|(?:ch)?passwd|login|cryptsetup|keyring|secret)\b[^\n|;&]{0,100}?<<<\s{0,3}
+    | (?:echo|printf|yes)\s{1,3}(?:-\w{1,3}\s{1,3}|["']?%s(?:\\n)?["']?\s{1,3})?
+      (?=[^\n|;&]{1,200}\|\s{0,3}(?:sudo\s[^\n|;&]{0,40}-S
+        |(?:sudo\s+)?(?:(?:ch)?passwd|kinit|su|cryptsetup)\b
+        |[^\n|;&]{0,60}\bsecrets?\s+(?:create|put|set|add)\b
         |base64\s{0,3}(?:-w\s?0\s{0,3})?(?:[\n|;&)]|\Z)
         |\S{1,40}\s[^\n|;&]{0,60}--(?:password-stdin|with-token|passphrase-fd))))"""
 # What follows: no variable, no file, no word of code; up to the closing quote where there is one.
@@ -1132,11 +1136,12 @@ _IN_JAR = r"(?(quote)(?:(?!(?P=quote)).){1,2000}|(?(jar)(?:(?!(?P=jar)).){1,2000
 _RULES = [
     (hints.split("|"), _Pattern("(?x)(?P<kept>%s%s|%s)" % (before, _VALUE, value)))
     for hints, before, value in (
-        ("pass|pwd|pw=|pw:|key|secret|token|cred|auth|sig", _NAMED, _BARE),
+        ("pass|pwd|pw=|pw:|key|secret|token|cred|auth|sig|_pat=", _NAMED, _BARE),
         ("bearer|basic |cookie|pass|securestring|identified", _SAID, _BARE),
         ("://|hook|telegram", _ADDRESSED, r"(?:[^\s/'\"]{1,200}(?=@)|%s)" % _BARE),
         (" -u| -a| -b|user|--auth|cookie|/p:|/pass:", _GIVEN, _IN_JAR),
-        (" -p| -n | -u | -a | -w | -k |login|passw|secret|sqlplus|add_user|<<<|echo|printf",
+        (" -p| -hp| -n | -u | -a | -w | -k |login|passw|secret|sqlplus|add_user|<<<|echo|printf"
+         "|yes |_pw|net user",
          _TYPED, _BARE))]
 
 

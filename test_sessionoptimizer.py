@@ -711,6 +711,40 @@ SECRETS = [("curl -d %s https://x.y", key) for key in KEYS] + [
     ("./x --pwd=%s","hunter2"), ("./x --apikey %s","abc"), ("./x --api_key=%s","abc"),
     ("./x --access-key %s","abc123abc"), ("./x --auth-token=%s","abc"), ("./x --bearer-token %s","abc"),
     ("./x --signing-secret %s","abc"), ("./x --cred=%s","abc"), ("./x --sig %s","a1b2c3d4e5f6"),
+    ("export GH_PAT=%s","abcd1234"), ("ENV DB_PASSWD %s","hunter2"), ("curl -H 'X-Token:%s' u","abc123"),
+    ("curl -H 'token: %s' u","abc123"), ("curl 'u?key=%s'","AIzaSyD-abc123"), ("curl 'u?apikey=%s&x'","abc"),
+    ("curl 'u?client_secret=%s'","abc"), ("curl 'u?password=%s'","a%20b"),
+    ("curl -G u --data-urlencode 'password=%s'","hunter2"), ("curl -d '{\"auth\":{\"pass\":\"%s\"}}' u","hunter2"),
+    ("psql \"user=me password='%s' host=h\"","a b"), ("PGPASSWORD='%s' pg_dump","a b"),
+    ("mysql -u me --password=%s -e 'x'","h!u"), ("mysqldump -ume -p\"%s\" db","a b"),
+    ("mongo -u me --password %s","hunter2"), ("influx -username me -password %s","hunter2"),
+    ("sshpass -e ssh h; SSHPASS='%s'","x y"), ("export VAULT_TOKEN=%s","hvs.CAESIabc"),
+    ("export CLOUDFLARE_API_TOKEN=%s","abcdef"), ("export AZURE_CLIENT_SECRET=%s","a~b.c"),
+    ("export TWILIO_AUTH_TOKEN=%s","abcdef0123456789abcdef0123456789"),
+    ("export DATADOG_API_KEY=%s","abcdef0123456789abcdef0123456789"), ("export SENTRY_AUTH_TOKEN=%s","abc"),
+    ("export AUTH=%s","bearerX1"), ("export AUTH_SECRET=%s","abc"), ("export NEXTAUTH_SECRET=%s","abc"),
+    ("export COOKIE_SECRET='%s'","a b"), ("export SESSION_KEY=%s","abcdefgh"), ("export ENCRYPTION_KEY=%s","abc"),
+    ("cast send --private-key %s","0xac0974bec39a17e36ba4a6b4d238ff944bacb478cbed5efcae784d7bf4f2ff80"),
+    ("export SIG=%s","abcdef12"), ("wrangler secret put X <<< %s","hunter2"),
+    ("echo \"%s\" | wrangler secret put X","hunter2"), ("echo -n '%s' | docker secret create x -","hunter2"),
+    ("echo %s | kinit me","hunter2"), ("echo '%s' | su -c id","hunter2"), ("yes %s | passwd me","hunter2"),
+    ("echo \"root:%s\" | sudo chpasswd","hunter2"), ("usermod -p '%s' me","$6$abc$def"),
+    ("net user me %s /add","hunter2"), ("cmdkey /add:h /user:me /pass:%s","hunter2"),
+    ("runas /savecred; psexec -u me -p %s","hunter2"), ("winscp sftp://me:%s@h","hunter2"),
+    ("tar c x | openssl enc -pass pass:%s","hunter2"), ("7z a -p'%s' x.7z","a b"), ("rar a -hp%s x.rar","hunter2"),
+    ("qpdf --password=%s a b","hunter2"), ("pdftk a.pdf input_pw %s","hunter2"), ("cryptsetup luksOpen <<< '%s'","a b"),
+    ("security add-generic-password -a me -w %s","hunter2"), ("security unlock-keychain -p %s x","hunter2"),
+    ("keyring set s me <<< %s","hunter2"), ("git push https://oauth2:%s@gitlab.com/a/b","glpat-abc"),
+    ("git clone https://:%s@h/x","tok"),
+    ("composer config github-oauth.github.com %s","ghp_abcdefghijklmnopqrstuvwxyz0123456789"),
+    ("npm publish --otp=%s","123456"), ("gradle -PnexusPassword=%s","hunter2"), ("mvn -Dpassword=%s","hunter2"),
+    ("java -Ddb.password=%s -jar x","hunter2"), ("dotnet user-secrets set Db:Password %s","hunter2"),
+    ("rails r \"User.create(password: '%s')\"","a b"), ("node -e \"process.env.TOKEN='%s'\"","a b"),
+    ("python -c \"import x; x.login('me', password='%s')\"","a b"), ("const secret = '%s'","a b"),
+    ("secret := \"%s\"","a b"), ("api_key: '%s',","abc"), ("\"access_token\" : \"%s\"","abc"),
+    ("<add key=\"Password\" value=\"%s\"/>","hunter2"), ("AUTH_TOKEN: %s","abc"), ("--from-literal=api-key=%s","abc"),
+    ("--set secrets.apiKey=%s","abc"), ("-e TOKEN=%s","abc"), ("--env API_SECRET=%s","abc"),
+    ("--build-arg PASS=%s","abc"),
 ]
 INNOCENT = [
     "git show 3812fab9c0b7a1d2e3f4a5b6c7d8e9f0a1b2c3d4", "git log --author='Jane Doe' --oneline",
@@ -754,9 +788,11 @@ def leaks(shape, secret):
 def test_secrets_are_masked():
     told = [shape % secret if "%%" in shape else shape.replace("%s", secret) for shape, secret in SECRETS
             if leaks(shape, secret)]
-    assert told == ["expect -c 'send \"hunter2\\r\"'"]  # nothing says that this is a password
+    # Nothing says that these are secrets, or they look like the variable $6.
+    missed = ["expect -c 'send \"hunter2\\r\"'", "usermod -p '$6$abc$def' me", "npm publish --otp=123456"]
+    assert told == missed
     with open(os.path.join(HERE, "docs", "accuracy.md"), encoding="utf-8") as page:
-        assert f"| {len(SECRETS)} shapes of secrets | {len(SECRETS) - 1} masked |" in page.read()
+        assert f"| {len(SECRETS)} shapes of secrets | {len(SECRETS) - len(missed)} masked |" in page.read()
 
 
 def test_innocent_words_are_kept():
