@@ -1109,7 +1109,7 @@ _VALUE = r"""(?P<open>\\?["'])?)
     | (?:process\.env|os\.environ|secrets|env|config|self|args)\b)
   (?(open)(?:(?!(?P=open)).){1,2000}"""
 _BARE = r"""[^\s"'`&|;,)}<>\\]{1,2000}"""
-_PROVIDERS = _Pattern(r"""(?x)(?<![A-Za-z0-9])(?:
+_PROVIDERS = _Pattern(r"""(?ax)(?<![A-Za-z0-9])(?:
     [sprc]k[-_](?:live_|test_|ant-|proj-|or-)?[\w-]{16,} | gh[pousr]_\w{20,} | github_pat_\w{20,}
   | (?:AKIA|ASIA|ABIA|ACCA|LTAI)[0-9A-Za-z]{12,} | xox[a-z](?:\.xox[a-z])?-[\w-]{10,}
   | xapp-[\w-]{10,} | AIza[\w-]{30,} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,}

@@ -833,10 +833,10 @@ def test_real_commands_are_kept():
 
 
 def test_masking_grows_with_the_text():
-    for part in ("eyJ-", "eyJsk-", "PASSWORD", "password=", "login ", "://a:", "-----BEGIN PRIVATE KEY-----", "aB3" * 9 + "/",
+    for part in ("eyJ-", "eyJ-é", "eyJsk-", "PASSWORD", "password=", "login ", "://a:", "-----BEGIN PRIVATE KEY-----", "aB3" * 9 + "/",
                  "-", "--key ", "echo a", "| sudo -S", "curl -u ", '\\"', "key=\"", "SG." + "a" * 20, "Bearer "):
         assert so.mask_secrets(part * 2_000).count("***") <= 2_001
-    code = "import sessionoptimizer as so\nfor part in ('eyJ-', 'eyJsk-', 'aB3', '-', 'key=\"', '://a:', 'a1B/', 'login '):\n" \
+    code = "import sessionoptimizer as so\nfor part in ('eyJ-', 'eyJ-é', 'eyJsk-', 'aB3', '-', 'key=\"', '://a:', 'a1B/', 'login '):\n" \
            "    so.mask_secrets(part * (400_000 // len(part)))\n"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=HERE)
 
