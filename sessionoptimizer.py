@@ -1075,7 +1075,7 @@ _SAID = r"""
     | --oauth2-bearer\s{1,3} | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}= | \brequirepass\s+
     | \b(?:securestring|identified\s+by|(?:with|set)\s+password\s*=?)\s+ | \bpass:(?=\w)))"""
 _ADDRESSED = r"""
-    (?:://[^\s/@:'"]{0,200}:(?=[^\s/'"]{1,200}@) | ://(?=[\w-]{20,200}@)
+    (?::/{1,2}[^\s/@:'"]{0,200}:(?=[^\s/'"]{1,200}@) | :/{1,2}(?=[\w-]{20,200}@)
     | \bhooks\.slack\.com/(?:services|workflows|triggers)/ | \bapi\.telegram\.org/bot
     | \bdiscord(?:app)?\.com/api/webhooks/\d{1,30}/ | \bwebhook\.office\.com/webhookb2/
     | \bhooks\.zapier\.com/hooks/catch/)"""
@@ -1138,7 +1138,7 @@ _RULES = [
     for hints, before, value in (
         ("pass|pwd|pw=|pw:|key|secret|token|cred|auth|sig|_pat=", _NAMED, _BARE),
         ("bearer|basic |cookie|pass|securestring|identified", _SAID, _BARE),
-        ("://|hook|telegram", _ADDRESSED, r"(?:[^\s/'\"]{1,200}(?=@)|%s)" % _BARE),
+        (":/|hook|telegram", _ADDRESSED, r"(?:[^\s/'\"]{1,200}(?=@)|%s)" % _BARE),
         (" -u| -a| -b|user|--auth|cookie|/p:|/pass:", _GIVEN, _IN_JAR),
         (" -p| -hp| -n | -u | -a | -w | -k |login|passw|secret|sqlplus|add_user|<<<|echo|printf"
          "|yes |_pw|net user",

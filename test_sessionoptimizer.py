@@ -795,6 +795,12 @@ def test_secrets_are_masked():
         assert f"| {len(SECRETS)} shapes of secrets | {len(SECRETS) - len(missed)} masked |" in page.read()
 
 
+def test_a_secret_in_an_address_that_became_a_path():
+    path = so.canonical_path("https://me:p@ss@host/x.git", "/w")
+    assert so.mask_secrets(path) == "/w/https:/me:***@host/x.git"
+    assert so.mask_secrets("C:/w/node_modules/x@1.2/a.js") == "C:/w/node_modules/x@1.2/a.js"
+
+
 def test_innocent_words_are_kept():
     assert [text for text in INNOCENT if so.mask_secrets(text) != text] == []
 
