@@ -1128,7 +1128,7 @@ _KEY_BLOCK = _Pattern(r"(?s)-----BEGIN [A-Z ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----.
                       r"(?:-----END[^\n-]{0,50}-----|\Z)")
 # Long words, but for the numbers of calls and messages, public keys and checksums.
 _WORD = _Pattern(r"""(?x)(?<![\w/.+~@-])
-  (?!(?:toolu|msg|call|req|resp|chatcmpl|fc|rs|ses|prt|item|run|gen|evt)_|AAAA|sha\d+-)
+  (?!(?:toolu|msg|call|req|resp|chatcmpl|fc|rs|ses|prt|item|run|gen|evt)[_-]|AAAA|sha\d+-)
   (?=[^a-z\s]{0,99}[a-z])(?=[^A-Z\s]{0,99}[A-Z])(?=[^\d\s]{0,99}\d[^\d\s]{0,99}\d)
   (?P<word>[A-Za-z0-9+_][A-Za-z0-9+/_-]{23,200}={0,2})(?![\w/.=:-])""")
 _IN_JAR = r"(?(quote)(?:(?!(?P=quote)).){1,2000}|(?(jar)(?:(?!(?P=jar)).){1,2000}|%s))" % _BARE
@@ -1176,13 +1176,15 @@ def masked(value: Any, *, hashes: bool = True) -> Any:
     if isinstance(value, str):
         return mask_secrets(value)
     if isinstance(value, dict):
-        return {mask_secrets(str(key)): masked(part, hashes=hashes) for key, part in value.items()
+        return {mask_secrets(str(key)): part if key in _NUMBERS else masked(part, hashes=hashes)
+                for key, part in value.items()
                 if hashes or not isinstance(part, str) or not _HASH.match(f"{key}={part}")}
     if isinstance(value, (list, tuple)):
         return [masked(part, hashes=hashes) for part in value]
     return value
 
 
+_NUMBERS = ("response_id", "batch_id")  # drawn by lot, and no secret
 _HASH = _Pattern(r"(?:(?:content_hash|error_hash|operation)=|query=prompt )[0-9a-f]{16}\Z")
 
 

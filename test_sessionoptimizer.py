@@ -849,6 +849,7 @@ def test_masking_grows_with_the_text():
 
 def test_masked_values():
     key = "ghp_" + drawn(36)
+    assert so.masked({"response_id": drawn(32), "x": drawn(32)}) == {"response_id": drawn(32), "x": "***"}
     value = {"tool": "Bash", "n": 3, "x": None, "ok": True, "args": [{"token": key}, ("-p", key)], f"at {key}": [1.5]}
     assert so.masked(value) == {"tool": "Bash", "n": 3, "x": None, "ok": True, "args": [{"token": "***"}, ["-p", "***"]],
                                 "at ***": [1.5]}
