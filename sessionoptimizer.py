@@ -1592,9 +1592,9 @@ class _Shell:
 
     def path(self, word: str) -> str:
         """Return the canonical path of a word, "" when it is not known."""
-        word = _plain(word.replace("\\", "/") if self.windows else word)
         if not word or "$" in word or "`" in word:
             return ""
+        word = _plain(word.replace("\\", "/") if self.windows else word)
         absolute = word.startswith(("/", "~", "\\\\")) or _DRIVE.match(word)
         path = canonical_path(word, self.cwd or "")
         known = absolute or self.cwd is not None

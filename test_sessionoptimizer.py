@@ -894,6 +894,7 @@ READS = [  # command, reads, pure
     ("awk '{print $2}' a.py", [], False),
     ("nl -ba a.py", [("/w/a.py", 1, None)], True),
     ("nl -n ln a.py", [("/w/a.py", 1, None)], True),
+    ("cat 'routes/$id.tsx' \"b\\$c\"", [("/w/routes/$id.tsx", 1, None), ("/w/b$c", 1, None)], True),
     ("cat - < a.py", [("/w/a.py", 1, None)], True),
     ("wsl -d Debian cat a.py", [("/w/a.py", 1, None)], True),
     ("nl -ba a.py | sed -n '10,20p'", [("/w/a.py", 10, 20)], True),
