@@ -3062,13 +3062,15 @@ def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
 
 
 _MONEY = frozenset(("total", "recorded", "replayed", "guessed", "classes", "models", "cost", "net_cost", "cost_if_visible",
-                    "saves", "replay", "without_largest"))
+                    "saves", "replay", "without_largest", "worst"))
 
 
 def in_usd(part: Any, money: bool = False) -> Any:
     """A bill or advice with its money in USD, rounded once to whole pico-dollars."""
     if part.__class__ is dict:
-        return {name: in_usd(value, money or name in _MONEY) for name, value in part.items()}
+        return {name: in_usd(value, money or name in _MONEY)
+                if money or name in _MONEY or value.__class__ in (dict, list) else value
+                for name, value in part.items()}
     if part.__class__ is list:
         return [in_usd(value, money) for value in part]
     return round(part / PICO, 12) if money and part.__class__ is int else part
@@ -3107,9 +3109,10 @@ def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session:
     """``by_session``: the middle saving by session."""
     helped = sorted((-value, key) for key, value in by_session.items() if value > 0)
     low, middle, high = saves
+    largest = -helped[0][0] if helped else 0
     return dict({"kind": kind, "text": text, "paste": paste,
                  "saves": {"low": low, "middle": middle, "high": high},
-                 "without_largest": middle + helped[0][0] if helped else middle,
+                 "without_largest": middle - middle * largest // (sum(by_session.values()) or 1),
                  "sessions": [key for _, key in helped], "project": ""}, **more)
 
 
@@ -3125,7 +3128,7 @@ def _long_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         if is_recommended(recorded, totals) and (
                 kind not in best or best[kind]["saves"]["middle"] < totals[1]):
             best[kind] = _advised(kind, text, "/compact", totals, middle, point=False,
-                                  worse={"sessions": len(worse), "cost": -sum(worse)})
+                                  worse=len(worse), worst=-min(worse, default=0))
     return list(best.values())
 
 
@@ -3721,14 +3724,15 @@ class Replay:
         read = min(step.read, self._length) if back and self.case == WORST else self._length
         cost = read * rates.read + _written(step, self._length - read, rates) \
             + REQUEST_OUTPUT * rates.output
-        start = 0
-        for index, piece in enumerate(step.held.pieces):
-            if piece.serial > self._seen:
+        held, start = step.held, 0
+        for index, piece in enumerate(held.pieces):
+            if piece.content != START_LOAD:
                 break
-            if piece.content == START_LOAD:
-                start += step.held.size(index) - self._cuts.get(piece.serial, 0)
-            else:
-                self._cut_to(piece.serial, step.held.size(index))
+            start += held.size(index) - self._cuts.get(piece.serial, 0)
+        for index in range(bisect_left(held.pieces, Piece(self._folded, "")), len(held.pieces)):
+            piece = held.pieces[index]
+            if piece.content != START_LOAD and piece.serial <= self._seen:
+                self._cut_to(piece.serial, held.size(index))
         self._inserted, self._folded, self._since = max(0, base - start), self._seen + 1, 0
         self._due = REREAD if back else (0, REREAD, WORST_REREAD)[self.case]
         return min(self._prefix, start), 0 if back and self.case == BEST else cost

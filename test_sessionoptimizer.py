@@ -1771,6 +1771,12 @@ def test_advice_names_what_to_do_where_and_what_it_saves():
     assert advice["return"]["point"] is False and advice["return"]["sessions"] == ["b"]
     assert advice["large_reads"]["saves"] == {"low": 0.0, "middle": 1.5, "high": 3.0}
     assert "big.json" in advice["large_reads"]["text"] and "search first" in advice["large_reads"]["paste"]
+    assert start["without_largest"] == advice["large_reads"]["without_largest"] == 0.0
+    rows[0]["replay"] = {"compact 200000": [5 * so.PICO, -so.PICO // 5, 9 * so.PICO]}
+    context, = [entry for entry in so.in_usd(so.advice_of(rows)) if entry["kind"] == "context"]
+    assert (context["worse"], context["worst"], context["saves"]["middle"]) == (1, 0.2, 8.8)
+    shown = so.text_sections([so.advice_section(so.in_usd(so.advice_of(rows)))])
+    assert "1 worse ($0.2" in shown
 
 
 def test_advice_on_broken_prefixes_names_the_cause_and_the_client():
