@@ -5102,6 +5102,9 @@ _BLOCK = 1 << 20  # bytes of events read at a time
 _TEMPORARY = ".tmp"  # the ending of files being written
 _LEFT_BEHIND = 3600.0  # seconds after which such a file is nobody's
 _REPORT = "_report.json"
+_MASKED = "masked-1"  # this file says that all of the store was written with today's rules
+_IDENTITIES = ("id", "timestamp", "agent_id", "response_id", "batch_id", "source", "path",
+               "transcript_path")
 _COPY = _Pattern(r"\.json\.damaged-[0-9]+\Z")
 _FINGERPRINT = 256  # bytes before the footer: they tell a file that took over an inode number
 
@@ -5655,13 +5658,26 @@ class Store:
         self.warnings: List[str] = []
         self.state = State(self.root, self._report)
         self._warn = warn
-        self._checked = self._swept = False
+        self._checked = self._swept = self._masked = False
 
     def prepare(self) -> None:
         """Create the directories of the store; StorageError where that is not possible."""
         for directory in (self.root, self.sessions, self.reports):
             with _naming(directory):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    def needs_masking(self) -> bool:
+        """Whether there are sessions of an older version, which masked less."""
+        if not self._masked:
+            self._masked = os.path.exists(os.path.join(self.root, _MASKED))
+        return not self._masked and any(True for _ in self.files())
+
+    def mark_masked(self) -> None:
+        """Say that all of the store was written with today's rules."""
+        with _naming(self.root):
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
+            os.close(os.open(os.path.join(self.root, _MASKED), os.O_CREAT | _CHANGE, 0o600))
+        self._masked = True
 
     def files(self):
         """Yield (id, stat) of every session file, without opening any."""
@@ -5737,6 +5753,8 @@ class Store:
         (without events the totals given stay). `sync=False` leaves it to the system when the file
         reaches the disk."""
         path = self.find(check_id(header["id"]))
+        if not self._masked and not self.needs_masking():
+            self.mark_masked()
         parts = _lay_out({**header, **footer, "events": events})
         temp = _write_temp(self.sessions, parts, sync or self.durable)
         try:
@@ -5800,6 +5818,8 @@ class Store:
         """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large
         session is never whole in memory as text or as dicts."""
         path = self.find(session_id)
+        if self.needs_masking():
+            make = _masking(make)
         with _locked(path, exclusive=False) as (fd, info), _naming(path):
             found = _stream(fd, info.st_size, make)
             data = b"" if found else _read(fd, 0, info.st_size)
@@ -5814,6 +5834,8 @@ class Store:
                 doc["events"] = list(map(make, doc["events"]))
             found = doc, b"", info.st_size + 1  # nothing that `tail` could go on from
         doc, before, end = found
+        if self.needs_masking():
+            _mask_session(doc, events=False)
         return doc, _mark(info, before, end, doc["event_count"])
 
     def _mended(self, path: str) -> bool:
@@ -6007,25 +6029,76 @@ class Store:
         return {"repaired": self.warnings[before:], "damaged": damaged, "copies": copies,
                 "removed": self.sweep()}
 
-    def lock_scan(self) -> int:
-        """The descriptor of the lock that one scan of the store holds while it reads what changed;
-        close it with `_release`."""
-        path = os.path.join(self.root, "scan.lock")
-        with _naming(path):
-            os.makedirs(self.root, mode=0o700, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
-            try:
-                _lock(fd, True)
-            except BaseException:
-                os.close(fd)
-                raise
-        return fd
-
     def _report(self, remark: str) -> None:
         if remark:
             self.warnings.append(remark)
             if self._warn:
                 self._warn(remark)
+
+
+def mask_older(store: Store) -> None:
+    """Write everything with today's rules, where an older version has written, and drop hashes of
+    what was not masked. Reports go: they are made again. Where the store cannot be written that is
+    a warning; what is read is masked all the same."""
+    if not store.needs_masking():
+        return
+    try:
+        for session_id, _ in store.files():
+            try:
+                store.change(session_id, _mask_session)
+            except (SessionNotFound, DamagedSession, ValueError):
+                pass  # gone meanwhile, or `repair` names it
+        for entry in store._entries(store.reports):
+            with _naming(entry.path):
+                _remove(entry.path)
+        store.state.rewrite(_masked_row)
+        store.mark_masked()
+    except StorageError as error:
+        store._report(f"what an older version stored could not be masked: {error}")
+
+
+def lock_scan(root: str) -> int:
+    """The descriptor of the lock that one scan of the store holds while it reads what changed;
+    close it with `_release`."""
+    path = os.path.join(root, "scan.lock")
+    with _naming(path):
+        os.makedirs(root, mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
+        try:
+            _lock(fd, True)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _masked_part(part: dict) -> dict:
+    """A dict with its secrets masked, but for what names things."""
+    found = masked(part, hashes=False)
+    found.update((name, part[name]) for name in _IDENTITIES if name in part)
+    return found
+
+
+def _masked_event(event: dict) -> dict:
+    data = event.get("data")
+    return dict(_masked_part(event), data=_masked_part(data) if isinstance(data, dict) else data)
+
+
+def _masking(make):
+    """`make` for the events of an older version."""
+    return lambda event: make(_masked_event(event)) if make else _masked_event(event)
+
+
+def _mask_session(doc: dict, *, events: bool = True) -> None:
+    kept = list(map(_masked_event, doc["events"])) if events else doc["events"]
+    head = _masked_part({name: value for name, value in doc.items() if name != "events"})
+    if isinstance(doc.get("metadata"), dict):
+        head["metadata"] = _masked_part(doc["metadata"])
+    doc.update(head, events=kept)
+
+
+def _masked_row(row: dict) -> dict:
+    return dict(_masked_part(row), project=mask_secrets(str(row.get("project", ""))))
 
 
 def _mark(info, before: bytes, offset: int, count: int) -> tuple:
@@ -6171,6 +6244,15 @@ class State:
         deleted before whose rows have come back are deleted no more."""
         work = _scan_work(files, units, owners, rows, dropped, mark)
         return set(map(json.loads, self._run(work, write=True)))
+
+    def rewrite(self, change) -> None:
+        """Pass every row of a scan through `change`; summaries go, which are made again."""
+        def work(db):
+            rows = db.execute("SELECT serial, value FROM rows").fetchall()
+            db.executemany("UPDATE rows SET value = ? WHERE serial = ?", [
+                (_encode(change(json.loads(value))), serial) for serial, value in rows])
+            db.execute("DELETE FROM summaries")
+        self._run(work, write=True)
 
     def forget(self, session_id: str, imported: bool) -> None:
         """Drop row and summary of a session. One that was `imported` or has a row stays away from
@@ -9722,6 +9804,19 @@ class _LiveSessions:
             self.forget(session_id)
             _warn(f"session {session_id} had ended and is kept as {kept}")
 
+    def erase(self, session_id: str) -> bool:
+        """Remove a session for good: a scan leaves it out."""
+        mask_older(self.store)
+        session = self.readable(session_id)
+        metadata = session.metadata if session is not None else {}
+        imported = isinstance(metadata.get("source"), dict) or "transcript_path" in metadata
+        try:
+            self.store.state.forget(session_id, imported)
+        except StorageError as error:
+            _warn(f"session {session_id} may come back with the next scan: {error}")
+        self.store.sweep(once=True)
+        return self.drop(session_id)
+
     def drop(self, session_id: str) -> bool:
         """Remove a session; False when there is none."""
         try:
@@ -9938,21 +10033,14 @@ class SessionOptimizer:
         from later scans until they are told otherwise (``scan(again=True)``)."""
         if not isinstance(session_id, str):
             return False
-        session = self._live.readable(session_id)
-        metadata = session.metadata if session is not None else {}
-        imported = isinstance(metadata.get("source"), dict) or "transcript_path" in metadata
-        try:
-            self.store.state.forget(session_id, imported)
-        except StorageError as error:
-            _warn(f"session {session_id} may come back with the next scan: {error}")
-        self.store.sweep(once=True)
-        return self._live.drop(session_id)
+        return self._live.erase(session_id)
 
     def repair(self, *, discard: bool = False) -> Dict[str, Any]:
         """Mend every stored session that can be mended, and remove what crashes left behind:
         ``{"repaired": [what was said of each], "damaged": [what keeps each of the others from
         being read], "copies": [paths of damaged files that were kept], "removed": number of other
         files removed}``. With ``discard`` the copies are removed as well."""
+        mask_older(self.store)
         return self.store.repair(discard=discard)
 
     def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
@@ -9966,6 +10054,7 @@ class SessionOptimizer:
         except (InvalidValue, TypeError, ValueError, RecursionError) as error:
             _warn(f"not imported: {error}")
             return None
+        mask_older(self.store)
         if self._live.differs(session):
             kept = self.store.archive(session.id)
             _warn(f"session {session.id} was there already and is kept as {kept}")
@@ -9991,6 +10080,8 @@ class SessionOptimizer:
             scan.look_at(roots)
             return scan
 
+        if store:
+            mask_older(self.store)
         settings = settings_of(self.analyzers, self.prices)
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else paths and list(paths)
         scan = look()
@@ -9998,7 +10089,7 @@ class SessionOptimizer:
         if scan.changed or scan.dropped:
             try:
                 if store:
-                    lock = self.store.lock_scan()
+                    lock = lock_scan(self.store.root)
                     if self.store.state.generation() != scan.generation:
                         scan = look()  # another scan was faster
                 with _CollectorPaused():

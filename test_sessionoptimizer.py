@@ -3506,6 +3506,65 @@ def test_slug(text, expected):
     assert so.check_id(so.slug("-" * 500)) and len(so.slug("-" * 500)) == 100
 
 
+# what an older version stored
+
+SECRET = "pypi-AgEIcHlwaS5vcmcCJDU3YzQ0Zjk5LTkwYzUtNGFhZS1hYzQ1"
+
+
+def older_store(root, transcript):
+    """A store as version 2.0 left it: a logged and an imported session, a report, a scan's rows, none of them masked."""
+    optimizer = SessionOptimizer(root)
+    row, = optimizer.scan([transcript])["sessions"]
+    optimizer.start_session("FORGE", "zebra", session_id="s", metadata={"cwd": "/w", "note": "TOKEN=" + SECRET})
+    optimizer.log_event("s", "TOOL_CALL", {"command": "twine -p " + SECRET, "response_id": "msg_01AbCdEfGhIjKlMnOpQrStUv", "changes": []}, 50)
+    optimizer.log_event("s", "FILE_READ", {"file_path": "a.py", "content_hash": "0123456789abcdef"}, 50)
+    optimizer.analyze("s"), optimizer.summaries()
+    path = os.path.join(optimizer.store.reports, "s_report.json")
+    write(path, read(path).replace(b"FORGE", SECRET.encode()))
+    old_state_of(optimizer.store)
+    path = os.path.join(root, "scan.json")
+    write(path, read(path).replace(json.dumps(row["task"]).encode(), json.dumps("export KEY=" + SECRET).encode()))
+    os.unlink(os.path.join(root, "masked-1"))
+    return row["id"]
+
+
+@pytest.mark.parametrize("words", [["repair"], ["scan", "TRANSCRIPT"], ["delete", "other"], ["import", "session.json"]])
+def test_an_older_store_is_masked_once_by_the_first_command_that_may_take_its_time(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(str(tmp_path))
+    transcript, root = tiny(tmp_path / "t").save(), str(tmp_path / "store")
+    imported = older_store(root, transcript)
+    SessionOptimizer(root).start_session("FORGE", "t", session_id="other")
+    write("session.json", json.dumps(dict(WHOLE_SESSION, id="new")))
+    assert SECRET.encode() in stored_bytes(root) and not os.path.exists(os.path.join(root, "masked-1"))
+    fresh = SessionOptimizer(root)
+    assert SECRET not in str(fresh.get_session("s")) + fresh.export_report("s", "csv") and SECRET in str(fresh.store.state.rows_of(
+        fresh.store.state.scanned()[2]))
+    assert so.main(["--store", root, *[transcript if word == "TRANSCRIPT" else word for word in words]]) == 0
+    capsys.readouterr()
+    kept = stored_bytes(root)
+    assert SECRET.encode() not in kept and b"0123456789abcdef" not in kept
+    session = SessionOptimizer(root).get_session("s")
+    assert [event.tokens for event in session.events] == [0, 50, 50] and session.task == "zebra" and session.metadata["cwd"] == "/w"
+    assert session.events[1].data["response_id"] == "msg_01AbCdEfGhIjKlMnOpQrStUv" and session.events[2].data == {"file_path": "a.py"}
+    assert SessionOptimizer(root).get_session(imported).metadata["source"]["path"] == transcript
+    before = {name: os.stat(os.path.join(root, "sessions", name)).st_mtime_ns for name in os.listdir(os.path.join(root, "sessions"))}
+    so.main(["--store", root, "repair"])
+    assert before == {name: os.stat(os.path.join(root, "sessions", name)).st_mtime_ns for name in os.listdir(os.path.join(root, "sessions"))}
+    assert SessionOptimizer(root).scan([transcript])["changes"] == "nothing since the last scan"
+
+
+def test_a_new_store_is_never_masked_again(tmp_path):
+    for number, begin in enumerate((lambda o: o.start_session("FORGE", "t", session_id="s"), lambda o: o.import_session(
+            dict(WHOLE_SESSION, id="s", status="ACTIVE")), lambda o: o.scan([tiny(tmp_path / "t").save()]))):
+        optimizer = SessionOptimizer(str(tmp_path / str(number)))
+        assert not optimizer.store.needs_masking() and not os.path.exists(os.path.join(optimizer.store.root, "masked-1"))
+        begin(optimizer)
+        assert not SessionOptimizer(optimizer.store.root).store.needs_masking()
+        if os.path.exists(optimizer.store.find("s")):
+            optimizer.log_event("s", "FILE_READ", {"content_hash": "0123456789abcdef"})
+            assert SessionOptimizer(optimizer.store.root).get_session("s").events[-1].data["content_hash"] == "0123456789abcdef"
+
+
 # every file call of ours that fails, or is the last
 
 FILE_CALLS = ("open", "close", "read", "pread", "write", "pwrite", "lseek", "fsync", "ftruncate", "link", "unlink", "replace",
@@ -3788,7 +3847,7 @@ def test_the_state_of_version_2_0_is_taken_over(tmp_path, optimizer, monkeypatch
     monkeypatch.setattr(so.Store, "load_marked", lambda *_: pytest.fail("a session was read"))
     result = fresh.scan([str(tmp_path / "t")])
     assert result["sessions"] == rows and result["changes"] == "nothing since the last scan" and fresh.summaries() == before
-    assert sorted(os.listdir(fresh.store.root)) == ["reports", "scan.lock", "sessions", "state.sqlite3"]
+    assert sorted(os.listdir(fresh.store.root)) == ["masked-1", "reports", "scan.lock", "sessions", "state.sqlite3"]
 
 
 @pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1]),
