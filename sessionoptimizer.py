@@ -9629,6 +9629,8 @@ def _replaceable(store: Store, session_id: str, path: str) -> bool:
 
 def _changes_text(before: List[Dict[str, Any]], after: List[Dict[str, Any]]) -> str:
     """What a later scan found new, in words; "nothing" when all is as it was."""
+    if not all("bill" in row for row in before):
+        return ""  # rows of an older version
     old, new = scan_totals(before), scan_totals(after)
     tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
     if old == new:

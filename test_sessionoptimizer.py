@@ -3850,6 +3850,21 @@ def test_the_state_of_version_2_0_is_taken_over(tmp_path, optimizer, monkeypatch
     assert sorted(os.listdir(fresh.store.root)) == ["masked-1", "reports", "scan.lock", "sessions", "state.sqlite3"]
 
 
+def test_rows_of_version_2_0_had_fewer_columns(tmp_path, optimizer):
+    path = tiny(tmp_path / "t").save()
+    row, = optimizer.scan([path])["sessions"]
+    old_state_of(optimizer.store)
+    state = json.loads(read(os.path.join(optimizer.store.root, "scan.json")))
+    for unit in state["units"].values():
+        unit["settings"] = "of version 2.0"
+        unit["rows"] = [{name: one[name] for name in ("id", "tokens", "waste", "model_calls")} for one in unit["rows"]]
+    write(os.path.join(optimizer.store.root, "scan.json"), json.dumps(state))
+    fresh = SessionOptimizer(optimizer.store.root)
+    result = fresh.scan([path])
+    assert result["sessions"] == [row] and result["changes"] == ""
+    assert fresh.scan([path])["changes"] == "nothing since the last scan"
+
+
 @pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1]),
                                          ("summaries", {"rows": 5}), ("scan", "not JSON")])
 def test_old_state_files_that_hold_something_else_are_left_out(tmp_path, optimizer, name, value):
