@@ -3511,6 +3511,10 @@ def test_slug(text, expected):
 SECRET = "pypi-AgEIcHlwaS5vcmcCJDU3YzQ0Zjk5LTkwYzUtNGFhZS1hYzQ1"
 
 
+ROWS_OF_2_0 = set("id source path agent task model started_at ended_at project model_calls tokens estimated_cost efficiency_score waste issues "
+                  "token_use unattributed_tokens notes most_read".split())
+
+
 def older_store(root, transcript):
     """A store as version 2.0 left it: a logged and an imported session, a report, a scan's rows, none of them masked."""
     optimizer = SessionOptimizer(root)
@@ -3523,7 +3527,11 @@ def older_store(root, transcript):
     write(path, read(path).replace(b"FORGE", SECRET.encode()))
     old_state_of(optimizer.store)
     path = os.path.join(root, "scan.json")
-    write(path, read(path).replace(json.dumps(row["task"]).encode(), json.dumps("export KEY=" + SECRET).encode()))
+    state = json.loads(read(path).replace(json.dumps(row["task"]).encode(), json.dumps("export KEY=" + SECRET).encode()))
+    for unit in state["units"].values():
+        unit["settings"] = "of version 2.0, whose rows had fewer columns"
+        unit["rows"] = [{name: kept for name, kept in one.items() if name in ROWS_OF_2_0} for one in unit["rows"]]
+    write(path, json.dumps(state))
     os.unlink(os.path.join(root, "masked-1"))
     return row["id"]
 
@@ -3550,6 +3558,7 @@ def test_an_older_store_is_masked_once_by_the_first_command_that_may_take_its_ti
     before = {name: os.stat(os.path.join(root, "sessions", name)).st_mtime_ns for name in os.listdir(os.path.join(root, "sessions"))}
     so.main(["--store", root, "repair"])
     assert before == {name: os.stat(os.path.join(root, "sessions", name)).st_mtime_ns for name in os.listdir(os.path.join(root, "sessions"))}
+    assert len(SessionOptimizer(root).scan([transcript])["sessions"]) == 1
     assert SessionOptimizer(root).scan([transcript])["changes"] == "nothing since the last scan"
 
 
@@ -3637,6 +3646,7 @@ WRITING = {  # what is done to a store that holds a session "s" with three event
     "mend a torn end": torn,
     "mend with losses": damaged,
     "repair": lambda o, _: o.repair(discard=True),
+    "mask": lambda o, _: (os.unlink(os.path.join(o.store.root, "masked-1")), o.repair()),
 }
 
 
