@@ -6017,7 +6017,7 @@ class Store:
         before, damaged = len(self.warnings), []
         for session_id, _ in self.files():
             try:
-                self.load(session_id)
+                self.load_marked(session_id, bool)  # its events are not kept
             except SessionNotFound:
                 pass
             except StorageError as error:
@@ -9809,8 +9809,10 @@ class _LiveSessions:
     def erase(self, session_id: str) -> bool:
         """Remove a session for good: a scan leaves it out."""
         mask_older(self.store)
-        session = self.readable(session_id)
-        metadata = session.metadata if session is not None else {}
+        try:
+            metadata = self.store.head(session_id).get("metadata") or {}
+        except SessionOptimizerError:
+            metadata = {}  # not there, or damaged
         imported = isinstance(metadata.get("source"), dict) or "transcript_path" in metadata
         try:
             self.store.state.forget(session_id, imported)

@@ -4076,7 +4076,8 @@ def test_a_large_session_is_never_whole_in_memory_as_text(store):
     line = json.dumps(event(1, size=20_000)).encode()[:-1] + b" }\n"
     write(path, head + b"\n" + b",".join([line] * 3_000) + foot.replace(b'"event_count":0', b'"event_count":3000'))
     code = ("import sessionoptimizer as so, resource; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
-            "so.Store(%r).load_marked('s1', lambda one: one['id']); print(peak() - before)" % store.root)
+            "optimizer = so.SessionOptimizer(%r); optimizer.store.load_marked('s1', lambda one: one['id']); optimizer.repair(); "
+            "optimizer.log_event('s1', 'CUSTOM'); optimizer.list_sessions(); optimizer.delete_session('s1'); print(peak() - before)" % store.root)
     assert int(python("-c", code, PYTHONPATH=HERE)[1]) < 20_000  # KB, of a file of 60 MB
 
 
