@@ -6065,6 +6065,11 @@ def lock_scan(root: str) -> int:
         os.makedirs(root, mode=0o700, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
         try:
+            if fcntl:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    _warn("another scan is reading into this store: waiting for it")
             _lock(fd, True)
         except BaseException:
             os.close(fd)

@@ -3904,6 +3904,18 @@ def test_two_scans_at_once_keep_all_units(tmp_path, optimizer):
 
 
 @posix_only
+def test_a_scan_that_waits_for_another_says_so(tmp_path, optimizer):
+    path = tiny(tmp_path / "t").save()
+    lock = so.lock_scan(optimizer.store.root)
+    release = threading.Timer(0.3, so._release, [lock])
+    release.start()
+    with pytest.warns(SessionOptimizerWarning, match="another scan"):
+        assert len(optimizer.scan([path])["sessions"]) == 1
+    release.join()
+    assert len(optimizer.scan([path], again=True)["sessions"]) == 1
+
+
+@posix_only
 def test_deletes_during_a_scan_all_stick(tmp_path, optimizer):
     transcripts = [tiny(tmp_path / "t", name=f"{number:08}-2222-4333-8444-555555555555") for number in range(48)]
     for transcript in transcripts:
