@@ -5103,8 +5103,7 @@ _TEMPORARY = ".tmp"  # the ending of files being written
 _LEFT_BEHIND = 3600.0  # seconds after which such a file is nobody's
 _REPORT = "_report.json"
 _MASKED = "masked-1"  # this file says that all of the store was written with today's rules
-_IDENTITIES = ("id", "timestamp", "agent_id", "response_id", "batch_id", "source", "path",
-               "transcript_path")
+_NAMES = ("id", "timestamp", "event_type", "agent_id", "response_id", "batch_id")  # never masked
 _COPY = _Pattern(r"\.json\.damaged-[0-9]+\Z")
 _FINGERPRINT = 256  # bytes before the footer: they tell a file that took over an inode number
 
@@ -5814,27 +5813,27 @@ class Store:
         """The session as one dict, events included; a damaged file is repaired first."""
         return self.load_marked(session_id)[0]
 
-    def load_marked(self, session_id: str, make=None):
+    def load_marked(self, session_id: str, make=None, *, shown: bool = True):
         """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large
-        session is never whole in memory as text or as dicts."""
-        path = self.find(session_id)
-        if self.needs_masking():
-            make = _masking(make)
+        session is never whole in memory as text or as dicts. What an older version stored is
+        masked, events only if they are to be `shown`."""
+        path, older = self.find(session_id), self.needs_masking()
+        each = _masking(make) if older and shown else make
         with _locked(path, exclusive=False) as (fd, info), _naming(path):
-            found = _stream(fd, info.st_size, make)
+            found = _stream(fd, info.st_size, each)
             data = b"" if found else _read(fd, 0, info.st_size)
         if not found:
             doc, remark, _ = _restore(data, path)
             if remark and self._mended(path):
-                return self.load_marked(session_id, make)
+                return self.load_marked(session_id, make, shown=shown)
             if remark:
                 self._report(remark + " (in memory: the store cannot be written)")
                 doc = _parse(b"".join(_lay_out(doc)), path)
-            if make:
-                doc["events"] = list(map(make, doc["events"]))
+            if each:
+                doc["events"] = list(map(each, doc["events"]))
             found = doc, b"", info.st_size + 1  # nothing that `tail` could go on from
         doc, before, end = found
-        if self.needs_masking():
+        if older:
             _mask_session(doc, events=False)
         return doc, _mark(info, before, end, doc["event_count"])
 
@@ -6077,16 +6076,18 @@ def lock_scan(root: str) -> int:
     return fd
 
 
-def _masked_part(part: dict) -> dict:
+def _masked_part(part: dict, *names: str) -> dict:
     """A dict with its secrets masked, but for what names things."""
-    found = masked(part, hashes=False)
-    found.update((name, part[name]) for name in _IDENTITIES if name in part)
-    return found
+    named = {name: part[name] for name in (*_NAMES, *names) if name in part}
+    rest = {name: value for name, value in part.items() if name not in named}
+    return {**named, **masked(rest, hashes=False)}
 
 
 def _masked_event(event: dict) -> dict:
     data = event.get("data")
-    return dict(_masked_part(event), data=_masked_part(data) if isinstance(data, dict) else data)
+    found = _masked_part({**event, "data": None})
+    found["data"] = _masked_part(data) if isinstance(data, dict) else data
+    return found
 
 
 def _masking(make):
@@ -6098,12 +6099,12 @@ def _mask_session(doc: dict, *, events: bool = True) -> None:
     kept = list(map(_masked_event, doc["events"])) if events else doc["events"]
     head = _masked_part({name: value for name, value in doc.items() if name != "events"})
     if isinstance(doc.get("metadata"), dict):
-        head["metadata"] = _masked_part(doc["metadata"])
+        head["metadata"] = _masked_part(doc["metadata"], "source", "transcript_path")
     doc.update(head, events=kept)
 
 
 def _masked_row(row: dict) -> dict:
-    return dict(_masked_part(row), project=mask_secrets(str(row.get("project", ""))))
+    return _masked_part(row, "source", "path")
 
 
 def _mark(info, before: bytes, offset: int, count: int) -> tuple:
@@ -9755,7 +9756,8 @@ class _LiveSessions:
             return self.readable(session_id)
         try:
             with _CollectorPaused():
-                document, _ = self.store.load_marked(session_id, SessionEvent.from_dict)
+                document, _ = self.store.load_marked(
+                    session_id, SessionEvent.from_dict, shown=False)
                 session = Session.from_dict(document)
         except SessionNotFound:
             return None  # deleted meanwhile

@@ -6132,7 +6132,7 @@ def test_statistics_count_every_session_and_read_unchanged_ones_once(optimizer, 
     fresh = SessionOptimizer(optimizer.store.root)
     loads = []
     load = fresh.store.load_marked
-    monkeypatch.setattr(fresh.store, "load_marked", lambda name, make: loads.append(name) or load(name, make))
+    monkeypatch.setattr(fresh.store, "load_marked", lambda name, make, **how: loads.append(name) or load(name, make, **how))
     assert fresh.agent_statistics("FORGE")["total_tokens"] == 1_300 and loads == []
     with pytest.warns(SessionOptimizerWarning, match="has ended"):
         optimizer.log_event("s5", "CUSTOM", tokens_input=1)
