@@ -2050,9 +2050,15 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-Repeat = namedtuple("Repeat", "earlier covered total")
-Repeat.__doc__ = """What of a read or search its window holds already: the event that brought it, and how many of
-how many lines (1 of 1 for a search)."""
+Repeat = namedtuple("Repeat", "earlier covered total also exact", defaults=((), True))
+Repeat.__doc__ = """What of a read or a result its window holds already: the event that brought it first, how many
+of how many lines or characters, further events that brought some of them, and whether all of it is known to
+be the same (False: nearly all lines of an answer are)."""
+
+
+_ANSWERING = (EventType.SEARCH, EventType.TOOL_CALL)  # what they bring is compared as a whole
+LEAST_ANSWER = 50  # tokens of a result that counts as given before when another call gave it
+LEAST_POLL = 500   # tokens of a result whose unchanged lines count as repeated where nine in ten are
 
 
 class _Held:
@@ -2075,7 +2081,8 @@ class ContextMemory:
     def __init__(self, cwd: str = ""):
         self.cwd = cwd
         self._reads: Dict[str, Dict[str, List[_Held]]] = {}
-        self._searches: Dict[str, Dict[Any, SessionEvent]] = {}
+        self._searches: Dict[str, Dict[Any, SessionEvent]] = {}  # by key, by operation, by answer
+        self._spoken: Dict[str, set] = {}  # by agent: ids of the answers given since a person spoke
         self._folders: set = set()  # those above every path that was read
         self._clock = 0
         self._doubt = 0  # clock of the last command that was not recognised
@@ -2089,21 +2096,19 @@ class ContextMemory:
         changes = changes_of(event, self.cwd)
         if changes:
             self._forget(changes)  # a command line that changes and reads shows what it has changed
+        repeat = self.repeats(event)
         if kind is EventType.FILE_READ:
-            reads = self._ranges(event)
-            repeat = self._repeated_read(event, reads)
-            self._keep(event, reads)
-            return repeat
-        if kind is EventType.SEARCH:
-            repeat = self._repeated_search(event)
-            self._keep(event, [])
-            return repeat
-        if is_compaction(event):
+            self._keep(event, self._ranges(event))
+        elif kind in _ANSWERING:
+            self._keep_answer(event)
+        elif kind is EventType.USER_MESSAGE:
+            self._spoken[event.agent_id] = set()
+        elif is_compaction(event):
             self._reads.pop(event.agent_id, None)
             self._searches.pop(event.agent_id, None)
         elif "left" in event.data:
             self._leave(event.agent_id, set(event.data["left"]))
-        return None
+        return repeat
 
     def _leave(self, agent: str, ids: set[str]) -> None:
         """Results left a context that goes on."""
@@ -2115,17 +2120,22 @@ class ContextMemory:
 
     def repeats(self, event: SessionEvent) -> Optional[Repeat]:
         """What of this event its window holds, without taking the event in; None when nothing."""
-        if event.event_type is EventType.SEARCH:
-            return self._repeated_search(event)
-        return self._repeated_read(event, self._ranges(event)) if event.event_type is EventType.FILE_READ else None
+        if event.event_type is EventType.FILE_READ:
+            return self._repeated_read(event)
+        return self._repeated_answer(event) if event.event_type in _ANSWERING else None
 
-    def _repeated_read(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> Optional[Repeat]:
+    def _repeated_read(self, event: SessionEvent) -> Optional[Repeat]:
+        reads = self._ranges(event)
         if event.data.get("unchanged"):
             return None
         found = [self._covered(event, *read) for read in reads]
-        if not found or None in found or len(found) > 1 and any(r.covered < r.total for r in found if r):
+        if len(found) == 1:
+            return found[0]
+        whole = [repeat for repeat in found if repeat and repeat.covered == repeat.total]
+        if not found or len(whole) < len(found):
             return None  # of several files in one result, the share of each is not known
-        return found[0]
+        others = [e for repeat in whole for e in (repeat.earlier, *repeat.also)]
+        return whole[0]._replace(also=tuple(others[1:]))
 
     def foresee(self, event: SessionEvent) -> None:
         """Give a read that has not run yet the lines it will bring: those the same request brought before, else as many as
@@ -2177,26 +2187,56 @@ class ContextMemory:
                         if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first),
                        key=lambda span: span[:3])
         covered, end = 0, first - 1
-        for start, stop, _, _ in spans:
-            covered += max(0, stop - max(start, end + 1) + 1)
-            end = max(end, stop)
-        return Repeat(spans[0][3], covered, last - first + 1) if covered else None
-
-    def _repeated_search(self, event: SessionEvent) -> Optional[Repeat]:
-        earlier = self._searches.get(event.agent_id, {}).get(search_key(event.data))
-        if earlier is None:
+        used: List[SessionEvent] = []
+        for start, stop, _, earlier in spans:
+            new = stop - max(start, end + 1) + 1
+            if new > 0:
+                covered, end = covered + new, stop
+                used.append(earlier)
+        if not covered:
             return None
-        old, new = earlier.data.get("content_hash"), event.data.get("content_hash")
-        if not new and _is_imported(event.data):
-            return None  # a hosted search: what it found was not recorded, and has left the context
-        return None if old and new and old != new else Repeat(earlier, 1, 1)
+        lines, size, of_size = event.data.get("overlap") or (0, 0, 0)
+        if covered == lines:  # lines are of different lengths
+            return Repeat(used[0], size, of_size, tuple(used[1:]))
+        return Repeat(used[0], covered, last - first + 1, tuple(used[1:]))
+
+    def _repeated_answer(self, event: SessionEvent) -> Optional[Repeat]:
+        """A search that was run before, or any result that was given before."""
+        held, data = self._searches.get(event.agent_id, {}), event.data
+        answer = data.get("content_hash")
+        key = search_key(data) if event.event_type is EventType.SEARCH else None
+        earlier = held.get(key)
+        if earlier is not None:
+            old = earlier.data.get("content_hash")
+            if not answer and _is_imported(data):
+                return None  # a hosted search: what it found was not recorded, and has left the context
+            if not (old and answer and old != answer):
+                return Repeat(earlier, 1, 1)
+        if event.tokens_input >= LEAST_ANSWER and answer in held:
+            # A command looks at the world outside, where a person may have changed something meanwhile.
+            sure = event.event_type is EventType.SEARCH \
+                or held[answer].id in self._spoken.get(event.agent_id, (held[answer].id,))
+            return Repeat(held[answer], 1, 1, (), sure)
+        if event.tokens_input >= LEAST_POLL and data.get("same_lines"):
+            last = held.get(("last", data.get("operation")))
+            same, total = data["same_lines"]
+            return Repeat(last, same, total, (), False) if last is not None else None
+        return None
+
+    def _keep_answer(self, event: SessionEvent) -> None:
+        data = event.data
+        if data.get("truncated"):
+            return
+        held = self._searches.setdefault(event.agent_id, {})
+        self._spoken.get(event.agent_id, set()).add(event.id)
+        key = search_key(data) if event.event_type is EventType.SEARCH else None
+        if key:
+            held[key] = event
+        if data.get("content_hash"):
+            held[data["content_hash"]] = event
+            held["last", data.get("operation")] = event
 
     def _keep(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> None:
-        if event.event_type is EventType.SEARCH:
-            key = search_key(event.data)
-            if key and not event.data.get("truncated"):
-                self._searches.setdefault(event.agent_id, {})[key] = event
-            return
         if event.data.get("unchanged") or event.data.get("truncated"):
             return
         window = self._reads.setdefault(event.agent_id, {})
@@ -2765,6 +2805,9 @@ class ClaimsLedger:
         return total
 
 
+LEAST_FINDING = 50  # tokens of a measured finding that the report of a transcript lists
+
+
 def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
                  analysis: Optional[Analysis] = None) -> OptimizationReport:
     """Run the analyzers and charge what they claim. One that raises is named in the report, the others
@@ -2773,7 +2816,7 @@ def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
     report = charged_report(session, analyzers, analysis)
     report.bill = in_usd(analysis.bill)
     report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
-    report.notes, report.recommendations = report_notes(session), recommendations(report)
+    report.notes, report.recommendations = report_notes(session) + report.notes, recommendations(report)
     return report
 
 
@@ -2788,6 +2831,9 @@ def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer],
             issues += _found_by(analyzer, analysis)
         except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
+    small = [issue for issue in issues if session.imported and issue.measured
+             and issue.estimated_waste_tokens < LEAST_FINDING]
+    issues = [issue for issue in issues if issue not in small]
     ledger = ClaimsLedger(analysis, issues)
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
     waste, total = sum(ledger.tokens.values()), sum(event.tokens for event in analysis.events)
@@ -2796,7 +2842,12 @@ def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer],
         session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost) / PICO,
         100.0 * (1 - waste / total) if total else 100.0, measured_waste_tokens=ledger.tokens[True],
         measured_waste_cost=min(ledger.cost[True], cost) / PICO, total_tokens=total,
-        estimated_cost=cost / PICO, analyzer_errors=failures)
+        estimated_cost=cost / PICO, analyzer_errors=failures, notes=_small_note(small))
+
+
+def _small_note(issues: List[EfficiencyIssue]) -> List[str]:
+    tokens = sum(issue.estimated_waste_tokens for issue in issues)
+    return [f"{len(issues)} small repeats, {tokens:,} tokens in all, are not listed"] if tokens else []
 
 
 def _found_by(analyzer: Any, analysis: Analysis) -> List[EfficiencyIssue]:
@@ -3279,8 +3330,9 @@ class BaseAnalyzer:
 class RepeatedFileReadAnalyzer(BaseAnalyzer):
     """The agent read lines that its context window already held, unchanged.
 
-    Counts when the lines are still in the window: no write to the file, no command that could have changed it, no
-    compaction in between. Charged: the input tokens of the repeated share of every read after the first.
+    Counts when the lines are still in the window: no write to the file, no command that could have changed
+    it, no compaction in between. Charged: the input tokens of the repeated share of every read after the
+    first.
     """
 
     issue_type = IssueType.REPEATED_FILE_READ
@@ -3290,9 +3342,11 @@ class RepeatedFileReadAnalyzer(BaseAnalyzer):
     def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         cwd, window, runs = _cwd_of(session), {}, {}  # type: Tuple[str, Dict[str, str], Dict[Any, Any]]
         for event, repeat in analysis.repeats:
-            if event.event_type is EventType.FILE_READ and repeat.covered >= repeat.total * self.minimum_share:
+            if event.event_type is EventType.FILE_READ \
+                    and repeat.covered >= repeat.total * self.minimum_share:
                 path = canonical_path(_paths_of(event.data)[0], cwd)
-                # One finding per file and window: a repeat belongs to the finding that holds the read it repeats.
+                # One finding per file and window: a repeat belongs to the finding that holds the read
+                # it repeats.
                 key = window.get(repeat.earlier.id) or event.id
                 window[event.id] = window[repeat.earlier.id] = key
                 runs.setdefault((key, path), []).append((repeat, event))
@@ -3300,41 +3354,56 @@ class RepeatedFileReadAnalyzer(BaseAnalyzer):
             yield self._finding(path, repeats)
 
     def _finding(self, path: str, repeats: List[Tuple[Repeat, SessionEvent]]) -> EfficiencyIssue:
-        claims = {event.id: (event.tokens_input * repeat.covered // repeat.total, 0) for repeat, event in repeats}
-        events = {repeats[0][0].earlier.id: repeats[0][0].earlier}
-        events.update((event.id, event) for _, event in repeats)
+        claims = {event.id: (event.tokens_input * repeat.covered // repeat.total, 0)
+                  for repeat, event in repeats}
+        sources = [e for repeat, _ in repeats for e in (repeat.earlier, *repeat.also)]
+        events = {event.id: event for event in sources + [event for _, event in repeats]}
         count = len(repeats) + 1
         name = path.rsplit("/", 1)[-1]
         return self.issue(
             Severity.HIGH if count >= self.high_from else Severity.MEDIUM,
             f"File '{name}' was read {count} times while its content was still in the context",
-            "Cache what was read: the lines are still in the context; read again only after a change or a compaction",
-            events=events.values(), claims=claims, measured=True,
+            "Cache what was read: the lines are still in the context; read again only after a change or a "
+            "compaction", events=events.values(), claims=claims, measured=True,
             metadata={"file_path": path, "read_count": count})
 
 
 class RepeatedSearchAnalyzer(BaseAnalyzer):
-    """The same search was run again in one context window with nothing written in between.
+    """A search, a command or a tool brought again what its context window held, with nothing written in
+    between.
 
-    Same tool, query and scope, case and space folded; a search whose answer differs is not repeated. Charged: the
-    input and output tokens of every run after the first.
+    The same tool, query and scope, case and space folded, unless the answer differs; or the same answer of
+    LEAST_ANSWER tokens or more, whatever was asked. Charged: the input and output tokens of every run after
+    the first. Of a result of LEAST_POLL tokens or more that is the one before but for a tenth of its lines
+    at most, the lines that stayed are charged as an estimate.
     """
 
     issue_type = IssueType.REPEATED_SEARCH
 
     def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
-        runs: Dict[str, List[SessionEvent]] = {}
+        runs: Dict[Tuple[str, bool], List[Any]] = {}
         for event, repeat in analysis.repeats:
-            if event.event_type is EventType.SEARCH:
-                runs[event.id] = runs.pop(repeat.earlier.id, []) or [repeat.earlier]
-                runs[event.id].append(event)
-        for first, *again in runs.values():
-            query = " ".join(str(first.data.get("query") or first.data.get("pattern")).split())
-            yield self.issue(
-                Severity.MEDIUM, f"Search run {len(again) + 1} times with nothing changed in between: '{query[:60]}'",
-                "Cache the result or widen the first search: its answer is still in the context",
-                events=[first] + again, claims={e.id: (e.tokens_input, e.tokens_output) for e in again},
-                measured=True, metadata={"query": query, "search_count": len(again) + 1})
+            if event.event_type in _ANSWERING:
+                run = runs.pop((repeat.earlier.id, repeat.exact), []) or [(repeat.earlier, None)]
+                runs[event.id, repeat.exact] = run + [(event, repeat)]
+        for (_, exact), run in runs.items():
+            yield self._finding(exact, [event for event, _ in run], [repeat for _, repeat in run[1:]])
+
+    def _finding(self, exact: bool, events: List[SessionEvent],
+                 repeats: List[Repeat]) -> EfficiencyIssue:
+        data, again = events[0].data, events[1:]
+        what = data.get("query") or data.get("pattern") or data.get("command") or data.get("tool")
+        query = " ".join(str(what or "").split())
+        verb = "Search run" if data.get("query") or data.get("pattern") else "The same answer came"
+        claims = {e.id: (e.tokens_input, e.tokens_output) if exact
+                  else (e.tokens_input * repeat.covered // repeat.total, 0)
+                  for e, repeat in zip(again, repeats)}
+        return self.issue(
+            Severity.MEDIUM,
+            f"{verb} {len(events)} times with nothing changed in between: '{query[:60]}'",
+            "Cache the result or widen the first search: its answer is still in the context",
+            events=events, claims=claims, measured=exact,
+            metadata={"query": query, "search_count": len(events)})
 
 
 class LargeFileAnalyzer(BaseAnalyzer):
@@ -3409,8 +3478,12 @@ class FailedRetryAnalyzer(BaseAnalyzer):
         cwd = _cwd_of(session)
         runs: Dict[Tuple[str, str, str], List[SessionEvent]] = {}
         ended: List[List[SessionEvent]] = []
+        turns: Dict[str, int] = {}
+        spoken: Dict[str, int] = {}  # by agent: how often somebody has spoken so far
         for event in session.events:
             failed = event.event_type is EventType.ERROR
+            if event.event_type is EventType.USER_MESSAGE:
+                spoken[event.agent_id] = spoken.get(event.agent_id, 0) + 1
             if not failed and not runs:
                 continue
             key = self._key(event)
@@ -3426,9 +3499,10 @@ class FailedRetryAnalyzer(BaseAnalyzer):
                 run = runs.setdefault(key, [])
                 if not (run and self._batch(event) and self._batch(event) == self._batch(run[-1])):
                     run.append(event)
+                    turns[event.id] = spoken.get(event.agent_id, 0)
         for run in ended + list(runs.values()):
-            if len(run) >= self.minimum:
-                yield self._finding(run)
+            if len(run) >= self.minimum:  # what a person said in between may have been the reason
+                yield self._finding(run, turns[run[0].id] == turns[run[-1].id])
 
     @staticmethod
     def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool,
@@ -3454,21 +3528,24 @@ class FailedRetryAnalyzer(BaseAnalyzer):
         message = str(data.get("error_hash") or "") or normal_message(data.get("message") or data.get("error") or "")
         return event.agent_id, " ".join(str(operation).split()), message
 
-    def _finding(self, run: List[SessionEvent]) -> EfficiencyIssue:
+    def _finding(self, run: List[SessionEvent], measured: bool) -> EfficiencyIssue:
         what = _command_of(run[0].data) or run[0].data.get("tool") or run[0].data.get("message") or "operation"
         return self.issue(
             Severity.HIGH, f"Failed {len(run)} times with nothing changed in between: '{' '.join(str(what).split())[:60]}'",
             "Read the first error and change something before trying again", events=run,
-            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=True,
+            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=measured,
             metadata={"retry_count": len(run)})
 
 
 def normal_message(message: Any) -> str:
-    """An error text with numbers, addresses and space folded, so that two of a kind are equal."""
+    """An error text with numbers, addresses and space folded, so that two of a kind are equal: its
+    beginning and its end."""
     if message == "":
         return ""
-    text = _VARYING.sub("#", str(message)[:2000].lower())
-    return " ".join(text.split())[:300]
+    text = str(message).lower()
+    text = text if len(text) <= 3000 else text[:2000] + " " + text[-1000:]
+    folded = " ".join(_VARYING.sub("#", text).split())
+    return folded if len(folded) <= 600 else folded[:300] + folded[-300:]
 
 
 _VARYING = _Pattern(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+")
@@ -6467,25 +6544,38 @@ class _SeenLines:
         self._waiting: Dict[str, List[Tuple[int, int, str]]] = {}  # by path: not looked at yet
         self._known: Dict[str, Dict[int, int]] = {}  # by path: number and hash of every line known
         self.totals: Dict[str, int] = {}  # by path: lines of the file when it was last read whole
+        self._answers: Dict[str, frozenset] = {}  # by operation: hashes of its last answer's lines
 
-    def verdict(self, path: str, first: int, count: int, text: str) -> str:
+    def verdict(self, path: str, first: int, count: int, text: str) -> Tuple[str, List[int]]:
         """ "same" where every line known of the file is as known, "changed" where one differs, ""
-        where none is known; and keep these lines."""
+        where none is known; how many lines were known, their characters and those of all. Keeps
+        these lines."""
         waiting = self._waiting.setdefault(path, [])
         waiting.append((first, count, text))
         if len(waiting) == 1 and path not in self._known:
-            return ""
+            return "", []
         known, verdict = self._known.setdefault(path, {}), ""
+        overlap: List[int] = []
         for start, size, shown in waiting:
-            hashes = dict(enumerate(map(hash, plain_lines(shown)[:size]), start))
+            lines = dict(enumerate(plain_lines(shown)[:size], start))
+            hashes = {number: hash(line) for number, line in lines.items()}
             shared = [number for number in hashes if number in known]
             same = all(known[number] == hashes[number] for number in shared)
+            overlap = [len(shared)] + [sum(len(lines[number]) + 1 for number in numbers)
+                                       for numbers in (shared, lines)]
             if not same:
                 known.clear()
             known.update(hashes)
             verdict = ("same" if same else "changed") if shared else ""
         waiting.clear()
-        return verdict
+        return verdict, overlap
+
+    def same_lines(self, operation: str, text: str) -> List[int]:
+        """How many of how many lines an operation's last answer had too; keeps these."""
+        lines = [hash(line) for line in text.split("\n")]
+        before = self._answers.get(operation, ())
+        self._answers[operation] = frozenset(lines)
+        return [sum(line in before for line in lines), len(lines)] if before else [0, len(lines)]
 
 
 def plain_lines(text: str) -> List[str]:
@@ -6525,6 +6615,10 @@ def task_line(text: str) -> str:
 _NUMBERED = _Pattern(r" *\d+(\t|→)")
 
 
+# What a command was allowed: tried again with more rights it is another one.
+_RIGHTS = ("sandbox_permissions", "with_escalated_permissions", "dangerouslyDisableSandbox")
+# Tools beside commands whose answers tell something: others acknowledge, in the same words.
+_TELLING = ("mcp_", "write_stdin", "bashoutput", "taskoutput", "readmcpresource", "monitor")
 _HERE = _Pattern(r"<<|@['\"]|\*\*\* Begin Patch")  # what follows in a command is file content
 
 # Where a search looks and how it shows what it finds: kept as given. What else it is told may be a
@@ -6552,6 +6646,11 @@ def _is_cut_off(text: str) -> bool:
 
 _STALE = _Pattern(
     r"has not been read yet|modified since (?:it was )?(?:last )?read|read it again", re.I)
+_SERVICE = _Pattern(  # a signing agent, a name server, a gateway; not one's own server
+    r"gpg failed to sign|signing failed|agent refused operation|could not resolve host|"
+    r"name resolution|\b(?:EAI_AGAIN|ENOTFOUND|ETIMEDOUT)\b|connection timed out|"
+    r"50[234] (?:bad gateway|service|gateway)|"
+    r"\b(?:ECONNRESET|connection reset)\b(?!.{0,80}(?:localhost|127\.0\.0\.1))", re.I)
 _COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
 
 
@@ -6954,7 +7053,8 @@ class _Tool:
         cwd = self.given.get("workdir") or self.given.get("dir_path") or self.cwd
         effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
         text = command if isinstance(command, str) else " ".join(map(str, command))
-        operation = digest_of(" ".join(text.split()))
+        rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
+        operation = digest_of(f"{' '.join(text.split())} {cwd} {rights}")
         reads = [[mask_secrets(path), first, last] for path, first, last in effects.reads]
         self.data.update(command=mask_secrets(_HERE.split(text[:1000], 1)[0])[:300],
                          operation=operation, changes=list(map(mask_secrets, effects.changes)))
@@ -6993,12 +7093,26 @@ class _Tool:
             data["unchanged"] = True
         elif reads and not text:
             data["truncated"] = True  # an image, say: what it showed is not known
-        elif reads or self.event.event_type is EventType.SEARCH:
+        elif not reads:
+            self._answer(text)
+        else:
             data["content_hash"] = digest_of(text)
-            if reads and (_is_cut_off(text) or "command" in data and _COMPLAINT.match(text)):
+            if (_is_cut_off(text) or "command" in data and _COMPLAINT.match(text)):
                 data["truncated"] = True
-            elif reads and "reads" not in data and "pages" not in data:
+            elif "reads" not in data and "pages" not in data:
                 self._lines(text, first, count, total)
+
+    def _answer(self, text: str) -> None:
+        """What a search, a command or a tool that tells something answered."""
+        data = self.data
+        tells = data.get("command") or data["tool"].lower().startswith(_TELLING)
+        if self.event.event_type is EventType.SEARCH or tells and len(text) >= 2 * LEAST_ANSWER:
+            data["content_hash"] = digest_of(text)
+        if tells and len(text) >= 2 * LEAST_POLL:
+            operation = data.setdefault("operation", digest_of(data["tool"] + _as_json(self.given)))
+            same, total = self.window.seen.same_lines(operation, text)
+            if same < total <= same * 10 // 9:
+                data["same_lines"] = [same, total]
 
     def _lines(self, text: str, first: int, count: int, total: int) -> None:
         data, seen = self.data, self.window.seen
@@ -7010,8 +7124,9 @@ class _Tool:
             return
         if not total and not first and data.keys().isdisjoint(("lines", "offset", "limit")):
             total = seen.totals[path] = count
-        self._keep(total_lines=total, lines=[start, start + count - 1],
-                   content=seen.verdict(path, start, count, text))
+        verdict, overlap = seen.verdict(path, start, count, text)
+        self._keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
+                   overlap=overlap if verdict == "same" and overlap[0] < count else [])
 
     def failed(self, message: str, kind: str) -> None:
         """What is kept of a failure's message is a hash, the exit code and why it is nobody's
@@ -7044,7 +7159,8 @@ def _kind_of(message: str) -> str:
     if "Request interrupted by user" in head or "aborted by user" in head:
         return "interrupted"
     if head.startswith(("Exit code", "Process exited")):
-        return ""  # what the command printed is not about the call
+        # What the command printed is not about the call, unless it ends with a service that failed.
+        return "transient" if _SERVICE.search(message[-400:]) else ""
     return failure_kind({"message": head})
 
 

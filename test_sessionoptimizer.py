@@ -1928,7 +1928,7 @@ REPEATED_READS = [  # name, events, (tokens, severity, ids of the events) of eac
     ("pages that overlap by half", [read_of(lines=[1, 100]), read_of(lines=[51, 150])], [(500, "MEDIUM", "e1 e2")]),
     ("pages that overlap by a tenth", [read_of(lines=[1, 100]), read_of(lines=[91, 190])], [(100, "MEDIUM", "e1 e2")]),
     ("two halves and the whole", [read_of(lines=[1, 50]), read_of(lines=[51, 100]), read_of(lines=[1, 100])],
-     [(1000, "MEDIUM", "e1 e3")]),
+     [(1000, "MEDIUM", "e1 e2 e3")]),
     ("the middle of two overlapping pages", [read_of(lines=[1, 60]), read_of(lines=[40, 100]), read_of(lines=[31, 130])],
      [(344 + 700, "HIGH", "e1 e2 e3")]),  # of e2's 61 lines 21 come again, 1000 * 21 // 61; of e3's 100 lines 70
     ("a page of a whole file", [read_of(), read_of(tokens=90, lines=[10, 20])], [(90, "MEDIUM", "e1 e2")]),
@@ -1980,7 +1980,7 @@ def test_repeated_file_reads(name, events, expected):
     issues = found_by(so.RepeatedFileReadAnalyzer(), *copies(events), cwd="/w")
     assert len(issues) == len(expected)
     for issue, (tokens, severity, ids) in zip(sorted(issues, key=lambda i: i.events_involved), expected):
-        check(issue, tokens, severity, ids.split(), read_count=len(ids.split()))
+        check(issue, tokens, severity, ids.split(), read_count=len(issue.claims) + 1)
         assert issue.metadata["file_path"] in ("/w/a.py", "/w/b.py")
         assert issue.issue_type is IssueType.REPEATED_FILE_READ and "cache" in issue.suggestion.lower()
 
@@ -4698,7 +4698,7 @@ def test_results_that_were_cleared_are_not_there_to_be_repeated(keys, lost, repe
     for name in ("old", "new"):
         told.tool(name + " again", "Read", {"file_path": "/w/%s.py" % name})
         told.returned(name + " again", "%s = 1\n" % name * 2_000)
-    told.call("r5", "m", so.Usage(8_000, read=20_000, output=20), text=40)
+    told.call("r5", "m", so.Usage(8_000, read=28_000 if keys == ["unheard of"] else 24_000, output=20), text=40)
     session, = told.finish()
     report = so.build_report(session, [so.RepeatedFileReadAnalyzer()])
     assert sorted(re.search("'([^']+)'", issue.description).group(1) for issue in report.issues) == repeated
@@ -5283,6 +5283,104 @@ def test_a_database_of_another_kind_is_no_transcript(optimizer, tmp_path):
     assert all("database" in entry["reason"] for entry in result["skipped"])
 
 
+GIT_DIFF = "\n".join("+    line %d of a change that is long enough to be worth a word" % n for n in range(60))
+
+
+def told_twice(folder, first, second, between=(), name="Bash", again=None, **arguments):
+    """Two calls of a tool with their results, and what happens between them."""
+    told = Transcript(folder)
+    told.prompt("go")
+    arguments = arguments or {"command": "git diff"}
+    for number, (answer, given) in enumerate(((first, arguments), (second, again or arguments))):
+        told.answer("m%d" % number, (10, 3_000, 5_000 + 4_000 * number, 40), use("t%d" % number, name, **given))
+        told.result("t%d" % number, answer)
+        for step, block in enumerate(between if not number else ()):
+            if isinstance(block, str):
+                told.prompt(block)
+            else:
+                told.answer("b%d" % step, (10, 200, 8_000, 20), block)
+                told.result(block["id"], "done")
+    told.answer("m9", (10, 3_000, 14_000, 40), text(40))
+    return told.save()
+
+
+@pytest.mark.parametrize("name, arguments, first, second, between, found", [
+    ("the same diff", {}, GIT_DIFF, GIT_DIFF, (), [True]),
+    ("after an edit", {}, GIT_DIFF, GIT_DIFF, (use("e", "Edit", file_path="/w/a.py", old_string="a", new_string="b"),), []),
+    ("after a command nobody knows", {}, GIT_DIFF, GIT_DIFF, (use("e", "Bash", command="./deploy-all"),), []),
+    ("after a harmless one", {}, GIT_DIFF, GIT_DIFF, (use("e", "Bash", command="pwd"),), [True]),
+    ("somebody spoke in between", {}, GIT_DIFF, GIT_DIFF, ("look again",), [False]),
+    ("nine lines in ten are the same", {}, GIT_DIFF, GIT_DIFF.replace("line 7 ", "line seven "), (), [False]),
+    ("half of it is the same", {}, GIT_DIFF, GIT_DIFF[:len(GIT_DIFF) // 2] + GIT_DIFF[len(GIT_DIFF) // 2:].upper(), (), []),
+    ("a short answer", {}, "ok, 1 file", "ok, 1 file", (), []),
+    ("an acknowledgement", {"name": "TodoWrite", "todos": [1]}, GIT_DIFF, GIT_DIFF, (), []),
+    ("an MCP server's answer", {"name": "mcp__tracker__get_issue", "id": "7"}, GIT_DIFF, GIT_DIFF, (), [True]),
+    ("another question, the same answer", {"command": "git diff HEAD", "again": {"command": "git diff"}},
+     GIT_DIFF, GIT_DIFF, (), [True]),
+    ("the same grep answer for another pattern", {"name": "Grep", "pattern": "ab", "again": {"pattern": "ab+"}},
+     GIT_DIFF, GIT_DIFF, (), [True]),
+], ids=lambda value: value if isinstance(value, str) and len(value) < 45 else "")
+def test_an_answer_given_again(tmp_path, optimizer, name, arguments, first, second, between, found):
+    row, = optimizer.scan([told_twice(tmp_path, first, second, between, **arguments)])["sessions"]
+    issues = [issue for issue in row["issues"] if issue["issue_type"] == "REPEATED_SEARCH"]
+    assert [issue["measured"] for issue in issues] == found
+    for issue in issues:
+        assert 0 < issue["estimated_waste_tokens"] and len(issue["events_involved"]) == 2
+        share = sum(map(sum, issue["claims"].values()))
+        assert issue["estimated_waste_tokens"] == share
+
+
+@pytest.mark.parametrize("second, between, found", [
+    ({}, (), [True]), ({"dangerouslyDisableSandbox": True}, (), []), ({}, ("try again",), [False])])
+def test_a_retry_knows_its_rights_and_who_asked_for_it(tmp_path, optimizer, second, between, found):
+    told = Transcript(tmp_path)
+    told.prompt("go")
+    for number in range(2):
+        told.answer("m%d" % number, (10, 3_000, 5_000 + 4_000 * number, 90),
+                    use("t%d" % number, "Bash", command="make check", **(second if number else {})))
+        told.result("t%d" % number, "Exit code 2\nmake: *** [check] Error 1 " + "x" * 400, error=True)
+        for words in between if not number else ():
+            told.prompt(words)
+    told.answer("m9", (10, 3_000, 14_000, 40), text(40))
+    row, = optimizer.scan([told.save()])["sessions"]
+    assert [i["measured"] for i in row["issues"] if i["issue_type"] == "FAILED_RETRY"] == found
+
+
+@pytest.mark.parametrize("message, kind", [
+    ("Exit code 128\nerror: gpg failed to sign the data\nfatal: failed to write commit object", "transient"),
+    ("Exit code 6\ncurl: (6) Could not resolve host: example.org", "transient"),
+    ("Exit code 1\nnpm error code EAI_AGAIN", "transient"), ("Exit code 1\nModuleNotFoundError: no module", ""),
+    ("Exit code 7\nconnect ECONNRESET 127.0.0.1:8080", ""), ("Exit code 1\nassert 1 == 2", "")])
+def test_a_service_that_failed_is_nobodys_retry(message, kind):
+    assert so._kind_of(message) == kind
+
+
+def test_the_end_of_a_long_error_tells_two_apart():
+    head = "Traceback\n" + "  frame of a call\n" * 400
+    assert so.normal_message(head + "KeyError: a") != so.normal_message(head + "ValueError: b")
+    assert so.normal_message(head + "KeyError: at 12") == so.normal_message(head + "KeyError: at 99")
+
+
+def test_every_read_whose_lines_are_used_is_evidence_and_shares_are_by_characters():
+    def read_of(first, last, **data):
+        return E("FILE_READ", 1_000, file_path="/w/a.py", lines=[first, last], **data)
+    session = session_of(read_of(1, 50), read_of(51, 100), read_of(1, 100), read_of(40, 139, overlap=[61, 100, 1_000]))
+    issues = so.RepeatedFileReadAnalyzer().analyze(session)
+    claims = {key: claim for issue in issues for key, claim in issue.claims.items()}
+    assert claims == {"e3": (1_000, 0), "e4": (100, 0)}  # by lines it would be 610
+    assert {event for issue in issues for event in issue.events_involved} == {"e1", "e2", "e3", "e4"}
+
+
+def test_small_repeats_of_a_transcript_are_a_note_and_those_logged_by_hand_findings(optimizer):
+    events = [E("FILE_READ", 30, file_path="a.py"), E("FILE_READ", 30, file_path="a.py")]
+    by_hand, imported = session_of(*events), session_of(*events, source={"reader": "x"})
+    assert len(so.build_report(by_hand, optimizer.analyzers).issues) == 1
+    report = so.build_report(imported, optimizer.analyzers)
+    assert report.issues == [] and report.total_waste_tokens == 0
+    assert "1 small repeats, 30 tokens in all, are not listed" in report.notes
+    assert len(so.RepeatedFileReadAnalyzer().analyze(imported)) == 1
+
+
 # ==================================================================================================
 # Scan
 # ==================================================================================================
@@ -5476,9 +5574,9 @@ def test_error_messages_and_secrets_in_commands_are_not_kept(tmp_path, optimizer
     transcript.prompt("A later prompt: " + MARK)
     commands = ["curl -H 'Authorization: Bearer %s' https://x.y" % MARK, "export API_KEY=sk-ant-%s0123456789abcdef; run" % MARK.replace("-", "")]
     for number, line in enumerate(commands * 2):
-        transcript.answer("m%d" % number, (9, 100 + number, 1_000, 40), {"type": "thinking", "thinking": MARK * 9}, text(9), use("t%d" % number, "Bash", command=line))
-        transcript.result("t%d" % number, "Exit code 1\n%s: no such thing" % MARK, error=True, toolUseResult="Error: " + MARK)
-    transcript.answer("m8", (9, 9, 1_500, 9), use("t8", "Write", file_path="/w/a.txt", content=MARK), use("t9", "Grep", pattern="x", path="/w"))
+        transcript.answer("m%d" % number, (9, 400, 1_000 + 409 * number, 40), {"type": "thinking", "thinking": MARK * 9}, text(9), use("t%d" % number, "Bash", command=line))
+        transcript.result("t%d" % number, "Exit code 1\n" + "%s: no such thing\n" % MARK * 20, error=True, toolUseResult="Error: " + MARK)
+    transcript.answer("m8", (9, 400, 2_636, 9), use("t8", "Write", file_path="/w/a.txt", content=MARK), use("t9", "Grep", pattern="x", path="/w"))
     transcript.result("t8", MARK, toolUseResult={"content": MARK, "originalFile": MARK})
     transcript.result("t9", MARK)
     transcript.line("attachment", attachment={"type": "file", "content": MARK})

@@ -4,6 +4,16 @@ from .labels import again, case, finding, pair, reread, spike
 from .recorders import PREFIX, WORDS, Claude, Codex, Gemini, Tool, failing, matches, prose
 
 
+# Long enough that what is wasted is listed: the report leaves out findings below 50 tokens.
+MISSING = ("File does not exist. Note: your current working directory is the project's. Did you mean one of the "
+           "modules beside it? There are cart.py, loader.py, orders.py, prices.py and shipping.py.")
+NO_RULE = ("make: Entering directory 'the project'\nmake: *** No rule to make target 'clean'.  Stop.\n"
+           "make: Leaving directory 'the project'\nThe targets of this makefile are: build, check, dist, docs, "
+           "install and test.")
+REFUSED = ("Request failed with status code %d: the page could not be fetched from docs.example.org. The address "
+           "was tried as it was given, with a time-out of thirty seconds, and without any credentials.")
+
+
 def status(s):
     s.run("git status --short", "?? notes.txt")
 
@@ -394,13 +404,13 @@ def retries():
             found = [
                 again(
                     kind, *[
-                        s.fail("Read", {"file_path": s.path("src/vat.py")}, "File does not exist.")
+                        s.fail("Read", {"file_path": s.path("src/vat.py")}, MISSING)
                         for _ in range(2)
                     ])
             ]
         else:
             s.turn(*[
-                Tool("Read", {"file_path": s.path(p)}, "File does not exist.", 5, error=True)
+                Tool("Read", {"file_path": s.path(p)}, MISSING, 40, error=True)
                 for p in ("src/vat.py", "src/fees.py")
             ])
             found = []
@@ -417,7 +427,7 @@ def retries():
         costs = []
         for _ in range(2):
             if bad:
-                costs.append(s.run("make clean", "make: *** No rule to make target 'clean'.  Stop.", 2))
+                costs.append(s.run("make clean", NO_RULE, 2))
             else:
                 s.use("Bash", {"command": "make clean", "description": "Run it in the project"},
                       "The user doesn't want to proceed with this tool use. The tool use was rejected.",
@@ -436,7 +446,7 @@ def retries():
         for _ in range(2):
             costs.append(
                 s.fail("web_fetch", {"prompt": "List the endpoints on https://docs.example.org/api"},
-                       "Request failed with status code %d" % (404 if bad else 503)))
+                       REFUSED % (404 if bad else 503)))
             s.browse(4, 3)
         s.say("The page cannot be had at the moment.")
         return [again(kind, *costs)]
