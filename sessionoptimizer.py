@@ -825,8 +825,12 @@ class Session(_Record):
     @property
     def imported(self) -> bool:
         """True for a session read from an agent's transcript (its metadata names the source)."""
-        source = self.metadata.get("source")
-        return isinstance(source, dict)
+        return isinstance(self.metadata.get("source"), dict)
+
+    @property
+    def source(self) -> Dict[str, Any]:
+        """Where an imported session is from: its ``reader``, ``path``, ``cwd``, ``version``."""
+        return self.metadata["source"] if self.imported else {}
 
     @property
     def total_tokens(self) -> int:
@@ -2378,11 +2382,8 @@ class Analysis:
         self.by_id = {event.id: event for event in self.events}
         self._repeats: Optional[List[Tuple[SessionEvent, Repeat]]] = None
         self._walk: Optional[ContextWalk] = None
-        self._bill: Optional[Dict[str, Any]] = None
-        self._rebuilds: List[Dict[str, Any]] = []
+        self._bill = empty_bill()
         self._carry: Optional[Dict[str, int]] = None
-        self.small_rebuilds: Dict[str, int] = {}
-        self.hidden_output: Dict[str, int] = {}
 
     @property
     def repeats(self) -> List[Tuple[SessionEvent, Repeat]]:
@@ -2406,45 +2407,44 @@ class Analysis:
         return cost
 
     @property
-    def bill(self) -> Dict[str, Any]:
-        """The session's bill (`bill_of`), in whole pico-dollars."""
-        if self._bill is None:
-            self._bill = bill_of(self.session, self)
-        return self._bill
-
-    @property
     def walk(self) -> ContextWalk:
         """The session's contexts, followed to the end."""
         return self._walk or self.follow()
 
     @property
-    def rebuilds(self) -> List[Dict[str, Any]]:
-        """The rebuilds of SMALL tokens and more, with their causes, as `bill_of` has them."""
-        return self._rebuilds if self.walk else []
+    def bill(self) -> Dict[str, Any]:
+        """The session's bill, as `bill_of` gives it."""
+        return self._bill if self.walk else {}
 
     def follow(self, *watchers: Callable[[Step, Optional[Dict[str, Any]]], Any]) -> ContextWalk:
-        """Follow the contexts once. The watchers are called with every step of it, and the rebuild
-        where it is one."""
-        session, self._rebuilds = self.session, []
-        walk = self._walk = ContextWalk(session)
-        hidden = self.hidden_output = dict(
-            empty_bill()["hidden_output"], calls=session.metadata.get("output_lower_bound_calls", 0))
-        small = self.small_rebuilds = empty_bill()["small_rebuilds"]
+        """Follow the contexts and make out the bill. The watchers are called with every step, and the
+        rebuild where it is one."""
+        session, bill = self.session, empty_bill()
+        walk, cells = ContextWalk(session), _add_usage(bill, session)
+        self._walk, self._bill = walk, bill
+        hidden, small = bill["hidden_output"], bill["small_rebuilds"]
+        hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
         for step in walk:
             rebuild, tokens = None, step.kept - step.read if step.call else 0
             if tokens >= SMALL:
                 rebuild = _rebuild(step, session)
-                self._rebuilds.append(rebuild)
+                bill["rebuilds"].append(rebuild)
             elif tokens:
-                for name, value in (("count", 1), ("tokens", tokens), ("cost", step.rebuild_cost)):
-                    small[name] += value
-            hidden["of"] += step.call is not None
-            if step.last and hidden["calls"]:
-                visible = step.last.tokens_input
-                if visible > sum(event.tokens_output for event in step.events):
-                    hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
+                small["count"] += 1
+                small["tokens"] += tokens
+                small["cost"] += step.rebuild_cost
+            if step.call:
+                hidden["of"] += 1
+                bill["unpriced"]["calls"] += session.price_of(step.call).model == UNPRICED
+            visible = step.last.tokens_input if step.last and hidden["calls"] else 0
+            if step.last and visible > sum(event.tokens_output for event in step.events):
+                hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
             for watch in watchers:
                 watch(step, rebuild)
+        for piece in walk.pieces:
+            for key in zip((piece.content,) * 3, HOW_PAID, piece.sums):
+                cells[key[:2]] = cells.get(key[:2], 0) + key[2]
+        bill["cells"] = _cell_rows(cells)
         return walk
 
     def _carried(self, event: SessionEvent) -> int:
@@ -2452,14 +2452,15 @@ class Analysis:
             self._carry = {}
             for piece in self.walk.pieces if any(e.tokens_cache_read for e in self.events) else ():
                 if piece.event is not None:
-                    self._carry[piece.event.id] = self._carry.get(piece.event.id, 0) + piece.paid(CARRIED)[1]
+                    carried = piece.sums[CARRIED] // _PAIRED
+                    self._carry[piece.event.id] = self._carry.get(piece.event.id, 0) + carried
         return self._carry.get(event.id, 0)
 
 
 
 # What a context holds; what other tools return goes by the tool's name.
 START_LOAD, PROMPTS, FILE_READS, SEARCHES, SHELL = "start load", "prompts", "file reads", "searches", "shell"
-ANSWERS, ATTACHMENTS = "answers kept in context", "attachments and injected text"
+ANSWERS, ATTACHMENTS = "answers kept in the context", "attachments and injected text"
 RELOAD, NOT_ATTRIBUTED = "reload after a compaction", "unattributed"
 _LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD, Source.CLEAR: RELOAD,
            Source.UNATTRIBUTED: NOT_ATTRIBUTED, Source.RESUME: ANSWERS}
@@ -2486,7 +2487,7 @@ def content_of(event: SessionEvent) -> str:
 
 class Piece:
     """What entered a context in one go. ``event``: None for what was counted elsewhere or stands for
-    several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN."""
+    several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED + tokens."""
 
     __slots__ = ("serial", "content", "event", "sums")
 
@@ -2496,11 +2497,6 @@ class Piece:
 
     def __lt__(self, other: Piece) -> bool:
         return self.serial < other.serial
-
-    def paid(self, how: int) -> Tuple[int, int]:
-        """Tokens and pico-dollars."""
-        cost, tokens = divmod(self.sums[how], _PAIRED)
-        return tokens, cost
 
 
 class HeldContext:
@@ -3004,12 +3000,9 @@ def cause_of(step: Step, session: Session) -> Tuple[str, str]:
 
 def expired(step: Step, session: Session) -> bool:
     """Whether the clock says that a rebuild came of a cache that had outlived its time."""
-    source = session.metadata.get("source")
-    if isinstance(source, dict) and source.get("reader") in _NO_CLOCK:
+    if not step.ttl or session.source.get("reader") in _NO_CLOCK:
         return False
-    if not step.ttl or 2 * (step.kept - step.read) < step.before:
-        return False
-    return (step.gap or 0.0) > step.ttl + GRACE
+    return 2 * (step.kept - step.read) >= step.before and (step.gap or 0.0) > step.ttl + GRACE
 
 
 def _rebuild(step: Step, session: Session) -> Dict[str, Any]:
@@ -3017,13 +3010,11 @@ def _rebuild(step: Step, session: Session) -> Dict[str, Any]:
     call, tokens = step.call, step.kept - step.read
     assert call is not None
     cause, said_by = cause_of(step, session)
-    source = session.metadata.get("source")
-    gap = step.gap
-    read_price = session.price_of(call).rates.read
+    gap, read_price = step.gap, session.price_of(call).rates.read
     loaded = next(event for event in step.events if event.data.get("source") == Source.REBUILD)
-    return {"session": session.id, "path": call.data.get("path") or (
-                source.get("path", "") if isinstance(source, dict) else ""),
-            "line": call.data.get("line", 0), "at": call.timestamp, "cause": cause, "source": said_by,
+    path = call.data.get("path") or session.source.get("path", "")
+    return {"session": session.id, "path": path, "line": call.data.get("line", 0),
+            "at": call.timestamp, "cause": cause, "source": said_by,
             "gap_seconds": None if gap is None else round(gap, 3), "tokens": tokens,
             "cost": step.rebuild_cost, "net_cost": step.rebuild_cost - tokens * read_price,
             "model": call.model or session.model, "context": step.before, "event": loaded.id,
@@ -3049,17 +3040,16 @@ def empty_bill() -> Dict[str, Any]:
             "cells": [], "small_rebuilds": {"count": 0, "tokens": 0, "cost": 0}, "rebuilds": []}
 
 
-def bill_of(session: Session, analysis: Optional[Analysis] = None) -> Dict[str, Any]:
+def bill_of(session: Session) -> Dict[str, Any]:
     """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content x how
     it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``: calls whose
     output is a placeholder, of all, and what the output of those would cost at its visible size."""
-    analysis = analysis or Analysis(session)
-    bill = empty_bill()
-    cells: Dict[Tuple[str, str], List[int]] = {}
-    for piece in analysis.walk.pieces:
-        for how, paid in enumerate(piece.sums):
-            if paid:
-                _add_to(cells, (piece.content, HOW_PAID[how]), *piece.paid(how))
+    return Analysis(session).bill
+
+
+def _add_usage(bill: Dict[str, Any], session: Session) -> Dict[Tuple[str, str], int]:
+    """Add what the sums of the usage tell; the cells of the output."""
+    cells: Dict[Tuple[str, str], int] = {}
     for (model, rate), usage in session.usages().items():
         price = session.prices.lookup(model, rate)
         cost = price.cost(usage)
@@ -3069,34 +3059,22 @@ def bill_of(session: Session, analysis: Optional[Analysis] = None) -> Dict[str, 
         bill["models"][model] = bill["models"].get(model, 0) + cost
         for name, billed_as, tokens in zip(CLASSES, Usage._fields, usage):
             bill["classes"][name] += price.cost(Usage(**{billed_as: tokens}))
-        if usage.output:
-            _add_to(cells, ("output", "output"), usage.output, price.cost(Usage(output=usage.output)))
-        if price.model == UNPRICED:
-            bill["unpriced"]["tokens"] += sum(usage)
-    bill.update(cells=_cell_rows(cells), rebuilds=analysis.rebuilds,
-                small_rebuilds=analysis.small_rebuilds, hidden_output=analysis.hidden_output)
-    bill["unpriced"]["calls"] = sum(
-        event.event_type is EventType.AI_RESPONSE and session.price_of(event).model == UNPRICED
-        for event in session.events) if bill["unpriced"]["tokens"] else 0
-    return bill
+        bill["unpriced"]["tokens"] += sum(usage) if price.model == UNPRICED else 0
+    output = sum(usage.output for usage in session.usages().values())
+    cells["output", "output"] = bill["classes"]["output"] * _PAIRED + output
+    return cells
 
 
-def _add_to(cells: Dict[Tuple[str, str], List[int]], key: Tuple[str, str], tokens: int, cost: int) -> None:
-    cell = cells.setdefault(key, [0, 0])
-    cell[0] += tokens
-    cell[1] += cost
-
-
-def _cell_rows(cells: Dict[Tuple[str, str], List[int]]) -> List[Dict[str, Any]]:
-    ranked = sorted(cells.items(), key=lambda item: (-item[1][1], item[0]))
-    return [{"content": content, "how": how, "tokens": tokens, "cost": cost}
-            for (content, how), (tokens, cost) in ranked]
+def _cell_rows(cells: Dict[Tuple[str, str], int]) -> List[Dict[str, Any]]:
+    """The cells that hold something, the dearest first."""
+    ranked = sorted((-(paid // _PAIRED), key, paid % _PAIRED) for key, paid in cells.items() if paid)
+    return [{"content": content, "how": how, "tokens": tokens, "cost": -cost}
+            for cost, (content, how), tokens in ranked]
 
 
 def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
     """The sum of bills, in any order the same."""
-    total = empty_bill()
-    cells: Dict[Tuple[str, str], List[int]] = {}
+    total, cells = empty_bill(), {}  # type: Tuple[Dict[str, Any], Dict[Tuple[str, str], int]]
     for bill in bills:
         for name, part in bill.items():
             if part.__class__ is int:
@@ -3105,7 +3083,8 @@ def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
                 for key, value in part.items():
                     total[name][key] = total[name].get(key, 0) + value
         for cell in bill["cells"]:
-            _add_to(cells, (cell["content"], cell["how"]), cell["tokens"], cell["cost"])
+            place = cell["content"], cell["how"]
+            cells[place] = cells.get(place, 0) + cell["cost"] * _PAIRED + cell["tokens"]
         total["rebuilds"] += bill["rebuilds"]
     total["cells"] = _cell_rows(cells)
     total["rebuilds"].sort(key=lambda rebuild: (-rebuild["net_cost"], rebuild["session"], rebuild["event"]))
@@ -3570,7 +3549,7 @@ class LongSessionAnalyzer(BaseAnalyzer):
 
     def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
         if session.imported or any(event.usage[1:4] != (0, 0, 0) for event in session.events):
-            returns = [rebuild for rebuild in analysis.rebuilds if rebuild["cause"] == "expired"]
+            returns = [rebuild for rebuild in analysis.bill["rebuilds"] if rebuild["cause"] == "expired"]
             if returns:
                 yield self._returned(analysis, returns)
             return
@@ -3924,32 +3903,30 @@ def parse_policy(text: str) -> Tuple[str, Dict[str, Any]]:
     name, *words = str(text).split() or [""]
     if name not in POLICIES:
         raise InvalidValue(f"unknown policy {name!r}: use one of {', '.join(POLICIES)}")
-    options = dict(POLICIES[name])
-    while words:
-        word = words.pop(0)
-        given = word.startswith("--")
-        needed = [key for key, value in options.items() if value is None]
-        key = word[2:].replace("-", "_") if given else (needed or [""])[0]
+    options: Dict[str, Any] = dict(POLICIES[name])
+    key = next(iter(options), "")
+    for word in words:
+        if word.startswith("--"):
+            key = word[2:].replace("-", "_")
+            value = True if options.get(key) is False else None
+        else:
+            value = _policy_value(key, word)
         if key not in options or name == "all":
             raise InvalidValue(f"{name} has no option {word!r}: it has {', '.join(options) or 'none'}")
-        if options[key] is False:
-            options[key] = True
-        else:
-            options[key] = _policy_value(key, words.pop(0) if given and words else "" if given else word)
+        options[key] = value
     for key in [key for key, value in options.items() if value is None]:
-        raise InvalidValue(f"{name} needs {key}, such as {'1h' if key == 'ttl' else '20k'}")
+        raise InvalidValue(f"{text!r} needs {key}: {'5m or 1h' if key == 'ttl' else 'a number such as 60k'}")
     return name, options
 
 
 def _policy_value(key: str, word: str) -> Any:
-    if key == "tool" and word:
+    """None for what is no value."""
+    if key == "tool":
         return word
-    if key == "ttl" and word in ("5m", "1h"):
-        return HOUR_TTL if word == "1h" else SHORT_TTL
+    if key == "ttl":
+        return {"5m": SHORT_TTL, "1h": HOUR_TTL}.get(word)
     number = re.match(r"(\d{1,9})([km]?)$", word.lower())
-    if not number or key in ("ttl", "tool"):
-        raise InvalidValue(f"{key} is {word!r}: give {'5m or 1h' if key == 'ttl' else 'a number such as 60k'}")
-    return int(number.group(1)) * {"": 1, "k": 1_000, "m": 1_000_000}[number.group(2)]
+    return int(number.group(1)) * {"": 1, "k": 1_000, "m": 1_000_000}[number.group(2)] if number else None
 
 
 class Compactions:
@@ -9641,16 +9618,14 @@ def bill_columns(analysis: Analysis) -> Dict[str, Any]:
     (policy: savings worst, middle and best), ``start_load`` (tokens of the main agent's first window),
     ``version`` of the client, ``large_reads``."""
     saves = replayed(analysis, *FIXED_POLICIES.values())
-    session, bill = analysis.session, analysis.bill
+    session = analysis.session
     replay = {name: each for name, each in zip(FIXED_POLICIES, saves) if any(each)}
-    source = session.metadata.get("source")
     reads = [{"file": str(piece.event.data.get("file_path") or ""), "tokens": piece.event.tokens_input,
-              "cost": sum(piece.paid(how)[1] for how in range(3))}
+              "cost": sum(piece.sums) // _PAIRED}
              for piece in analysis.walk.pieces if piece.event is not None
              and piece.event.event_type is EventType.FILE_READ and piece.event.tokens_input >= LARGE_READ]
-    source = source if isinstance(source, dict) else session.metadata
-    return {"bill": bill, "replay": replay, "start_load": analysis.walk.starts.get("", 0),
-            "version": str(source.get("version", "")), "project": str(source.get("cwd", "")),
+    return {"bill": analysis.bill, "replay": replay, "start_load": analysis.walk.starts.get("", 0),
+            "version": str(session.source.get("version", "")), "project": _cwd_of(session),
             "large_reads": reads}
 
 
@@ -9659,8 +9634,7 @@ def usage_rows(session: Session) -> List[Dict[str, Any]]:
     "calls", "uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output", "cost"}``,
     tokens and whole pico-dollars that add up to the session's. What a call took in and read falls on its
     day, what it wrote on the day it was written; ``tool``: "" where none."""
-    source = session.metadata.get("source")
-    project = str((source if isinstance(source, dict) else session.metadata).get("cwd", ""))
+    project = _cwd_of(session)
     sums: Dict[Tuple[str, str, str], List[int]] = {}
 
     def add(event: SessionEvent, stamp: str, usage: Usage, calls: int = 0) -> None:

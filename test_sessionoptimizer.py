@@ -1601,8 +1601,8 @@ def test_the_bill_of_six_calls_as_counted_by_hand():
         ("prompts", "first"): 1_800, ("prompts", "carried"): 5_600, ("prompts", "again"): 1_000,
         ("file reads", "first"): 60_000, ("file reads", "carried"): 120_000, ("file reads", "again"): 30_000,
         ("searches", "first"): 2_000, ("searches", "carried"): 4_000, ("searches", "again"): 2_000,
-        ("answers kept in context", "first"): 500, ("answers kept in context", "carried"): 800,
-        ("answers kept in context", "again"): 200, ("shell", "first"): 900, ("output", "output"): 1_200}
+        ("answers kept in the context", "first"): 500, ("answers kept in the context", "carried"): 800,
+        ("answers kept in the context", "again"): 200, ("shell", "first"): 900, ("output", "output"): 1_200}
     usd = so.in_usd(bill)
     assert usd["total"] == session.estimated_cost == sum(usd["models"].values())
     # 85,200 entered and 37,200 again at 0.01875 per 1,000, 226,400 carried at 0.0015, 1,200 written at 0.075
@@ -2353,7 +2353,7 @@ def test_a_policy_is_no_faster_word_than_it_says():
     assert so.parse_policy("cap 2k --tool Bash") == ("cap", {"tokens": 2_000, "tool": "Bash"})
     for text, message in (("", "unknown policy"), ("shrink", "unknown policy"), ("cap", "needs tokens"), ("ttl 2h", "5m or 1h"),
                           ("compact --over 5", "no option"), ("compact --above", "60k"), ("all --above 5", "no option"),
-                          ("compact 5", "no option"), ("cap -3", "60k")):
+                          ("none 5", "no option"), ("cap -3", "60k")):
         with pytest.raises(InvalidValue, match=message):
             so.parse_policy(text)
 
@@ -4650,7 +4650,7 @@ def test_a_session_that_goes_on_in_a_new_file_is_resumed_there(tmp_path, optimiz
                 if session.metadata.get("calls_elsewhere")]
     resume, history = [event for event in resumed.events if event.event_type is EventType.CONTEXT_LOAD][:2]
     assert (resume.data["source"], history.data["source"], history.tokens_input) == ("resume", "history", 0)
-    assert history.data["contents"] == {"start load": 1_000, "prompts": 10, "answers kept in context": 50, "file reads": 100}
+    assert history.data["contents"] == {"start load": 1_000, "prompts": 10, "answers kept in the context": 50, "file reads": 100}
 
 
 def read_again(told, last, **between):
