@@ -9193,6 +9193,58 @@ def _response_text(response: Any) -> Tuple[str, int]:
     return text, min(len(text), _PERSISTED) if details.get("persistedOutputPath") else len(text)
 
 
+_REVIVING = ("SessionStart", "UserPromptSubmit")  # an ended session goes on with these
+_GONE = 86_400  # seconds without a word after which an agent that keeps no list has gone
+
+
+def _transcript_of(told: Dict[str, Any]) -> str:
+    """The transcript that a hook or a session's metadata names; "" where none is."""
+    path = told.get("transcript_path") or _as_dict(told.get("source")).get("path")
+    return os.path.expanduser(_text(path))
+
+
+def _last_model(path: str) -> str:
+    """The model of a transcript's last answer; "" where its end holds none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD_SIZE))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        try:
+            told = json.loads(line) if b'"assistant"' in line else {}
+        except ValueError:
+            continue  # the first line is cut
+        model = _text(_as_dict(_as_dict(told).get("message")).get("model"))
+        if model and model[0] != "<":
+            return model.lower()
+    return ""
+
+
+def _agent_runs(metadata: Dict[str, Any]) -> bool:
+    """Whether the agent of a session is at work, by the list Claude Code keeps of its processes;
+    where it keeps none, by the age of the transcript."""
+    path = _transcript_of(metadata)
+    folder = os.path.join(path.rpartition(os.sep + "projects" + os.sep)[0], "sessions")
+    stem = os.path.splitext(os.path.basename(path))[0]
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return not os.path.exists(path) or time.time() - os.path.getmtime(path) < _GONE
+    for name in names:
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                entry = json.load(file)
+            if entry["sessionId"] == stem:
+                if os.name != "nt":  # there it would end the process
+                    os.kill(entry["pid"], 0)
+                return True
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # not of an agent, or of one that has ended
+    return False
+
+
 class LiveHooks:
     """Logs what an agent's hooks tell to the session of that id in the store of a
     ``SessionOptimizer``, and guards its window."""
@@ -9205,22 +9257,25 @@ class LiveHooks:
         if not all(_text(_as_dict(payload).get(key)) for key in ("session_id", "hook_event_name")):
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
         session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
-        event = hook_event(payload)
+        event, known = hook_event(payload), os.path.lexists(self.store.find(session_id))
         if kind == "SessionEnd":
+            if not known or self._caught_up(session_id, payload):
+                return None
             event = SessionEvent("", now_text(), EventType.SESSION_END, {
                 "status": SessionStatus.COMPLETED.value,
                 "reason": _text(payload.get("reason"))[:40]})
         elif event is None and kind != "SessionStart":
             return None
-        if not os.path.lexists(self.store.find(session_id)):
-            if kind == "SessionEnd":
-                return None
+        if not known:
             self._begin(session_id, payload)
-        footer = self._append(session_id, kind, event)
-        if kind == "UserPromptSubmit" and footer["event_count"] == 2:
-            self._name(session_id, task_line(_text(payload.get("prompt"))))
+        head = self.store.head(session_id)
+        live = head["metadata"].get("live") or head["status"] == SessionStatus.ACTIVE.value
+        if not live and kind not in _REVIVING and not _agent_runs(head["metadata"]):
+            return None  # of a hook that came late: the transcript has told it
+        self._append(session_id, kind, event)
+        self._name(session_id, head, payload)
         if session_id in self.optimizer._sessions:
-            self.optimizer.get_session(session_id)
+            self.optimizer._live.refreshed(session_id)
         return event if event is not None and event.id else None
 
     def _begin(self, session_id: str, payload: Dict[str, Any]) -> None:
@@ -9241,7 +9296,7 @@ class LiveHooks:
                 if ended:
                     return None, {}
                 changes = {"status": SessionStatus.COMPLETED.value, "ended_at": event.timestamp}
-            elif ended and kind in ("SessionStart", "UserPromptSubmit"):
+            elif ended and kind in _REVIVING:
                 changes = {"status": SessionStatus.ACTIVE.value, "ended_at": ""}
             if event is None:
                 return None, changes
@@ -9250,14 +9305,45 @@ class LiveHooks:
 
         return self.store.append(session_id, make)[1]
 
-    def _name(self, session_id: str, task: str) -> None:
-        """The first prompt tells the task of a session that had to begin without one."""
+    def _name(self, session_id: str, head: Dict[str, Any], payload: Dict[str, Any]) -> None:
+        """Tell what a session had to begin without: its task by the first prompt, its model by the
+        transcript."""
         def name(document: Dict[str, Any]) -> None:
-            if task and not document["task"] and document["metadata"].get("live"):
-                document["task"] = document["events"][0]["data"]["task"] = task
+            document.update(news)
+            document["events"][0]["data"].update(news)
 
-        if not self.store.head(session_id)["task"]:
+        if not head["metadata"].get("live"):
+            return
+        news = {} if head["task"] else {"task": task_line(_text(payload.get("prompt")))}
+        if head["model"] == "default":
+            news["model"] = _last_model(_transcript_of(payload))
+        news = {key: value for key, value in news.items() if value}
+        if news:
             self.store.change(session_id, name)
+
+    def _caught_up(self, session_id: str, told: Dict[str, Any]) -> bool:
+        """Put what the transcript tells in the session's place; whether there was one and it
+        did."""
+        path = _transcript_of(told)
+        if not os.path.isfile(path):
+            return False
+        agents = os.path.splitext(path)[0]
+        self.optimizer.scan([path, agents] if os.path.isdir(agents) else [path], again=True)
+        head = self.store.readable_head(session_id)
+        return head is None or head["status"] != SessionStatus.ACTIVE.value
+
+    def closed(self, session_id: str, metadata: Dict[str, Any]) -> bool:
+        """Whether this active session's agent has gone; it is ended then, with what its transcript
+        tells."""
+        if not _transcript_of(metadata) or _agent_runs(metadata):
+            return False
+        try:
+            if not self._caught_up(session_id, metadata):
+                self.optimizer.end_session(session_id, SessionStatus.ABANDONED)
+        except StorageError as error:
+            _warn(f"session {session_id} has ended, which could not be noted: {error}")
+            return False
+        return True
 
     def guard(self, payload: Dict[str, Any], deny: bool) -> Optional[Dict[str, Any]]:
         """See ``SessionOptimizer.guard``."""
@@ -9317,7 +9403,8 @@ def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
         what = f"The answer to the search '{plain(call.data.get('query'), 80)}'"
         again = "searching again"
         how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
-    return (f"{what} {how}: it is still in the context (about {repeat['tokens']:,} tokens). "
+    size = "1 token" if repeat["tokens"] == 1 else f"{repeat['tokens']:,} tokens"
+    return (f"{what} {how}: it is still in the context (about {size}). "
             f"Use that instead of {again}.")
 
 
@@ -10104,7 +10191,11 @@ class SessionOptimizer:
     def get_session(self, session_id: str) -> Optional[Session]:
         """The session with everything logged so far by any process; None when there is none.
         DamagedSession when its file cannot be read."""
-        return self._live.refreshed(session_id) if isinstance(session_id, str) else None
+        session = self._live.refreshed(session_id) if isinstance(session_id, str) else None
+        if session is not None and session.status is SessionStatus.ACTIVE:
+            if LiveHooks(self).closed(session_id, session.metadata):
+                return self._live.refreshed(session_id)
+        return session
 
     def list_sessions(self, agent: Optional[str] = None,
                       status: Union[SessionStatus, str, None] = None,
@@ -10125,6 +10216,9 @@ class SessionOptimizer:
             if len(found) >= limit or after is not None and started < after:
                 break
             head = self.store.readable_head(session_id)
+            if head and head.get("status") == SessionStatus.ACTIVE.value:
+                if LiveHooks(self).closed(session_id, head.get("metadata") or {}):
+                    head = self.store.readable_head(session_id)
             if head and wanted in (None, head.get("status")):
                 found.append(self._live.listed(session_id, head))
         return found
@@ -10324,6 +10418,10 @@ class SessionOptimizer:
                     self.store.state.forget(session_id, False)  # deleted meanwhile
         except StorageError as error:
             _warn(f"the summaries could not be saved: {error}")
+        active = [name for name, row in rows.items() if row["status"] == SessionStatus.ACTIVE.value]
+        heads = [(name, self.store.readable_head(name) or {}) for name in active]
+        if any([LiveHooks(self).closed(name, head.get("metadata") or {}) for name, head in heads]):
+            return self.summaries(days)
         since = time.time() - days * 86400 if days is not None else float("-inf")
         kept = [row for row in rows.values() if row["started"] >= since]
         return sorted(kept, key=lambda row: (row["started"], row["id"]))

@@ -5078,11 +5078,109 @@ def transcript_of(agent, *, prompt="Fix the loader", reads=2):
     return path
 
 
+def test_a_live_session_knows_the_model_its_transcript_names(agent):
+    agent.hook("SessionStart", source="startup")
+    assert agent.session().model == "default"
+    path = transcript_of(agent)
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    assert (agent.session().model, agent.session().task) == ("claude-opus-5", "Fix the loader")
+    path.write_text(path.read_text().replace("claude-opus-5", "claude-haiku-4-5"))
+    agent.hook("Stop", last_assistant_message="Done.")
+    assert agent.session().model == "claude-opus-5"  # that of the session, once known
+
+
+@pytest.mark.parametrize("text, model", [
+    ("", ""), ("{", ""), ('{"type": "assistant", "message": {"model": "<synthetic>"}}', ""),
+    ('{"type": "assistant", "message": {"model": "Claude-A"}}\n{"type": "assistant", "message": {"model": "<synthetic>"}}', "claude-a"),
+    ('{"type": "user", "toolUseResult": {"model": "b"}}', ""), ('{"type": "assistant", "message": []}', ""), ('["assistant"]', ""),
+])
+def test_the_model_of_a_transcripts_last_answer(tmp_path, text, model):
+    (tmp_path / "t.jsonl").write_text(text)
+    assert so._last_model(str(tmp_path / "t.jsonl")) == model and so._last_model(str(tmp_path / "none")) == ""
+
+
+class Claude:
+    """A home with the list of running processes that Claude Code keeps in it."""
+
+    def __init__(self, optimizer, folder):
+        self.work = folder / "projects" / "-w"
+        self.work.mkdir(parents=True)
+        (folder / "sessions").mkdir()
+        self.list, self.agent = folder / "sessions", Agent(optimizer, self.work)
+
+    def runs(self, process, session_id):
+        (self.list / f"{process}.json").write_text(json.dumps({"pid": process, "sessionId": session_id}))
+
+
+@pytest.fixture
+def claude(optimizer, tmp_path):
+    return Claude(optimizer, tmp_path)
+
+
+def test_the_end_of_a_session_brings_what_its_transcript_tells(claude):
+    agent = claude.agent
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    transcript_of(agent)
+    agent.hook("SessionEnd", reason="other")
+    session = agent.session()
+    assert (session.status, session.model, session.task) == (so.SessionStatus.COMPLETED, "claude-opus-5", "Fix the loader")
+    kinds = [event.event_type.name for event in session.events]
+    assert (kinds.count("FILE_READ"), kinds.count("AI_RESPONSE"), session.total_tokens_output) == (2, 3, 90)
+    before = len(session.events)
+    agent.bash("git status")  # a hook that came late: the transcript has told it
+    assert len(agent.session().events) == before
+    claude.runs(os.getpid(), agent.id)
+    agent.hook("UserPromptSubmit", prompt="And now?")
+    agent.bash("git status")
+    assert agent.session().status is so.SessionStatus.ACTIVE and len(agent.session().events) == before + 2
+
+
+def ended_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+LOOKS = [lambda o, i: o.list_sessions(), lambda o, i: o.get_session(i), lambda o, i: o.summaries(), lambda o, i: o.analyze(i)]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("told", [True, False], ids=["transcript", "none"])
+def test_a_session_whose_agent_has_gone_is_closed_by_whoever_looks(claude, optimizer, look, told):
+    agent = claude.agent
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    if told:
+        transcript_of(agent)
+    claude.runs(os.getpid(), agent.id)
+    (claude.list / "other.json").write_text("[")
+    look(optimizer, agent.id)
+    assert optimizer.store.head(agent.id)["status"] == "ACTIVE"
+    claude.runs(os.getpid(), "another")
+    claude.runs(ended_process(), agent.id)
+    look(SessionOptimizer(optimizer.store.root), agent.id)
+    head = optimizer.store.head(agent.id)
+    assert head["status"] == ("COMPLETED" if told else "ABANDONED") and head["ended_at"]
+    assert head["model"] == ("claude-opus-5" if told else "default")
+
+
+def test_without_a_list_of_processes_a_day_of_silence_is_the_end(agent, optimizer):
+    agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    path = transcript_of(agent)
+    os.utime(path, (time.time() - 80_000,) * 2)
+    assert optimizer.list_sessions()[0].status is so.SessionStatus.ACTIVE
+    os.utime(path, (time.time() - 90_000,) * 2)
+    assert optimizer.list_sessions()[0].status is so.SessionStatus.COMPLETED
+
+
+def test_sessions_of_other_programs_stay_active(optimizer):
+    optimizer.start_session("FORGE", "x", session_id="mine")
+    assert optimizer.list_sessions()[0].status is so.SessionStatus.ACTIVE
+
+
 def test_a_scan_replaces_the_estimates_in_place(agent):
     path = transcript_of(agent)
     agent.hook("SessionStart", source="startup")
     agent.hook("UserPromptSubmit", prompt="Fix the loader")
-    agent.hook("SessionEnd", reason="other")
     assert "estimated from their size" in " ".join(agent.optimizer.analyze(agent.id).notes)
     result = agent.optimizer.scan([str(path)])
     assert [row["id"] for row in result["sessions"]] == [agent.id]
