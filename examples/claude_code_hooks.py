@@ -5,12 +5,14 @@
     python3 examples/claude_code_hooks.py --install                ~/.claude/settings.json, all projects
     python3 examples/claude_code_hooks.py --install --project      .claude/settings.json of this directory
     python3 examples/claude_code_hooks.py --install --guard        advice before a read or a search repeats
+    python3 examples/claude_code_hooks.py --install --status-line  and the line of claude_code_status.py
     python3 examples/claude_code_hooks.py --uninstall
 
 The change is shown first, as a diff; a copy of the file stays beside it (settings.json.DATE.bak). Installing
 twice is installing once. Uninstalling takes out these entries alone, and gives back the file byte for byte
-when nothing else has changed since. The hooks print nothing, and the agent waits for none but the last of a
-session and the guard.
+when nothing else has changed since. A file that somebody else edits at that moment is read again, not written
+over. The hooks print nothing, and the agent waits for none but the guard, the one at the end of a turn and the
+one at the end of a session (a run with ``-p`` kills those it does not wait for).
 """
 from __future__ import annotations
 
@@ -33,23 +35,41 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EVENTS = ("SessionStart", "UserPromptSubmit", "PostToolUse", "PostToolUseFailure", "SubagentStop",
           "PreCompact", "Stop", "SessionEnd")
 GUARDED = "Read|Grep|Glob|Bash|PowerShell"
+WAITED = ("Stop", "SessionEnd")  # for the others the agent does not wait
 SECONDS = 10        # a hook that takes longer is stopped
-LAST_SECONDS = 5    # at the end of a session, where hooks have 1.5 s unless they ask for more
-OURS = re.compile(r"""(?:^|[/\\"'\s])sessionoptimizer(?:\.py|\.exe)?["']?(?:\s.*)?\shook"""
-                  r"""(?:\s+--(?:guard|deny))*\s*$""")
+LAST_SECONDS = 5    # where the agent waits; at the end of a session hooks have 1.5 s unless they ask for more
+REFRESH = 30        # seconds between two status lines while nothing happens but time
+ATTEMPTS = 5        # at a file that others edit at the same moment
+BOM = b"\xef\xbb\xbf"
+STATUS = "claude_code_status.py"
 
 
 class SettingsError(Exception):
     """A settings file that cannot be changed safely; the message names it and says why."""
 
 
+class Edited(Exception):
+    """Somebody changed the file between the reading and the writing."""
+
+
+def command_line(words: list[str], store: str | None) -> str:
+    """A command of these words for the shell, with the store it logs to."""
+    place = ["--store", os.path.abspath(store)] if store else []
+    words = words + place
+    return subprocess.list2cmdline(words) if os.name == "nt" else " ".join(map(shlex.quote, words))
+
+
 def hook_command(store: str | None) -> str:
     """The command of a hook: the installed program, else this clone's module."""
     program = shutil.which("sessionoptimizer")
     words = ["sessionoptimizer"] if program else [sys.executable, os.path.join(ROOT, "sessionoptimizer.py")]
-    words += ["--store", os.path.abspath(store)] if store else []
-    words.append("hook")
-    return subprocess.list2cmdline(words) if os.name == "nt" else " ".join(map(shlex.quote, words))
+    return command_line(words, store) + " hook"
+
+
+def status_entry(store: str | None) -> dict[str, Any]:
+    """What the settings' statusLine is to be."""
+    words = [sys.executable, os.path.join(ROOT, "examples", STATUS)]
+    return {"type": "command", "command": command_line(words, store), "refreshInterval": REFRESH}
 
 
 def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
@@ -57,7 +77,7 @@ def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
     result = {}
     for event in EVENTS:
         handler: dict[str, Any] = {"type": "command", "command": command, "timeout": SECONDS, "async": True}
-        if event == "SessionEnd":
+        if event in WAITED:
             handler = {"type": "command", "command": command, "timeout": LAST_SECONDS}
         result[event] = {"hooks": [handler]}
     if guard:
@@ -67,9 +87,35 @@ def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
     return result
 
 
+def words_of(handler: Any) -> list[str]:
+    """A handler's command: the base names of program and script, and the other words; [] where it is none."""
+    try:
+        words = shlex.split(str(handler["command"]), posix=os.name != "nt" and "\\" not in handler["command"])
+    except (ValueError, TypeError, KeyError):
+        return []
+    return [re.split(r"[/\\]", word.strip("\"'"))[-1] for word in words]
+
+
+def arguments_of(handler: Any, *programs: str) -> list[str] | None:
+    """The words after one of our programs, run by itself or by Python, and after its --store; None where the
+    command is another, if it only names one of them."""
+    words = words_of(handler)
+    if words and re.match(r"(?:python|pypy|py)[\d.]*(?:\.exe)?$", words[0]):
+        words = words[2 if words[1:2] == ["-m"] else 1:]
+    if not words or words[0] not in programs:
+        return None
+    return words[3:] if words[1:2] == ["--store"] else words[1:]
+
+
 def is_ours(handler: Any) -> bool:
-    """Whether a handler runs ``sessionoptimizer hook``."""
-    return isinstance(handler, dict) and bool(OURS.search(str(handler.get("command", ""))))
+    """Whether a handler runs ``sessionoptimizer hook``, and nothing else."""
+    words = arguments_of(handler, "sessionoptimizer", "sessionoptimizer.py", "sessionoptimizer.exe") or []
+    return words[:1] == ["hook"] and words[1:] in ([], ["--guard"], ["--guard", "--deny"])
+
+
+def is_our_status(settings: dict[str, Any]) -> bool:
+    """Whether the settings' status line is ours."""
+    return arguments_of(settings.get("statusLine"), STATUS) == []
 
 
 def ours_in(settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -99,14 +145,24 @@ def without(settings: dict[str, Any]) -> dict[str, Any]:
             del result["hooks"][event]
     if not result.get("hooks", True) and settings["hooks"]:
         del result["hooks"]
+    if is_our_status(settings):
+        del result["statusLine"]
     return result
 
 
-def merged(settings: dict[str, Any], wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings with our entries; the same settings when they are there already."""
+def merged(settings: dict[str, Any], wanted: dict[str, dict[str, Any]],
+           status: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings with our entries; the same settings when they are there already. SettingsError where the
+    user's own status line stands in the place of ours."""
     if ours_in(settings) == {event: [group] for event, group in wanted.items()}:
-        return settings
+        if status == (settings.get("statusLine") if is_our_status(settings) else None):
+            return settings
     result = without(settings)
+    if status:
+        if "statusLine" in result:
+            raise SettingsError("the settings have a statusLine of their own: take it out or install without "
+                                "--status-line; nothing was changed")
+        result["statusLine"] = status
     for event, group in wanted.items():
         result.setdefault("hooks", {}).setdefault(event, []).append(copy.deepcopy(group))
     return result
@@ -132,7 +188,8 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        settings = json.loads(data.decode("utf-8"), object_pairs_hook=once) if data.strip() else {}
+        text = data[len(BOM):] if data.startswith(BOM) else data
+        settings = json.loads(text.decode("utf-8"), object_pairs_hook=once) if text.strip() else {}
         write_like(settings, data)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is damaged: {error}; mend it first, nothing was changed") from None
@@ -144,16 +201,17 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
 
 
 def write_like(settings: dict[str, Any], old: bytes) -> bytes:
-    """The settings as JSON with the indentation, line ends and last line of the old file."""
+    """The settings as JSON with the byte order mark, indentation, line ends and last line of the old file."""
     indent = re.search(rb"^([ \t]+)\S", old, re.MULTILINE)
     text = json.dumps(settings, indent=indent.group(1).decode() if indent else 2, ensure_ascii=False)
     text += "\n" if not old or old.endswith(b"\n") else ""
-    return text.replace("\n", "\r\n" if b"\r\n" in old else "\n").encode("utf-8")
+    data = text.replace("\n", "\r\n" if b"\r\n" in old else "\n").encode("utf-8")
+    return BOM + data if old.startswith(BOM) else data
 
 
 def uninstalled(path: str, old: bytes, settings: dict[str, Any]) -> bytes | None:
     """The file's bytes without our entries: those of a copy that says the same; None to remove the file."""
-    if not ours_in(settings):
+    if not ours_in(settings) and not is_our_status(settings):
         return old
     plain = without(settings)
     for backup in sorted(glob.glob(glob.escape(path) + ".*.bak"), reverse=True):
@@ -163,7 +221,7 @@ def uninstalled(path: str, old: bytes, settings: dict[str, Any]) -> bytes | None
             before = parse(data, backup)
         except (OSError, SettingsError):
             continue
-        if not ours_in(before) and same(before, plain):
+        if not ours_in(before) and not is_our_status(before) and same(before, plain):
             return data
     return write_like(plain, old) if plain else None
 
@@ -178,24 +236,30 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def replace(path: str, old: bytes, new: bytes | None) -> str:
-    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" without a file."""
+    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" without a file. Edited when
+    the file is not the old one any more; it stays as it is then."""
     backup, target = "", os.path.realpath(path)  # a link, as dotfile managers make, stays one
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.exists(target):
         backup = f"{path}.{datetime.now():%Y%m%d-%H%M%S-%f}.bak"
         shutil.copy2(target, backup)
-    if new is None:
-        os.remove(target)
-        return backup
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target))
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(new)
+            file.write(new or b"")
         if backup:
             shutil.copymode(target, temporary)
-        os.replace(temporary, target)
+        if read_settings(path)[0] != old:
+            raise Edited
+        if new is not None:
+            os.replace(temporary, target)
+        else:
+            os.remove(target)
+            os.remove(temporary)
     except BaseException:
         os.remove(temporary)
+        if backup:
+            os.remove(backup)
         raise
     return backup
 
@@ -225,27 +289,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show the change and write nothing")
     parser.add_argument("--guard", nargs="?", const="advise", choices=("advise", "deny"), default="",
                         help="answer reads and searches that would repeat, by advice (default) or a refusal")
+    parser.add_argument("--status-line", action="store_true",
+                        help="also show context, dollars and the cache's end in Claude Code's status line")
     parser.add_argument("--store", metavar="DIR", help="let the hooks log to this store")
     options = parser.parse_args(argv)
     path = settings_path(options.project)
-    try:
-        old, settings = read_settings(path)
-        if options.uninstall:
-            new = uninstalled(path, old, settings)
-        else:
-            wanted = merged(settings, entries(hook_command(options.store), options.guard))
-            new = old if wanted is settings else write_like(wanted, old)
-        if new == old:
-            print(f"{path}: nothing to change")
-            return 0
-        print(shown(path, old, new))
-        if options.dry_run or not (options.install or options.uninstall):
-            print(f"\n{path}: nothing written" + ("" if options.dry_run else "; --install makes this change"))
-            return 0
-        backup = replace(path, old, new)
-    except (SettingsError, OSError) as error:
-        print(f"claude_code_hooks: {error}", file=sys.stderr)
-        return 1
+    for _ in range(ATTEMPTS):
+        try:
+            return change(path, options)
+        except Edited:
+            print(f"\n{path}: somebody else has just changed it; once more", file=sys.stderr)
+        except (SettingsError, OSError) as error:
+            print(f"claude_code_hooks: {error}", file=sys.stderr)
+            return 1
+    print(f"claude_code_hooks: {path} changes all the time: nothing was written", file=sys.stderr)
+    return 1
+
+
+def change(path: str, options: argparse.Namespace) -> int:
+    """Show the change and, where it is asked for, make it; 0. SettingsError, OSError or Edited when it cannot."""
+    old, settings = read_settings(path)
+    if options.uninstall:
+        new = uninstalled(path, old, settings)
+    else:
+        status = status_entry(options.store) if options.status_line else None
+        wanted = merged(settings, entries(hook_command(options.store), options.guard), status)
+        new = old if wanted is settings else write_like(wanted, old)
+    if new == old:
+        print(f"{path}: nothing to change")
+        return 0
+    print(shown(path, old, new))
+    if options.dry_run or not (options.install or options.uninstall):
+        print(f"\n{path}: nothing written" + ("" if options.dry_run else "; --install makes this change"))
+        return 0
+    backup = replace(path, old, new)
     done = "removed" if new is None else "written"
     print(f"\n{path}: {done}" + (f"; the old one is {backup}" if backup else ""))
     if settings.get("disableAllHooks"):

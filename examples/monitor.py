@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Check the store for alerts and send the new ones: to stdout, a file or a webhook.
+"""Check the store for alerts and send the new ones: to stdout, a file or a webhook. Or watch what runs now.
 
     python3 examples/monitor.py                                          once, to standard output
     python3 examples/monitor.py --interval 300 --to alerts.jsonl         every five minutes
     python3 examples/monitor.py --level HIGH --to https://chat.example.com/hooks/T0/B0
+    python3 examples/monitor.py --live                                   a line for every running session
 
 From cron, every five minutes:
 
@@ -20,13 +21,19 @@ As a systemd user service, in ~/.config/systemd/user/sessionoptimizer-monitor.se
 
 What was sent is kept in a file (monitor.json in the store), so a restart repeats nothing; an alert that could
 not be sent is tried again next time, and one whose trouble went away and came back counts as new. Give a
-second monitor of one store a file of its own (--state). Copy message_bus_alerts.py along with this program.
+second monitor of one store a file of its own (--state).
+
+``--live`` shows the sessions that are active in the store, as the hooks log them: the context of the last call, the
+dollars so far and per call, when the cache expires, what was read twice (see claude_code_status.py). In a terminal
+the lines are refreshed until Ctrl-C, every 2 seconds or as --interval says; elsewhere they are printed once.
+Copy message_bus_alerts.py and claude_code_status.py along with this program.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from datetime import datetime, timedelta
@@ -36,8 +43,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
+from claude_code_status import last_call, line_of, logged  # noqa: E402
 from message_bus_alerts import Bus, bus_to, make_message  # noqa: E402
-from sessionoptimizer import Severity, SessionOptimizer, SessionOptimizerError, plain  # noqa: E402
+from sessionoptimizer import (  # noqa: E402
+    Session, SessionOptimizer, SessionOptimizerError, Severity, plain,
+)
+
+LIVE_SECONDS = 2.0  # between two looks at the running sessions
 
 
 def read_sent(path: str) -> set[str]:
@@ -104,11 +116,63 @@ def watch(optimizer: SessionOptimizer, bus: Bus, options: argparse.Namespace) ->
         time.sleep(options.interval)
 
 
+class Live:
+    """A line for every running session. What a transcript cost is kept until the transcript has grown."""
+
+    def __init__(self, optimizer: SessionOptimizer):
+        self.optimizer = optimizer
+        self.costs: dict[str, tuple[list[tuple[str, int]], float | None]] = {}  # by session: sizes of its files, USD
+
+    def cost(self, session_id: str, transcript: str) -> float | None:
+        """USD by the usage in the transcript and those of its sub-agents; None where it cannot be read."""
+        files = [transcript]
+        for folder, _, names in os.walk(os.path.splitext(transcript)[0]):
+            files += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".jsonl")]
+        try:
+            sizes = [(path, os.path.getsize(path)) for path in files]
+            if self.costs.get(session_id, ([], None))[0] != sizes:
+                rows = self.optimizer.scan(files, store=False)["sessions"]
+                self.costs[session_id] = sizes, sum(row["estimated_cost"] for row in rows if row["id"] == session_id)
+            return self.costs[session_id][1]
+        except (OSError, SessionOptimizerError):
+            return None
+
+    def line(self, session: Session, now: float = 0.0) -> str:
+        """What a session has cost and holds; of one without a transcript its recorded tokens and cost."""
+        data = session.metadata
+        transcript = data.get("transcript_path") or (data.get("source") or {}).get("path") or ""
+        call, cost = last_call(transcript), self.cost(session.id, transcript)
+        if not call.context:
+            call, cost = call._replace(context=session.total_tokens, model=""), session.estimated_cost
+        text = line_of(self.optimizer, call, cost=cost, session=logged(self.optimizer, session.id), now=now)
+        return f"{plain(session.id, 8)}  {plain(session.task, 30) or session.agent}  {text}"
+
+    def lines(self, now: float = 0.0) -> list[str]:
+        """The lines, the newest session first."""
+        sessions = self.optimizer.list_sessions(status="ACTIVE")
+        return [self.line(session, now) for session in sessions] or ["no session is running"]
+
+
+def live(optimizer: SessionOptimizer, interval: float) -> int:
+    """Print the lines, in a terminal again and again in the same place."""
+    watched, drawn = Live(optimizer), 0
+    while True:
+        width, height = shutil.get_terminal_size()
+        tall = watched.lines()[:max(1, height - 1)]
+        rows = [row[:width - 1] for row in tall] if sys.stdout.isatty() else tall
+        print((f"\x1b[{drawn}A\x1b[J" if drawn else "") + "\n".join(rows), flush=True)
+        if not sys.stdout.isatty():
+            return 0
+        drawn = len(rows)
+        time.sleep(interval or LIVE_SECONDS)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the monitor; 0, 1 when something could not be sent, 2 for a bad command line."""
     parser = argparse.ArgumentParser(description="Send new alerts of the store.")
     parser.add_argument("--to", default="-", metavar="TARGET", help="- (default), a file, or an http(s) URL")
     parser.add_argument("--interval", type=float, default=0, metavar="SECONDS", help="repeat (default: once)")
+    parser.add_argument("--live", action="store_true", help="show the running sessions instead, one line each")
     parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.LOW,
                         metavar="LEVEL", help="LOW (default), MEDIUM or HIGH")
     parser.add_argument("--hours", type=float, default=24.0, metavar="N", help="active in these hours (24)")
@@ -116,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
     try:
+        if options.live:
+            return live(SessionOptimizer(options.store), options.interval)
         return watch(SessionOptimizer(options.store), bus_to(options.to), options)
     except ValueError as error:
         parser.error(str(error))

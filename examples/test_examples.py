@@ -1095,6 +1095,7 @@ SETTINGS = [
     b'{\n\t"model": "opus",\n\t"n": [1, 2]\n}',
     b'{"hooks": {}}\n',
     b'{\r\n  "a": 1\r\n}\r\n',
+    b'\xef\xbb\xbf{\n  "a": 1\n}\n',
     '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say \\u00fc ü"}]}], "PreToolUse": []}, '
     '"x": 1.50}'.encode(),
     b'{"hooks": {"PostToolUse": [{"matcher": "Edit", "hooks": [{"type": "command", "command": "fmt"}]}]}}\n',
@@ -1109,14 +1110,16 @@ def settings(home):
 
 
 @pytest.mark.parametrize("before", SETTINGS)
-@pytest.mark.parametrize("options", [(), ("--guard", "deny")])
+@pytest.mark.parametrize("options", [(), ("--guard", "deny", "--status-line")])
 def test_install_twice_is_once_and_uninstall_restores(settings, before, options, capsys):
     settings.write_bytes(before)
     assert hooks.main(["--install", *options]) == 0
     once = settings.read_bytes()
     assert hooks.main(["--install", *options]) == 0
     assert settings.read_bytes() == once and "nothing to change" in capsys.readouterr().out
-    found = json.loads(once.decode())["hooks"]
+    assert ("claude_code_status.py" in once.decode()) is bool(options)
+    assert once.startswith(hooks.BOM) is before.startswith(hooks.BOM)
+    found = json.loads(once.decode("utf-8-sig"))["hooks"]
     assert set(hooks.EVENTS) <= set(found) and ("PreToolUse" in found) == (
         bool(options) or b"PreToolUse" in before
     )
@@ -1212,7 +1215,7 @@ def test_what_the_entries_say(tmp_path):
     for event, group in found.items():
         (handler,) = group["hooks"]
         assert handler["timeout"] <= 10 and hooks.is_ours(handler)
-        assert handler.get("async", False) is (event not in ("SessionEnd", "PreToolUse"))
+        assert handler.get("async", False) is (event not in ("Stop", "SessionEnd", "PreToolUse"))
     assert found["PreToolUse"]["hooks"][0]["command"].endswith("hook --guard")
 
 
@@ -1224,6 +1227,10 @@ def test_what_the_entries_say(tmp_path):
         ("python3 -m sessionoptimizer hook", True),
         ('"C:\\x y\\sessionoptimizer.exe" hook', True),
         ("my-sessionoptimizer hook", False),
+        ("my sessionoptimizer wrapper hook", False),
+        ("sessionoptimizer wrapper hook", False),
+        ("env A=1 sessionoptimizer hook", False),
+        ("echo 'sessionoptimizer hook'", False),
         ("sessionoptimizer hook | tee log", False),
         ("sessionoptimizer scan", False),
         ("sessionoptimizer-wrapper hook", False),
