@@ -4410,12 +4410,13 @@ def whatif_section(result: Data) -> Section:
     worse = f"; {worst['session'][:8]} by {dollars(worst['costs'])}" if worst else ""
     by = f"{known['n']:,} compactions of your own" if known["n"] else "others' compactions"
     errors = [f"{100 * known[name]:.0f}%" for name in ("median_error", "p90_error")]
+    error = [("Error", f"{errors[0]} in the middle, {errors[1]} for one in ten, by {by}")]
     return Section(f"What if: {result['policy']}", [
         ("Recorded", dollars(result["recorded"])), ("Saves", told(result)),
         ("Without the largest", told(result["without_largest"])),
         ("Sessions", f"{counts['better']:,} better, {counts['worse']:,} worse, {counts['same']:,} "
                      f"the same{worse}"),
-        ("Error", f"{errors[0]} in the middle, {errors[1]} for one in ten, by {by}"),
+        *(error if known["p90_error"] else ()),
         ("Verdict", f"{'' if result['recommended'] else 'not '}recommended")],
         lines=result["assumptions"])
 
