@@ -4188,13 +4188,20 @@ def summary_row(session: Session, report: OptimizationReport) -> Data:
 _SUMS = ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens")
 
 
+def _column_sum(rows: Rows, name: str) -> Any:
+    """The sum of a column: tokens, or dollars to the pico-dollar, in any order and on any Python."""
+    from math import fsum
+    values = [row[name] for row in rows]
+    return round(fsum(values), 12) if any(isinstance(value, float) for value in values) else sum(values)
+
+
 def scan_totals(rows: Rows) -> Data:
     """The sums over session rows: sessions, model calls, tokens, USD, waste; their efficiency."""
     usages = [row.get("usage") or row["tokens"] for row in rows]
-    totals: Data = {name: sum(row[name] for row in rows) for name in _SUMS}
+    totals: Data = {name: _column_sum(rows, name) for name in _SUMS}
     totals["sessions"] = len(rows)
     totals["tokens"] = {name: sum(usage[name] for usage in usages) for name in _CLASSES}
-    totals["waste"] = {name: sum(row[flat] for row in rows) for name, flat in _WASTE.items()}
+    totals["waste"] = {name: _column_sum(rows, flat) for name, flat in _WASTE.items()}
     share = totals["waste"]["tokens"] / totals["total_tokens"] if totals["total_tokens"] else 0
     totals["efficiency_score"] = 100.0 * (1 - share)
     return totals
@@ -4208,7 +4215,7 @@ def measures(rows: Rows) -> Data:
     "measured_waste_cost", "cost_per_session", "cost_per_prompt", "written_again"}`` (a share of the
     dollars); 0 where there is nothing to divide by."""
     names = ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost", "prompts")
-    sums: Data = {name: sum(row[name] for row in rows) for name in names}
+    sums: Data = {name: _column_sum(rows, name) for name in names}
     prompts, cost = sums.pop("prompts") or 1, sums["estimated_cost"]
     billed = sum(row["bill"]["total"] for row in rows) or 1
     again = sum(cell["cost"] for row in rows for cell in row["bill"]["cells"]

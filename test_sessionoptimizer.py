@@ -5814,6 +5814,13 @@ def test_no_transcript_is_too_strange(tmp_path, seed):
     assert json.loads(json.dumps(optimizer.scan(paths)["sessions"])) == json.loads(json.dumps(result["sessions"]))
 
 
+def test_the_sums_of_a_scan_are_the_same_in_any_order(optimizer):
+    rows = optimizer.scan([SAMPLES], store=False)["sessions"]
+    totals = so.scan_totals(rows)
+    assert so.scan_totals(rows[::-1]) == so.scan_totals(sorted(rows, key=lambda row: row["estimated_cost"])) == totals
+    assert totals["estimated_cost"] == round(sum(round(row["estimated_cost"] * so.PICO) for row in rows) / so.PICO, 12)
+
+
 def test_a_scan_as_a_whole_report(tmp_path, optimizer):
     """Three stories, one per agent."""
     stories = ("claude-code/story-checkout", "codex/codex-story-logging", "gemini/gemini-story-handbook")
