@@ -9234,21 +9234,21 @@ def _agent_runs(metadata: Dict[str, Any]) -> bool:
     """Whether the agent of a session is at work, by the list Claude Code keeps of its processes;
     where it keeps none, by the age of the transcript."""
     path = _transcript_of(metadata)
-    folder = os.path.join(path.rpartition(os.sep + "projects" + os.sep)[0], "sessions")
+    home = path.rpartition(os.sep + "projects" + os.sep)[0] or os.devnull
     stem = os.path.splitext(os.path.basename(path))[0]
     try:
-        names = os.listdir(folder)
+        names = os.listdir(os.path.join(home, "sessions"))
     except OSError:
         return not os.path.exists(path) or time.time() - os.path.getmtime(path) < _GONE
     for name in names:
         try:
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
+            with open(os.path.join(home, "sessions", name), encoding="utf-8") as file:
                 entry = json.load(file)
             if entry["sessionId"] == stem:
                 if os.name != "nt":  # there it would end the process
                     os.kill(entry["pid"], 0)
                 return True
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             continue  # not of an agent, or of one that has ended
     return False
 
@@ -9296,8 +9296,8 @@ class LiveHooks:
         except SessionExists:
             pass  # another hook of the same moment was first
 
-    def _append(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> Dict[str, Any]:
-        """Append an event, or change the session's state alone; the session's footer."""
+    def _append(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> None:
+        """Append an event, or change the session's state alone."""
         def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
             ended, changes = footer["status"] != SessionStatus.ACTIVE.value, {}
             if kind == "SessionEnd" and event is not None:
@@ -9311,7 +9311,7 @@ class LiveHooks:
             event.id = event_id(session_id, footer, event.timestamp)
             return event.to_dict(), changes
 
-        return self.store.append(session_id, make)[1]
+        self.store.append(session_id, make)
 
     def _name(self, session_id: str, head: Dict[str, Any], payload: Dict[str, Any]) -> None:
         """Tell what a session had to begin without: its task by the first prompt, its model by the
@@ -9348,7 +9348,7 @@ class LiveHooks:
         try:
             if not self._caught_up(session_id, metadata):
                 self.optimizer.end_session(session_id, SessionStatus.ABANDONED)
-        except StorageError as error:
+        except SessionOptimizerError as error:
             _warn(f"session {session_id} has ended, which could not be noted: {error}")
             return False
         return True

@@ -5163,6 +5163,34 @@ def test_a_session_whose_agent_has_gone_is_closed_by_whoever_looks(claude, optim
     assert head["model"] == ("claude-opus-5" if told else "default")
 
 
+@pytest.mark.parametrize("text", ["[", "[]", "{}", '{"sessionId": 5}', '{"sessionId": "ID", "pid": "1"}',
+                                  '{"sessionId": "ID", "pid": 1e9}', '{"sessionId": "ID", "pid": 99999999999999999999}'])
+def test_what_is_no_entry_of_a_running_agent(claude, optimizer, text):
+    claude.agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    (claude.list / "1.json").write_text(text.replace("ID", claude.agent.id))
+    assert optimizer.list_sessions()[0].status is so.SessionStatus.ABANDONED
+
+
+def test_a_session_that_cannot_be_caught_up_is_listed_all_the_same(claude, optimizer, monkeypatch):
+    def full():
+        raise so.StorageError(optimizer.store.root, "No space left on device", "make room")
+
+    claude.agent.hook("UserPromptSubmit", prompt="Fix the loader")
+    transcript_of(claude.agent)
+    monkeypatch.setattr(type(optimizer.store.state), "scanned", lambda _: full())
+    with pytest.warns(so.SessionOptimizerWarning, match="could not be noted"):
+        (head,) = [optimizer.store.head(session.id) for session in optimizer.list_sessions()]
+    assert head["status"] == "ACTIVE"
+
+
+def test_a_folder_of_the_same_name_is_no_list_of_processes(agent, optimizer, tmp_path, monkeypatch):
+    (tmp_path / "sessions").mkdir()
+    monkeypatch.chdir(tmp_path)
+    optimizer.start_session("CLAUDE-CODE", "imported", session_id=agent.id)
+    optimizer.end_session(agent.id)
+    assert agent.bash("git status") is not None
+
+
 def test_without_a_list_of_processes_a_day_of_silence_is_the_end(agent, optimizer):
     agent.hook("UserPromptSubmit", prompt="Fix the loader")
     path = transcript_of(agent)
