@@ -988,8 +988,9 @@ class EfficiencyIssue(_Record):
     charged_cost: float = 0.0
 
     def to_dict(self) -> Dict[str, Any]:
-        """A dict JSON can hold."""
-        return dict(self.__dict__, issue_type=self.issue_type.value, severity=self.severity.value)
+        """A dict as JSON holds it."""
+        claims = {event: list(pair) if pair.__class__ is tuple else pair for event, pair in self.claims.items()}
+        return dict(self.__dict__, issue_type=self.issue_type.value, severity=self.severity.value, claims=claims)
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> "EfficiencyIssue":
@@ -4196,7 +4197,8 @@ def _column_sum(rows: Rows, name: str) -> Any:
 
 
 def scan_totals(rows: Rows) -> Data:
-    """The sums over session rows: sessions, model calls, tokens, USD, waste; their efficiency."""
+    """The sums over session rows, in any order the same: sessions, model calls, tokens, USD, waste;
+    their efficiency."""
     usages = [row.get("usage") or row["tokens"] for row in rows]
     totals: Data = {name: _column_sum(rows, name) for name in _SUMS}
     totals["sessions"] = len(rows)
@@ -5337,11 +5339,15 @@ def _ended(event: dict) -> dict:
             "ended_at": ended if isinstance(ended, str) else ""}
 
 
+def _first_part(header: dict) -> bytes:
+    return f'{_encode(header)[:-1]},"events": [\n'.encode()
+
+
 def _lay_out(doc: dict) -> Iterator[bytes]:
     """The parts of a session's file. What the document lacks of the footer comes from its
     events."""
-    header = {key: value for key, value in doc.items() if key not in ("events", *_FOOTER_KEYS)}
-    yield f'{_encode(header)[:-1]},"events": [\n'.encode()
+    yield _first_part({key: value for key, value in doc.items()
+                       if key not in ("events", *_FOOTER_KEYS)})
     footer: Dict[str, Any] = {"status": "ACTIVE", "ended_at": "", "event_count": 0}
     footer.update(dict.fromkeys(_TOTALS, 0))
     lines: List[str] = []
@@ -5813,16 +5819,20 @@ class Store:
         Status and end that `footer` leaves out come from the events, counts and totals always do
         (without events the totals given stay). `sync=False` leaves it to the system when the file
         reaches the disk."""
-        path = self.find(check_id(header["id"]))
+        parts = _lay_out({**header, **footer, "events": events})
+        self.write(header["id"], parts, replace=replace, sync=sync)
+
+    def write(self, session_id: str, parts: Iterable[bytes], *, replace=False, sync=True) -> None:
+        """Store a session's file, laid out already; otherwise as `create`."""
+        path = self.find(check_id(session_id))
         if not self._masked and not self.needs_masking():
             self.mark_masked()
-        parts = _lay_out({**header, **footer, "events": events})
         temp = _write_temp(self.sessions, parts, sync or self.durable)
         try:
             while not _publish(temp, path):
                 if not replace:
                     raise SessionExists(
-                        f"session {header['id']} is already in {_printable(self.root)}; choose "
+                        f"session {session_id} is already in {_printable(self.root)}; choose "
                         "another id or delete it first")
                 try:
                     with _locked(path, exclusive=True), _naming(path):
@@ -7437,7 +7447,7 @@ class Recorder:
                       reader=self.reader.name, path=path)
         if self.paths[1:]:
             source["paths"] = self.paths[1:]
-        started = self._first or time_text(os.path.getmtime(path))
+        started = self._first or time_text(_changed_at(path))
         session = Session(slug(name or source["session_id"]), self._agent_name, self.task,
                           SessionStatus.COMPLETED, started, self._last or started, model=model,
                           metadata=dict(self._counters, source=source))
@@ -7508,15 +7518,18 @@ class TranscriptReader:
         """Further files that belong to the session of a file somebody named; none by default."""
         return []
 
-    def group(self, paths: List[str]) -> List[List[str]]:
-        """Which files are read together; each alone by default."""
-        return [[path] for path in paths]
+    def kin(self, path: str, head: bytes) -> List[str]:
+        """What `group` must know of a file that begins with ``head``; nothing by default."""
+        return []
 
-    def span(self, path: str) -> List[str]:
-        """The first and the last time in a file, as texts that sort ("~": none is found): of two
-        files that hold the same response the first by them counts it."""
-        head = _head_of(path, _HEAD_SIZE)
-        tail = _head_of(path, _HEAD_SIZE, from_end=True)
+    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
+        """Which files (by path, with their `kin`) are read together, the session's own first; each
+        alone by default. Looks into no file."""
+        return [[path] for path in files]
+
+    def span(self, head: bytes, tail: bytes) -> List[str]:
+        """The first and the last time in both ends of a file, as texts that sort ("~": none is
+        found): of two files that tell as much of a response the first by them counts it."""
         found = [re.findall(self.stamp, part) for part in (head, tail)]
         return [choose(stamps).decode("ascii", "replace") if stamps else "~"
                 for choose, stamps in zip((min, max), found)]
@@ -7524,9 +7537,10 @@ class TranscriptReader:
     def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
         """The sessions of one group, usually what one `Recorder` was told. ``claim(id, output
-        tokens)`` is True when the response of that id counts here; ``skip(path, line, reason)``
-        names what is damaged. OSError when a file cannot be opened; nothing else is raised,
-        whatever it holds."""
+        tokens)`` is True when the response of that id counts here; which are claimed, and with how
+        much, must not depend on its answers. ``skip(path, line, reason)`` names what is damaged.
+        Files are opened with `open_transcript`. OSError when one cannot be opened; nothing else is
+        raised, whatever it holds."""
         raise NotImplementedError
 
 
@@ -7558,18 +7572,22 @@ class ClaudeCodeReader(TranscriptReader):
                  for file in files if file.endswith(".jsonl")]
         beside = [os.path.join(folder, file) for file in os.listdir(folder)
                   if file.startswith("agent-") and file.endswith(".jsonl") and file != name]
-        return found + [file for file in beside if _session_id_in(file) == session]
+        return found + [file for file in beside
+                        if _session_id_of(_head_of(file, _HEAD_SIZE)) == session]
 
-    def group(self, paths: List[str]) -> List[List[str]]:
+    def kin(self, path: str, head: bytes) -> List[str]:
+        """The session's id, of a sub-agent's file."""
+        return [_session_id_of(head)] if _is_agent_file(path, head) else []
+
+    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
         """Main files with their sub-agents' files: those below <session>/subagents, and those
         beside the session that name its id. A sub-agent whose session is not there stands alone."""
-        agents = [path for path in paths if _is_agent_file(path)]
-        units = {path: [path] for path in paths if path not in set(agents)}
+        units = {path: [path] for path in files if not files[path]}
         mains = {os.path.splitext(path)[0]: path for path in units}
-        for path in agents:
+        for path in filter(files.get, files):
             folder = os.path.dirname(path)
             above = (folder + os.sep).rpartition(f"{os.sep}subagents{os.sep}")[0]
-            beside = os.path.join(folder, _session_id_in(path))
+            beside = os.path.join(folder, files[path][0])
             main = mains.get(above) or mains.get(beside) or path
             units.setdefault(main, []).append(path)
         return list(units.values())
@@ -7579,14 +7597,14 @@ class ClaudeCodeReader(TranscriptReader):
         return _ClaudeSession(Recorder(self, paths, claim, skip)).read()
 
 
-def _is_agent_file(path: str) -> bool:
+def _is_agent_file(path: str, head: bytes) -> bool:
     return os.path.basename(path).startswith("agent-") and (
         f"{os.sep}subagents{os.sep}" in path
-        or b'"isSidechain":true' in _head_of(path, 4096).replace(b": ", b":"))
+        or b'"isSidechain":true' in head[:4096].replace(b": ", b":"))
 
 
-def _session_id_in(path: str) -> str:
-    return _value_in(_head_of(path, _HEAD_SIZE), b"sessionId")
+def _session_id_of(head: bytes) -> str:
+    return _value_in(head, b"sessionId")
 
 
 def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
@@ -7623,10 +7641,10 @@ class _ClaudeSession:
     def read(self) -> List[Session]:
         """Tell all files."""
         for path in self.paths:
-            is_agent = path != self.paths[0] or _is_agent_file(path)
+            is_agent = path != self.paths[0] or _is_agent_file(path, _head_of(path, 4096))
             own = os.path.basename(path)[len("agent-"):-len(".jsonl")] if is_agent else ""
             self.told.at(path=path)
-            for line, text in numbered_lines(path):
+            for line, text in numbered_lines(path, self.told.skip):
                 entry = self._parsed(path, line, text)
                 if entry:
                     self._entry(entry, path, line, own)
@@ -7878,12 +7896,55 @@ def _earlier_iterations(usage: Dict[str, Any]) -> List[Tuple[str, Usage]]:
     return [(_text(entry.get("model")), _claude_usage(entry)) for entry in entries[:-1] if entry]
 
 
-def _head_of(path: str, size: int, *, from_end: bool = False) -> bytes:
-    """The first or the last bytes of a file; none where it cannot be read."""
+MAX_LINE = 1 << 26  # bytes of a line, or of a file that is one document; larger ones are named
+_OPENER: Any = []   # a context variable with what opens transcripts, made when it is first set
+
+
+def open_transcript(path: str, buffering: int = -1) -> Any:
+    """A transcript opened for reading bytes, by what `read_session_files` was given. OSError when it
+    cannot be, and for pipes and devices, which could block or never end."""
+    opener = _OPENER[0].get() if _OPENER else None
+    if opener is not None:
+        return opener(path, "rb")
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        with open(path, "rb", buffering=0) as file:
-            if from_end:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return open(fd, "rb", buffering)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+class _Opening:
+    """Context in which ``opener(path, "rb")`` opens transcripts; the built-in open stands for the
+    disk."""
+
+    def __init__(self, opener: Any):
+        self.opener = None if opener is open else opener
+
+    def __enter__(self) -> None:
+        if not _OPENER:
+            from contextvars import ContextVar
+            _OPENER.append(ContextVar("opener", default=None))
+        self.token = _OPENER[0].set(self.opener)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        _OPENER[0].reset(self.token)
+
+
+def _changed_at(path: str) -> float:
+    """When a file was changed, in seconds since 1970; 0 where that is not known."""
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return 0.0
+
+
+def _head_of(path: str, size: int) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with open_transcript(path) as file:
             return file.read(size) or b""
     except OSError:
         return b""
@@ -7894,23 +7955,39 @@ def _text(value: Any) -> str:
     return value if value.__class__ is str else ""
 
 
-def numbered_lines(path: str) -> Iterator[Tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped.
-    OSError as open()."""
-    with open(path, "rb", buffering=1 << 20) as file:
-        for first in itertools.islice(file, 1):
-            yield 1, first[3:] if first.startswith(b"\xef\xbb\xbf") else first
-        yield from enumerate(file, 2)
+def numbered_lines(path: str, skip: Optional[Callable[[str, int, str], None]] = None,
+                   ) -> Iterator[Tuple[int, bytes]]:
+    """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. A line
+    longer than MAX_LINE goes to ``skip``. OSError as `open_transcript`."""
+    from functools import partial
+    with open_transcript(path, 1 << 20) as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(1 << 20)
+                if skip:
+                    skip(path, number, _TOO_LONG)
+            elif number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                yield 1, line[3:]
+            else:
+                yield number, line
 
 
-def transcript_entries(
-        path: str, skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A
-    last line that is not finished is left out, other damage goes to ``skip``. OSError as open()."""
-    for number, line in numbered_lines(path):
+_TOO_LONG = f"longer than {MAX_LINE >> 20} MB: left out"
+
+
+def transcript_entries(path: str,
+                       skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A last line
+    that is not finished is left out, other damage goes to ``skip``. OSError as `open_transcript`."""
+    for number, line in numbered_lines(path, skip):
         if number == 1 and line.strip() in (b"{", b"["):
-            with open(path, "rb") as file:
-                yield from _objects(file.read(), path, 0, skip)
+            with open_transcript(path) as file:
+                text = file.read(MAX_LINE + 1)
+            if len(text) > MAX_LINE:
+                skip(path, 1, _TOO_LONG)
+            else:
+                yield from _objects(text, path, 0, skip)
             return
         if line.strip():
             yield from _objects(line, path, number, skip)
@@ -8013,10 +8090,13 @@ class CodexReader(TranscriptReader):
         found = _ROLLOUT.search(head) or _OLD_ROLLOUT.match(head)
         return b'"parentUuid"' not in head and bool(found)
 
-    def group(self, paths: List[str]) -> List[List[str]]:
-        """A thread with its sub-agents' rollouts and archived copies of itself; its own file
-        first."""
-        threads = {path: _thread_of(path) for path in sorted(paths, key=_archived)}
+    def kin(self, path: str, head: bytes) -> List[str]:
+        """The ids of its thread and of the thread that spawned it."""
+        return _thread_in(head)
+
+    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
+        """A thread with its sub-agents' rollouts and archived copies of itself; its own file first."""
+        threads = {path: files[path] for path in sorted(files, key=_archived)}
         parents = {own: parent for own, parent in threads.values() if own}
         units: Dict[str, List[str]] = {}
         for path, (own, _) in threads.items():
@@ -8032,7 +8112,7 @@ class CodexReader(TranscriptReader):
              skip: Callable[[str, int, str], None]) -> List[Session]:
         copies: Dict[Any, str] = {}
         for path in paths:
-            copies.setdefault((os.path.basename(path), _thread_of(path)), path)
+            copies.setdefault((os.path.basename(path), *_thread_of(path)), path)
         told = Recorder(self, list(copies.values()), claim, skip)
         main = _thread_of(paths[0])[0]
         for path in copies.values():
@@ -8045,11 +8125,15 @@ def _archived(path: str) -> bool:
     return "archived_sessions" in path
 
 
-def _thread_of(path: str) -> Tuple[str, str]:
+def _thread_of(path: str) -> List[str]:
+    return _thread_in(_head_of(path, _HEAD_SIZE))
+
+
+def _thread_in(head: bytes) -> List[str]:
     """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is
     none."""
-    first = _head_of(path, _HEAD_SIZE).split(b"\n", 1)[0]
-    return _value_in(first, b"id"), _value_in(first, b"parent_thread_id")
+    first = head.split(b"\n", 1)[0]
+    return [_value_in(first, b"id"), _value_in(first, b"parent_thread_id")]
 
 
 class _Rollout:
@@ -8362,13 +8446,16 @@ class GeminiReader(TranscriptReader):
         return b'"sessionId"' in start and b'"parentUuid"' not in head and b'"uuid"' not in start \
             and (b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
 
-    def group(self, paths: List[str]) -> List[List[str]]:
+    def kin(self, path: str, head: bytes) -> List[str]:
+        """The id of the session that spawned it, and its own."""
+        return [_parent_chat(path, head), _session_id_of(head)]
+
+    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
         """The files of one session id, and its sub-agents' in the folder named after it."""
         units: Dict[str, List[str]] = {}
-        for path in sorted(paths):
-            key = _parent_chat(path) or _session_id_in(path) or path
-            units.setdefault(key, []).append(path)
-        return [sorted(unit, key=lambda path: (bool(_parent_chat(path)), path))
+        for path in sorted(files):
+            units.setdefault(next(filter(None, files[path]), path), []).append(path)
+        return [sorted(unit, key=lambda path: (bool(files[path][0]), path))
                 for unit in units.values()]
 
     def read(self, paths: List[str], claim: Callable[..., bool],
@@ -8376,7 +8463,8 @@ class GeminiReader(TranscriptReader):
         told = Recorder(self, paths, claim, skip, resends_thoughts=False)
         chats: Dict[str, _Chat] = {}
         for path in paths:
-            own = os.path.splitext(os.path.basename(path))[0] if _parent_chat(path) else ""
+            spawned = _parent_chat(path, _head_of(path, 4096))
+            own = os.path.splitext(os.path.basename(path))[0] if spawned else ""
             chats.setdefault(own, _Chat(told)).add(path)
         for name, chat in chats.items():
             if chat.identity:
@@ -8384,11 +8472,11 @@ class GeminiReader(TranscriptReader):
         return told.finish()
 
 
-def _parent_chat(path: str) -> str:
+def _parent_chat(path: str, head: bytes) -> str:
     """The session a sub-agent's file belongs to (the name of its folder); "" for a chat of its
     own."""
     folder = os.path.basename(os.path.dirname(path))
-    spawned = folder != "chats" and re.search(rb'"kind"\s*:\s*"subagent"', _head_of(path, 4096))
+    spawned = folder != "chats" and re.search(rb'"kind"\s*:\s*"subagent"', head[:4096])
     return folder if spawned else ""
 
 
@@ -8552,10 +8640,10 @@ class OtelReader(TranscriptReader):
     def detect(self, path: str, head: bytes) -> bool:
         return bool(re.match(rb'\s*\{\s*"resource_?[sS]pans"\s*:', head))
 
-    def group(self, paths: List[str]) -> List[List[str]]:
+    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
         """The files of one folder: an exporter spreads a conversation over them."""
         units: Dict[str, List[str]] = {}
-        for path in sorted(paths):
+        for path in sorted(files):
             units.setdefault(os.path.dirname(path), []).append(path)
         return list(units.values())
 
@@ -8865,21 +8953,24 @@ class OpenCodeReader(TranscriptReader):
             return os.path.basename(path).startswith("opencode")
         return b'"ses_' in head and bool(_OPENCODE_EXPORT.match(head) or _OPENCODE_LEGACY in path)
 
-    def group(self, paths: List[str]) -> List[List[str]]:
+    def kin(self, path: str, head: bytes) -> List[str]:
+        """The ids of the session and of the one that called it."""
+        return [_value_in(head, key, b"ses_") for key in (b"id", b"parentID")]
+
+    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
         """A database with the files it replaced; exports with those of their sub-agents."""
-        heads = {path: _head_of(path, _HEAD_SIZE) for path in paths}
-        named = {path: [_value_in(head, key, b"ses_") for key in (b"id", b"parentID")]
-                 for path, head in heads.items()}
-        parents = {own: parent for own, parent in named.values() if parent}
+        parents = {own: parent for own, parent in files.values() if parent}
         units: Dict[str, List[str]] = {}
-        for path in sorted(paths, key=lambda path: (not path.endswith(".db"), path)):
-            key = named[path][0] or path
+        for path in sorted(files, key=lambda path: (not path.endswith(".db"), path)):
+            key = files[path][0] or path
             if path.endswith(".db"):
                 key = os.path.dirname(path)
             elif _OPENCODE_LEGACY in path:
                 key = path.partition(_OPENCODE_LEGACY)[0]
-            for _ in parents:
-                key = parents.get(key, key)
+            above = set()
+            while key in parents and key not in above:
+                above.add(key)
+                key = parents[key]
             units.setdefault(key, []).append(path)
         return list(units.values())
 
@@ -9456,7 +9547,8 @@ def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
             if not os.path.isfile(path):
                 raise StorageError(path, "not a regular file", "give a transcript or a folder that holds some")
             for file in [path] + [more for reader in READERS for more in reader.companions(path)]:
-                yield (os.path.abspath(file), *_stamp_of(file))
+                if os.path.isfile(file):
+                    yield (os.path.abspath(file), *_stamp_of(file))
             continue
         for folder, _, _ in os.walk(path, onerror=_unreadable):
             with os.scandir(folder) as entries:
@@ -9476,12 +9568,284 @@ def _stamp_of(path: str) -> Tuple[int, int]:
     return info.st_size, info.st_mtime_ns
 
 
+# -- what a scan is made of: functions that keep nothing, which a cluster calls as this module does
+
+def describe_transcript(path: str, open: Any = open) -> Dict[str, Any]:
+    """What must be known of a file before it is read: ``{"path", "size" (bytes), "reader" ("": none
+    knows it), "reason" (why not), "kin" (what its reader groups by), "order"}``; of two files that
+    tell as much of a response the one of lower order counts it.
+
+    Reads at most 64 KB from each end. ``open(path, "rb")`` opens files that are elsewhere than on
+    this disk. Raises nothing: what cannot be read has a reason."""
+    facts = {"path": path, "size": 0, "reader": "", "reason": "", "kin": [], "order": ["~", "~", path]}
+    try:
+        with _Opening(open), open_transcript(path) as file:
+            head = file.read(_HEAD_SIZE) or b""
+            facts["size"] = size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _HEAD_SIZE))
+            tail = file.read(_HEAD_SIZE) or b""
+        reader = next((reader for reader in READERS if reader.detect(path, head)), None)
+        if reader is None:
+            facts["reason"] = _UNKNOWN if size else "empty file"
+            return facts
+        facts.update(kin=reader.kin(path, head), order=[*reader.span(head, tail), path])
+        facts["reader"] = reader.name
+    except PermissionError:
+        facts["reason"] = "cannot be read: check its permissions"
+    except Exception as error:  # of a client of an object store it may be anything
+        facts["reason"] = _reason_of(error)
+    return facts
+
+
+def group_transcripts(facts: Iterable[Dict[str, Any]]) -> List[List[Dict[str, Any]]]:
+    """The files that are read together, earliest first, from what `describe_transcript` said of each;
+    a session's own file leads and names the unit. Files of no known agent are left out."""
+    by_path = {file["path"]: file for file in facts}
+    kin: Dict[str, Dict[str, List[str]]] = {}
+    for path in sorted(by_path):
+        kin.setdefault(by_path[path]["reader"], {})[path] = by_path[path]["kin"]
+    units = [[by_path[path] for path in group]
+             for reader in READERS for group in reader.group(kin.get(reader.name, {}))]
+    return sorted(units, key=lambda unit: unit[0]["order"])
+
+
+def left_out(facts: Iterable[Dict[str, Any]]) -> List[List[Any]]:
+    """The files that no reader takes, as [path, 0, reason]; JSON and databases of another kind are not
+    named."""
+    return [[file["path"], 0, file["reason"]] for file in facts if not file["reader"]
+            and not (file["reason"] == _UNKNOWN and file["path"].endswith((".json", ".db")))]
+
+
+def read_session_files(facts: Sequence[Dict[str, Any]], elsewhere: Any = frozenset(), open: Any = open,
+                       *, analyzers: Optional[Sequence[Any]] = None, prices: Optional[PriceList] = None,
+                       ) -> Dict[str, Any]:
+    """What one unit of `group_transcripts` holds, as JSON: ``{"rows": [as `full_row`], "usage": [for
+    each row its `usage_rows`], "responses": {id: output tokens told here}, "skipped": [[path, line,
+    reason]]}``.
+
+    ``elsewhere``: the ids of responses that other units count. The responses told do not depend on
+    it, so `owners_of` can decide after all units were read, and only those that lose some are read
+    again. Raises nothing, whatever the files hold: a unit that cannot be read has no rows and no
+    responses, and says why."""
+    chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
+
+    def tell(session: Session, found: Dict[str, Any]) -> None:
+        session.prices = prices or session.prices
+        found["rows"].append(full_row(session, chosen))
+        found.setdefault("usage", []).append(usage_rows(session))
+
+    with _CollectorPaused():
+        return dict({"usage": []}, **read_unit(facts, elsewhere, tell, open))
+
+
+def read_unit(facts: Sequence[Dict[str, Any]], elsewhere: Any,
+              tell: Callable[[Session, Dict[str, Any]], None], open: Any = open) -> Dict[str, Any]:
+    """See `read_session_files`; ``tell(session, found)`` adds to what was found what is wanted of
+    a session."""
+    responses: Dict[str, int] = {}
+    skipped: List[List[Any]] = []
+
+    def claim(identity: str, output: int = 0) -> bool:
+        responses[identity] = max(output, responses.get(identity, 0))
+        return identity not in elsewhere
+
+    found: Dict[str, Any] = {"rows": []}
+    path, error = facts[0]["path"], None
+    try:
+        reader = next(reader for reader in READERS if reader.name == facts[0]["reader"])
+        with _Opening(open):
+            sessions = reader.read([file["path"] for file in facts], claim,
+                                   lambda path, line, reason: skipped.append([path, line, reason]))
+            for session in sessions:
+                tell(session, found)
+        if not sessions and not skipped:
+            skipped.append([path, 0, "holds no session"])
+    except OSError as failure:
+        error = [str(failure.filename or path), 0, _reason_of(failure)]
+    except Exception as failure:  # one file, whatever is wrong with it, costs no other its figures
+        error = [path, 0, _reason_of(failure)]
+    if error:
+        found, responses = {"rows": []}, {}
+        skipped.append(error)
+    return dict(found, responses=responses, skipped=skipped)
+
+
+def _reason_of(error: Exception) -> str:
+    said = getattr(error, "strerror", None) or f"{type(error).__name__}: {plain(str(error), 200)}"
+    if isinstance(error, MemoryError):
+        said = "there is not enough memory for it"
+    return f"cannot be read: {said}"
+
+
+def owners_of(told: Iterable[Tuple[str, float, List[str]]]) -> Dict[str, List[str]]:
+    """Which unit counts each response, as ``{id: its order}``, from (id, output tokens, order of the
+    unit that tells it): the one that tells most of it, then the earliest; the same in any order."""
+    best: Dict[str, Tuple[float, List[str]]] = {}
+    for identity, output, order in told:
+        mine = (-output, order)
+        if identity not in best or mine < best[identity]:
+            best[identity] = mine
+    return {identity: order for identity, (_, order) in best.items()}
+
+
+class SessionIds:
+    """Gives sessions their ids: of several that want one the earliest unit's has it, the next have
+    "-2", "-3" and so on behind it. ``taken``: {id: the unit that has it}; ``free(id, unit)`` may refuse more."""
+
+    def __init__(self, taken: Optional[Dict[str, str]] = None,
+                 free: Callable[[str, str], bool] = lambda session_id, unit: True):
+        self.taken, self.free = dict(taken or {}), free
+        self._numbers: Dict[str, int] = {}  # the last one given behind an id
+
+    def give(self, unit: str, wanted: Iterable[str], own: Sequence[str] = ()) -> List[str]:
+        """The ids of a unit's sessions in their order; of its ``own`` from before it keeps what fits."""
+        given: List[str] = []
+        for name in wanted:
+            kept = [session_id for session_id in own if re.match(re.escape(name) + r"-\d+\Z", session_id)]
+            for session_id in itertools.chain([name], kept, self._numbered(name)):
+                if session_id not in given and self.taken.get(session_id, unit) == unit \
+                        and (session_id in own or self.free(session_id, unit)):
+                    break
+            self.taken[session_id] = unit
+            given.append(session_id)
+        return given
+
+    def _numbered(self, name: str) -> Iterator[str]:
+        while True:
+            number = self._numbers[name] = self._numbers.get(name, 1) + 1
+            yield f"{name}-{number}"
+
+
+def session_ids(wanted: Iterable[Tuple[str, List[str]]]) -> Dict[str, List[str]]:
+    """The ids of all sessions, ``{unit: [ids]}``, from what each unit of `group_transcripts` wants, in
+    their order (`SessionIds`)."""
+    ids = SessionIds()
+    return {unit: ids.give(unit, names) for unit, names in wanted}
+
+
+def renamed(row: Dict[str, Any], session_id: str) -> Dict[str, Any]:
+    """A row of a session that has another id than it wanted."""
+    if row["id"] == session_id:
+        return row
+    rebuilds = [dict(rebuild, session=session_id) for rebuild in row["bill"]["rebuilds"]]
+    return dict(row, id=session_id, bill=dict(row["bill"], rebuilds=rebuilds))
+
+
+def scan_settings(analyzers: Optional[Iterable[Any]] = None, prices: Optional[PriceList] = None) -> str:
+    """A hash of what rows depend on besides the files; where it differs, units are read again."""
+    chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
+    return settings_of(chosen, prices or PriceList())
+
+
+# -- units read in other processes
+
+JOBS_FROM = 20 << 20  # bytes of changed files from which other processes are worth their start
+if TYPE_CHECKING:
+    _Task = Tuple[str, List[Dict[str, Any]], Any]  # a unit's name and files, what others count
+
+
+def found_in(tasks: Iterable[_Task], tell: Callable[[Session, Dict[str, Any]], None],
+             jobs: int = 1) -> Iterator[Tuple[str, Any, Dict[str, Any]]]:
+    """What `read_unit` finds, as (name, elsewhere, found), in the order of the tasks, in this process or in
+    ``jobs`` others; where they cannot start or die, what is left is read in this one."""
+    waiting = iter(tasks)
+    if jobs > 1 and all(type(reader).__module__ == __name__ for reader in READERS):  # others are not known there
+        listed = list(waiting)
+        done = 0
+        for task, found in _found_by_workers(listed, tell, min(jobs, len(listed))):
+            done += 1
+            yield task[0], task[2], found
+        waiting = iter(listed[done:])
+    for name, facts, elsewhere in waiting:
+        yield name, elsewhere, read_unit(facts, elsewhere, tell)
+
+
+def _found_by_workers(tasks: List[_Task], tell: Any, jobs: int) -> Iterator[Tuple[_Task, Dict[str, Any]]]:
+    """Stops early where processes cannot start, cannot be given the work, or die."""
+    import pickle
+    from collections import deque
+    from concurrent.futures import CancelledError, Future
+    try:
+        from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+        from multiprocessing import get_context
+        pickle.dumps(tell)
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker)
+    except (ImportError, OSError, pickle.PicklingError, AttributeError, TypeError):
+        return
+    running: deque[Future[Dict[str, Any]]] = deque()
+    done = 0
+    try:
+        for number, task in enumerate(tasks):
+            running.append(pool.submit(_read_in_worker, task[1], task[2], tell))
+            while running and (len(running) >= 3 * jobs or number + 1 == len(tasks)):
+                found = running.popleft().result()
+                done += 1
+                yield tasks[done - 1], found
+    except (BrokenProcessPool, CancelledError, OSError, pickle.PicklingError) as error:
+        _warn(f"worker processes cannot be used ({error}): reading goes on in this one")
+    finally:
+        if done < len(tasks):  # interrupted: what they do is of no use
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+        pool.shutdown()
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the parent's business; a worker ends with its parent, however that ends."""
+    import signal
+    from multiprocessing import parent_process
+    from threading import Thread
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=end_with_parent, daemon=True).start()
+
+
+def _read_in_worker(facts: List[Dict[str, Any]], elsewhere: Any, tell: Any) -> Dict[str, Any]:
+    def tell_all(session: Session, found: Dict[str, Any]) -> None:
+        tell(session, found)
+        found["kept"] = [(head, list(parts)) for head, parts in found.get("kept", ())]
+
+    with _CollectorPaused():
+        return read_unit(facts, elsewhere, tell_all)
+
+
+def _cores() -> int:
+    cores = getattr(os, "sched_getaffinity", None)
+    return len(cores(0)) if cores else os.cpu_count() or 1
+
+
+class SessionRows:
+    """Adds to what is found (see `read_unit`) a session's row and, where they are kept, (the header, the other
+    parts of its file)."""
+
+    def __init__(self, analyzers: Sequence[Any], prices: PriceList, keeping: bool):
+        self.analyzers, self.prices, self.keeping = analyzers, prices, keeping
+
+    def __call__(self, session: Session, found: Dict[str, Any]) -> None:
+        session.prices = self.prices
+        found["rows"].append(full_row(session, self.analyzers))
+        if self.keeping:
+            head = session._head()
+            parts = _lay_out({**head, **session._foot(), "events": map(SessionEvent.to_dict, session.events)})
+            found.setdefault("kept", []).append((head, itertools.islice(parts, 1, None)))
+
+
+_FACTS = ("reader", "unit", "reason", "kin", "order")  # of a file, behind size and time of change
+
+
 class TranscriptScan:
     """Finds which transcripts changed since the last scan, reads those, and counts each response for one session.
 
     ``state``: what the scans before left, and where ``save`` keeps what this one finds; None for neither. A unit is one
-    session's files, named by the first: {"files", "reader", "order", "settings", "skipped", "leans_on"}. ``settings``: a
-    hash of what the rows depend on besides the files; units read under others count as changed, and all with ``again``.
+    session's files, named by the first: {"files", "reader", "order", "settings", "skipped", "lost" (responses it tells
+    that others count, with their outputs)}. ``settings``: a hash of what the rows depend on besides the files; units
+    read under others count as changed, and all with ``again``.
     """
 
     def __init__(self, state: Optional[State], settings: str = "", again: bool = False):
@@ -9496,10 +9860,11 @@ class TranscriptScan:
         self.scope: List[str] = []    # the units that the paths of this scan hold
         self.changed: List[str] = []
         self.dropped: List[Dict[str, Any]] = []  # units whose files have moved or now belong to others
+        self._told: Dict[str, Dict[str, int]] = {}  # of the units read: outputs by id of a response
+        self._elsewhere: Dict[str, set] = {}        # of the units read: ids that others count
         self._news: Dict[str, List[Any]] = {}  # files the state does not know so
         self._touched: set = set()  # units the state does not know so
         self._gone: Optional[Dict[str, str]] = None
-        self._taken: Optional[Dict[str, str]] = None  # session id: the unit that has it
 
     def look_at(self, paths: Optional[Iterable[str]]) -> None:
         """``look`` below these paths (None: where each agent keeps its transcripts). StorageError for one that is not
@@ -9520,36 +9885,31 @@ class TranscriptScan:
             for path in self.units.get(unit, {}).get("files", ()):  # a session is read whole, whatever part of it was named
                 if path not in seen and os.path.exists(path):
                     seen[path] = list(_stamp_of(path))
-        fresh = [path for path, stamp in seen.items() if path not in known or known[path][:2] != stamp]
-        if not fresh and all(path in seen for unit in {known[path][3] for path in seen if known[path][3]}
-                             for path in self.units.get(unit, {}).get("files", ())):
-            units = {known[path][3] for path in seen if known[path][3]}
-        else:
-            units = self._regroup(seen, set(fresh))
+        fresh = {path for path, stamp in seen.items()
+                 if path not in known or known[path][:2] != stamp or len(known[path]) < 2 + len(_FACTS)}
+        units = {known[path][3] for path in seen.keys() - fresh if known[path][3]}
+        if fresh or any(path not in seen for unit in units for path in self.units.get(unit, {}).get("files", ())):
+            units = self._regroup(seen, fresh)
         self.scope = sorted(units)
         self.changed = [unit for unit in self.scope if self.again or self.units[unit].get("settings") != self.settings]
         if self.state:
             self.rows = self.state.rows_of(self.scope + [unit["files"][0] for unit in self.dropped])
-        for path in seen:
-            other = path.endswith((".json", ".db")) and known[path][4] == _UNKNOWN  # of another kind
-            if not known[path][2] and not other:
-                self.skipped.setdefault(path, [[path, 0, known[path][4] if len(known[path]) > 4 else "no known transcript"]])
+        for entry in left_out(map(self._facts_of, seen)):
+            self.skipped.setdefault(entry[0], [entry])
 
     def _regroup(self, seen: Dict[str, List[int]], fresh: set) -> set:
-        by_reader: Dict[str, List[str]] = {}
-        for path, stamp in sorted(seen.items()):
-            if path in fresh:
-                name, reason = self._detect(path, stamp[0])
-                self.files[path] = self._news[path] = [*stamp, name, "", reason]
-            if self.files[path][2]:
-                by_reader.setdefault(self.files[path][2], []).append(path)
-        units = set()
-        for reader in READERS:
-            for group in reader.group(by_reader.get(reader.name, [])):
-                units.add(self._unit(reader, group, fresh))
-        return units
+        for path in fresh:
+            facts = describe_transcript(path)
+            if not seen[path][0]:
+                facts.update(reader="", reason="empty file")
+            self.files[path] = self._news[path] = [*seen[path], *(dict(facts, unit="")[name] for name in _FACTS)]
+        return {self._unit(unit, fresh) for unit in group_transcripts(map(self._facts_of, seen))}
 
-    def _unit(self, reader: TranscriptReader, group: List[str], fresh: set) -> str:
+    def _facts_of(self, path: str) -> Dict[str, Any]:
+        return dict(zip(_FACTS, self.files[path][2:]), path=path, size=self.files[path][0])
+
+    def _unit(self, unit: List[Dict[str, Any]], fresh: set) -> str:
+        group = [file["path"] for file in unit]
         name = group[0]
         for path in group:
             before = self.files[path][3]
@@ -9563,8 +9923,9 @@ class TranscriptScan:
         if moved:
             self.dropped.append(self.units.pop(moved))
         if old is None or old["files"] != group or fresh.intersection(group):
-            self.units[name] = {"files": group, "reader": reader.name, "order": [*reader.span(name), name],
-                                "settings": "", "skipped": []}
+            lost = old.get("lost", {}) if old else {}
+            self.units[name] = {"files": group, "reader": unit[0]["reader"], "order": unit[0]["order"],
+                                "settings": "", "skipped": [], "lost": lost}
             self._touched.add(name)
         return name
 
@@ -9574,93 +9935,114 @@ class TranscriptScan:
             self._gone = {os.path.basename(name): name for name in self.units if not os.path.exists(name)}
         return self._gone
 
-    @staticmethod
-    def _detect(path: str, size: int) -> Tuple[str, str]:
-        if not size:
-            return "", "empty file"
-        head = _head_of(path, _HEAD_SIZE)
-        if not head:
-            return "", "cannot be read: check its permissions"
-        for reader in READERS:
-            if reader.detect(path, head):
-                return reader.name, ""
-        return "", _UNKNOWN
-
-    def read(self) -> Iterator[Tuple[str, List[Session]]]:
-        """Read the changed units, earliest first, and those that lose a response to one that tells
-        more of it, or as much and is earlier; yield each unit's sessions as they are read (a unit
-        may come twice: the last counts)."""
-        from heapq import heapify, heappop, heappush
-        gone = set(self.changed) | {unit["files"][0] for unit in self.dropped}
-        leaning = {name for name, unit in self.units.items() if gone.intersection(unit.get("leans_on", ()))
-                   and all(map(os.path.exists, unit["files"]))}  # what they left to a changed one may be theirs now
-        gone |= leaning
-        waiting = [(self.units[name]["order"], name) for name in leaning.union(self.changed)]
-        heapify(waiting)
+    def read(self, tell: Callable[[Session, Dict[str, Any]], None], jobs: int = 1,
+             ) -> Iterator[Tuple[str, Dict[str, Any]]]:
+        """Read the changed units, earliest first, then those that guessed wrong what others count; yield
+        what was found in each as `read_unit` does (a unit may come twice: the last counts). ``jobs``: in
+        how many processes; what is found is the same."""
         known = self.state.owners() if self.state else {}
-        self.owners = {key: owner for key, owner in known.items() if owner[0] not in gone}
-        while waiting:
-            _, name = heappop(waiting)
-            losers: set = set()
-            yield name, self._read_unit(name, losers)
-            self.units[name]["settings"] = self.settings
+        changed = set(self.changed)
+        released = changed | {unit["files"][0] for unit in self.dropped}
+        waiting = sorted(changed, key=self._order_of)
+        if jobs > 1:
+            yield from self._read_units(((name, set(self.units[name]["lost"])) for name in waiting), tell, jobs)
+        else:  # what was claimed so far is a guess that is hardly ever wrong
+            claimed = {key for key, owner in known.items() if owner[0] not in released}
+            for name, found in self._read_units(((name, claimed) for name in waiting), tell, 1):
+                claimed.update(found["responses"])
+                yield name, found
+        losing = self._settle(known, released)
+        for _ in range(3):  # more than once only where files grow meanwhile
+            again = [(name, losing[name]) for name in sorted(losing, key=self._order_of)]
+            yield from self._read_units(again, tell, jobs if len(again) > jobs else 1)
+            losing = self._settle(known, released) if losing else {}
+        for name, told in self._told.items():
+            self.units[name]["lost"] = {key: told[key] for key in sorted(self._elsewhere[name])}
+            self.owners.update((key, [name, output]) for key, output in told.items()
+                               if key not in self._elsewhere[name])
+
+    def _read_units(self, units: Iterable[Tuple[str, Any]], tell: Callable[[Session, Dict[str, Any]], None],
+                    jobs: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
+        """Read units, given by name and with the responses that others may count, in their order."""
+        tasks = ((name, [self._facts_of(path) for path in self.units[name]["files"]], elsewhere)
+                 for name, elsewhere in units)
+        for name, elsewhere, found in found_in(tasks, tell, jobs):
+            self._told[name] = found["responses"]
+            self._elsewhere[name] = {key for key in found["responses"] if key in elsewhere}
+            self.units[name].update(settings=self.settings, skipped=found["skipped"])
             self._touched.add(name)
-            queued = {unit for _, unit in waiting}
-            for loser in losers - queued:
-                heappush(waiting, (self.units[loser]["order"], loser))
+            yield name, found
 
-    def _read_unit(self, name: str, losers: set) -> List[Session]:
-        unit, owners = self.units[name], self.owners
-        skipped: List[List[Any]] = []
-        leans_on: set = set()
+    def _order_of(self, name: str) -> List[str]:
+        return self.units[name]["order"]
 
-        def claim(key: str, output: int = 0) -> bool:
-            owner, told = owners.setdefault(key, [name, output])
-            if owner == name:
-                owners[key] = [name, max(output, told)]
-                return True
-            other = self.units.get(owner)
-            if other is None or (-output, unit["order"]) >= (-told, other["order"]) or not all(
-                    map(os.path.exists, other["files"])):
-                leans_on.add(owner)
-                return False  # a session whose transcript is gone keeps what it has counted
-            owners[key] = [name, output]
-            losers.add(owner)
-            return True
+    def _is_there(self, name: str) -> bool:
+        return all(map(os.path.exists, self.units[name]["files"]))
 
-        reader = next(reader for reader in READERS if reader.name == unit["reader"])
-        try:
-            sessions = reader.read(unit["files"], claim, lambda path, line, reason: skipped.append([path, line, reason]))
-        except OSError as error:
-            skipped.append([error.filename or name, 0, f"cannot be read: {error.strerror}"])
-            sessions = []
-        if not sessions and not skipped:
-            skipped.append([name, 0, "holds no session"])
-        unit["skipped"] = skipped
-        unit["leans_on"] = sorted(leans_on)
-        return sessions
+    def _settle(self, known: Dict[str, List[Any]], released: set) -> Dict[str, set]:
+        """The units that must be read again, each with the ids of the responses that others count."""
+        open_ids = {key for told in self._told.values() for key in told}
+        open_ids.update(key for key, owner in known.items() if owner[0] in released)
+        told: Dict[str, Dict[str, float]] = {name: dict(its) for name, its in self._told.items()}
+        for name, unit in self.units.items():
+            lost = {key: output for key, output in unit.get("lost", {}).items() if key in open_ids}
+            if lost and name not in self._told and self._is_there(name):
+                told[name] = lost
+        for key in open_ids.intersection(known):
+            name, output = known[key]
+            if name not in self._told and name in self.units:
+                # A session whose transcript is gone keeps what it has counted.
+                told.setdefault(name, {})[key] = output if self._is_there(name) else float("inf")
+        owners = owners_of((key, output, self._order_of(name)) for name, its in told.items()
+                           for key, output in its.items())
+        losing = {}
+        for name, its in told.items():
+            others = {key for key in its if owners[key] != self._order_of(name)}
+            before = self._elsewhere.get(name)
+            if before is None:
+                lost = self.units[name].get("lost", {})
+                before = its.keys() & lost.keys()
+                if others != before:
+                    losing[name] = others | (lost.keys() - its.keys())
+            elif others != before:
+                losing[name] = others
+        return losing
 
-    def take_in(self, keep: Callable[[Session, bool], Dict[str, Any]], store: Store,
-                drop: Callable[[str], bool], progress: Optional[Callable[[int, int], None]]) -> None:
-        """Read what changed, but for sessions that were deleted: ``keep`` stores a session (unless there is no state) and
-        returns its row; ``drop`` removes one."""
+    def take_in(self, tell: Callable[[Session, Dict[str, Any]], None], keep: Callable[[Any, Dict[str, Any]], None],
+                store: Store, drop: Callable[[str], bool], progress: Optional[Callable[[int, int], None]],
+                jobs: int = 1) -> None:
+        """Read what changed, but for sessions that were deleted: ``tell`` (see `read_unit`) makes a session's row and
+        what ``keep(it, row)`` stores (unless there is no state); ``drop`` removes one. ``jobs``: worker processes,
+        0 for as many as there are cores where more than JOBS_FROM bytes changed."""
         storing = self.state is not None
         for unit in self.dropped if storing else ():
             for row in self.rows[unit["files"][0]]:
                 drop(row["id"])
-        for done, (name, sessions) in enumerate(self.read(), 1):
-            rows = []
-            for session in sessions:
-                session.id = self.free_id(session.id, name, store if storing else None)
-                if self.again or session.id not in self.deleted:
-                    rows.append(keep(session, storing))
-            self.rows[name] = rows
+        own: Dict[str, List[str]] = {}
+        for session_id, name in self.state.units_of_rows().items() if self.state else ():
+            own.setdefault(name, []).append(session_id)
+        changed = set(self.changed)
+        taken = {session_id: name for name, its in own.items() if name in self.units and name not in changed
+                 for session_id in its}
+        ids = SessionIds(taken, lambda session_id, unit: not storing or _replaceable(store, session_id, unit))
+        for done, (name, found) in enumerate(self.read(tell, jobs or self._jobs()), 1):
+            given = ids.give(name, [row["id"] for row in found["rows"]], own.get(name, ()))
+            rows = [renamed(row, session_id) for row, session_id in zip(found["rows"], given)]
+            for kept, row in zip(found.get("kept", ()), rows) if storing else ():
+                if self.again or row["id"] not in self.deleted:
+                    keep(kept, row)
+            self.rows[name] = [row for row in rows if self.again or row["id"] not in self.deleted]
+            found.clear()
             if progress:
                 progress(done, max(done, len(self.changed)))
         if storing:
             for session_id in self.save():
                 drop(session_id)
             store.sweep(once=True)
+
+    def _jobs(self) -> int:
+        size = sum(self.files[path][0] for name in self.changed for path in self.units[name]["files"])
+        return _cores() if size > JOBS_FROM else 1
 
     def save(self) -> List[str]:
         """Keep in the state what was read; the ids of sessions that were deleted meanwhile, whose rows are left out."""
@@ -9677,20 +10059,6 @@ class TranscriptScan:
         """The ``session_row`` of every session in scope."""
         return [row for unit in self.scope for row in self.rows.get(unit, ())]
 
-    def free_id(self, wanted: str, unit: str, store: Optional[Store]) -> str:
-        """The id itself, with a suffix when another transcript or a session of the user's has it."""
-        if self._taken is None:
-            known = self.state.units_of_rows() if self.state else {}
-            unchanged = set(self.units).difference(self.changed)
-            self._taken = {session_id: name for session_id, name in known.items() if name in unchanged}
-        number, session_id, own = 1, wanted, [row["id"] for row in self.rows.get(unit, ())]
-        while self._taken.get(session_id, unit) != unit or not (
-                store is None or session_id in own or _replaceable(store, session_id, unit)):
-            number += 1
-            session_id = f"{wanted}-{number}"
-        self._taken[session_id] = unit
-        return session_id
-
     def result(self, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str) -> Dict[str, Any]:
         """What ``SessionOptimizer.scan`` returns; ``before``: the rows as they were."""
         after, names = since_seconds(since), {agent.lower(), agent.lower().replace(" ", "-")}
@@ -9699,13 +10067,19 @@ class TranscriptScan:
                   if (not agent or row["agent"].lower() in names or row["source"] in names)
                   and (after is None or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
                   and (not project or project in row["project"] or project in row["path"])]
-        chosen.sort(key=lambda row: (row["started_at"], row["id"]))
         skipped = [entry for unit in self.scope for entry in self.units[unit].get("skipped", ())]
         skipped += [entry for entries in self.skipped.values() for entry in entries]
-        return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in chosen],
-                "totals": scan_totals(chosen), **billed(chosen),
-                "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in skipped],
-                "changes": _changes_text(before, rows) if before else "", "found": selection(rows)}
+        return dict(scan_result(chosen, skipped), changes=_changes_text(before, rows) if before else "",
+                    found=selection(rows))
+
+
+def scan_result(rows: Iterable[Dict[str, Any]], skipped: Iterable[List[Any]]) -> Dict[str, Any]:
+    """What a scan says of the rows and the skipped lines of all units, given in any order."""
+    rows = sorted(rows, key=lambda row: (row["started_at"], row["id"]))
+    return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in rows],
+            "totals": scan_totals(rows), **billed(rows),
+            "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in sorted(skipped)],
+            "changes": "", "found": selection(rows)}
 
 
 def bill_columns(analysis: Analysis) -> Dict[str, Any]:
@@ -9771,7 +10145,8 @@ def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
     """The sessions in the transcripts below these paths; nothing is stored."""
     scan = TranscriptScan(None, "once")
     scan.look_at(paths)
-    found = [session for sessions in dict(scan.read()).values() for session in sessions]
+    units = dict(scan.read(lambda session, found: found["rows"].append(session)))
+    found = [session for unit in units.values() for session in unit["rows"]]
     for session in found:
         session.prices = prices
     return found
@@ -9985,6 +10360,13 @@ class _LiveSessions:
             self.store.create(session._head(), events, session._foot(), replace=replace, sync=sync)
         except (TypeError, ValueError) as error:
             raise _not_json(error, "metadata or data") from None
+
+    def keep(self, kept: Tuple[Dict[str, Any], Iterable[bytes]], row: Dict[str, Any]) -> None:
+        """Store what a scan found (`SessionRows`) under the id of its row."""
+        header = dict(kept[0], id=row["id"])
+        parts = itertools.chain([_first_part(header)], kept[1])
+        self.store.write(header["id"], parts, replace=True, sync=False)
+        self.forget(header["id"])
 
     def make_room(self, session_id: str) -> None:
         """Keep a session that has ended under another id; SessionExists for one that has not."""
@@ -10270,12 +10652,13 @@ class SessionOptimizer:
     def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
              since: Optional[datetime] = None, project: str = "", store: bool = True,
              again: bool = False,
-             progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, Any]:
+             progress: Optional[Callable[[int, int], None]] = None, jobs: int = 1) -> Dict[str, Any]:
         """Read agent transcripts at ``paths`` (files or directories; default: where each agent keeps
         them) and say where the money went. Only what changed since the last scan is read, unless
         ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a
         part of the working directory or path) narrow what is reported; with ``store=False`` nothing
-        is kept; ``progress`` is called with units done and to do. Returns ``{"sessions", "totals",
+        is kept; ``progress`` is called with units done and to do; ``jobs``: processes that read (0:
+        the cores, from 20 MB on), for programs under ``if __name__ == "__main__"``. Returns ``{"sessions", "totals",
         "bill", "advice", "skipped": [{"path", "line", "reason"}], "changes": text}``; StorageError
         when a path is not there."""
         def look() -> TranscriptScan:
@@ -10296,18 +10679,12 @@ class SessionOptimizer:
                     if self.store.state.generation() != scan.generation:
                         scan = look()  # another scan was faster
                 with _CollectorPaused():
-                    scan.take_in(self._scanned, self.store, self._live.drop, progress)
+                    rows = SessionRows(self.analyzers, self.prices, store)
+                    scan.take_in(rows, self._live.keep, self.store, self._live.drop, progress, jobs)
             finally:
                 if lock is not None:
                     _release(lock)
         return scan.result(before, agent, since, project)
-
-    def _scanned(self, session: Session, store: bool) -> Dict[str, Any]:
-        row = full_row(session, self.analyzers, prices=self.prices)
-        if store:
-            self._live.create(session, replace=True, sync=False)
-            self._live.forget(session.id)
-        return row
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
                progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
@@ -10667,6 +11044,7 @@ def _looking() -> Dict[str, Command]:
             _option("--project", "whose working directory or path contains TEXT", "TEXT", ""), _BY,
             _option("--no-store", "keep nothing", _FLAG),
             _option("--again", "read everything again, deleted sessions too", _FLAG),
+            _option("--jobs", "processes that read (default: the cores, from 20 MB on)", _COUNT, 0),
             _option("--format", "text (default), json or html", ("text", "json", "html"), "text"),
             _OUTPUT, _FAIL_UNDER]),
         "list": Command(_list, "look", "list sessions, newest first", "list --since yesterday", [
@@ -11341,7 +11719,8 @@ def _export(options: Any) -> int:
 def _scan(options: Any) -> int:
     result = options.optimizer.scan(
         options.paths or None, agent=options.agent, since=options.since, project=options.project,
-        store=not options.no_store, again=options.again, progress=_progress_bar())
+        store=not options.no_store, again=options.again, progress=_progress_bar(),
+        jobs=options.jobs)
     _wipe()
     there = result["found"]
     if not result["sessions"]:

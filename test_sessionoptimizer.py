@@ -5562,6 +5562,267 @@ def test_a_second_scan_reads_only_what_changed(tmp_path, optimizer, monkeypatch)
     assert len(reads) == 2
 
 
+def read_apart(paths, seed=0):
+    """What the pure functions find in files looked at in any order, each unit for itself, as a cluster does."""
+    chance = random.Random(seed)
+    facts = [so.describe_transcript(path) for path in chance.sample(paths, len(paths))]
+    units = {unit[0]["path"]: unit for unit in so.group_transcripts(json.loads(json.dumps(facts)))}
+    found = {name: so.read_session_files(units[name]) for name in chance.sample(list(units), len(units))}
+    order = {name: unit[0]["order"] for name, unit in units.items()}
+    owners = so.owners_of((key, output, order[name]) for name, its in found.items() for key, output in its["responses"].items())
+    for name, its in list(found.items()):
+        lost = {key for key in its["responses"] if owners[key] != order[name]}
+        if lost:
+            found[name] = so.read_session_files(units[name], lost)
+            assert found[name]["responses"] == its["responses"], name
+    assert json.loads(json.dumps(found)) == found
+    ids = so.session_ids((name, [row["id"] for row in found[name]["rows"]]) for name in units)
+    rows = [so.renamed(row, session_id) for name in units for row, session_id in zip(found[name]["rows"], ids[name])]
+    return rows, [entry for its in found.values() for entry in its["skipped"]] + so.left_out(facts), found
+
+
+@pytest.mark.parametrize("folder", [SAMPLES, pytest.param(REAL, marks=pytest.mark.skipif(
+    not os.path.isdir(REAL), reason="the real transcripts are not here"))], ids=["samples", "real"])
+def test_units_read_apart_say_what_a_scan_says(folder, optimizer):
+    """And no reader's claims depend on the answers, which `read_apart` holds for the units that lose some."""
+    rows, skipped, found = read_apart(transcripts_in(folder), seed=1)
+    result = dict(optimizer.scan([folder]), changes="")
+    assert json.dumps(so.scan_result(rows, skipped), sort_keys=True) == json.dumps(result, sort_keys=True)
+    random.Random(2).shuffle(rows)
+    assert so.scan_totals(rows) == result["totals"]
+    for its in found.values():
+        for row, usage in zip(its["rows"], its["usage"]):
+            tokens = {name: sum(part[name] for part in usage) for name in so.CLASSES}
+            assert row["tokens"] == {
+                "uncached_input": tokens["uncached_input"], "cache_write": tokens["cache_write_5m"] + tokens["cache_write_1h"],
+                "cache_read": tokens["cache_read"], "output": tokens["output"]}, row["path"]
+            assert sum(part["cost"] for part in usage) == row["bill"]["total"]
+
+
+@pytest.mark.parametrize("folder", [SAMPLES, pytest.param(REAL, marks=pytest.mark.skipif(
+    not os.path.isdir(REAL), reason="the real transcripts are not here"))], ids=["samples", "real"])
+def test_what_is_claimed_does_not_depend_on_the_answers(folder):
+    class Everything:
+        def __contains__(self, key):
+            return True
+    units = so.group_transcripts(map(so.describe_transcript, transcripts_in(folder)))
+    assert len(units) > 10
+    for unit in units:
+        told = [so.read_unit(unit, elsewhere, lambda session, found: None)["responses"] for elsewhere in (frozenset(), Everything())]
+        assert told[0] == told[1], unit[0]["path"]
+
+
+@pytest.mark.parametrize("folder", [SAMPLES, pytest.param(REAL, marks=pytest.mark.skipif(
+    not os.path.isdir(REAL), reason="the real transcripts are not here"))], ids=["samples", "real"])
+def test_any_number_of_processes_says_and_stores_the_same(folder, tmp_path):
+    outcomes = []
+    for jobs in (1, 2, 3):
+        optimizer = SessionOptimizer(str(tmp_path / str(jobs)))
+        result = optimizer.scan([folder], jobs=jobs)
+        files = {name: read(os.path.join(optimizer.store.sessions, name)) for name in os.listdir(optimizer.store.sessions)}
+        outcomes.append((json.dumps(result), files, optimizer.store.state.owners(), optimizer.store.state.scanned()[1:]))
+        assert optimizer.scan([folder], jobs=jobs)["changes"] == "nothing since the last scan"
+    assert outcomes[0] == outcomes[1] == outcomes[2] and len(outcomes[0][1]) > 10
+
+
+class Dying:
+    """Tells ids, and ends every worker that asks it to."""
+
+    def __call__(self, session, found):
+        if multiprocessing.parent_process() is not None:
+            os._exit(9)
+        found["rows"].append(session.id)
+
+
+class Alone(Dying):
+    """Cannot be given to another process."""
+
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+@pytest.mark.parametrize("case", ["workers die", "no pickle", "no processes", "no executor"])
+def test_where_processes_cannot_work_this_one_reads(case, monkeypatch, recwarn):
+    units = so.group_transcripts(map(so.describe_transcript, transcripts_in(os.path.join(SAMPLES, "claude-code"))))[:6]
+    tasks = [(unit[0]["path"], unit, frozenset()) for unit in units]
+    tell = Alone() if case == "no pickle" else Dying()
+    expected = list(so.found_in(tasks, tell))
+    if case.startswith("no "):
+        from concurrent.futures import process
+        def refuse(*args):
+            raise OSError("out of processes")
+        if case == "no processes":
+            monkeypatch.setattr(process, "ProcessPoolExecutor", refuse)
+        elif case == "no executor":
+            monkeypatch.setitem(sys.modules, "concurrent.futures.process", None)
+    assert list(so.found_in(tasks, tell, 2)) == expected and all(found["rows"] for _, _, found in expected)
+    assert ["reading goes on in this one" in str(warning.message) for warning in recwarn] == [True] * (case == "workers die")
+
+
+@posix_only
+def test_an_interrupt_ends_all_processes(tmp_path):
+    chats = tiny(tmp_path / "p")
+    chats.lines *= 100
+    for number in range(400):
+        chats.path = str(tmp_path / "p" / ("%08d-2222-4333-8444-555555555555.jsonl" % number))
+        chats.save()
+    process = subprocess.Popen([sys.executable, so.__file__, "scan", "--no-store", "--jobs", "2", str(tmp_path / "p")], start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ, HOME=str(tmp_path)))
+    try:
+        end, workers = time.monotonic() + 60, 0
+        while workers < 2 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+            listed = subprocess.run(["ps", "-ww", "-o", "args=", "-s", str(process.pid)], stdout=subprocess.PIPE).stdout
+            workers = listed.count(b"spawn_main")
+        assert workers >= 2, listed
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+        assert b"Traceback" not in output and process.returncode not in (0, None), output
+        while time.monotonic() < end:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+        raise AssertionError("a worker is left")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_response_belongs_to_the_unit_that_tells_most_then_to_the_earliest():
+    early, late, same = ["2026-03-01", "~", "/a"], ["2026-03-02", "~", "/b"], ["2026-03-02", "~", "/c"]
+    told = [("cut", 5, early), ("cut", 90, late), ("whole", 7, late), ("whole", 7, early), ("alone", 0, same), ("twins", 3, same), ("twins", 3, late)]
+    for seed in range(20):
+        random.Random(seed).shuffle(told)
+        assert so.owners_of(told) == {"cut": late, "whole": early, "alone": same, "twins": late}
+
+
+def test_sessions_that_want_one_id_get_it_in_their_order():
+    assert so.session_ids([("/a", ["x"]), ("/b", ["x", "x"]), ("/c", ["x-2", "y"])]) == {
+        "/a": ["x"], "/b": ["x-2", "x-3"], "/c": ["x-2-2", "y"]}
+    many = so.session_ids((str(number), ["x"]) for number in range(30_000))  # not tried one after the other
+    assert many["29999"] == ["x-30000"]
+
+
+def test_a_description_reads_the_ends_of_a_file_alone(tmp_path):
+    transcript = tiny(tmp_path)
+    transcript.lines[1:1] = [b'{"type":"system","timestamp":"2030-01-01T00:00:00Z","x":"' + b"y" * 1_000_000 + b'"}\n']
+    path, read_bytes = transcript.save(), []
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            assert size >= 0
+            read_bytes.append(size)
+            return super().read(size)
+    facts = so.describe_transcript(path, open=Counting)
+    assert sum(read_bytes) <= 128 * 1024 and facts == so.describe_transcript(path)
+    assert (facts["reader"], facts["size"], facts["order"]) == (
+        "claude-code", os.path.getsize(path), ["2026-03-01T10:00:01.000Z", "2026-03-01T10:00:05.000Z", path])
+
+
+def test_files_elsewhere_are_opened_by_what_is_given():
+    """No reader goes to the disk for a transcript that it is given by other means."""
+    names = [path for path in transcripts_in(SAMPLES) if not path.endswith(".db") and "storage" not in path]
+    away = {"/nowhere" + path: read(path) for path in names}
+    def opened(path, mode):
+        return io.BytesIO(away[path])
+    units = so.group_transcripts(so.describe_transcript(path, open=opened) for path in away)
+    for unit in units:
+        found = so.read_session_files(unit, open=opened)
+        here = so.read_session_files([so.describe_transcript(file["path"][len("/nowhere"):]) for file in unit])
+        assert [row["tokens"] for row in found["rows"]] == [row["tokens"] for row in here["rows"]] and len(found["skipped"]) == len(here["skipped"])
+        assert found["responses"].keys() == here["responses"].keys() or unit[0]["reader"] == "codex"  # of old rollouts by path
+    assert len(units) > 10
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), KeyError("x"), OSError(5, "Input/output error")], ids=lambda error: type(error).__name__)
+def test_a_unit_that_cannot_be_read_costs_no_other_its_figures(tmp_path, optimizer, monkeypatch, error):
+    good, bad = tiny(tmp_path / "p"), tiny(tmp_path / "p", name="99999999-2222-4333-8444-555555555555")
+    good.save(), bad.save()
+    original = so.ClaudeCodeReader.read
+    def read_or_fail(self, paths, claim, skip):
+        sessions = original(self, paths, claim, skip)
+        if paths == [bad.path]:
+            raise error
+        return sessions
+    monkeypatch.setattr(so.ClaudeCodeReader, "read", read_or_fail)
+    result = optimizer.scan([str(tmp_path / "p")])
+    assert [row["path"] for row in result["sessions"]] == [good.path]
+    entry, = result["skipped"]
+    assert entry["path"] == bad.path and entry["reason"].startswith("cannot be read: ") and len(entry["reason"]) > 20
+    assert so.read_session_files([so.describe_transcript(bad.path)]) == {
+        "rows": [], "usage": [], "responses": {}, "skipped": [[bad.path, 0, entry["reason"]]]}
+
+
+def test_a_unit_that_failed_counts_nothing(tmp_path, optimizer, monkeypatch):
+    """What it told is counted where a copy of it is read, earlier or later."""
+    for folder in ("a", "b"):
+        tiny(tmp_path / folder).save()
+    original = so.ClaudeCodeReader.read
+    def read_or_fail(self, paths, claim, skip):
+        sessions = original(self, paths, claim, skip)
+        if os.sep + "a" + os.sep in paths[0]:
+            raise MemoryError
+        return sessions
+    monkeypatch.setattr(so.ClaudeCodeReader, "read", read_or_fail)
+    result = optimizer.scan([str(tmp_path)])
+    assert result["totals"]["tokens"]["output"] == 80 and len(result["skipped"]) == 1
+
+
+def test_a_line_too_long_is_named_and_the_others_count(tmp_path, optimizer, monkeypatch):
+    monkeypatch.setattr(so, "MAX_LINE", 4096)
+    transcript = tiny(tmp_path)
+    transcript.lines[2:2] = [b'{"type":"user","x":"' + b"y" * 5_000_000 + b'"}\n', b"z" * 4095 + b"\n"]
+    path = transcript.save()
+    result = optimizer.scan([path])
+    assert [(entry["line"], entry["reason"][:11]) for entry in result["skipped"]] == [(3, "longer than"), (4, "not JSON: E")]
+    assert result["sessions"][0]["model_calls"] == 2
+
+
+@posix_only
+def test_pipes_and_devices_are_not_opened(tmp_path, optimizer):
+    path = tiny(tmp_path / "p").save()
+    below = path[:-len(".jsonl")] + os.sep + "subagents"
+    os.makedirs(below)
+    os.mkfifo(os.path.join(below, "agent-1.jsonl")), os.mkfifo(str(tmp_path / "p" / "x.jsonl"))
+    result = optimizer.scan([str(tmp_path / "p")])
+    assert len(result["sessions"]) == 1 and result["skipped"] == []
+    result = optimizer.scan([path])  # a file that was named brings those of its sub-agents
+    assert len(result["sessions"]) == 1 and result["skipped"] == []
+    for odd in (str(tmp_path / "p" / "x.jsonl"), "/dev/zero"):
+        assert so.describe_transcript(odd)["reason"] == "cannot be read: not a regular file"
+        with pytest.raises(OSError, match="not a regular file"):
+            so.open_transcript(odd)
+        with pytest.raises(StorageError, match="not a regular file"):
+            optimizer.scan([odd])
+
+
+def test_only_who_loses_or_regains_a_response_is_read_again(tmp_path, optimizer):
+    """A copy that is cut off in a response leaves it to the whole one; when that is gone from the file, it takes it back."""
+    name = "99999999-2222-4333-8444-555555555555"
+    whole, copy_ = tiny(tmp_path / "p"), tiny(tmp_path / "p", name=name)
+    copy_.lines = [line.replace(name.encode(), whole.session.encode(), line.count(name.encode()) - 1) for line in copy_.lines]
+    copy_.lines = [line.replace(b'"output_tokens": 30', b'"output_tokens": 3') for line in whole.lines]
+    other = tiny(tmp_path / "p", name="77777777-2222-4333-8444-555555555555")
+    whole.save(), copy_.save(), other.save()
+    rows = {row["path"]: row["tokens"]["output"] for row in optimizer.scan([str(tmp_path / "p")])["sessions"]}
+    assert rows == {whole.path: 80, copy_.path: 0, other.path: 80}
+    reads, original = [], so.ClaudeCodeReader.read
+    def noted(self, paths, claim, skip):
+        reads.append(paths[0])
+        return original(self, paths, claim, skip)
+    whole.lines.pop()
+    whole.save()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(so.ClaudeCodeReader, "read", noted)
+        rows = {row["path"]: row["tokens"]["output"] for row in optimizer.scan([str(tmp_path / "p")])["sessions"]}
+    assert rows == {whole.path: 50, copy_.path: 3, other.path: 80}
+    assert other.path not in reads and set(reads) == {whole.path, copy_.path}
+    fresh = SessionOptimizer(str(tmp_path / "other")).scan([str(tmp_path / "p")])
+    assert {row["path"]: row["tokens"]["output"] for row in fresh["sessions"]} == rows
+
+
 def test_a_deleted_session_stays_deleted_until_told_otherwise(tmp_path, optimizer):
     path = tiny(tmp_path / "p").save()
     row, = optimizer.scan([path])["sessions"]
@@ -6755,8 +7016,9 @@ CALLS = [  # a command line, and the calls of the library it makes
     ("export s1", [("export_report", dict(session_id="s1", format="text"))]),
     ("export s1 --format json", [("export_report", dict(session_id="s1", format="json"))]),
     ("scan . --no-store --again --agent codex --project p --since 2026-03-01T10:00:00Z",
-     [("scan", dict(paths=["."], agent="codex", project="p", since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), store=False, again=True))]),
-    ("scan", [("scan", dict(paths=None, agent="", project="", since=None, store=True, again=False))]),
+     [("scan", dict(paths=["."], agent="codex", project="p", since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), store=False, again=True, jobs=0))]),
+    ("scan", [("scan", dict(paths=None, agent="", project="", since=None, store=True, again=False, jobs=0))]),
+    ("scan --jobs 3", [("scan", dict(paths=None, agent="", project="", since=None, store=True, again=False, jobs=3))]),
     ("advice", [("agent_statistics", dict(agent="", days=30))]),
     ("whatif cap 2k --tool Bash", [("whatif", dict(policy="cap 2k --tool Bash", paths=None))]),
     ("whatif clear --older 5 --at-least 1k --when-rebuilding --paths .",
