@@ -7905,7 +7905,8 @@ def open_transcript(path: str, buffering: int = -1) -> Any:
     cannot be, and for pipes and devices, which could block or never end."""
     opener = _OPENER[0].get() if _OPENER else None
     if opener is not None:
-        return opener(path, "rb")
+        import io
+        return io.BufferedReader(opener(path, "rb"), max(buffering, 1 << 13))  # some have no readline(size)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -9579,7 +9580,7 @@ def describe_transcript(path: str, open: Any = open) -> Dict[str, Any]:
     this disk. Raises nothing: what cannot be read has a reason."""
     facts = {"path": path, "size": 0, "reader": "", "reason": "", "kin": [], "order": ["~", "~", path]}
     try:
-        with _Opening(open), open_transcript(path) as file:
+        with _Opening(open), open_transcript(path, _HEAD_SIZE) as file:
             head = file.read(_HEAD_SIZE) or b""
             facts["size"] = size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _HEAD_SIZE))

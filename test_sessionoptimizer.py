@@ -5711,10 +5711,15 @@ def test_a_description_reads_the_ends_of_a_file_alone(tmp_path):
     path, read_bytes = transcript.save(), []
 
     class Counting(io.FileIO):
+        def readinto(self, buffer):
+            read_bytes.append(len(buffer))
+            return super().readinto(buffer)
+
         def read(self, size=-1):
-            assert size >= 0
-            read_bytes.append(size)
-            return super().read(size)
+            raise AssertionError("reads of no size told")
+
+        def readline(self):  # as some object stores' files have it
+            raise AssertionError("reads of no size told")
     facts = so.describe_transcript(path, open=Counting)
     assert sum(read_bytes) <= 128 * 1024 and facts == so.describe_transcript(path)
     assert (facts["reader"], facts["size"], facts["order"]) == (
