@@ -1181,12 +1181,21 @@ def masked(value: Any, *, hashes: bool = True) -> Any:
     if isinstance(value, str):
         return mask_secrets(value)
     if isinstance(value, dict):
-        return {mask_secrets(str(key)): part if key in _NUMBERS else masked(part, hashes=hashes)
+        return {mask_secrets(key) if isinstance(key, str) else key: _masked_as(key, part, hashes)
                 for key, part in value.items()
                 if hashes or not isinstance(part, str) or not _HASH.match(f"{key}={part}")}
     if isinstance(value, (list, tuple)):
         return [masked(part, hashes=hashes) for part in value]
     return value
+
+
+def _masked_as(key: Any, value: Any, hashes: bool) -> Any:
+    """A value under its name, which may say that it is a secret."""
+    if key in _NUMBERS:
+        return value
+    if isinstance(value, str) and mask_secrets(f"{key}='{value}'") == f"{key}='***'":
+        return "***"
+    return masked(value, hashes=hashes)
 
 
 _NUMBERS = ("response_id", "batch_id")  # drawn by lot, and no secret
@@ -7443,20 +7452,23 @@ class Recorder:
             return []
         model, path = self._settle(), self.paths[0]
         stem = os.path.splitext(os.path.basename(path))[0]
-        source = dict({"session_id": stem, "cwd": "", "version": ""}, **self._source,
-                      reader=self.reader.name, path=path)
+        source = dict({"session_id": stem, "cwd": "", "version": ""}, **self._source)
+        source = {name: value if name == "session_id" else masked(value)
+                  for name, value in source.items()}
+        source.update(reader=self.reader.name, path=path)
         if self.paths[1:]:
             source["paths"] = self.paths[1:]
         started = self._first or time_text(_changed_at(path))
         session = Session(slug(name or source["session_id"]), self._agent_name, self.task,
-                          SessionStatus.COMPLETED, started, self._last or started, model=model,
-                          metadata=dict(self._counters, source=source))
+                          SessionStatus.COMPLETED, started, self._last or started,
+                          model=mask_secrets(model), metadata=dict(self._counters, source=source))
         for number, event in enumerate(self._joined(), 1):
             event.id = f"e{number}"
             if event.model == model:
                 event.model = ""
             if "left" in event.data:
                 event.data["left"] = [result.id for result in event.data["left"] if result.id]
+            event.data, event.model = masked(event.data), mask_secrets(event.model)
             session.add_event(event)
         return [session]
 
@@ -9401,6 +9413,7 @@ class LiveHooks:
             if event is None:
                 return None, changes
             event.id = event_id(session_id, footer, event.timestamp)
+            event.data = masked(event.data)
             return event.to_dict(), changes
 
         self.store.append(session_id, make)
@@ -10530,6 +10543,7 @@ class SessionOptimizer:
 
         def make(footer: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
             event.id = event_id(session_id, footer, event.timestamp)
+            event.data = masked(event.data)
             return event.to_dict(), {}
 
         try:
@@ -10635,6 +10649,9 @@ class SessionOptimizer:
         session."""
         try:
             session = Session.from_dict(data)
+            session.task, session.metadata = mask_secrets(session.task), masked(session.metadata)
+            for event in session.events:
+                event.data = masked(event.data)
             check_id(session.id)
             _encode(session.to_dict())
         except (InvalidValue, TypeError, ValueError, RecursionError) as error:
@@ -10835,8 +10852,13 @@ def _begun(agent: str, task: str, model: str, session_id: Optional[str],
     now = now_text()
     digits = re.sub(r"\D", "", now[:19])
     session_id = session_id or f"{slug(str(agent).lower())}_{digits[:8]}_{digits[8:]}"
-    session = Session(check_id(session_id), str(agent).upper(), str(task), SessionStatus.ACTIVE, now,
-                      model=str(model or "default").lower(), metadata=dict(metadata or {}))
+    try:
+        metadata = masked(metadata or {})
+    except RecursionError as error:
+        raise _not_json(error, "metadata") from None
+    session = Session(check_id(session_id), mask_secrets(str(agent)).upper(), mask_secrets(str(task)),
+                      SessionStatus.ACTIVE, now, model=mask_secrets(str(model or "default").lower()),
+                      metadata=metadata or {})
     told = {"agent": session.agent, "task": session.task, "model": session.model}
     session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, told))
     return session

@@ -6949,6 +6949,40 @@ def test_would_repeat_counts_the_tokens_of_the_lines_asked_for(agent, source):
     assert (whole["lines"], whole["of_lines"], whole["tokens"]) == (100, 100, tokens)
 
 
+PLANTED = ["ghp_0123456789abcdefghijklmnopqrstuvwxyz", "sk-ant-api03-Abc123Def456Ghi789Jkl012Mno345",
+           "hunter2hunter2"]
+
+
+def test_no_planted_secret_is_stored_whatever_brings_it(tmp_path, optimizer):
+    token, key, password = PLANTED
+    told = Transcript(tmp_path / "projects", cwd="/w/%s" % token)
+    told.prompt("use %s please" % token)
+    calls = [("Bash", {"command": "curl -u me:%s https://x.y" % password}), ("Read", {"file_path": "/w/%s.txt" % token}),
+             ("Grep", {"pattern": key, "path": "/w"}), ("WebFetch", {"url": "https://me:%s@x.y/" % password, "prompt": "p"}),
+             ("mcp__db__query", {"query": "IDENTIFIED BY '%s'" % password, "path": "/w/%s" % key}),
+             ("tool_%s" % token, {"a": 1})]
+    for number, (name, arguments) in enumerate(calls):
+        told.answer("m%d" % number, (10, 300, 1_000 + 300 * number, 20), use("t%d" % number, name, **arguments))
+        told.result("t%d" % number, "fine")
+    told.answer("m9", (10, 300, 3_000, 9), text(9))
+    row, = optimizer.scan([told.save()])["sessions"]
+    session = optimizer.start_session("agent", "task %s" % token, metadata={"note": key, "deep": [{"x": token}]})
+    optimizer.log_event(session.id, "TOOL_CALL", {"command": "export API_KEY=%s" % key, "args": {"password": password}})
+    optimizer.import_session(so.Session("imported", "A", "t " + token, events=[
+        so.SessionEvent("e1", "", EventType.TOOL_CALL, {"command": "login --password %s" % password})]).to_dict())
+    optimizer.log_hook({"session_id": "live", "hook_event_name": "UserPromptSubmit", "prompt": "p " + token, "cwd": "/w/" + key})
+    optimizer.log_hook({"session_id": "live", "hook_event_name": "PostToolUse", "tool_name": "Bash", "cwd": "/w",
+                        "tool_input": {"command": "mysql -p%s" % password}, "tool_response": {"stdout": key}})
+    optimizer.summaries()
+    exported = [optimizer.export_report(row["id"], form) for form in so.FORMATS]
+    stored = stored_bytes(optimizer.store.root).replace(str(tmp_path).encode(), b"")
+    for secret in PLANTED:
+        assert secret.encode() not in stored, secret
+        assert not any(secret in report for report in exported), secret
+    kept = optimizer.get_session(session.id)  # and what is no secret is kept as it was told
+    assert kept.events[1].data["args"].keys() == {"password"} and kept.metadata["deep"][0].keys() == {"x"}
+
+
 # ==================================================================================================
 # Quick functions
 # ==================================================================================================
