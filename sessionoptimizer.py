@@ -10444,11 +10444,10 @@ class _Running:
 class SessionOptimizer:
     """Sessions in a store, and what an analysis says of them.
 
-    ``storage_path``: directory of the store (default: SESSIONOPTIMIZER_HOME, else
-    ~/.sessionoptimizer). ``analyzers``: instances that replace the built-in ones. ``durable``:
-    force every event to the disk before it is acknowledged. Sessions handed out stay live: they
-    show what this and, at the next call that names them, other processes have logged. Threads may
-    share an instance. StorageError when the store cannot be used.
+    ``storage_path``: the store's directory (else SESSIONOPTIMIZER_HOME, ~/.sessionoptimizer).
+    ``analyzers`` replace the built-in ones. ``durable``: events are on the disk before they are
+    acknowledged. Sessions handed out stay live: they show what this and, at the next call that
+    names them, other processes have logged. Threads may share it. StorageError when it fails.
     """
 
     def __init__(self, storage_path: Optional[str] = None,
