@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Read Python files as their outline (signatures and docstrings), and log what that saved.
+"""Read files as their outline (signatures and docstrings, headings), and log what that saved.
 
     python3 examples/context_compressor.py [FILE ...] [--show] [--store DIR]
 
-The outline is valid Python: imports, constants, classes, decorators, signatures and docstrings stay, bodies
-become ``...``. It answers "what is in this file?" for a fraction of the tokens; the lines of a body are read
-when they matter.
+Python needs nothing: imports, constants, classes, decorators, signatures and docstrings stay, bodies become
+``...``, and the outline is valid Python. Go, TypeScript, JavaScript, Rust, Java and markdown need the extra
+`compression` (see compression.py, which tells what outlines would have saved in recorded sessions). An outline
+answers "what is in this file?" for a fraction of the tokens; the lines of a body are read when they matter.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from typing import Any, Callable, Iterator
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
+import compression  # noqa: E402  (the program beside this one)
 import sessionoptimizer  # noqa: E402
 from sessionoptimizer import EventType, Session, SessionOptimizer  # noqa: E402
 
@@ -46,9 +48,10 @@ def estimate_tokens(text: str) -> int:
 
 
 def outline(text: str, path: str) -> str:
-    """A Python source without function bodies; other text, and source that does not parse, unchanged."""
+    """A source without function bodies; text in no known language, and Python that does not parse, unchanged.
+    ImportError where the language needs the extra."""
     if not path.endswith((".py", ".pyi")):
-        return text
+        return compression.outline(text, compression.Tool("Read", path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes in the file that is read
@@ -114,8 +117,8 @@ def compression_stats(session: Session) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compress the files (default: the sessionoptimizer module itself) and return 0."""
-    parser = argparse.ArgumentParser(description="Read Python files as outlines and log what that saved.")
+    """Compress the files (default: the sessionoptimizer module itself) and return 0; 1 where one cannot be read."""
+    parser = argparse.ArgumentParser(description="Read files as outlines and log what that saved.")
     parser.add_argument("files", nargs="*", metavar="FILE", default=[sessionoptimizer.__file__])
     parser.add_argument("--show", action="store_true", help="print the outlines too")
     parser.add_argument("--store", metavar="DIR", help="keep the session there (default: a temporary store)")
@@ -124,7 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         optimizer = SessionOptimizer(options.store or scratch)
         session = optimizer.start_session("ATLAS", "Read a code base", model="sonnet")
         for path in options.files:
-            read = read_compressed(optimizer, session.id, path)
+            try:
+                read = read_compressed(optimizer, session.id, path)
+            except (ImportError, OSError) as error:
+                parser.exit(1, f"{path}: {error}\n")
             print(f"{os.path.basename(path)}: {read.original_tokens:,} -> {read.compressed_tokens:,} tokens "
                   "(estimated)")
             if options.show:

@@ -64,6 +64,7 @@ EXPLAINED = (
     "claude_code_hooks",
     "export_otlp",
     "git_insights",
+    "compression",
     "benchmark",
 )
 
@@ -396,7 +397,7 @@ def test_the_outline_of_a_real_file_is_python_with_the_same_interface(name):
     [
         ("def f(:\n", "a.py"),
         ("x\0", "a.py"),
-        ("# Title\n\ntext", "a.md"),
+        ("# Title\n\ntext", "a.txt"),
         ("", "a.py"),
         ("(" * 500 + ")" * 500, "a.py"),
     ],
@@ -406,7 +407,7 @@ def test_what_is_not_python_stays_as_it_is(text, path):
 
 
 def test_reads_are_logged_with_original_and_compressed_tokens(optimizer, session, tmp_path):
-    code, prose = tmp_path / "latin.py", tmp_path / "notes.md"
+    code, prose = tmp_path / "latin.py", tmp_path / "notes.txt"
     code.write_bytes(b"# -*- coding: latin-1 -*-\n" + PYTHON.encode("latin-1"))
     prose.write_text("Prose.\n" * 20_000, encoding="utf-8")
     read = compressor.read_compressed(optimizer, session.id, str(code))
