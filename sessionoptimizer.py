@@ -2071,8 +2071,15 @@ be the same (False: nearly all lines of an answer are)."""
 
 
 _ANSWERING = (EventType.SEARCH, EventType.TOOL_CALL)  # what they bring is compared as a whole
+_GIT_ACTS = _Pattern(r"\bgit\s+(?:-\S+\s+\S+\s+){0,3}(?:add|commit|push|reset|restore|rm|mv|tag|fetch|"
+                     r"stash|branch\s+-|remote\s+\w|config\s+\S+\s+\S|init|worktree\s+\w)")
 LEAST_ANSWER = 50  # tokens of a result that counts as given before when another call gave it
 LEAST_POLL = 500   # tokens of a result whose unchanged lines count as repeated where nine in ten are
+
+
+def _acts(event: SessionEvent) -> bool:
+    """Whether a command changes what git tells, though no file: what it answers is news."""
+    return bool(_GIT_ACTS.search(_command_of(event.data)))
 
 
 class _Held:
@@ -2113,6 +2120,8 @@ class ContextMemory:
         repeat = self.repeats(event)
         if kind is EventType.FILE_READ:
             self._keep(event, self._ranges(event))
+        elif kind in _ANSWERING and _acts(event):
+            self._searches.pop(event.agent_id, None)
         elif kind in _ANSWERING:
             self._keep_answer(event)
         elif kind is EventType.USER_MESSAGE:
@@ -2218,6 +2227,8 @@ class ContextMemory:
         """A search that was run before, or any result that was given before."""
         held, data = self._searches.get(event.agent_id, {}), event.data
         answer = data.get("content_hash")
+        if _acts(event):
+            return None
         key = search_key(data) if event.event_type is EventType.SEARCH else None
         earlier = held.get(key)
         if earlier is not None:
@@ -2226,6 +2237,9 @@ class ContextMemory:
                 return None  # a hosted search: what it found was not recorded, and has left the context
             if not (old and answer and old != answer):
                 return Repeat(earlier, 1, 1)
+        response = data.get("response_id")
+        if response and answer in held and held[answer].data.get("response_id") == response:
+            return None  # asked in one breath: the first answer was not known yet
         if event.tokens_input >= LEAST_ANSWER and answer in held:
             # A command looks at the world outside, where a person may have changed something meanwhile.
             sure = event.event_type is EventType.SEARCH \
