@@ -7,7 +7,7 @@
 
 _shtab_sessionoptimizer_subparsers=(scan list analyze stats compare export advice whatif alerts start log end hook import delete repair version help)
 
-_shtab_sessionoptimizer_scan_option_strings=(-h --help --agent --since --project --by --no-store --again --format --output --fail-under --store --color)
+_shtab_sessionoptimizer_scan_option_strings=(-h --help --agent --since --project --by --no-store --again --jobs --format --output --fail-under --store --color)
 _shtab_sessionoptimizer_list_option_strings=(-h --help --agent --status --since --limit --format --store --color)
 _shtab_sessionoptimizer_analyze_option_strings=(-h --help --format --fail-under --evidence --store --color)
 _shtab_sessionoptimizer_stats_option_strings=(-h --help --days --by --budget --format --split --store --color)
