@@ -201,11 +201,12 @@ def sessions_told(paths: Iterable[str]) -> Iterator[Tuple[str, List[so.Session],
     A unit may come twice: the last counts."""
     scan = so.TranscriptScan(None, "once")
     scan.look_at(list(paths) or None)
-    recorder = so.Recorder
+    recorder, sessions = so.Recorder, []  # type: Tuple[Any, List[so.Session]]
     so.Recorder = Listener  # type: ignore[misc]  # the readers make theirs by this name
     try:
-        for name, sessions in scan.read():
-            yield name, sessions, Listener.heard
+        for name, _ in scan.read(lambda session, found: sessions.append(session)):
+            yield name, sessions[:], Listener.heard
+            sessions.clear()
             Listener.heard.clear()
     finally:
         so.Recorder = recorder  # type: ignore[misc]
