@@ -5678,6 +5678,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
             listed = subprocess.run(["ps", "-ww", "-o", "args=", "-s", str(process.pid)], stdout=subprocess.PIPE).stdout
             workers = listed.count(b"spawn_main")
         assert workers >= 2, listed
+        time.sleep(1)  # a worker that has not been told its work yet complains of its pipe, as Python has it
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
         assert b"Traceback" not in output and process.returncode not in (0, None), output
