@@ -11419,7 +11419,7 @@ def _painted(report: str, when: Optional[str]) -> str:
 def _width() -> int:
     """Columns of the terminal; 80 where there is none."""
     from shutil import get_terminal_size
-    return max(40, min(200, get_terminal_size().columns))
+    return max(40, min(200, get_terminal_size().columns or 80))  # before 3.11 it may say 0
 
 
 def _show(options: Any, data: Any, *sections: Section) -> int:
