@@ -5545,7 +5545,7 @@ def test_a_second_scan_reads_only_what_changed(tmp_path, optimizer, monkeypatch)
     first.save(), second.save()
     reads = []
     for reader in so.READERS:
-        monkeypatch.setattr(reader, "read", lambda paths, *rest, _read=reader.read: reads.append(paths) or _read(paths, *rest))
+        monkeypatch.setattr(type(reader), "read", lambda self, paths, *rest, _read=reader.read: reads.append(paths) or _read(paths, *rest))
     before = optimizer.scan([str(tmp_path / "p")])
     assert sorted(reads) == [[first.path], [second.path]] and before["changes"] == ""
     del reads[:]
