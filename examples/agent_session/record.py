@@ -100,7 +100,8 @@ class Copy:
     def run(self) -> int:
         """What os.waitpid says of the command in the end."""
         signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
-        handlers = {"SIGCHLD": self._child, "SIGWINCH": self._resized, "SIGCONT": self._continued, "SIGTSTP": self._suspended}
+        # A handler may run between waitpid and the line after it: it only wakes the loop, which alone waits for the child.
+        handlers = {"SIGCHLD": lambda *_: None, "SIGWINCH": self._resized, "SIGCONT": self._continued, "SIGTSTP": self._suspended}
         handlers.update(dict.fromkeys(PASSED_ON, self._pass_on))
         for name, handler in handlers.items():
             number = getattr(signal, name)
@@ -135,6 +136,7 @@ class Copy:
         if self.wake in events:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.wake, 1024)
+            self._child()
         if events.get(self.master, 0) & ~select.POLLOUT and not self._show():
             time.sleep(0.01)  # closed, and the command not reaped yet
         if 0 in events:
@@ -222,9 +224,7 @@ class Copy:
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
-    def _child(self, *_: Any) -> None:
-        if self.status is not None:
-            return
+    def _child(self) -> None:
         pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
         if pid and os.WIFSTOPPED(status):
             if self.screen.attributes is not None:  # a shell is there to wake us up
