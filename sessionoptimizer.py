@@ -76,7 +76,7 @@ if TYPE_CHECKING:  # the names of types cost start-up time and are needed by typ
     from typing import (
         Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union)
 
-    Data = Dict[str, Any]
+    Data = Dict[str, Any]  # an object of a JSON document
     Rows = List[Data]
 
 __version__ = "2.0.0"
@@ -474,7 +474,7 @@ class PriceList:
     _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
                "cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr")
 
-    def __init__(self, overrides: Optional[Dict[str, Any]] = None):
+    def __init__(self, overrides: Optional[Data] = None):
         self.overrides = overrides or {}
         self._own = {}
         for model, entry in self.overrides.items():
@@ -482,7 +482,7 @@ class PriceList:
                 self._own[next(_spellings(model))] = self._row(model, entry)
         self._found: Dict[Tuple[str, str], Price] = {}
 
-    def _row(self, model: str, entry: Dict[str, Any]) -> _Row:
+    def _row(self, model: str, entry: Data) -> _Row:
         plain, above = ([self._figure(model, name + end, entry.get(name + end)) for name in self._fields]
                         for end in ("", "_above_200k_tokens"))
         fast = self._figure(model, "fast", entry.get("fast"))
@@ -697,7 +697,7 @@ class SessionEvent(_Record):
     id: str
     timestamp: str
     event_type: EventType
-    data: Dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=dict)
     tokens_input: int = 0
     tokens_output: int = 0
     duration_ms: int = 0
@@ -725,7 +725,7 @@ class SessionEvent(_Record):
         return Usage(self.tokens_input - write, write - hour, hour, self.tokens_cache_read,
                      self.tokens_output)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Data:
         """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
         result = {"id": self.id, "timestamp": self.timestamp, "event_type": self.event_type._value_,
                   "data": self.data, "tokens_input": self.tokens_input, "tokens_output": self.tokens_output,
@@ -737,12 +737,12 @@ class SessionEvent(_Record):
         return result
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> "SessionEvent":
+    def from_dict(cls, data: Data) -> "SessionEvent":
         """The event a dict describes. Unknown keys are ignored; a missing id, an unknown type or a count that
         is not a whole number >= 0 raises InvalidValue."""
         get = data.get
         try:
-            kind = data["event_type"]
+            kind: Any = data["event_type"]
             event = cls(data["id"], get("timestamp", ""), EVENT_TYPES[getattr(kind, "value", kind)],
                         get("data"),  # type: ignore[arg-type]  # what it may be besides, `_check` says
                         get("tokens_input", 0), get("tokens_output", 0), get("duration_ms", 0))
@@ -798,7 +798,7 @@ class Session(_Record):
     total_tokens_output: int = 0
     total_duration_ms: int = 0
     model: str = "default"
-    metadata: Dict[str, Any] = field(default_factory=dict)
+    metadata: Data = field(default_factory=dict)
 
     prices = PriceList()  # a store's own prices replace it on the sessions read from there
 
@@ -828,7 +828,7 @@ class Session(_Record):
         return isinstance(self.metadata.get("source"), dict)
 
     @property
-    def source(self) -> Dict[str, Any]:
+    def source(self) -> Data:
         """Where an imported session is from: its ``reader``, ``path``, ``cwd``, ``version``."""
         return self.metadata["source"] if self.imported else {}
 
@@ -892,26 +892,26 @@ class Session(_Record):
             current.setdefault(event.agent_id, []).append(event)
         yield from current.values()
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Data:
         """A dict JSON can hold, events included."""
         return dict(self._head(), status=self.status.value, ended_at=self.ended_at,
                     events=[event.to_dict() for event in self.events],
                     total_tokens_input=self.total_tokens_input, total_tokens_output=self.total_tokens_output,
                     total_duration_ms=self.total_duration_ms)
 
-    def _head(self) -> Dict[str, Any]:
+    def _head(self) -> Data:
         """What is fixed at the start."""
         return {"id": self.id, "agent": self.agent, "task": self.task, "started_at": self.started_at,
                 "model": self.model, "metadata": self.metadata}
 
-    def _foot(self) -> Dict[str, Any]:
+    def _foot(self) -> Data:
         """What changes with every event."""
         return {"status": self.status.value, "ended_at": self.ended_at, "event_count": len(self.events),
                 "total_tokens_input": self.total_tokens_input, "total_tokens_output": self.total_tokens_output,
                 "total_duration_ms": self.total_duration_ms}
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> "Session":
+    def from_dict(cls, data: Data) -> "Session":
         """The session a dict describes. Totals are recomputed when there are events and kept when there are
         none; unknown keys are ignored; InvalidValue names what is missing or cannot be used."""
         if not isinstance(data, dict):
@@ -938,7 +938,7 @@ class Session(_Record):
         return session
 
 
-def _typed(data: Dict[str, Any], name: str, kind: type) -> Any:
+def _typed(data: Data, name: str, kind: type) -> Any:
     value = data.get(name)
     if value is None:
         return kind()
@@ -981,19 +981,19 @@ class EfficiencyIssue(_Record):
     estimated_waste_tokens: int = 0
     estimated_waste_cost: float = 0.0
     events_involved: List[str] = field(default_factory=list)
-    metadata: Dict[str, Any] = field(default_factory=dict)
-    claims: Dict[str, Any] = field(default_factory=dict)
+    metadata: Data = field(default_factory=dict)
+    claims: Data = field(default_factory=dict)
     measured: bool = False
     charged_tokens: int = 0
     charged_cost: float = 0.0
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Data:
         """A dict as JSON holds it."""
         claims = {event: list(pair) if pair.__class__ is tuple else pair for event, pair in self.claims.items()}
         return dict(self.__dict__, issue_type=self.issue_type.value, severity=self.severity.value, claims=claims)
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> "EfficiencyIssue":
+    def from_dict(cls, data: Data) -> "EfficiencyIssue":
         """The issue a dict describes; unknown keys are ignored, InvalidValue when it is not one."""
         try:
             values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
@@ -1017,7 +1017,7 @@ class OptimizationReport(_Record):
     efficiency_score: float = 100.0
     recommendations: List[str] = field(default_factory=list)
     token_breakdown: Dict[str, int] = field(default_factory=dict)
-    comparisons: Dict[str, Any] = field(default_factory=dict)
+    comparisons: Data = field(default_factory=dict)
     measured_waste_tokens: int = 0
     measured_waste_cost: float = 0.0
     total_tokens: int = 0
@@ -1025,15 +1025,15 @@ class OptimizationReport(_Record):
     analyzer_errors: List[str] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     token_use: Dict[str, int] = field(default_factory=dict)
-    bill: Dict[str, Any] = field(default_factory=dict)
-    advice: List[Dict[str, Any]] = field(default_factory=list)
+    bill: Data = field(default_factory=dict)
+    advice: List[Data] = field(default_factory=list)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> Data:
         """A dict JSON can hold."""
         return dict(self.__dict__, issues=[issue.to_dict() for issue in self.issues])
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> "OptimizationReport":
+    def from_dict(cls, data: Data) -> "OptimizationReport":
         """The report a dict describes; unknown keys are ignored, InvalidValue when it is not one."""
         try:
             values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
@@ -1973,7 +1973,7 @@ _DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission t
 _TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
 
 
-def failure_kind(data: Dict[str, Any]) -> str:
+def failure_kind(data: Data) -> str:
     """Why a failure is not the agent's: "declined", "transient", "collateral" or "interrupted"; "" when it is."""
     if data.get("kind"):
         return str(data["kind"])
@@ -2021,25 +2021,25 @@ def _changes_by_command(command: str, cwd: str) -> List[str]:
     return changes
 
 
-def _command_of(data: Dict[str, Any]) -> str:
-    arguments: Dict[str, Any] = data["args"] if isinstance(data.get("args"), dict) else {}
+def _command_of(data: Data) -> str:
+    arguments: Data = data["args"] if isinstance(data.get("args"), dict) else {}
     command = data.get("command") or arguments.get("command") or ""
     return command if isinstance(command, str) else ""
 
 
-def _is_imported(data: Dict[str, Any]) -> bool:
+def _is_imported(data: Data) -> bool:
     """Whether a reader made the event: then ``line`` and ``path`` are its place in the transcript."""
     return "line" in data and "response_id" in data
 
 
-def _paths_of(data: Dict[str, Any]) -> List[str]:
+def _paths_of(data: Data) -> List[str]:
     """The files an event names. In an imported event ``path`` is the transcript's."""
     path = data.get("file_path") or data.get("file") or ("" if _is_imported(data) else data.get("path")) or ""
     paths = data.get("file_paths") or [path]
     return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
 
 
-def line_range(data: Dict[str, Any]) -> Tuple[int, int]:
+def line_range(data: Data) -> Tuple[int, int]:
     """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are (-n, -1)."""
     first: Any
     last: Any
@@ -2327,7 +2327,7 @@ def _is_within(path: str, places: List[str]) -> bool:
     return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
 
 
-def search_key(data: Dict[str, Any]) -> Optional[Tuple[str, str, str]]:
+def search_key(data: Data) -> Optional[Tuple[str, str, str]]:
     """Tool, query and scope with case and space folded; None without a query."""
     query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
     if not query:
@@ -2436,11 +2436,11 @@ class Analysis:
         return self._walk or self.follow()
 
     @property
-    def bill(self) -> Dict[str, Any]:
+    def bill(self) -> Data:
         """The session's bill, as `bill_of` gives it."""
         return self._bill if self.walk else {}
 
-    def follow(self, *watchers: Callable[[Step, Optional[Dict[str, Any]]], Any]) -> ContextWalk:
+    def follow(self, *watchers: Callable[[Step, Optional[Data]], Any]) -> ContextWalk:
         """Follow the contexts and make out the bill. The watchers are called with every step, and the
         rebuild where it is one."""
         session, bill = self.session, empty_bill()
@@ -3029,7 +3029,7 @@ def expired(step: Step, session: Session) -> bool:
     return 2 * (step.kept - step.read) >= step.before and (step.gap or 0.0) > step.ttl + GRACE
 
 
-def _rebuild(step: Step, session: Session) -> Dict[str, Any]:
+def _rebuild(step: Step, session: Session) -> Data:
     """One rebuild in the words of the bill, in pico-dollars."""
     call, tokens = step.call, step.kept - step.read
     assert call is not None
@@ -3056,7 +3056,7 @@ def _came_before(step: Step) -> str:
     return ""
 
 
-def empty_bill() -> Dict[str, Any]:
+def empty_bill() -> Data:
     """The bill of nothing."""
     return {"total": 0, "guessed": 0, "classes": dict.fromkeys(CLASSES, 0), "models": {},
             "unpriced": {"calls": 0, "tokens": 0},
@@ -3064,14 +3064,14 @@ def empty_bill() -> Dict[str, Any]:
             "cells": [], "small_rebuilds": {"count": 0, "tokens": 0, "cost": 0}, "rebuilds": []}
 
 
-def bill_of(session: Session) -> Dict[str, Any]:
+def bill_of(session: Session) -> Data:
     """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content x how
     it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``: calls whose
     output is a placeholder, of all, and what the output of those would cost at its visible size."""
     return Analysis(session).bill
 
 
-def _add_usage(bill: Dict[str, Any], session: Session) -> Dict[Tuple[str, str], int]:
+def _add_usage(bill: Data, session: Session) -> Dict[Tuple[str, str], int]:
     """Add what the sums of the usage tell; the cells of the output."""
     cells: Dict[Tuple[str, str], int] = {}
     for (model, rate), usage in session.usages().items():
@@ -3089,16 +3089,16 @@ def _add_usage(bill: Dict[str, Any], session: Session) -> Dict[Tuple[str, str], 
     return cells
 
 
-def _cell_rows(cells: Dict[Tuple[str, str], int]) -> List[Dict[str, Any]]:
+def _cell_rows(cells: Dict[Tuple[str, str], int]) -> List[Data]:
     """The cells that hold something, the dearest first."""
     ranked = sorted((-(paid // _PAIRED), key, paid % _PAIRED) for key, paid in cells.items() if paid)
     return [{"content": content, "how": how, "tokens": tokens, "cost": -cost}
             for cost, (content, how), tokens in ranked]
 
 
-def add_bills(bills: Iterable[Dict[str, Any]]) -> Dict[str, Any]:
+def add_bills(bills: Iterable[Data]) -> Data:
     """The sum of bills, in any order the same."""
-    total, cells = empty_bill(), {}  # type: Tuple[Dict[str, Any], Dict[Tuple[str, str], int]]
+    total, cells = empty_bill(), {}  # type: Tuple[Data, Dict[Tuple[str, str], int]]
     for bill in bills:
         for name, part in bill.items():
             if part.__class__ is int:
@@ -3149,7 +3149,7 @@ _LONG_ADVICE = {
 _READ_IN_PARTS = "Read files of more than 10,000 tokens in parts: search first, then read those lines."
 
 
-def advice_of(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def advice_of(rows: List[Data]) -> List[Data]:
     """What to do tomorrow, the largest saving first, from rows of sessions (`bill_columns`): ``{"kind",
     "text", "paste", "saves": {"low", "middle", "high"}, "sessions": [ids], "project"}``, in
     pico-dollars. ``"point": False`` says that of the saving the range alone is known."""
@@ -3159,7 +3159,7 @@ def advice_of(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 
 def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session: Dict[str, int],
-            **more: Any) -> Dict[str, Any]:
+            **more: Any) -> Data:
     """``by_session``: the middle saving by session."""
     helped = sorted((-value, key) for key, value in by_session.items() if value > 0)
     low, middle, high = saves
@@ -3170,9 +3170,9 @@ def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session:
                  "sessions": [key for _, key in helped], "project": ""}, **more)
 
 
-def _long_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _long_advice(rows: List[Data]) -> List[Data]:
     """What a replay of the sessions themselves recommends."""
-    best: Dict[str, Dict[str, Any]] = {}
+    best: Dict[str, Data] = {}
     recorded = sum(row["bill"]["total"] for row in rows)
     for policy, (kind, text) in _LONG_ADVICE.items():
         saves = {row["id"]: row["replay"][policy] for row in rows if policy in row["replay"]}
@@ -3192,10 +3192,10 @@ def is_recommended(recorded: int, saves: List[int]) -> bool:
     return saves[0] > 0 and 100 * saves[1] >= recorded
 
 
-def _start_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _start_advice(rows: List[Data]) -> List[Data]:
     """The start load of a project against the smallest seen with the same client and model."""
     least: Dict[Tuple[str, str], int] = {}
-    projects: Dict[str, List[Dict[str, Any]]] = {}
+    projects: Dict[str, List[Data]] = {}
     for row in rows:
         if row["start_load"] and row["project"]:
             client = row["agent"], row["model"]
@@ -3222,12 +3222,12 @@ def _last_name(path: str) -> str:
     return re.split(r"[/\\]", path)[-1] or path
 
 
-def paid_for(bill: Dict[str, Any], content: str) -> int:
+def paid_for(bill: Data, content: str) -> int:
     """Pico-dollars paid for a content, first, carried and again."""
     return sum(cell["cost"] for cell in bill["cells"] if cell["content"] == content)
 
 
-def _read_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _read_advice(rows: List[Data]) -> List[Data]:
     """Large reads with all that was paid for them: a part of each would have done, often but not always."""
     paid = {row["id"]: sum(read["cost"] for read in row["large_reads"]) for row in rows}
     files: Dict[str, int] = {}
@@ -3242,7 +3242,7 @@ def _read_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
                     _READ_IN_PARTS, (0, share // 2, share), paid, files=most)] if total else []
 
 
-def _prefix_advice(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _prefix_advice(rows: List[Data]) -> List[Data]:
     """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of them."""
     found = []
     for cause, (what, paste) in _PREFIX_ADVICE.items():
@@ -3294,7 +3294,7 @@ class BaseAnalyzer:
                 raise InvalidValue(f"{type(self).__name__} has no threshold {name!r}; it has: {known}")
             setattr(self, name, value)
 
-    def thresholds(self) -> Dict[str, Any]:
+    def thresholds(self) -> Data:
         """The thresholds in force, by name."""
         names = [name for cls in type(self).__mro__ for name, value in vars(cls).items()
                  if isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -3318,9 +3318,9 @@ class BaseAnalyzer:
             f"{type(self).__name__} needs find(session, analysis) or analyze(session)")
 
     def issue(self, severity: Severity, description: str, suggestion: str, *,
-              events: Iterable[SessionEvent] = (), claims: Optional[Dict[str, Any]] = None,
+              events: Iterable[SessionEvent] = (), claims: Optional[Data] = None,
               tokens: int = 0, measured: bool = False,
-              metadata: Optional[Dict[str, Any]] = None) -> EfficiencyIssue:
+              metadata: Optional[Data] = None) -> EfficiencyIssue:
         """An issue of this analyzer's type. ``claims`` maps event ids to (input, output) tokens;
         ``tokens`` alone is shared by ``events`` or, where there are none, by the session."""
         ids = [event.id for event in events]
@@ -3589,7 +3589,7 @@ class LongSessionAnalyzer(BaseAnalyzer):
             tokens=int(session.total_tokens * percent / 100),
             metadata={"duration_minutes": minutes, "threshold_minutes": self.limit_minutes})
 
-    def _returned(self, analysis: Analysis, returns: List[Dict[str, Any]]) -> EfficiencyIssue:
+    def _returned(self, analysis: Analysis, returns: List[Data]) -> EfficiencyIssue:
         tokens, times = sum(rebuild["tokens"] for rebuild in returns), len(returns)
         claims = {rebuild["event"]: (rebuild["tokens"] * rebuild["net_cost"] // max(1, rebuild["cost"]), 0)
                   for rebuild in returns}
@@ -3702,7 +3702,7 @@ POOR = 0.5                # error (p90) above which a range is all that can be s
 BEST, MIDDLE, WORST = range(3)
 
 # Policies and their options, with the values they have when not given; None must be given.
-POLICIES: Dict[str, Dict[str, Any]] = {
+POLICIES: Dict[str, Data] = {
     "none": {}, "compact": {"above": 200_000}, "return": {"above": 80_000}, "ttl": {"ttl": None},
     "cap": {"tokens": None, "tool": ""}, "start": {"tokens": None}, "no-repeats": {},
     "clear": {"older": None, "at_least": 0, "when_rebuilding": False},
@@ -3717,7 +3717,7 @@ class Replay:
     ``saved``: pico-dollars against the recorded bill; 0 where the policy changes nothing.
     """
 
-    def __init__(self, analysis: Analysis, name: str, options: Dict[str, Any], case: int,
+    def __init__(self, analysis: Analysis, name: str, options: Data, case: int,
                  summary: int = 0):
         self.session, self.name, self.options, self.case = analysis.session, name, options, case
         self.summary = summary or SUMMARIES.get(self.session.agent, SUMMARY)
@@ -3732,7 +3732,7 @@ class Replay:
         self._firsts: Dict[str, Tuple[int, int]] = {}  # by agent: first context, system prefix
         self._since = self._due = self._calls = self._length = 0
 
-    def __call__(self, step: Step, rebuild: Optional[Dict[str, Any]]) -> None:
+    def __call__(self, step: Step, rebuild: Optional[Data]) -> None:
         if step.call is None:
             return
         if step.last is None:
@@ -3793,7 +3793,7 @@ class Replay:
         beyond = index == len(pieces) or pieces[index].serial >= self._folded
         return begins - removed + inside + (self._inserted if beyond else 0)
 
-    def _compact(self, step: Step, rebuild: Optional[Dict[str, Any]], rates: Usage) -> Tuple[int, int]:
+    def _compact(self, step: Step, rebuild: Optional[Data], rates: Usage) -> Tuple[int, int]:
         """Compact where the policy does: from where on the context is new, and the request's cost."""
         base = self._first + self.summary
         back = rebuild is not None and rebuild["cause"] == "expired" \
@@ -3845,7 +3845,7 @@ class Replay:
         return not tool or event is not None and tool in (
             str(event.data.get("tool") or "").lower(), piece.content.lower())
 
-    def _clear(self, step: Step, rebuild: Optional[Dict[str, Any]]) -> int:
+    def _clear(self, step: Step, rebuild: Optional[Data]) -> int:
         """Clear old results where the policy does; the position from which on the context is new."""
         old = list(itertools.takewhile(
             lambda result: result[0] + self.options["older"] <= self._calls, self._results))
@@ -3863,7 +3863,7 @@ class Replay:
                 self._cut_to(piece.serial, step.held.size(index) - CLEARED_RESULT)
         return changed_from
 
-    def _keep_for(self, step: Step, rebuild: Optional[Dict[str, Any]]) -> None:
+    def _keep_for(self, step: Step, rebuild: Optional[Data]) -> None:
         """Price a call as if what is written lived for another time."""
         assert step.call is not None
         ttl, rates = self.options["ttl"], self.session.price_of(step.call).rates
@@ -3904,7 +3904,7 @@ def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
             for event, repeat in analysis.repeats}
 
 
-def replayed(analysis: Analysis, *policies: Tuple[str, Dict[str, Any]],
+def replayed(analysis: Analysis, *policies: Tuple[str, Data],
              summary: int = 0) -> List[List[int]]:
     """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best case.
     ``summary``: tokens that stand in for SUMMARY."""
@@ -3915,19 +3915,19 @@ def replayed(analysis: Analysis, *policies: Tuple[str, Dict[str, Any]],
 
 
 # Replayed when a session is read, with the shipped medians, for the advice of `scan` and `stats`.
-FIXED_POLICIES: Dict[str, Tuple[str, Dict[str, Any]]] = {
+FIXED_POLICIES: Dict[str, Tuple[str, Data]] = {
     "return 80000": ("return", {"above": 80_000}),
     "compact 200000": ("compact", {"above": 200_000}),
     "compact 150000": ("compact", {"above": 150_000})}
 
 
-def parse_policy(text: str) -> Tuple[str, Dict[str, Any]]:
+def parse_policy(text: str) -> Tuple[str, Data]:
     """A policy as it is written ("compact --above 60k", "cap 2000 --tool Bash", "ttl 1h"): its name and
     all its options. InvalidValue says what is wrong."""
     name, *words = str(text).split() or [""]
     if name not in POLICIES:
         raise InvalidValue(f"unknown policy {name!r}: use one of {', '.join(POLICIES)}")
-    options: Dict[str, Any] = dict(POLICIES[name])
+    options: Data = dict(POLICIES[name])
     key = next(iter(options), "")
     for word in words:
         if word.startswith("--"):
@@ -3958,12 +3958,12 @@ class Compactions:
     context held beyond the session's first one, and the calls after it."""
 
     def __init__(self) -> None:
-        self.by_agent: Dict[str, List[Dict[str, Any]]] = {}
+        self.by_agent: Dict[str, List[Data]] = {}
 
     def look_at(self, session: Session) -> None:
         """Take in those of a session."""
         firsts: Dict[str, Tuple[int, int]] = {}
-        open_one: Dict[str, Any] = {}
+        open_one: Data = {}
         for step in ContextWalk(session):
             if step.call is None:
                 continue
@@ -4020,7 +4020,7 @@ _SAME = "the same calls with the same answers; what another context would have l
 
 
 def what_if(sessions: Any, policy: str,
-            progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
+            progress: Optional[Callable[[int], Any]] = None) -> Data:
     """Sessions priced again under a policy: "none", "compact --above N", "return --above N",
     "ttl 5m|1h", "cap N [--tool T]", "start --tokens N", "no-repeats", "clear --older K [--at-least N]
     [--when-rebuilding]", "all" (return 80k, compact 200k and no-repeats in one replay).
@@ -4044,7 +4044,7 @@ def what_if(sessions: Any, policy: str,
         agents.add(session.agent)
         if progress:
             progress(len(rows))
-    calibration: Dict[str, Any] = _calibration(compactions.errors(), agents) if compacts else {
+    calibration: Data = _calibration(compactions.errors(), agents) if compacts else {
         "n": 0, "source": "shipped", "median_error": 0.0, "p90_error": 0.0}
     figures = _replay_sums(rows)
     largest = max(rows, key=lambda row: (abs(row[2][1]), row[0]), default=("",))[0]
@@ -4063,7 +4063,7 @@ def what_if(sessions: Any, policy: str,
                                        if key == name or name == "all" and key in options])
 
 
-def _replay_sums(rows: List[Tuple[str, int, List[int]]]) -> Dict[str, Any]:
+def _replay_sums(rows: List[Tuple[str, int, List[int]]]) -> Data:
     recorded = sum(cost for _, cost, _ in rows)
     saves = [sum(row[2][case] for row in rows) for case in range(3)]
     names = ("low", "middle", "high")
@@ -4072,7 +4072,7 @@ def _replay_sums(rows: List[Tuple[str, int, List[int]]]) -> Dict[str, Any]:
                    "saves": dict(zip(names, saves)), "recommended": is_recommended(recorded, saves)})
 
 
-def _calibration(errors: List[int], agents: Iterable[str]) -> Dict[str, Any]:
+def _calibration(errors: List[int], agents: Iterable[str]) -> Data:
     """``n``: how many compactions of the user's own the errors (shares) are from; 0: the shipped ones."""
     median, high = max(SHIPPED_ERRORS.get(agent, SHIPPED_ERRORS[""]) for agent in agents or [""])
     if errors:
@@ -5371,7 +5371,7 @@ def _lay_out(doc: dict) -> Iterator[bytes]:
     events."""
     yield _first_part({key: value for key, value in doc.items()
                        if key not in ("events", *_FOOTER_KEYS)})
-    footer: Dict[str, Any] = {"status": "ACTIVE", "ended_at": "", "event_count": 0}
+    footer: Data = {"status": "ACTIVE", "ended_at": "", "event_count": 0}
     footer.update(dict.fromkeys(_TOTALS, 0))
     lines: List[str] = []
     for event in doc["events"]:
@@ -6103,7 +6103,7 @@ class Store:
         return entry.name.startswith(".") and entry.name.endswith(_TEMPORARY) and \
             time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_BEHIND
 
-    def repair(self, *, discard: bool = False) -> Dict[str, Any]:
+    def repair(self, *, discard: bool = False) -> Data:
         """Mend every session that can be mended, and sweep: {"repaired": [what was said of each],
         "damaged": [what keeps each of the others from being read], "copies": [paths of damaged
         files that were kept], "removed": number of other files removed}. With `discard` the copies
@@ -6688,7 +6688,7 @@ def _too_deep(value: Any) -> bool:
     return True
 
 
-def _arguments(value: Any) -> Dict[str, Any]:
+def _arguments(value: Any) -> Data:
     """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of
     texts."""
     if value.__class__ is str:
@@ -6698,7 +6698,7 @@ def _arguments(value: Any) -> Dict[str, Any]:
             return {}
     if value.__class__ is not dict or _too_deep(value):
         return {}
-    arguments: Dict[str, Any] = dict(value)
+    arguments: Data = dict(value)
     for key in ("command", "cmd", "script"):
         command = arguments.get(key)
         if command.__class__ is list:
@@ -7205,10 +7205,10 @@ class Recorder:
         self._owners: Dict[str, str] = {}               # by id of a response: who told it first
         self._tools: Dict[str, _Tool] = {}
         self._counters: Dict[str, int] = {}
-        self._source: Dict[str, Any] = {}
+        self._source: Data = {}
         self._time = self._first = self._last = self._agent = self._overhead = ""
         self._agent_name = reader.agent
-        self._place: Dict[str, Any] = {"line": 0}
+        self._place: Data = {"line": 0}
         self._models: Dict[str, int] = {}               # calls of the main agent by model
 
     # where, and what session
@@ -7305,7 +7305,7 @@ class Recorder:
         self._window().add(event, size)
         return event
 
-    def _event(self, event_type: EventType, data: Dict[str, Any]) -> SessionEvent:
+    def _event(self, event_type: EventType, data: Data) -> SessionEvent:
         data.update(self._place)
         return SessionEvent("", self._time, event_type, data, agent_id=self._agent)
 
@@ -7662,7 +7662,7 @@ class _ClaudeSession:
         self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
                      "attachment": self._attachment}
         self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
-        self.echoes: List[Tuple[str, int, str, Dict[str, Any]]] = []
+        self.echoes: List[Tuple[str, int, str, Data]] = []
 
     def read(self) -> List[Session]:
         """Tell all files."""
@@ -7679,7 +7679,7 @@ class _ClaudeSession:
         stem = os.path.splitext(os.path.basename(self.paths[0]))[0]
         return self.told.finish(stem if _UUID.match(stem) else "")
 
-    def _parsed(self, path: str, line: int, text: bytes) -> Dict[str, Any]:
+    def _parsed(self, path: str, line: int, text: bytes) -> Data:
         try:
             decoded = text.decode("utf-8", "replace")
             entry, end = self.decode(decoded, len(decoded) - len(decoded.lstrip()))
@@ -7704,7 +7704,7 @@ class _ClaudeSession:
             self.told.returned(identity.group(1).decode("utf-8", "replace"), None,
                                len(text.split(b'"toolUseResult"')[0]), cut=True)
 
-    def _entry(self, entry: Dict[str, Any], path: str, line: int, own: str) -> None:
+    def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
         if len(self.facts) < 3:
             self._note_facts(entry)
         kind = entry.get("type")
@@ -7721,7 +7721,7 @@ class _ClaudeSession:
             self._at(entry, line, self._agent_of(entry, own))
             tell(entry)
 
-    def _at(self, entry: Dict[str, Any], line: int, agent: str) -> None:
+    def _at(self, entry: Data, line: int, agent: str) -> None:
         overhead = ""
         if agent.startswith("a"):
             overhead = "compaction" if agent.startswith("acompact") else \
@@ -7729,7 +7729,7 @@ class _ClaudeSession:
         self.agent = agent
         self.told.at(_text(entry.get("timestamp")), line, agent=agent, overhead=overhead)
 
-    def _note_facts(self, entry: Dict[str, Any]) -> None:
+    def _note_facts(self, entry: Data) -> None:
         found = {name: entry[name] for name in ("sessionId", "cwd", "version")
                  if _text(entry.get(name))}
         self.facts = dict(found, **self.facts)
@@ -7738,7 +7738,7 @@ class _ClaudeSession:
         numbers = tuple(map(int, re.findall(r"\d{1,9}", version)[:3]))
         self.final = False if numbers >= _PLACEHOLDERS_FROM else None
 
-    def _agent_of(self, entry: Dict[str, Any], own: str) -> str:
+    def _agent_of(self, entry: Data, own: str) -> str:
         """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
         told apart by the line they begin with."""
         agent = _text(entry.get("agentId"))
@@ -7752,7 +7752,7 @@ class _ClaudeSession:
 
     # what the model said
 
-    def _assistant(self, entry: Dict[str, Any]) -> None:
+    def _assistant(self, entry: Data) -> None:
         message, told = _as_dict(entry.get("message")), self.told
         usage, model = message.get("usage"), _text(message.get("model"))
         identity = _text(message.get("id")) or _text(entry.get("requestId")) or _text(
@@ -7779,8 +7779,8 @@ class _ClaudeSession:
             for block in tools:
                 told.tool(_text(block.get("id")), _text(block.get("name")), block.get("input"))
 
-    def _note_call(self, event: SessionEvent, entry: Dict[str, Any],
-                   message: Dict[str, Any]) -> None:
+    def _note_call(self, event: SessionEvent, entry: Data,
+                   message: Data) -> None:
         """What the bill asks of a call: why its cache was missed, and in what settings it ran."""
         reason = _as_dict(_as_dict(message.get("diagnostics")).get("cache_miss_reason"))
         effort = entry.get("effort")
@@ -7793,7 +7793,7 @@ class _ClaudeSession:
 
     # what entered
 
-    def _hooked(self, name: str, entry: Dict[str, Any], line: int) -> None:
+    def _hooked(self, name: str, entry: Data, line: int) -> None:
         """A hook says that the program began anew, with the context or without it."""
         if name not in ("SessionStart:resume", "SessionStart:clear") or name == self.marker:
             return
@@ -7804,13 +7804,13 @@ class _ClaudeSession:
         else:
             self._cleared(entry)
 
-    def _cleared(self, entry: Dict[str, Any]) -> None:
+    def _cleared(self, entry: Data) -> None:
         """`/clear` in mid-file: what follows has no line before it."""
         if self.called and entry.get("parentUuid") is None:
             self.called = False
             self.told.compaction(source=Source.CLEAR)
 
-    def _user(self, entry: Dict[str, Any]) -> None:
+    def _user(self, entry: Data) -> None:
         content = _as_dict(entry.get("message")).get("content")
         self.mode = _text(entry.get("permissionMode")) or self.mode
         if entry.get("isCompactSummary") is True:
@@ -7844,13 +7844,13 @@ class _ClaudeSession:
             if not self.agent and not self.command:
                 self.command = f"{command.group(1)} {arguments.group(1) if arguments else ''}"
 
-    def _result(self, block: Dict[str, Any], entry: Dict[str, Any]) -> None:
+    def _result(self, block: Data, entry: Data) -> None:
         text, size = _content(block.get("content"))
         first, count, total = _file_lines(entry.get("toolUseResult"))
         self.told.returned(_text(block.get("tool_use_id")), _without_reminders(text), size,
                            failed=block.get("is_error") is True, lines=(first, count, total))
 
-    def _system(self, entry: Dict[str, Any]) -> None:
+    def _system(self, entry: Data) -> None:
         subtype = entry.get("subtype")
         if subtype == "compact_boundary":
             self.told.compaction()
@@ -7861,7 +7861,7 @@ class _ClaudeSession:
         elif subtype == "api_error":
             self.told.call_failed(kind="transient")
 
-    def _attachment(self, entry: Dict[str, Any]) -> None:
+    def _attachment(self, entry: Data) -> None:
         attachment = _as_dict(entry.get("attachment"))
         kind = _text(attachment.get("type"))
         if attachment:
@@ -7882,7 +7882,7 @@ class _ClaudeSession:
                 self._user(inner)
 
 
-def _echo_id(echo: Tuple[str, int, str, Dict[str, Any]]) -> str:
+def _echo_id(echo: Tuple[str, int, str, Data]) -> str:
     return _text(echo[3]["message"].get("id"))
 
 
@@ -7905,7 +7905,7 @@ def _file_lines(details: Any) -> Tuple[int, int, int]:
     return first, count, total
 
 
-def _claude_usage(usage: Dict[str, Any]) -> Usage:
+def _claude_usage(usage: Data) -> Usage:
     split = _as_dict(usage.get("cache_creation"))
     hour = _count_of(split.get("ephemeral_1h_input_tokens"))
     written = _count_of(usage.get("cache_creation_input_tokens")) \
@@ -7916,7 +7916,7 @@ def _claude_usage(usage: Dict[str, Any]) -> Usage:
                  _count_of(usage.get("output_tokens")))
 
 
-def _earlier_iterations(usage: Dict[str, Any]) -> List[Tuple[str, Usage]]:
+def _earlier_iterations(usage: Data) -> List[Tuple[str, Usage]]:
     """Model and usage of the calls that the top level of a usage leaves out: all but the last."""
     entries = [_as_dict(entry) for entry in _as_list(usage.get("iterations"))]
     return [(_text(entry.get("model")), _claude_usage(entry)) for entry in entries[:-1] if entry]
@@ -8004,7 +8004,7 @@ _TOO_LONG = f"longer than {MAX_LINE >> 20} MB: left out"
 
 
 def transcript_entries(path: str,
-                       skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
+                       skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Data]]:
     """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A last line
     that is not finished is left out, other damage goes to ``skip``. OSError as `open_transcript`."""
     for number, line in numbered_lines(path, skip):
@@ -8021,7 +8021,7 @@ def transcript_entries(path: str,
 
 
 def _objects(text: bytes, path: str, line: int,
-             skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Dict[str, Any]]]:
+             skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Data]]:
     try:
         value = json.loads(text.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError) as error:
@@ -8045,7 +8045,7 @@ def places_of(path: str, key: bytes) -> Dict[Any, int]:
     return found
 
 
-def _as_dict(value: Any) -> Dict[str, Any]:
+def _as_dict(value: Any) -> Data:
     """The value where it is an object, else an empty one."""
     return value if value.__class__ is dict else {}
 
@@ -8181,7 +8181,7 @@ class _Rollout:
         self.call, self.called_at = "", ""  # a metered call that takes what follows, its time
         # Whether the model wrote it, time, line, verb.
         self.waiting: List[Tuple[bool, str, int, Callable[[str], Any]]] = []
-        self.open: Dict[str, Tuple[str, Dict[str, Any]]] = {}  # name and arguments by key of a call
+        self.open: Dict[str, Tuple[str, Data]] = {}  # name and arguments by key of a call
         self.running: Dict[str, str] = {}          # keys by id of a process
 
     def tell(self) -> bool:
@@ -8195,7 +8195,7 @@ class _Rollout:
         self._give_up()
         return self.known
 
-    def _entry(self, entry: Dict[str, Any]) -> None:
+    def _entry(self, entry: Data) -> None:
         kind, payload = _text(entry.get("type")), entry.get("payload")
         if "payload" not in entry:  # before 0.32 items were not wrapped
             if not kind and "record_type" not in entry and "instructions" in entry:
@@ -8209,7 +8209,7 @@ class _Rollout:
             self.known = True
             handler(payload)
 
-    def _meta(self, meta: Dict[str, Any]) -> None:
+    def _meta(self, meta: Data) -> None:
         if self.own:
             return  # forks and spawned threads repeat their ancestors' after their own
         self.own = _text(meta.get("id"))
@@ -8219,14 +8219,14 @@ class _Rollout:
         self.told.at(_time_text(meta.get("timestamp")))
         self.told.session(self.own, self.cwd, self.version)
 
-    def _turn(self, turn: Dict[str, Any]) -> None:
+    def _turn(self, turn: Data) -> None:
         self.model = _text(turn.get("model")).lower() or self.model
         self.cwd = _text(turn.get("cwd")) or self.cwd
         self.told.session(cwd=self.cwd)
         self.turn = _text(turn.get("turn_id")) or self.turn
         self.effort = _text(turn.get("effort")) or self.effort
 
-    def _message(self, message: Dict[str, Any]) -> None:
+    def _message(self, message: Data) -> None:
         kind = message.get("type")
         if kind == "token_count":
             self._token_count(_as_dict(message.get("info")))
@@ -8241,13 +8241,13 @@ class _Rollout:
                     "Err" in result or _as_dict(result.get("Ok")).get("isError") is True):
                 self._enter(lambda _: self.told.failed(key, _as_json(result)))
 
-    def _key(self, item: Dict[str, Any]) -> str:
+    def _key(self, item: Data) -> str:
         identity = _text(item.get("call_id"))
         return f"{self.path}:{identity}" if identity else ""
 
     # usage
 
-    def _token_count(self, info: Dict[str, Any]) -> None:
+    def _token_count(self, info: Data) -> None:
         total, last = (_codex_usage(info.get(f"{name}_token_usage")) for name in ("total", "last"))
         spent = last if total is None or self.total is None else None
         if total is not None and self.total is not None:
@@ -8298,7 +8298,7 @@ class _Rollout:
 
     # items
 
-    def _item(self, item: Dict[str, Any]) -> None:
+    def _item(self, item: Data) -> None:
         kind = _text(item.get("type"))
         if kind == "message" and item.get("role") == "assistant":
             size = _content(item.get("content"))[1]
@@ -8329,7 +8329,7 @@ class _Rollout:
         else:
             verb("")
 
-    def _said(self, item: Dict[str, Any], kind: str) -> None:
+    def _said(self, item: Data, kind: str) -> None:
         text, size = _content(item.get("content"))
         if item.get("role") == "user" and not _INJECTED.match(text):
             self.call = ""
@@ -8338,7 +8338,7 @@ class _Rollout:
         source = Source.ATTACHMENT if kind == "message" else Source.AGENT_MESSAGE
         self._enter(lambda _: self.told.context(source, size))
 
-    def _called(self, item: Dict[str, Any], kind: str) -> None:
+    def _called(self, item: Data, kind: str) -> None:
         name, raw = _text(item.get("name")), item.get("arguments")
         action = _as_dict(item.get("action"))
         if kind == "custom_tool_call":
@@ -8360,7 +8360,7 @@ class _Rollout:
         size = len(name) + _json_size(raw)
         self._wrote(lambda call: _codex_call(self.told, key, name, arguments, size))
 
-    def _returned(self, item: Dict[str, Any]) -> None:
+    def _returned(self, item: Data) -> None:
         key = self._key(item)
         if key in self.open:
             outcome = _codex_outcome(item.get("output"))
@@ -8390,7 +8390,7 @@ class _Rollout:
         return outcome.exit_code == 1 and outcome.text.strip() == "Exit code 1" \
             and not self.told.tool(key, "", None).data.get("changes")
 
-    def _compaction(self, compacted: Dict[str, Any]) -> None:
+    def _compaction(self, compacted: Data) -> None:
         self._give_up()
         kept = _as_list(compacted.get("replacement_history"))
         size = sum(_content(_as_dict(item).get("content"))[1] for item in kept)
@@ -8406,7 +8406,7 @@ def _codex_usage(usage: Any) -> Optional[Tuple[int, ...]]:
     return tuple(_count_of(usage.get(f"{key}_tokens")) for key in _CODEX_USAGE)
 
 
-def _codex_call(told: Recorder, key: str, name: str, arguments: Dict[str, Any], size: int) -> None:
+def _codex_call(told: Recorder, key: str, name: str, arguments: Data, size: int) -> None:
     """Tell a tool call. A patch given to the shell is a write of the files it names."""
     event = told.tool(key, name, arguments, size)
     command = arguments.get("command") or arguments.get("cmd") or ""
@@ -8515,7 +8515,7 @@ class _Chat:
         self.times: List[str] = []
         self.tools = 0
         self.order: List[str] = []  # ids in the order they came; "" where messages were taken back
-        self.messages: Dict[str, Tuple[int, str, Dict[str, Any]]] = {}
+        self.messages: Dict[str, Tuple[int, str, Data]] = {}
 
     def add(self, path: str) -> None:
         """Take a file in."""
@@ -8540,7 +8540,7 @@ class _Chat:
                     place = line or places.get(_text(message.get("id")), 1)
                     self._message(message, path, place)
 
-    def _message(self, message: Dict[str, Any], path: str, line: int) -> None:
+    def _message(self, message: Data, path: str, line: int) -> None:
         identity = _text(message.get("id")) or f"{path}:{len(self.order)}"
         if identity not in self.messages:
             self.order.append(identity)
@@ -8570,7 +8570,7 @@ class _Chat:
             elif kind == "error":
                 told.call_failed(text, "transient")
 
-    def _response(self, identity: str, message: Dict[str, Any], size: int) -> None:
+    def _response(self, identity: str, message: Data, size: int) -> None:
         tokens, usage, thoughts = message.get("tokens"), None, None
         if isinstance(tokens, dict):
             entered, output, cached, thoughts, tool = (_count_of(tokens.get(key)) for key in (
@@ -8579,7 +8579,7 @@ class _Chat:
             usage = Usage(entered - cached + tool, 0, 0, cached, output + thoughts)
         self.told.call(identity, _text(message.get("model")), usage, text=size, thoughts=thoughts)
 
-    def _tool(self, tool: Dict[str, Any]) -> None:
+    def _tool(self, tool: Data) -> None:
         told, name, given = self.told, _text(tool.get("name")), tool.get("args")
         arguments = _arguments(given)
         first, last = arguments.get("start_line"), arguments.get("end_line")
@@ -8600,7 +8600,7 @@ class _Chat:
                       kind="declined" if tool.get("status") == "cancelled" else "")
 
 
-def _gemini_result(tool: Dict[str, Any]) -> Tuple[str, int, bool]:
+def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
     """What a tool call returned: its text (a command's output alone), its size, whether it
     failed."""
     texts, size, error = [], 0, tool.get("status") in ("error", "cancelled")
@@ -8712,7 +8712,7 @@ class _Span:
     __slots__ = ("trace", "id", "parent", "name", "start", "end", "attributes", "resource",
                  "failed", "message", "path", "line", "operation", "conversation")
 
-    def __init__(self, span: Dict[str, Any], resource: Dict[str, Any], path: str, line: int):
+    def __init__(self, span: Data, resource: Data, path: str, line: int):
         def either(name: str, other: str) -> Any:
             return span[name] if name in span else span.get(other)
 
@@ -8777,7 +8777,7 @@ def _spans_of(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Spa
                             _text(span.get("spanId", span.get("span_id"))), 1))
 
 
-def _attributes(pairs: Any, depth: int = 0) -> Dict[str, Any]:
+def _attributes(pairs: Any, depth: int = 0) -> Data:
     return {pair["key"]: _attribute(pair.get("value"), depth) for pair in _as_list(pairs)
             if isinstance(pair, dict) and pair.get("key").__class__ is str}
 
@@ -8934,7 +8934,7 @@ class _Conversation:
                 self.told.prompt(text, size)
 
 
-def _messages(value: Any) -> List[Dict[str, Any]]:
+def _messages(value: Any) -> List[Data]:
     """Chat messages given as objects or as JSON text; their parts' ``content`` is their text."""
     if value.__class__ is str:
         try:
@@ -9033,7 +9033,7 @@ def _opencode_sessions(path: str, skip: Callable[[str, int, str], None]) -> Iter
             yield _Stored(path, entry, _opencode_files(path, entry), {})
 
 
-def _opencode_files(path: str, info: Dict[str, Any]) -> List[Any]:
+def _opencode_files(path: str, info: Data) -> List[Any]:
     """The messages of a session and their parts, each in a file of its own."""
     storage = os.path.join(path.partition(_OPENCODE_LEGACY)[0], "storage")
 
@@ -9078,7 +9078,7 @@ def _opencode_database(path: str, skip: Callable[[str, int, str], None]) -> List
     return [_Stored(path, row, messages.get(row["id"], []), places) for row in rows["session"]]
 
 
-def _opencode_row(row: Any) -> Dict[str, Any]:
+def _opencode_row(row: Any) -> Data:
     """A row's columns, and what its JSON in ``data`` says."""
     values = dict(row)
     values.update(_arguments(values.pop("data", "{}") or "{}"))
@@ -9091,7 +9091,7 @@ def _opencode_row(row: Any) -> Dict[str, Any]:
 class _Stored:
     """One stored session: its facts, and its messages with their parts."""
 
-    def __init__(self, path: str, info: Dict[str, Any], messages: List[Any],
+    def __init__(self, path: str, info: Data, messages: List[Any],
                  places: Dict[str, int]):
         self.path, self.info, self.messages, self.places = path, info, messages, places
         self.identity, self.parent = _text(info.get("id")), _text(info.get("parentID"))
@@ -9115,7 +9115,7 @@ class _Stored:
         told.session(task=_text(self.info.get("title")))
 
     @staticmethod
-    def _prompt(told: Recorder, parts: List[Dict[str, Any]]) -> None:
+    def _prompt(told: Recorder, parts: List[Data]) -> None:
         for part in parts:
             text = _text(part.get("text"))
             if text and part.get("synthetic") is True:
@@ -9123,9 +9123,9 @@ class _Stored:
             elif text:
                 told.prompt(text)
 
-    def _answer(self, told: Recorder, info: Dict[str, Any], parts: List[Dict[str, Any]]) -> None:
+    def _answer(self, told: Recorder, info: Data, parts: List[Data]) -> None:
         """A message of the model: a call, or one for each of its steps."""
-        steps: List[List[Dict[str, Any]]] = [[]]
+        steps: List[List[Data]] = [[]]
         for part in parts:
             steps[-1].append(part)
             if part.get("type") == "step-finish" and any(_opencode_usage(part)[0]):
@@ -9137,8 +9137,8 @@ class _Stored:
         if info.get("summary") is True:
             told.compaction(sum(len(_text(part.get("text"))) for part in parts))
 
-    def _step(self, told: Recorder, info: Dict[str, Any], parts: List[Dict[str, Any]],
-              identity: str, metered: Dict[str, Any]) -> None:
+    def _step(self, told: Recorder, info: Data, parts: List[Data],
+              identity: str, metered: Data) -> None:
         usage, thoughts = _opencode_usage(metered)
         error = _as_dict(info.get("error"))
         if not any(usage) and error:
@@ -9157,7 +9157,7 @@ class _Stored:
                 _opencode_tool(told, part)
 
 
-def _opencode_usage(metered: Dict[str, Any]) -> Tuple[Usage, int]:
+def _opencode_usage(metered: Data) -> Tuple[Usage, int]:
     """The usage of a message or a step, and the reasoning in its output. Output contains reasoning,
     but where the total or the sizes show otherwise."""
     tokens = _as_dict(metered.get("tokens"))
@@ -9168,7 +9168,7 @@ def _opencode_usage(metered: Dict[str, Any]) -> Tuple[Usage, int]:
     return Usage(entered, write, 0, read, output + thoughts * apart), thoughts
 
 
-def _opencode_tool(told: Recorder, part: Dict[str, Any]) -> None:
+def _opencode_tool(told: Recorder, part: Data) -> None:
     """Tell a tool call and what it returned."""
     state = _as_dict(part.get("state"))
     name, key = _text(part.get("tool")), f"{part.get('callID')}:{part.get('id')}"
@@ -9223,7 +9223,7 @@ def estimated_tokens(characters: int) -> int:
     return round(characters / CHARACTERS_PER_TOKEN)
 
 
-def hook_event(payload: Dict[str, Any]) -> Optional[SessionEvent]:
+def hook_event(payload: Data) -> Optional[SessionEvent]:
     """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No
     prompt and no output is kept. Tokens are estimates (``data["estimated"]``): a hook knows texts,
     not usage."""
@@ -9251,7 +9251,7 @@ def hook_event(payload: Dict[str, Any]) -> Optional[SessionEvent]:
     return _unplaced(event)
 
 
-def _hook_recorder(payload: Dict[str, Any]) -> Recorder:
+def _hook_recorder(payload: Data) -> Recorder:
     told = Recorder(ClaudeCodeReader(), [""])
     told.session(cwd=_text(payload.get("cwd")))
     told.at(now_text(), agent=_text(payload.get("agent_id")))
@@ -9265,7 +9265,7 @@ def _unplaced(event: SessionEvent) -> SessionEvent:
     return event
 
 
-def hook_call(payload: Dict[str, Any], told: Optional[Recorder] = None) -> SessionEvent:
+def hook_call(payload: Data, told: Optional[Recorder] = None) -> SessionEvent:
     """The tool call a hook tells of, as a scan would make it."""
     told, arguments = told or _hook_recorder(payload), payload.get("tool_input")
     event = told.tool("call", _text(payload.get("tool_name")), arguments)
@@ -9274,7 +9274,7 @@ def hook_call(payload: Dict[str, Any], told: Optional[Recorder] = None) -> Sessi
     return _unplaced(event)
 
 
-def _hook_result(payload: Dict[str, Any], told: Recorder) -> SessionEvent:
+def _hook_result(payload: Data, told: Recorder) -> SessionEvent:
     event, response = hook_call(payload, told), payload.get("tool_response")
     if payload["hook_event_name"] == "PostToolUseFailure":
         text, size = _text(payload.get("error")), len(_text(payload.get("error")))
@@ -9323,7 +9323,7 @@ _REVIVING = ("SessionStart", "UserPromptSubmit")  # an ended session goes on wit
 _GONE = 86_400  # seconds without a word after which an agent that keeps no list has gone
 
 
-def _transcript_of(told: Dict[str, Any]) -> str:
+def _transcript_of(told: Data) -> str:
     """The transcript that a hook or a session's metadata names; "" where none is."""
     path = told.get("transcript_path") or _as_dict(told.get("source")).get("path")
     return os.path.expanduser(_text(path))
@@ -9348,7 +9348,7 @@ def _last_model(path: str) -> str:
     return ""
 
 
-def _agent_runs(metadata: Dict[str, Any]) -> bool:
+def _agent_runs(metadata: Data) -> bool:
     """Whether the agent of a session is at work, by the list Claude Code keeps of its processes;
     where it keeps none, by the age of the transcript."""
     path = _transcript_of(metadata)
@@ -9378,7 +9378,7 @@ class LiveHooks:
     def __init__(self, optimizer: Any):
         self.optimizer, self.store = optimizer, optimizer.store
 
-    def log(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
+    def log(self, payload: Data) -> Optional[SessionEvent]:
         """See ``SessionOptimizer.log_hook``."""
         if not all(_text(_as_dict(payload).get(key)) for key in ("session_id", "hook_event_name")):
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
@@ -9404,7 +9404,7 @@ class LiveHooks:
             self.optimizer._live.refreshed(session_id)
         return event if event is not None and event.id else None
 
-    def _begin(self, session_id: str, payload: Dict[str, Any]) -> None:
+    def _begin(self, session_id: str, payload: Data) -> None:
         transcript = os.path.expanduser(_text(payload.get("transcript_path")))
         try:
             self.optimizer.start_session(
@@ -9416,7 +9416,7 @@ class LiveHooks:
 
     def _append(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> None:
         """Append an event, or change the session's state alone."""
-        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+        def make(footer: Data) -> Tuple[Optional[Data], Data]:
             ended, changes = footer["status"] != SessionStatus.ACTIVE.value, {}
             if kind == "SessionEnd" and event is not None:
                 if ended:
@@ -9432,10 +9432,10 @@ class LiveHooks:
 
         self.store.append(session_id, make)
 
-    def _name(self, session_id: str, head: Dict[str, Any], payload: Dict[str, Any]) -> None:
+    def _name(self, session_id: str, head: Data, payload: Data) -> None:
         """Tell what a session had to begin without: its task by the first prompt, its model by the
         transcript."""
-        def name(document: Dict[str, Any]) -> None:
+        def name(document: Data) -> None:
             document.update(news)
             document["events"][0]["data"].update(news)
 
@@ -9448,7 +9448,7 @@ class LiveHooks:
         if news:
             self.store.change(session_id, name)
 
-    def _caught_up(self, session_id: str, told: Dict[str, Any]) -> bool:
+    def _caught_up(self, session_id: str, told: Data) -> bool:
         """Put what the transcript tells in the session's place; whether there was one and it
         did."""
         path = _transcript_of(told)
@@ -9459,7 +9459,7 @@ class LiveHooks:
         head = self.store.readable_head(session_id)
         return head is None or head["status"] != SessionStatus.ACTIVE.value
 
-    def closed(self, session_id: str, metadata: Dict[str, Any]) -> bool:
+    def closed(self, session_id: str, metadata: Data) -> bool:
         """Whether this active session's agent has gone; it is ended then, with what its transcript
         tells."""
         if not _transcript_of(metadata) or _agent_runs(metadata):
@@ -9472,7 +9472,7 @@ class LiveHooks:
             return False
         return True
 
-    def guard(self, payload: Dict[str, Any], deny: bool) -> Optional[Dict[str, Any]]:
+    def guard(self, payload: Data, deny: bool) -> Optional[Data]:
         """See ``SessionOptimizer.guard``."""
         if payload.get("hook_event_name") != "PreToolUse":
             return None
@@ -9505,7 +9505,7 @@ class LiveHooks:
         return {"hookSpecificOutput": answer}
 
 
-def event_id(session_id: str, footer: Dict[str, Any], timestamp: str) -> str:
+def event_id(session_id: str, footer: Data, timestamp: str) -> str:
     """The id of the next event of a session, by its footer and the event's time."""
     return f"{session_id}_{footer['event_count']}_{timestamp[11:19].replace(':', '')}"
 
@@ -9521,7 +9521,7 @@ def _unchanged_since(paths: Iterable[str], seconds: Optional[float]) -> bool:
     return seconds is not None and all(change <= seconds for change in changes)
 
 
-def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
+def _repeat_advice(call: SessionEvent, repeat: Data) -> str:
     """What to tell an agent that is about to read or search again."""
     if call.event_type is EventType.FILE_READ:
         what, again = plain(_paths_of(call.data)[0], 120), "reading it again"
@@ -9535,7 +9535,7 @@ def _repeat_advice(call: SessionEvent, repeat: Dict[str, Any]) -> str:
             f"Use that instead of {again}.")
 
 
-def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Dict[str, Any]]:
+def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Data]:
     """What ``SessionOptimizer.would_repeat`` returns for a read or search that has not been made
     yet."""
     memory = ContextMemory(_cwd_of(session))
@@ -9598,7 +9598,7 @@ def _stamp_of(path: str) -> Tuple[int, int]:
 
 # -- what a scan is made of: functions that keep nothing, which a cluster calls as this module does
 
-def describe_transcript(path: str, open: Any = open) -> Dict[str, Any]:
+def describe_transcript(path: str, open: Any = open) -> Data:
     """What must be known of a file before it is read: ``{"path", "size" (bytes), "reader" ("": none
     knows it), "reason" (why not), "kin" (what its reader groups by), "order"}``; of two files that
     tell as much of a response the one of lower order counts it.
@@ -9625,7 +9625,7 @@ def describe_transcript(path: str, open: Any = open) -> Dict[str, Any]:
     return facts
 
 
-def group_transcripts(facts: Iterable[Dict[str, Any]]) -> List[List[Dict[str, Any]]]:
+def group_transcripts(facts: Iterable[Data]) -> List[List[Data]]:
     """The files that are read together, earliest first, from what `describe_transcript` said of each;
     a session's own file leads and names the unit. Files of no known agent are left out."""
     by_path = {file["path"]: file for file in facts}
@@ -9637,16 +9637,16 @@ def group_transcripts(facts: Iterable[Dict[str, Any]]) -> List[List[Dict[str, An
     return sorted(units, key=lambda unit: unit[0]["order"])
 
 
-def left_out(facts: Iterable[Dict[str, Any]]) -> List[List[Any]]:
+def left_out(facts: Iterable[Data]) -> List[List[Any]]:
     """The files that no reader takes, as [path, 0, reason]; JSON and databases of another kind are not
     named."""
     return [[file["path"], 0, file["reason"]] for file in facts if not file["reader"]
             and not (file["reason"] == _UNKNOWN and file["path"].endswith((".json", ".db")))]
 
 
-def read_session_files(facts: Sequence[Dict[str, Any]], elsewhere: Any = frozenset(), open: Any = open,
+def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open: Any = open,
                        *, analyzers: Optional[Sequence[Any]] = None, prices: Optional[PriceList] = None,
-                       ) -> Dict[str, Any]:
+                       ) -> Data:
     """What one unit of `group_transcripts` holds, as JSON: ``{"rows": [as `full_row`], "usage": [for
     each row its `usage_rows`], "responses": {id: output tokens told here}, "skipped": [[path, line,
     reason]]}``.
@@ -9657,7 +9657,7 @@ def read_session_files(facts: Sequence[Dict[str, Any]], elsewhere: Any = frozens
     responses, and says why."""
     chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
 
-    def tell(session: Session, found: Dict[str, Any]) -> None:
+    def tell(session: Session, found: Data) -> None:
         session.prices = prices or session.prices
         found["rows"].append(full_row(session, chosen))
         found.setdefault("usage", []).append(usage_rows(session))
@@ -9666,8 +9666,8 @@ def read_session_files(facts: Sequence[Dict[str, Any]], elsewhere: Any = frozens
         return dict({"usage": []}, **read_unit(facts, elsewhere, tell, open))
 
 
-def read_unit(facts: Sequence[Dict[str, Any]], elsewhere: Any,
-              tell: Callable[[Session, Dict[str, Any]], None], open: Any = open) -> Dict[str, Any]:
+def read_unit(facts: Sequence[Data], elsewhere: Any,
+              tell: Callable[[Session, Data], None], open: Any = open) -> Data:
     """See `read_session_files`; ``tell(session, found)`` adds to what was found what is wanted of
     a session."""
     responses: Dict[str, int] = {}
@@ -9677,7 +9677,7 @@ def read_unit(facts: Sequence[Dict[str, Any]], elsewhere: Any,
         responses[identity] = max(output, responses.get(identity, 0))
         return identity not in elsewhere
 
-    found: Dict[str, Any] = {"rows": []}
+    found: Data = {"rows": []}
     path, error = facts[0]["path"], None
     try:
         reader = next(reader for reader in READERS if reader.name == facts[0]["reader"])
@@ -9751,7 +9751,7 @@ def session_ids(wanted: Iterable[Tuple[str, List[str]]]) -> Dict[str, List[str]]
     return {unit: ids.give(unit, names) for unit, names in wanted}
 
 
-def renamed(row: Dict[str, Any], session_id: str) -> Dict[str, Any]:
+def renamed(row: Data, session_id: str) -> Data:
     """A row of a session that has another id than it wanted."""
     if row["id"] == session_id:
         return row
@@ -9769,11 +9769,11 @@ def scan_settings(analyzers: Optional[Iterable[Any]] = None, prices: Optional[Pr
 
 JOBS_FROM = 20 << 20  # bytes of changed files from which other processes are worth their start
 if TYPE_CHECKING:
-    _Task = Tuple[str, List[Dict[str, Any]], Any]  # a unit's name and files, what others count
+    _Task = Tuple[str, List[Data], Any]  # a unit's name and files, what others count
 
 
-def found_in(tasks: Iterable[_Task], tell: Callable[[Session, Dict[str, Any]], None],
-             jobs: int = 1) -> Iterator[Tuple[str, Any, Dict[str, Any]]]:
+def found_in(tasks: Iterable[_Task], tell: Callable[[Session, Data], None],
+             jobs: int = 1) -> Iterator[Tuple[str, Any, Data]]:
     """What `read_unit` finds, as (name, elsewhere, found), in the order of the tasks, in this process or in
     ``jobs`` others; where they cannot start or die, what is left is read in this one."""
     waiting = iter(tasks)
@@ -9788,7 +9788,7 @@ def found_in(tasks: Iterable[_Task], tell: Callable[[Session, Dict[str, Any]], N
         yield name, elsewhere, read_unit(facts, elsewhere, tell)
 
 
-def _found_by_workers(tasks: List[_Task], tell: Any, jobs: int) -> Iterator[Tuple[_Task, Dict[str, Any]]]:
+def _found_by_workers(tasks: List[_Task], tell: Any, jobs: int) -> Iterator[Tuple[_Task, Data]]:
     """Stops early where processes cannot start, cannot be given the work, or die."""
     import pickle
     from collections import deque
@@ -9800,7 +9800,7 @@ def _found_by_workers(tasks: List[_Task], tell: Any, jobs: int) -> Iterator[Tupl
         pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker)
     except (ImportError, OSError, pickle.PicklingError, AttributeError, TypeError):
         return
-    running: deque[Future[Dict[str, Any]]] = deque()
+    running: deque[Future[Data]] = deque()
     done = 0
     try:
         for number, task in enumerate(tasks):
@@ -9834,8 +9834,8 @@ def _begin_worker() -> None:
     Thread(target=end_with_parent, daemon=True).start()
 
 
-def _read_in_worker(facts: List[Dict[str, Any]], elsewhere: Any, tell: Any) -> Dict[str, Any]:
-    def tell_all(session: Session, found: Dict[str, Any]) -> None:
+def _read_in_worker(facts: List[Data], elsewhere: Any, tell: Any) -> Data:
+    def tell_all(session: Session, found: Data) -> None:
         tell(session, found)
         found["kept"] = [(head, list(parts)) for head, parts in found.get("kept", ())]
 
@@ -9855,7 +9855,7 @@ class SessionRows:
     def __init__(self, analyzers: Sequence[Any], prices: PriceList, keeping: bool):
         self.analyzers, self.prices, self.keeping = analyzers, prices, keeping
 
-    def __call__(self, session: Session, found: Dict[str, Any]) -> None:
+    def __call__(self, session: Session, found: Data) -> None:
         session.prices = self.prices
         found["rows"].append(full_row(session, self.analyzers))
         if self.keeping:
@@ -9880,14 +9880,14 @@ class TranscriptScan:
         self.state, self.settings, self.again = state, settings, again
         self.generation, files, units, deleted = state.scanned() if state else (0, {}, {}, {})
         self.files: Dict[str, List[Any]] = files
-        self.units: Dict[str, Dict[str, Any]] = units
+        self.units: Dict[str, Data] = units
         self.deleted: Dict[str, int] = deleted
-        self.rows: Dict[str, List[Dict[str, Any]]] = {}  # of the units in scope or read
+        self.rows: Dict[str, List[Data]] = {}  # of the units in scope or read
         self.owners: Dict[str, List[Any]] = {}  # response id: the unit that counts it, its output there
         self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
         self.scope: List[str] = []    # the units that the paths of this scan hold
         self.changed: List[str] = []
-        self.dropped: List[Dict[str, Any]] = []  # units whose files have moved or now belong to others
+        self.dropped: List[Data] = []  # units whose files have moved or now belong to others
         self._told: Dict[str, Dict[str, int]] = {}  # of the units read: outputs by id of a response
         self._elsewhere: Dict[str, set] = {}        # of the units read: ids that others count
         self._news: Dict[str, List[Any]] = {}  # files the state does not know so
@@ -9933,10 +9933,10 @@ class TranscriptScan:
             self.files[path] = self._news[path] = [*seen[path], *(dict(facts, unit="")[name] for name in _FACTS)]
         return {self._unit(unit, fresh) for unit in group_transcripts(map(self._facts_of, seen))}
 
-    def _facts_of(self, path: str) -> Dict[str, Any]:
+    def _facts_of(self, path: str) -> Data:
         return dict(zip(_FACTS, self.files[path][2:]), path=path, size=self.files[path][0])
 
-    def _unit(self, unit: List[Dict[str, Any]], fresh: set) -> str:
+    def _unit(self, unit: List[Data], fresh: set) -> str:
         group = [file["path"] for file in unit]
         name = group[0]
         for path in group:
@@ -9963,8 +9963,8 @@ class TranscriptScan:
             self._gone = {os.path.basename(name): name for name in self.units if not os.path.exists(name)}
         return self._gone
 
-    def read(self, tell: Callable[[Session, Dict[str, Any]], None], jobs: int = 1,
-             ) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    def read(self, tell: Callable[[Session, Data], None], jobs: int = 1,
+             ) -> Iterator[Tuple[str, Data]]:
         """Read the changed units, earliest first, then those that guessed wrong what others count; yield
         what was found in each as `read_unit` does (a unit may come twice: the last counts). ``jobs``: in
         how many processes; what is found is the same."""
@@ -9989,8 +9989,8 @@ class TranscriptScan:
             self.owners.update((key, [name, output]) for key, output in told.items()
                                if key not in self._elsewhere[name])
 
-    def _read_units(self, units: Iterable[Tuple[str, Any]], tell: Callable[[Session, Dict[str, Any]], None],
-                    jobs: int) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    def _read_units(self, units: Iterable[Tuple[str, Any]], tell: Callable[[Session, Data], None],
+                    jobs: int) -> Iterator[Tuple[str, Data]]:
         """Read units, given by name and with the responses that others may count, in their order."""
         tasks = ((name, [self._facts_of(path) for path in self.units[name]["files"]], elsewhere)
                  for name, elsewhere in units)
@@ -10036,7 +10036,7 @@ class TranscriptScan:
                 losing[name] = others
         return losing
 
-    def take_in(self, tell: Callable[[Session, Dict[str, Any]], None], keep: Callable[[Any, Dict[str, Any]], None],
+    def take_in(self, tell: Callable[[Session, Data], None], keep: Callable[[Any, Data], None],
                 store: Store, drop: Callable[[str], bool], progress: Optional[Callable[[int, int], None]],
                 jobs: int = 1) -> None:
         """Read what changed, but for sessions that were deleted: ``tell`` (see `read_unit`) makes a session's row and
@@ -10083,11 +10083,11 @@ class TranscriptScan:
             self.rows[name] = [row for row in rows if row["id"] not in late]
         return sorted(late)
 
-    def all_rows(self) -> List[Dict[str, Any]]:
+    def all_rows(self) -> List[Data]:
         """The ``session_row`` of every session in scope."""
         return [row for unit in self.scope for row in self.rows.get(unit, ())]
 
-    def result(self, before: List[Dict[str, Any]], agent: str, since: Optional[datetime], project: str) -> Dict[str, Any]:
+    def result(self, before: List[Data], agent: str, since: Optional[datetime], project: str) -> Data:
         """What ``SessionOptimizer.scan`` returns; ``before``: the rows as they were."""
         after, names = since_seconds(since), {agent.lower(), agent.lower().replace(" ", "-")}
         rows = self.all_rows()
@@ -10101,7 +10101,7 @@ class TranscriptScan:
                     found=selection(rows))
 
 
-def scan_result(rows: Iterable[Dict[str, Any]], skipped: Iterable[List[Any]]) -> Dict[str, Any]:
+def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]]) -> Data:
     """What a scan says of the rows and the skipped lines of all units, given in any order."""
     rows = sorted(rows, key=lambda row: (row["started_at"], row["id"]))
     return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in rows],
@@ -10110,7 +10110,7 @@ def scan_result(rows: Iterable[Dict[str, Any]], skipped: Iterable[List[Any]]) ->
             "changes": "", "found": selection(rows)}
 
 
-def bill_columns(analysis: Analysis) -> Dict[str, Any]:
+def bill_columns(analysis: Analysis) -> Data:
     """What a row of a session has for the bill and the advice: ``bill`` (pico-dollars), ``replay``
     (policy: savings worst, middle and best), ``start_load`` (tokens of the main agent's first window),
     ``version`` of the client, ``large_reads``."""
@@ -10126,7 +10126,7 @@ def bill_columns(analysis: Analysis) -> Dict[str, Any]:
             "large_reads": reads}
 
 
-def usage_rows(session: Session) -> List[Dict[str, Any]]:
+def usage_rows(session: Session) -> List[Data]:
     """The session's usage by UTC day, model, tool and project: ``{"day", "model", "tool", "project",
     "calls", "uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output", "cost"}``,
     tokens and whole pico-dollars that add up to the session's. What a call took in and read falls on its
@@ -10159,7 +10159,7 @@ _IN_PICO = ("bill", "replay", "large_reads")  # columns of a row
 
 
 def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *,
-             prices: Optional[PriceList] = None, short: bool = False) -> Dict[str, Any]:
+             prices: Optional[PriceList] = None, short: bool = False) -> Data:
     """The row of a session with its bill; ``short``: as ``summaries()`` keeps it."""
     session.prices = prices or session.prices
     analysis = Analysis(session)
@@ -10180,7 +10180,7 @@ def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
     return found
 
 
-def billed(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+def billed(rows: List[Data]) -> Data:
     """The bill of all rows together and the advice that follows from them, in USD."""
     return {"bill": in_usd(add_bills(row["bill"] for row in rows)), "advice": in_usd(advice_of(rows))}
 
@@ -10221,7 +10221,7 @@ def _replaceable(store: Store, session_id: str, path: str) -> bool:
     return isinstance(source, dict) and source.get("path") == path
 
 
-def _changes_text(before: List[Dict[str, Any]], after: List[Dict[str, Any]]) -> str:
+def _changes_text(before: List[Data], after: List[Data]) -> str:
     """What a later scan found new, in words; "nothing" when all is as it was."""
     if not all("bill" in row for row in before):
         return ""  # rows of an older version
@@ -10264,14 +10264,14 @@ class _LiveSessions:
     def __init__(self, store: Store):
         self.store = store
         self.sessions: Dict[str, Session] = {}
-        self.marks: Dict[str, Any] = {}  # how far each has been read
+        self.marks: Data = {}  # how far each has been read
         self._prices: Optional[PriceList] = None
         self._lock = RLock()
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> Data:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
+    def __setstate__(self, state: Data) -> None:
         self.__dict__.update(state, _lock=RLock())
 
     @property
@@ -10300,7 +10300,7 @@ class _LiveSessions:
             self.marks[session_id] = mark
             return self.adopt(stored, session)
 
-    def _take_in(self, session: Session, events: List[Dict[str, Any]], footer: Dict[str, Any],
+    def _take_in(self, session: Session, events: List[Data], footer: Data,
                  mark: Any) -> Session:
         for event in events:
             session.add_event(SessionEvent.from_dict(event))
@@ -10365,7 +10365,7 @@ class _LiveSessions:
         self.sessions[session.id] = session
         return session
 
-    def listed(self, session_id: str, head: Dict[str, Any]) -> Session:
+    def listed(self, session_id: str, head: Data) -> Session:
         """The session by its header and footer, its events not read yet."""
         with self._lock:
             live = self.sessions.get(session_id)
@@ -10389,7 +10389,7 @@ class _LiveSessions:
         except (TypeError, ValueError) as error:
             raise _not_json(error, "metadata or data") from None
 
-    def keep(self, kept: Tuple[Dict[str, Any], Iterable[bytes]], row: Dict[str, Any]) -> None:
+    def keep(self, kept: Tuple[Data, Iterable[bytes]], row: Data) -> None:
         """Store what a scan found (`SessionRows`) under the id of its row."""
         header = dict(kept[0], id=row["id"])
         parts = itertools.chain([_first_part(header)], kept[1])
@@ -10518,7 +10518,7 @@ class SessionOptimizer:
 
     def start_session(self, agent: str, task: str, model: str = "default",
                       session_id: Optional[str] = None,
-                      metadata: Optional[Dict[str, Any]] = None) -> Session:
+                      metadata: Optional[Data] = None) -> Session:
         """Begin a session and log SESSION_START. The agent is kept in upper, the model in lower
         case.
 
@@ -10542,7 +10542,7 @@ class SessionOptimizer:
                 session.events[0].id = f"{session.id}_start"
 
     def log_event(self, session_id: str, event_type: Union[EventType, str],
-                  data: Optional[Dict[str, Any]] = None, tokens_input: int = 0,
+                  data: Optional[Data] = None, tokens_input: int = 0,
                   tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
         """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None,
         with a warning, when there is no such session; one that has ended takes the event with a
@@ -10554,7 +10554,7 @@ class SessionOptimizer:
                              tokens_input, tokens_output, duration_ms)
         event._check()
 
-        def make(footer: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        def make(footer: Data) -> Tuple[Data, Data]:
             event.id = event_id(session_id, footer, event.timestamp)
             event.data = masked(event.data)
             return event.to_dict(), {}
@@ -10584,7 +10584,7 @@ class SessionOptimizer:
             raise InvalidValue("a session does not end as ACTIVE: use COMPLETED, FAILED or "
                                "ABANDONED")
 
-        def make(footer: Dict[str, Any]) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+        def make(footer: Data) -> Tuple[Optional[Data], Data]:
             if footer["status"] != SessionStatus.ACTIVE.value:
                 return None, {"status": status.value}
             now, told = now_text(), {"status": status.value}
@@ -10600,7 +10600,7 @@ class SessionOptimizer:
 
     def session(self, agent: str, task: str, model: str = "default",
                 session_id: Optional[str] = None,
-                metadata: Optional[Dict[str, Any]] = None) -> _Running:
+                metadata: Optional[Data] = None) -> _Running:
         """``with optimizer.session("forge", "Fix it") as session:`` starts a session and ends it:
         COMPLETED, or FAILED on an exception, which goes on. One that was ended inside stays as it
         is. Parameters and errors: ``start_session``."""
@@ -10648,7 +10648,7 @@ class SessionOptimizer:
             return False
         return self._live.erase(session_id)
 
-    def repair(self, *, discard: bool = False) -> Dict[str, Any]:
+    def repair(self, *, discard: bool = False) -> Data:
         """Mend every stored session that can be mended, and remove what crashes left behind:
         ``{"repaired": [what was said of each], "damaged": [what keeps each of the others from
         being read], "copies": [paths of damaged files that were kept], "removed": number of other
@@ -10656,7 +10656,7 @@ class SessionOptimizer:
         mask_older(self.store)
         return self.store.repair(discard=discard)
 
-    def import_session(self, data: Dict[str, Any]) -> Optional[Session]:
+    def import_session(self, data: Data) -> Optional[Session]:
         """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that
         differs is kept as ``<id>.1``. None, with a warning that says why, when the data is not a
         session."""
@@ -10683,7 +10683,7 @@ class SessionOptimizer:
     def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
              since: Optional[datetime] = None, project: str = "", store: bool = True,
              again: bool = False,
-             progress: Optional[Callable[[int, int], None]] = None, jobs: int = 1) -> Dict[str, Any]:
+             progress: Optional[Callable[[int, int], None]] = None, jobs: int = 1) -> Data:
         """Read agent transcripts at ``paths`` (files or directories; default: where each agent keeps
         them) and say where the money went. Only what changed since the last scan is read, unless
         ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a
@@ -10718,13 +10718,13 @@ class SessionOptimizer:
         return scan.result(before, agent, since, project)
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
-               progress: Optional[Callable[[int], Any]] = None) -> Dict[str, Any]:
+               progress: Optional[Callable[[int], Any]] = None) -> Data:
         """What the stored sessions, or those at ``paths``, would have cost; see `what_if`."""
         with _CollectorPaused():
             return what_if((lambda: map(self._live.glimpse, dict(self.store.files())))
                            if paths is None else sessions_at(paths, self.prices), policy, progress)
 
-    def log_hook(self, payload: Dict[str, Any]) -> Optional[SessionEvent]:
+    def log_hook(self, payload: Data) -> Optional[SessionEvent]:
         """Log what a hook of Claude Code tells (the object it gets on standard input) to the
         session of that id, which is created when missing; one that had ended goes on at
         SessionStart or with a prompt. Returns the event; None where there is nothing to log. A
@@ -10732,7 +10732,7 @@ class SessionOptimizer:
         it is no hook's event, StorageError when it cannot be written."""
         return LiveHooks(self).log(payload)
 
-    def guard(self, payload: Dict[str, Any], *, deny: bool = False) -> Optional[Dict[str, Any]]:
+    def guard(self, payload: Data, *, deny: bool = False) -> Optional[Data]:
         """The answer to a PreToolUse hook whose read or search would bring what its context window
         holds unchanged: advice, or with ``deny`` a refusal (of the same call once: a second try
         passes). None: let it go on. A file must not have changed on disk since it was read, and a
@@ -10740,7 +10740,7 @@ class SessionOptimizer:
         return LiveHooks(self).guard(payload, deny)
 
     def would_repeat(self, session_id: str, event_type: Union[EventType, str],
-                     data: Dict[str, Any], agent_id: str = "") -> Optional[Dict[str, Any]]:
+                     data: Data, agent_id: str = "") -> Optional[Data]:
         """Whether a read or a search would bring what its context window still holds unchanged, by
         the rule of the analyzers: ``{"event_id", "timestamp", "tokens", "lines", "of_lines",
         "held_since"}`` of what is there (``held_since``: seconds since 1970 of the oldest read of
@@ -10779,7 +10779,7 @@ class SessionOptimizer:
         report = self.analyze(session_id)
         return None if report is None else FORMATS[format](self._sessions[session_id], report)
 
-    def compare_sessions(self, session_ids: Iterable[str]) -> Dict[str, Any]:
+    def compare_sessions(self, session_ids: Iterable[str]) -> Data:
         """Sessions side by side, their averages, the best and the worst, and what the best did
         that the worst did not; ``{"error": ...}`` when fewer than two of them are found."""
         if isinstance(session_ids, str) or not hasattr(session_ids, "__iter__"):
@@ -10796,7 +10796,7 @@ class SessionOptimizer:
             return {"error": "Need at least 2 different sessions to compare" + unknown}
         return comparison_of(found)
 
-    def agent_statistics(self, agent: str, days: int = 30) -> Dict[str, Any]:
+    def agent_statistics(self, agent: str, days: int = 30) -> Data:
         """An agent's sessions ("": all) of the last ``days``: tokens, USD, average efficiency
         (0–100), the five most frequent issues, and the trend of the second half; with no sessions
         ``{"agent", "sessions": 0, "message"}``. Every session of the period counts;
@@ -10810,7 +10810,7 @@ class SessionOptimizer:
             return {"agent": agent, "sessions": 0, "message": message}
         return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
-    def summaries(self, days: Optional[float] = None) -> List[Dict[str, Any]]:
+    def summaries(self, days: Optional[float] = None) -> List[Data]:
         """One ``summary_row`` per session, oldest first; of the last ``days``. Rows of unchanged
         sessions come from the store; a damaged session is named in a warning and left out."""
         settings = settings_of(self.analyzers, self.prices)
@@ -10843,7 +10843,7 @@ class SessionOptimizer:
         return sorted(kept, key=lambda row: (row["started"], row["id"]))
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
-               thresholds: Optional[Dict[str, float]] = None) -> List[Dict[str, Any]]:
+               thresholds: Optional[Dict[str, float]] = None) -> List[Data]:
         """What deserves a look, the most wasted dollars first, at most one of a session and cause
         (see ``alerts_of``). An id stays the same while the session does not change its kind of
         trouble; the time is that of its last event. ``since``: active since (without a zone: local).
@@ -10858,7 +10858,7 @@ class SessionOptimizer:
 
 
 def _begun(agent: str, task: str, model: str, session_id: Optional[str],
-           metadata: Optional[Dict[str, Any]]) -> Session:
+           metadata: Optional[Data]) -> Session:
     """A session that begins now; its id is made of agent and time where none is given."""
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidValue(f"metadata is a {type(metadata).__name__}: give an object")
@@ -10915,7 +10915,7 @@ def get_optimizer(storage_path: Optional[str] = None) -> SessionOptimizer:
 
 
 def start_session(agent: str, task: str, model: str = "default", session_id: Optional[str] = None,
-                  metadata: Optional[Dict[str, Any]] = None) -> Session:
+                  metadata: Optional[Data] = None) -> Session:
     """SessionOptimizer.start_session on the default optimizer."""
     return get_optimizer().start_session(agent, task, model, session_id, metadata)
 
@@ -10927,7 +10927,7 @@ def end_session(session_id: str, status: Union[SessionStatus, str] = SessionStat
 
 
 def log_event(session_id: str, event_type: Union[EventType, str],
-              data: Optional[Dict[str, Any]] = None, tokens_input: int = 0, tokens_output: int = 0,
+              data: Optional[Data] = None, tokens_input: int = 0, tokens_output: int = 0,
               duration_ms: int = 0) -> Optional[SessionEvent]:
     """SessionOptimizer.log_event on the default optimizer."""
     return get_optimizer().log_event(
@@ -10939,7 +10939,7 @@ def analyze_session(session_id: str) -> Optional[OptimizationReport]:
     return get_optimizer().analyze(session_id)
 
 
-def get_agent_stats(agent: str, days: int = 30) -> Dict[str, Any]:
+def get_agent_stats(agent: str, days: int = 30) -> Data:
     """SessionOptimizer.agent_statistics on the default optimizer."""
     return get_optimizer().agent_statistics(agent, days)
 
