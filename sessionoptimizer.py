@@ -4199,9 +4199,13 @@ _LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "p
 
 
 def summary_row(session: Session, report: OptimizationReport) -> Data:
-    """A session row without its lists, as ``summaries()`` keeps it, with the names it had there
-    before: ``tokens`` (their sum), ``cost``, ``efficiency``, ``issues`` ({type: count})."""
-    row = session_row(session, report)
+    """A session row as ``summaries()`` keeps it."""
+    return short_row(session_row(session, report))
+
+
+def short_row(row: Data) -> Data:
+    """A session row without its lists, with the names it had in ``summaries()`` before: ``tokens``
+    (their sum), ``cost``, ``efficiency``, ``issues`` ({type: count})."""
     kinds = [issue["issue_type"] for issue in row["issues"]]
     kept = {name: value for name, value in row.items() if name not in _LONG_KEYS}
     return dict(kept, usage=row["tokens"], tokens=row["total_tokens"], cost=row["estimated_cost"],
@@ -6324,10 +6328,17 @@ class State:
         """{session id: the unit it was read from}."""
         return self._run(lambda db: _table(db, "rows", "part"))
 
-    def summaries(self, settings: str) -> dict:
-        """{session id: row} of the summaries made under these settings."""
-        rows = self._run(lambda db: _table(db, "summaries")).items()
-        return {session_id: row for session_id, (under, row) in rows if under == settings}
+    def summaries(self, settings: str, shorten=None) -> dict:
+        """{session id: row} of the summaries made under these settings, each passed through
+        `shorten`, one after the other: they need not fit into memory together."""
+        def work(db):
+            found = {}
+            for key, value in db.execute("SELECT key, value FROM summaries ORDER BY serial"):
+                under, row = json.loads(value)
+                if under == settings:
+                    found[json.loads(key)] = shorten(row) if shorten else row
+            return found
+        return self._run(work)
 
     def save_summaries(self, settings: str, rows: dict, gone) -> None:
         """Keep the rows given, drop those of the ids `gone`."""
@@ -10264,6 +10275,7 @@ class _LiveSessions:
     def __init__(self, store: Store):
         self.store = store
         self.sessions: Dict[str, Session] = {}
+        self.found: Data = {}  # summaries of what a scan has stored
         self.marks: Data = {}  # how far each has been read
         self._prices: Optional[PriceList] = None
         self._lock = RLock()
@@ -10395,6 +10407,9 @@ class _LiveSessions:
         parts = itertools.chain([_first_part(header)], kept[1])
         self.store.write(header["id"], parts, replace=True, sync=False)
         self.forget(header["id"])
+        info = os.stat(self.store.find(header["id"]))
+        stamp = [info.st_size, info.st_mtime_ns]
+        self.found[header["id"]] = dict(short_row(row), stamp=stamp)
 
     def make_room(self, session_id: str) -> None:
         """Keep a session that has ended under another id; SessionExists for one that has not."""
@@ -10430,6 +10445,7 @@ class _LiveSessions:
         except InvalidSessionId:
             return False
         finally:
+            self.found.pop(session_id, None)
             self.forget(session_id)
 
     def forget(self, session_id: str) -> None:
@@ -10712,7 +10728,10 @@ class SessionOptimizer:
                 with _CollectorPaused():
                     rows = SessionRows(self.analyzers, self.prices, store)
                     scan.take_in(rows, self._live.keep, self.store, self._live.drop, progress, jobs)
+                if store:
+                    self._save_summaries(settings, self._live.found)
             finally:
+                self._live.found = {}
                 if lock is not None:
                     _release(lock)
         return scan.result(before, agent, since, project)
@@ -10826,14 +10845,8 @@ class SessionOptimizer:
                 news[session_id] = row
             rows[session_id] = row
         gone = known.keys() - rows.keys()
-        try:
-            if news or gone:
-                self.store.state.save_summaries(settings, news, gone)
-            for session_id in news:
-                if not os.path.lexists(self.store.find(session_id)):
-                    self.store.state.forget(session_id, False)  # deleted meanwhile
-        except StorageError as error:
-            _warn(f"the summaries could not be saved: {error}")
+        if news or gone:
+            self._save_summaries(settings, news, gone)
         active = [name for name, row in rows.items() if row["status"] == SessionStatus.ACTIVE.value]
         heads = [(name, self.store.readable_head(name) or {}) for name in active]
         if any([LiveHooks(self).closed(name, head.get("metadata") or {}) for name, head in heads]):
@@ -10841,6 +10854,15 @@ class SessionOptimizer:
         since = time.time() - days * 86400 if days is not None else float("-inf")
         kept = [row for row in rows.values() if row["started"] >= since]
         return sorted(kept, key=lambda row: (row["started"], row["id"]))
+
+    def _save_summaries(self, settings: str, news: Data, gone: Iterable[str] = ()) -> None:
+        try:
+            self.store.state.save_summaries(settings, news, gone)
+            for session_id in news:
+                if not os.path.lexists(self.store.find(session_id)):
+                    self.store.state.forget(session_id, False)  # deleted meanwhile
+        except StorageError as error:
+            _warn(f"the summaries could not be saved: {error}")
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Data]:

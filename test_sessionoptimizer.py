@@ -2696,6 +2696,24 @@ def test_a_row_has_one_shape_in_every_command(optimizer):
     assert so.scan_totals([])["efficiency_score"] == 100 and so.scan_totals([])["tokens"]["output"] == 0
 
 
+def test_a_scan_keeps_the_summaries(optimizer, monkeypatch):
+    """They are those that reading the sessions gives, and reading one again is not needed."""
+    optimizer.scan([TRANSCRIPTS])
+    settings = so.settings_of(optimizer.analyzers, optimizer.prices)
+    with monkeypatch.context() as patch:
+        patch.setattr(so.Store, "load_marked", lambda *_, **__: pytest.fail("a session was read"))
+        kept = optimizer.summaries()
+    assert len(kept) > 50
+    optimizer.store.state.save_summaries(settings, {}, [row["id"] for row in kept])
+    assert optimizer.summaries() == kept
+    costs = optimizer.store.state.summaries(settings, lambda row: row["cost"])
+    assert costs == {row["id"]: row["cost"] for row in kept}
+    changed = kept[0]["id"]
+    with pytest.warns(SessionOptimizerWarning, match="has ended"):
+        optimizer.log_event(changed, "AI_RESPONSE", tokens_output=50)  # another stamp: read again
+    assert {row["id"]: row["tokens"] for row in optimizer.summaries()}[changed] == kept[0]["tokens"] + 50
+
+
 @pytest.mark.parametrize("ids, short", [
     (["f714ed36-6704", "ac0cd7d4-301e"], ["f714ed36", "ac0cd7d4"]), (["f714ed36-6704", "f714ed36-9999"], ["f714ed36-6704", "f714ed36-9999"]),
     (["s", "s1", "s12"], ["s", "s1", "s12"]), ([], []), (["forge_20261120_101500", "forge_20261120_1015001"], ["forge_20261120_101500", "forge_20261120_1015001"])])
