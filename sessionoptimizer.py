@@ -1966,6 +1966,9 @@ _WORDS = {
 # Context
 # ==================================================================================================
 
+if TYPE_CHECKING:
+    Events = List[SessionEvent]
+
 TO_THE_END = 10**9  # last line of a read whose end is not known
 
 _DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
@@ -6557,6 +6560,9 @@ def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark
 # Recorder
 # ==================================================================================================
 
+if TYPE_CHECKING:
+    Laid = List[Tuple[SessionEvent, int]]  # events and their tokens, or their characters
+
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
 SHARP_DROP = 10_000        # tokens, and half of itself, a context must lose to end unmarked
 SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
@@ -6604,46 +6610,38 @@ class _SeenLines:
         lines = [hash(line) for line in text.split("\n")]
         before = self._answers.get(operation, ())
         self._answers[operation] = frozenset(lines)
-        return [sum(line in before for line in lines), len(lines)] if before else [0, len(lines)]
+        return [sum(line in before for line in lines), len(lines)]
 
 
 def plain_lines(text: str) -> List[str]:
     """The lines of what a read returned, without the numbers some tools put before them."""
     numbered = _NUMBERED.match(text)
-    if not numbered:
-        return text.split("\n")
-    return [line.split(numbered.group(1), 1)[-1] for line in text.split("\n")]
-
-
-_hashlib: Any = None  # imported once, when the first hash is asked for
+    lines = text.split("\n")
+    return [line.split(numbered.group(1), 1)[-1] for line in lines] if numbered else lines
 
 
 def digest_of(text: Any) -> str:
     """A short hash of a text, for telling whether two are equal."""
-    global _hashlib
-    if _hashlib is None:
-        import hashlib as _hashlib
+    from hashlib import blake2b
     raw = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
-    return str(_hashlib.blake2b(raw, digest_size=8).hexdigest())
+    return blake2b(raw, digest_size=8).hexdigest()
 
 
 def _count_of(value: Any) -> int:
-    """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS counts as
-    0."""
+    """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS / 1000 counts
+    as 0."""
     return value if value.__class__ is int and 0 <= value <= MAX_TOKENS // 1000 else 0
 
 
 def task_line(text: str) -> str:
     """The first line of a prompt that says something, secrets masked, cut to TASK_LENGTH
     characters."""
-    line = next((line.strip() for line in text.split("\n") if line.strip()), "")
-    line = " ".join(mask_secrets(line[:4 * TASK_LENGTH]).split())
+    first = next(filter(None, map(str.strip, text.split("\n"))), "")
+    line = " ".join(mask_secrets(first[:4 * TASK_LENGTH]).split())
     return line if len(line) <= TASK_LENGTH else line[:TASK_LENGTH - 1] + "…"
 
 
 _NUMBERED = _Pattern(r" *\d+(\t|→)")
-
-
 # What a command was allowed: tried again with more rights it is another one.
 _RIGHTS = ("sandbox_permissions", "with_escalated_permissions", "dangerouslyDisableSandbox")
 # Tools beside commands whose answers tell something: others acknowledge, in the same words.
@@ -6664,15 +6662,7 @@ _COMPLAINT = _Pattern(
     r"cut|iconv|git|docker|kubectl|ssh|curl|Get-Content)\s?: )", re.I)
 _UNCHANGED = _Pattern(r"unchanged since (?:your |the )?last read|file[ _]unchanged|"
                       r"file has not changed since", re.I)
-_CUT_OFF = ("truncated", "<persisted-output>", "lines omitted", "exceeds maximum allowed")
-
-
-def _is_cut_off(text: str) -> bool:
-    """Whether a result says at its end or its beginning that it is not all there."""
-    ends = text[:200] + text[-300:]
-    return "truncated…" in text or any(map(ends.__contains__, _CUT_OFF))
-
-
+_CUT_OFF = _Pattern("truncated|<persisted-output>|lines omitted|exceeds maximum allowed")
 _STALE = _Pattern(
     r"has not been read yet|modified since (?:it was )?(?:last )?read|read it again", re.I)
 _SERVICE = _Pattern(  # a signing agent, a name server, a gateway; not one's own server
@@ -6681,22 +6671,19 @@ _SERVICE = _Pattern(  # a signing agent, a name server, a gateway; not one's own
     r"50[234] (?:bad gateway|service|gateway)|"
     r"\b(?:ECONNRESET|connection reset)\b(?!.{0,80}(?:localhost|127\.0\.0\.1))", re.I)
 _COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
+_COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
 
 
-def _milliseconds(start: str, end: str) -> int:
-    first, last = seconds_of(start), seconds_of(end)
-    return max(0, int((last - first) * 1000)) if first is not None and last is not None else 0
+def _is_cut_off(text: str) -> bool:
+    """Whether a result says at its end or its beginning that it is not all there."""
+    return "truncated…" in text or bool(_CUT_OFF.search(text[:200] + text[-300:]))
 
 
-def _too_deep(value: Any) -> bool:
+def _too_deep(value: Any, levels: int = 40) -> bool:  # real arguments have fewer than 10
     """True for nesting that later steps (writing JSON, hashing) could not follow."""
-    level = [value]
-    for _ in range(40):  # levels: real arguments have fewer than 10
-        level = [part for whole in level if whole.__class__ in (dict, list)
-                 for part in (whole.values() if whole.__class__ is dict else whole)]
-        if not level:
-            return False
-    return True
+    parts = value.values() if value.__class__ is dict else value
+    return value.__class__ in (dict, list) and (
+        levels < 1 or any(_too_deep(part, levels - 1) for part in parts))
 
 
 def _arguments(value: Any) -> Data:
@@ -6709,13 +6696,13 @@ def _arguments(value: Any) -> Data:
             return {}
     if value.__class__ is not dict or _too_deep(value):
         return {}
-    arguments: Data = dict(value)
+    arguments = dict(value)
     for key in ("command", "cmd", "script"):
-        command = arguments.get(key)
+        command = arguments.pop(key, None)
         if command.__class__ is list:
             arguments[key] = [word for word in command if word.__class__ is str]
-        elif command.__class__ is not str:
-            arguments.pop(key, None)
+        elif command.__class__ is str:
+            arguments[key] = command
     return arguments
 
 
@@ -6733,31 +6720,25 @@ def _as_json(value: Any) -> str:
 
 
 class _Call:
-    """One model call while it is told. ``parts``: characters and event (None: its own) of what it
-    wrote. ``visible``: tokens of its output that the next call's context can hold."""
+    """One model call while it is told. ``usage`` is None where it is not known. ``parts``:
+    characters and event of what it wrote. ``visible``: tokens of its output that the next call's
+    context can hold."""
 
-    __slots__ = ("key", "event", "usage", "parts", "thoughts", "thinking", "hidden", "complete",
-                 "counted", "earlier", "visible")
+    thoughts: Optional[int] = None  # tokens of its thinking, where the provider tells
+    thinking: Optional[SessionEvent] = None
+    complete: Optional[bool] = None
+    hidden, visible = False, 0
 
-    def __init__(self, key: str, event: SessionEvent, usage: Optional[Usage], counted: bool):
-        self.key, self.event, self.usage, self.counted = key, event, usage, counted
-        self.parts: List[Tuple[int, Optional[SessionEvent]]] = []
-        self.thoughts: Optional[int] = None  # tokens of its thinking, where the provider tells
-        self.thinking: Optional[SessionEvent] = None
-        self.complete: Optional[bool] = None
+    def __init__(self, event: SessionEvent, usage: Any, counted: bool = True):
+        self.event, self.usage, self.counted = event, usage, counted
+        self.parts: List[Tuple[int, SessionEvent]] = []
         self.earlier: List[_Call] = []
-        self.hidden, self.visible = False, 0
-
-    @property
-    def spent(self) -> Usage:
-        """Its usage; nothing where that is not known."""
-        return self.usage or Usage()
 
     def share_output(self, resends_thoughts: bool) -> None:
         """Give the output to text, thinking and tool calls by size. Of it the next context can
         hold what is visible: at most half its characters where thinking is in no text; where the
         output is a placeholder, a token for 3.6 characters."""
-        rest, sizes = self.spent.output, [size for size, _ in self.parts]
+        rest, sizes, own = self.usage.output, [size for size, _ in self.parts], self.event
         characters = sum(sizes)
         if self.thoughts is None:
             told = rest if self.complete else max(rest, characters * 10 // 36)
@@ -6767,16 +6748,16 @@ class _Call:
             rest -= thoughts
             self.visible = rest + thoughts * resends_thoughts
             if thoughts:
-                data = {name: value for name, value in self.event.data.items()
+                data = {name: value for name, value in own.data.items()
                         if name in ("line", "path", "response_id")}
-                self.thinking = SessionEvent("", self.event.timestamp, EventType.THINKING, data, 0,
-                                             thoughts, model=self.event.model, rate=self.event.rate)
+                self.thinking = SessionEvent("", own.timestamp, EventType.THINKING, data, 0,
+                                             thoughts, model=own.model, rate=own.rate)
         if self.counted:
             shares = share_out(rest, sizes)
             for (_, event), share in zip(self.parts, shares):
-                (event or self.event).tokens_output += share
-                (event or self.event).rate = self.event.rate
-            self.event.tokens_output += rest - sum(shares)
+                event.tokens_output += share
+                event.rate = own.rate
+            own.tokens_output += rest - sum(shares)
 
 
 class _Layout:
@@ -6784,15 +6765,17 @@ class _Layout:
     what entered it. The sums over the events equal the calls' usage to the token."""
 
     def __init__(self, resends_thoughts: bool) -> None:
-        self.events: List[SessionEvent] = []
+        self.events: Events = []
         self._resends = resends_thoughts
-        self._pending: List[Tuple[SessionEvent, int]] = []
+        self._pending: Laid = []
+        self._seen = [10, 36]  # tokens and characters that entered growing contexts
+        self._begin_window(0)
+
+    def _begin_window(self, start: int) -> None:
         self._previous: Optional[_Call] = None
-        self._context = self._start = 0  # of the call before; where this call's items begin
-        self._base = 0                   # context of the window's first call
-        self._results: List[SessionEvent] = []  # what may leave the window, oldest first
-        self._history: Dict[str, int] = {}      # tokens that calls counted elsewhere brought
-        self._seen = [10, 36]                   # tokens and characters that entered growing contexts
+        self._context, self._start = 0, start  # of the call before; where this call's items begin
+        self._results: Events = []             # what may leave the window, oldest first
+        self._history: Dict[str, int] = {}     # tokens that calls counted elsewhere brought
 
     def enter(self, event: SessionEvent, characters: int) -> None:
         """What enters with the next call; a compaction begins a window."""
@@ -6806,25 +6789,16 @@ class _Layout:
         else:
             self._pending.append((event, characters))
 
-    def _begin_window(self, start: int) -> None:
-        self._previous, self._context, self._start = None, 0, start
-        self._results, self._history = [], {}
-
-    def _lose(self, event: SessionEvent, lost: int, left: List[SessionEvent]) -> None:
+    def _lose(self, event: SessionEvent, lost: int, left: Events) -> None:
         """Results leave the context: those known, or the oldest until the loss is used up."""
-        event.data.update(lost=lost, left=left or self._oldest(lost))
-        gone = set(map(id, event.data["left"]))
+        if not left:
+            sizes = [result.tokens_input for result in self._results]
+            before = [0, *itertools.accumulate(sizes)]
+            left = self._results[:bisect_left(before, lost)]
+        event.data.update(lost=lost, left=left)
+        gone = set(map(id, left))
         self._results = [result for result in self._results if id(result) not in gone]
         self._context = max(0, self._context - lost)
-
-    def _oldest(self, tokens: int) -> List[SessionEvent]:
-        found: List[SessionEvent] = []
-        for result in self._results:
-            if tokens <= 0:
-                break
-            found.append(result)
-            tokens -= result.tokens_input
-        return found
 
     def _shrunk(self, call: _Call, context: int) -> int:
         """The tokens that older results had which left without a mark: a fall that dropped thinking
@@ -6832,13 +6806,13 @@ class _Layout:
         fall = self._context - context
         least = max(SMALL_FALL, min(LARGE_FALL, self._context * 12 // 100))
         if self._previous is None or not self._results or fall <= least \
-                or call.spent.read > self._base:
+                or call.usage.read > self._base:
             return 0
         return fall + sum(size for _, size in self._pending) * 10 // 36
 
     def call(self, call: _Call) -> None:
         """A call takes in what has entered."""
-        context = sum(call.spent[:4])
+        context = sum(call.usage[:4])
         if context > LONG_CONTEXT:
             call.event.rate = f"{call.event.rate} long".strip()
         if self._context - context > max(SHARP_DROP, self._context // 2):
@@ -6849,11 +6823,10 @@ class _Layout:
             self.events.append(_load(call, Source.COMPACTION, inferred=True))
             self._lose(self.events[-1], lost, [])
         if self._previous is None:
-            self._base = context
-        answer = self._previous.event if self._previous else None
-        if call.counted and self._previous is not None and not self._previous.counted:
-            answer = self._resume(call)
-        self._lay_out(call, context - self._context, answer)
+            self._base = context  # of the window's first call
+        elif call.counted and not self._previous.counted:
+            self._resume(call, self._previous)
+        self._lay_out(call, context - self._context)
         if not call.counted:
             # What led to a response that is counted elsewhere is told there, but for what a
             # response here has written.
@@ -6866,48 +6839,48 @@ class _Layout:
         self._previous, self._context, self._pending = call, context, []
         self._start = len(self.events)
 
-    def _resume(self, call: _Call) -> SessionEvent:
-        """The first call that counts here goes on with a context that others have paid for. The event
-        that stands for the answer it goes on with."""
+    def _resume(self, call: _Call, previous: _Call) -> None:
+        """The first call that counts here goes on with a context that others have paid for. A mark
+        stands for the answer it goes on with."""
         marks = [_load(call, Source.RESUME)]
         if self._history:
             marks.append(_load(call, Source.HISTORY, contents=self._history))
+        previous.event = marks[0]
         self.events[self._start:self._start] = marks
         self._start += len(marks)
         self._history = {}
-        return marks[0]
 
-    def _lay_out(self, call: _Call, growth: int, answer: Optional[SessionEvent]) -> None:
-        """``answer``: the event that stands for the answer to the call before."""
-        fresh = sum(call.spent[:3])
+    def _lay_out(self, call: _Call, growth: int) -> None:
+        fresh = sum(call.usage[:3])
         previous, pending = self._previous, self._pending
         size = sum(size for _, size in pending)
         most = [size // 2 - min(size, SMALL_RESULT) // 10 for _, size in pending]
+        limit = sum(most)
         if growth < 0:  # what entered is known by its size alone
-            growth = min(size * self._seen[0] // self._seen[1], sum(most))
-            growth += self._kept(previous, 0) if previous is not None else 0
-        rebuilt = max(0, fresh - growth)
-        left = fresh - rebuilt
-        laid: List[Tuple[SessionEvent, int]] = []
-        if rebuilt:
+            growth = min(size * self._seen[0] // self._seen[1], limit)
+            growth += self._kept(previous, 0) if previous else 0
+        left = min(fresh, growth)
+        laid: Laid = []
+        if fresh > left:
             self.events.append(_load(call, Source.REBUILD))
-            laid.append((self.events[-1], rebuilt))
-        if previous is not None and answer is not None:
-            kept = self._kept(previous, left - sum(most))
-            laid.append((answer, min(left, kept)))
-            left -= min(left, kept)
-        entered = min(left, sum(most))
+            laid.append((self.events[-1], fresh - left))
+        if previous:
+            kept = min(left, self._kept(previous, left - limit))
+            laid.append((previous.event, kept))
+            left -= kept
+        entered = min(left, limit)
         laid += zip((event for event, _ in pending), share_out(entered, most))
-        if previous is not None and left <= sum(most):
+        if previous and left <= limit:
             self._seen = [self._seen[0] + entered, self._seen[1] + size]
         if left > entered:
             laid.append((self._rest(call), left - entered))
         if call.counted:
             _bill(call, laid)
             return
-        told = [(content_of(event), tokens) for event, tokens in laid[bool(rebuilt):]]
-        if previous is None:
-            told.append((START_LOAD, call.spent.read))
+        told = [(content_of(event), tokens) for event, tokens in laid
+                if event.data.get("source") != Source.REBUILD]
+        if not previous:
+            told.append((START_LOAD, call.usage.read))
         for content, tokens in told:
             self._history[content] = self._history.get(content, 0) + tokens
 
@@ -6919,12 +6892,12 @@ class _Layout:
         if prompted or previous.thoughts is not None:
             return previous.visible
         if previous.complete:
-            return int(previous.spent.output)
+            return int(previous.usage.output)
         return max(previous.visible, min(unexplained, HIDDEN_THINKING))
 
     def _rest(self, call: _Call) -> SessionEvent:
         """What no item explains: before a window's first call the system prompt and the like."""
-        if self._previous is not None:
+        if self._previous:
             self.events.append(_load(call, Source.UNATTRIBUTED))
             return self.events[-1]
         rest = _load(call, Source.SYSTEM)
@@ -6940,17 +6913,18 @@ def _load(call: _Call, source: str, **data: Any) -> SessionEvent:
     return SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD, data, model=model)
 
 
-def _bill(call: _Call, laid: List[Tuple[SessionEvent, int]]) -> None:
+def _bill(call: _Call, laid: Laid) -> None:
     """Book the tokens, and the call's cache writes on them in proportion."""
-    uncached, write_5m, write_1h, read, _ = call.spent
+    uncached, write_5m, write_1h, read, _ = call.usage
     call.event.tokens_cache_read += read
-    tokens, model, rate = [count for _, count in laid], call.event.model, call.event.rate
+    tokens = [count for _, count in laid]
     writes = share_out(write_5m + write_1h, tokens) if uncached else tokens
     hours = share_out(write_1h, writes) if write_5m else writes
     for (event, count), write, hour in zip(laid, writes, hours):
         if not event.model or not (
                 event.tokens_output or event.event_type is EventType.AI_RESPONSE):
-            event.model, event.rate = model, rate  # who takes it in pays for it
+            # Who takes it in pays for it.
+            event.model, event.rate = call.event.model, call.event.rate
         event.tokens_input += count
         event.tokens_cache_write += write
         event.tokens_cache_write_1h += hour
@@ -6959,20 +6933,21 @@ def _bill(call: _Call, laid: List[Tuple[SessionEvent, int]]) -> None:
 class _Window:
     """What one agent's calls and tools brought, in order."""
 
+    calls = 0
+    current: Optional[_Call] = None  # the response that is being told
+
     def __init__(self, agent: str, overhead: str):
         self.agent, self.overhead = agent, overhead
-        self.calls = 0
-        self.current: Optional[_Call] = None  # the response that is being told
         self.seen = _SeenLines()
-        self._steps: List[List[Any]] = []     # event or _Call, characters that enter
+        self._steps: List[List[Any]] = []  # event or _Call, characters that enter
 
     def add(self, entry: Any, characters: int = 0) -> int:
         """The step that an event or a call becomes; a compaction told twice (its boundary and its
         summary) is one."""
-        last: List[Any] = self._steps[-1] if self._steps else [None, 0]
-        if entry.__class__ is SessionEvent and is_compaction(entry) \
-                and last[0].__class__ is SessionEvent and is_compaction(last[0]):
-            last[1] += characters
+        last = self._steps[-1][0] if self._steps else None
+        if last.__class__ is entry.__class__ is SessionEvent \
+                and is_compaction(entry) and is_compaction(last):
+            self._steps[-1][1] += characters
         else:
             self._steps.append([entry, characters])
         return len(self._steps) - 1
@@ -6985,38 +6960,35 @@ class _Window:
             self._steps[tool.step] = [None, 0]
             self.add(tool.event, characters)
 
-    def finish(self, resends_thoughts: bool) -> List[SessionEvent]:
+    def finish(self, resends_thoughts: bool) -> Events:
         """The events in order, tokens laid out."""
         layout = _Layout(resends_thoughts)
         for entry, characters in self._steps:
-            if entry.__class__ is not _Call:
-                if entry is not None:
-                    layout.enter(entry, characters)
-            elif entry.usage is None:
-                layout.enter(entry.event, sum(size for size, event in entry.parts if not event))
-            else:
+            if entry.__class__ is SessionEvent:
+                layout.enter(entry, characters)
+            elif entry and entry.usage is None:
+                own = [size for size, event in entry.parts if event is entry.event]
+                layout.enter(entry.event, sum(own))
+            elif entry:
                 for call in (*entry.earlier, entry):
                     layout.call(call)
-        for event in layout.events if self.agent or self.overhead else ():
+        for event in layout.events:
             event.agent_id = self.agent
             if self.overhead:
                 event.data["overhead"] = self.overhead
         return layout.events
 
 
-_COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
-
-
 class _Tool:
     """One tool call while it is told: what it does by its name and arguments, and what its result
     shows."""
 
-    __slots__ = ("event", "data", "window", "given", "cwd", "step", "calls", "open")
+    open = True
 
     def __init__(self, event: SessionEvent, window: _Window, arguments: Any, cwd: str):
         self.event, self.data, self.window, self.cwd = event, event.data, window, cwd
         self.given = _arguments(arguments)
-        self.step, self.calls, self.open = window.add(event), window.calls, True
+        self.step, self.calls = window.add(event), window.calls
 
     def describe(self, kind: str) -> None:
         """What the call reads, searches, writes or changes."""
@@ -7025,31 +6997,31 @@ class _Tool:
         path = self._text(
             "file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
         command = given.get("command") or given.get("cmd") or given.get("script")
+        several = given.get("include") or given.get("paths")
+        several = several if several.__class__ is list else []
+        several = [name for name in several if name.__class__ is str]
         if kind == "shell" and command:
             self._command(command)
         elif kind == "search":
             self._search(path)
-        elif kind == "read" and path:
-            self._read(path)
-        elif kind == "read" and any(self._several()):
-            self._read_several(self._several())
+        elif kind == "read" and (path or any(several)):
+            self._read(path, several)
         elif kind == "write":
-            patch = str(given.get("input") or given.get("patch") or "")
-            paths = [self._path(name) for name in ([path] if path else patched_paths(patch))]
-            self._becomes(EventType.FILE_WRITE, changes=paths or ["*"], file_path=(paths + [""])[0])
+            paths = [path] if path else patched_paths(self._text("input", "patch"))
+            self._becomes(EventType.FILE_WRITE, changes=self._paths(paths) or ["*"],
+                          file_path="".join(self._paths(paths[:1])))
         else:
             self.data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
             if tool.startswith("mcp_"):
-                query = given.get("query") or given.get("pattern") or given.get("url")
                 path = "" if kind == "harmless" else path
-                self._keep(file_path=path and self._path(path),
-                           query=_short(query) if query.__class__ is str else "")
+                self.keep(file_path=path and self._path(path),
+                           query=_short(self._text("query", "pattern", "url")))
 
     def _becomes(self, event_type: EventType, **data: Any) -> None:
         self.event.event_type = event_type
-        self._keep(**data)
+        self.keep(**data)
 
-    def _keep(self, **data: Any) -> None:
+    def keep(self, **data: Any) -> None:
         """Keep what says something."""
         self.data.update((name, value) for name, value in data.items() if value)
 
@@ -7059,47 +7031,42 @@ class _Tool:
     def _path(self, path: str) -> str:
         return mask_secrets(canonical_path(path, self.cwd))
 
-    def _read(self, path: str) -> None:
+    def _paths(self, paths: List[str]) -> List[str]:
+        return list(map(self._path, paths))
+
+    def _read(self, path: str, several: List[str]) -> None:
+        """One file or several; with patterns among those it is a search."""
         given = self.given
-        self._becomes(EventType.FILE_READ, file_path=self._path(path), pages=str(
-            given.get("pages") or "")[:40], **{
-                key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))})
-
-    def _several(self) -> List[str]:
-        """The files that a read of several names."""
-        given = self.given.get("include") or self.given.get("paths")
-        return [path for path in given if path.__class__ is str] if given.__class__ is list else []
-
-    def _read_several(self, paths: List[str]) -> None:
-        """With patterns among the files it is a search."""
-        if re.search(r"[*?\[{]", " ".join(paths)):
-            self._becomes(EventType.SEARCH, query=_short(" ".join(paths)))
-        else:
-            reads = [[self._path(path), 1, None] for path in paths]
-            self._becomes(EventType.FILE_READ, reads=reads, file_path=reads[0][0])
+        if not path and re.search(r"[*?\[{]", " ".join(several)):
+            self._becomes(EventType.SEARCH, query=_short(" ".join(several)))
+            return
+        reads = [] if path else [[name, 1, None] for name in self._paths(several)]
+        part = {key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))}
+        self._becomes(EventType.FILE_READ, file_path=self._path(path or several[0]), reads=reads,
+                      pages=str(given.get("pages") or "")[:40], **part)
 
     def _command(self, command: Any) -> None:
-        cwd = self.given.get("workdir") or self.given.get("dir_path") or self.cwd
-        effects = shell_effects(command, cwd if isinstance(cwd, str) else self.cwd)
-        text = command if isinstance(command, str) else " ".join(map(str, command))
+        cwd = self._text("workdir", "dir_path") or self.cwd
+        effects = shell_effects(command, cwd)
+        text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
         operation = digest_of(f"{' '.join(text.split())} {cwd} {rights}")
         reads = [[mask_secrets(path), first, last] for path, first, last in effects.reads]
         self.data.update(command=mask_secrets(_HERE.split(text[:1000], 1)[0])[:300],
                          operation=operation, changes=list(map(mask_secrets, effects.changes)))
         if effects.kind == "read" and effects.pure:  # of other output the file's share is not known
-            several, part = len(reads) > 1, reads[0][1:]
-            self._becomes(EventType.FILE_READ, file_path=reads[0][0],
-                          reads=reads if several else [],
+            path, *part = reads[0]
+            several = reads if reads[1:] else []
+            self._becomes(EventType.FILE_READ, file_path=path, reads=several,
                           lines=[] if several or part == [1, None] else part)
         elif effects.kind == "search" and effects.searches:
             query, scope = effects.searches[0]
-            scope = f"{scope} #{operation}" if len(effects.searches) > 1 else scope
+            scope = f"{scope} #{operation}" if effects.searches[1:] else scope
             self._becomes(EventType.SEARCH, query=mask_secrets(query)[:300])
             self.data["scope"] = mask_secrets(scope)
         elif effects.kind == "write":
-            written = list(map(mask_secrets, effects.writes[:1]))
-            self._becomes(EventType.FILE_WRITE, file_path="".join(written))
+            path = "".join(effects.writes[:1])
+            self._becomes(EventType.FILE_WRITE, file_path=mask_secrets(path))
 
     def _search(self, path: str) -> None:
         given = self.given
@@ -7117,16 +7084,16 @@ class _Tool:
     def returned(self, text: str, first: int, count: int, total: int) -> None:
         """What a read or a search returned: its hash, its lines, and whether the window has seen
         them otherwise. First line, how many there are and how many the file has: 0 for not said."""
-        data, reads = self.data, self.event.event_type is EventType.FILE_READ
-        if reads and len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
-            data["unchanged"] = True
-        elif reads and not text:
-            data["truncated"] = True  # an image, say: what it showed is not known
-        elif not reads:
+        data = self.data
+        if self.event.event_type is not EventType.FILE_READ:
             self._answer(text)
+        elif len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
+            data["unchanged"] = True
+        elif not text:
+            data["truncated"] = True  # an image, say: what it showed is not known
         else:
             data["content_hash"] = digest_of(text)
-            if (_is_cut_off(text) or "command" in data and _COMPLAINT.match(text)):
+            if _is_cut_off(text) or "command" in data and _COMPLAINT.match(text):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
                 self._lines(text, first, count, total)
@@ -7154,19 +7121,17 @@ class _Tool:
         if not total and not first and data.keys().isdisjoint(("lines", "offset", "limit")):
             total = seen.totals[path] = count
         verdict, overlap = seen.verdict(path, start, count, text)
-        self._keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
+        self.keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
                    overlap=overlap if verdict == "same" and overlap[0] < count else [])
 
     def failed(self, message: str, kind: str) -> None:
         """What is kept of a failure's message is a hash, the exit code and why it is nobody's
         fault."""
-        if self.event.event_type is EventType.FILE_WRITE and not self.data.get("command"):
-            # An edit that failed changed nothing; one that asks for a new read makes that read no
-            # repetition.
-            self.data["changes"] = self.data["changes"] if _STALE.search(message[:600]) else []
-        arguments = json.dumps(self.given, sort_keys=True, default=str)
+        if self.event.event_type is EventType.FILE_WRITE and not self.data.get("command") \
+                and not _STALE.search(message[:600]):
+            self.data["changes"] = []  # with one that asks for a new read that read is no repetition
         code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
-        self.data.setdefault("operation", digest_of(arguments))
+        self.data.setdefault("operation", digest_of(json.dumps(self.given, sort_keys=True)))
         self._becomes(EventType.ERROR, error_hash=digest_of(normal_message(message)),
                       exit_code=int(code.group(1)) if code else 0, kind=kind or _kind_of(message))
 
@@ -7205,22 +7170,22 @@ class Recorder:
     may add facts to its ``data``.
     """
 
+    task = cwd = _time = _first = _last = _agent = _overhead = ""
+
     def __init__(self, reader: TranscriptReader, paths: List[str],
                  claim: Callable[..., bool] = lambda identity, output: True,
                  skip: Callable[[str, int, str], None] = lambda path, line, reason: None, *,
                  resends_thoughts: bool = True):
-        self.reader, self.paths, self.task, self.cwd = reader, paths, "", ""
+        self.reader, self.paths, self._agent_name = reader, paths, reader.agent
         self._claim, self._skip, self._resends = claim, skip, resends_thoughts
         self._windows: Dict[str, _Window] = {}
         self._calls: Dict[Tuple[str, str], _Call] = {}  # by agent and id
         self._owners: Dict[str, str] = {}               # by id of a response: who told it first
         self._tools: Dict[str, _Tool] = {}
         self._counters: Dict[str, int] = {}
-        self._source: Data = {}
-        self._time = self._first = self._last = self._agent = self._overhead = ""
-        self._agent_name = reader.agent
-        self._place: Data = {"line": 0}
         self._models: Dict[str, int] = {}               # calls of the main agent by model
+        self._source: Data = {}
+        self._place: Data = {"line": 0}
 
     # where, and what session
 
@@ -7232,10 +7197,8 @@ class Recorder:
         program's own does, such as "compaction"."""
         if time and _TIME.match(time):
             self._time = time
-            if time > self._last:
-                self._last = time
-            if not self._first or time < self._first:
-                self._first = time
+            self._first = min(self._first or time, time)
+            self._last = max(self._last, time)
         if path is not None:
             self._place = {"line": 0, "path": path} if path != self.paths[0] else {"line": 0}
         if line is not None:
@@ -7251,7 +7214,7 @@ class Recorder:
             if value:
                 self._source.setdefault(name, value)
         self.cwd = cwd or self.cwd
-        self.task = self.task or task and task_line(task)
+        self.task = self.task or task_line(task)
         self._agent_name = agent or self._agent_name
 
     def count(self, name: str, by: int = 1) -> None:
@@ -7312,19 +7275,19 @@ class Recorder:
         return self._enter(EventType.ERROR, 0, tool="model call", kind=kind, changes=[], **data)
 
     def _enter(self, event_type: EventType, size: int, **data: Any) -> SessionEvent:
-        event = self._event(event_type, data)
+        event = self._event(event_type, **data)
         self._window().add(event, size)
         return event
 
-    def _event(self, event_type: EventType, data: Data) -> SessionEvent:
+    def _event(self, event_type: EventType, model: str = "", **data: Any) -> SessionEvent:
         data.update(self._place)
-        return SessionEvent("", self._time, event_type, data, agent_id=self._agent)
+        return SessionEvent("", self._time, event_type, data, model=model.lower(),
+                            agent_id=self._agent)
 
     def _window(self) -> _Window:
-        window = self._windows.get(self._agent)
-        if window is None:
-            window = self._windows[self._agent] = _Window(self._agent, self._overhead)
-        return window
+        if self._agent not in self._windows:
+            self._windows[self._agent] = _Window(self._agent, self._overhead)
+        return self._windows[self._agent]
 
     # what the model did
 
@@ -7350,12 +7313,11 @@ class Recorder:
         self._window().current = call
         for number, (its_model, its_usage) in enumerate(earlier):
             if number == len(call.earlier):
-                event = self._event(EventType.AI_RESPONSE, {
-                    "response_id": identity, "iteration": number})
-                event.model = its_model.lower() or call.event.model
-                call.earlier.append(_Call("", event, its_usage, True))
+                event = self._event(EventType.AI_RESPONSE, its_model or call.event.model,
+                                    response_id=identity, iteration=number)
+                call.earlier.append(_Call(event, its_usage))
         if text:
-            call.parts.append((text, None))
+            call.parts.append((text, call.event))
         if thinking is not None:
             self._thought(call, thinking)
         call.thoughts = call.thoughts if thoughts is None else thoughts
@@ -7364,28 +7326,25 @@ class Recorder:
         return call.event
 
     def _new_call(self, identity: str, model: str, usage: Optional[Usage]) -> _Call:
-        event = self._event(EventType.AI_RESPONSE, {"response_id": identity})
-        window = self._window()
-        event.model = model.lower()
+        event, window = self._event(EventType.AI_RESPONSE, model, response_id=identity), self._window()
         counted = self._owners.setdefault(identity, self._agent) == self._agent
-        call = self._calls[self._agent, identity] = _Call(identity, event, usage, counted)
-        if usage is not None:
-            window.calls += 1
+        call = self._calls[self._agent, identity] = _Call(event, usage, counted)
+        window.calls += usage is not None
         window.add(call)
         return call
 
     def _thought(self, call: _Call, size: int) -> None:
+        """Hidden thinking (of 0 characters) is written by the response itself."""
         if size and call.thinking is None:
-            call.thinking = self._event(EventType.THINKING, {"response_id": call.key})
-            call.thinking.model = call.event.model
+            call.thinking = self._event(EventType.THINKING, call.event.model,
+                                        response_id=call.event.data["response_id"])
         call.hidden = call.hidden or not size
-        call.parts.append((size, call.thinking if size else None))
+        call.parts.append((size, call.thinking if size and call.thinking else call.event))
 
     def rolled_up(self, identity: str, model: str, usage: Usage) -> SessionEvent:
         """Several calls of which only the sum is known: their contexts are not, so what they took
         in can be laid on no event."""
-        event = self._event(EventType.AI_RESPONSE, {"response_id": identity})
-        event.model = model.lower()
+        event = self._event(EventType.AI_RESPONSE, model, response_id=identity)
         if self._counts(event, usage):
             rest = self.context(Source.UNATTRIBUTED, 0, rolled_up=True)
             rest.model = event.model
@@ -7413,19 +7372,20 @@ class Recorder:
         none was told. ``milliseconds``: how long it took; 0: until it returns."""
         if key and key in self._tools:
             return self._tools[key].event
-        window = self._window()
-        call = window.current
-        event = self._event(EventType.TOOL_CALL, {
-            "tool": name, "response_id": call.key if call else response})
-        tool = _Tool(event, window, arguments, self.cwd)
-        self._tools[key or f"#{len(self._tools)}"] = tool
+        call = self._window().current
+        model, response = (call.event.model, call.event.data["response_id"]) if call else ("", response)
+        event = self._event(EventType.TOOL_CALL, model, tool=name, response_id=response)
+        tool = self._add_tool(key or f"#{len(self._tools)}", event, arguments)
         tool.describe(kind)
         event.duration_ms = milliseconds
         if call:
-            event.model = call.event.model
             size = len(name) + len(_to_json(tool.given)) if size is None else size
             call.parts.append((size, event))
         return event
+
+    def _add_tool(self, key: str, event: SessionEvent, arguments: Any) -> _Tool:
+        tool = self._tools[key] = _Tool(event, self._window(), arguments, self.cwd)
+        return tool
 
     def returned(self, key: str, text: Optional[str], size: Optional[int] = None, *,
                  failed: bool = False, lines: Tuple[int, int, int] = (0, 0, 0), cut: bool = False,
@@ -7435,25 +7395,27 @@ class Recorder:
         where the text does not tell why (`failure_kind`). ``lines``: number of the first line, how
         many there are and how many the file has, 0 where that is not said. ``cut``: it is not all
         there. A result whose call was not told is of a tool of unknown kind."""
-        tool = self._tools.get(key) or self._unknown_tool(key)
-        event = tool.event
+        tool = self._tools.get(key) or self._add_tool(key, self._event(
+            EventType.TOOL_CALL, tool="unknown", kind="unreadable", changes=["?"]), None)
+        event, data = tool.event, tool.data
         if not tool.open:
             return event
         tool.open = False
         tool.window.returned(tool, len(text or "") if size is None else size)
-        event.duration_ms = event.duration_ms or _milliseconds(event.timestamp, self._time)
+        began, ended = seconds_of(event.timestamp), seconds_of(self._time)
+        if not event.duration_ms and began and ended:
+            event.duration_ms = max(0, int((ended - began) * 1000))
         if failed:
             self.failed(key, text or "", kind)
         elif cut:
-            event.data["truncated"] = True
+            data["truncated"] = True
         elif text is not None and event.event_type is not EventType.ERROR:
             tool.returned(text, *lines)
-        if event.data["tool"].lower() in AGENT_TOOLS and "kind" not in event.data:
-            event.data["changes"] = []
-        if text and "commit" in event.data.get("command", ""):
+        if data["tool"].lower() in AGENT_TOOLS and "kind" not in data:
+            data["changes"] = []
+        if text and "commit" in data.get("command", ""):
             commits = _COMMITTED.findall(text[:20_000])
-            if commits:
-                event.data[COMMITS] = commits
+            tool.keep(**{COMMITS: commits})
         return event
 
     def failed(self, key: str, text: str, kind: str = "") -> None:
@@ -7461,12 +7423,6 @@ class Recorder:
         tool = self._tools.get(key)
         if tool and tool.event.event_type is not EventType.ERROR:
             tool.failed(text, kind)
-
-    def _unknown_tool(self, key: str) -> _Tool:
-        event = self._event(EventType.TOOL_CALL, {
-            "tool": "unknown", "kind": "unreadable", "changes": ["?"]})
-        tool = self._tools[key] = _Tool(event, self._window(), None, "")
-        return tool
 
     # the session
 
@@ -7477,10 +7433,9 @@ class Recorder:
             return []
         model, path = self._settle(), self.paths[0]
         stem = os.path.splitext(os.path.basename(path))[0]
-        source = dict({"session_id": stem, "cwd": "", "version": ""}, **self._source)
-        source = {name: value if name == "session_id" else masked(value)
-                  for name, value in source.items()}
-        source.update(reader=self.reader.name, path=path)
+        source = {"session_id": stem, "cwd": "", "version": "", **self._source}
+        source = {**masked(source), "session_id": source["session_id"],
+                  "reader": self.reader.name, "path": path}
         if self.paths[1:]:
             source["paths"] = self.paths[1:]
         started = self._first or time_text(_changed_at(path))
@@ -7489,11 +7444,10 @@ class Recorder:
                           model=mask_secrets(model), metadata=dict(self._counters, source=source))
         for number, event in enumerate(self._joined(), 1):
             event.id = f"e{number}"
-            if event.model == model:
-                event.model = ""
+            event.model = mask_secrets(event.model) if event.model != model else ""
             if "left" in event.data:
                 event.data["left"] = [result.id for result in event.data["left"] if result.id]
-            event.data, event.model = masked(event.data), mask_secrets(event.model)
+            event.data = masked(event.data)
             session.add_event(event)
         return [session]
 
@@ -7507,28 +7461,22 @@ class Recorder:
             call.counted = call.counted and self._counts(call.event, call.usage)
             for other in call.earlier:
                 other.counted = call.counted
-            if not call.counted:
-                continue
-            if call.hidden:
-                self.count("redacted_thinking_calls")
-            # An output below half of what four characters per token make of its text is none.
-            text = sum(size for size, _ in call.parts)
-            if call.complete is False or call.complete is None and 8 * call.usage.output < text:
-                self.count("output_lower_bound_calls")
+            if call.counted:
+                self.count("redacted_thinking_calls", call.hidden)
+                # Below half of what four characters per token make of its text is no output.
+                text = sum(size for size, _ in call.parts)
+                low = call.complete is None and 8 * call.usage.output < text
+                self.count("output_lower_bound_calls", low or call.complete is False)
         models = self._models
         return max(models, key=lambda name: models[name]) if models else "default"
 
-    def _joined(self) -> List[SessionEvent]:
+    def _joined(self) -> Events:
         """The events of all agents in one order: by time, and each agent's own order kept."""
-        keyed = []
+        keyed: List[Tuple[str, SessionEvent]] = []
         for window in self._windows.values():
-            latest = ""
-            for event in window.finish(self._resends):
-                if event.timestamp > latest:
-                    latest = event.timestamp
-                keyed.append((latest, event))
-        keyed.sort(key=lambda pair: pair[0])
-        return [event for _, event in keyed]
+            events = window.finish(self._resends)
+            keyed += zip(itertools.accumulate((e.timestamp for e in events), max), events)
+        return [event for _, event in sorted(keyed, key=lambda pair: pair[0])]
 
 
 # ==================================================================================================
