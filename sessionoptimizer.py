@@ -7669,12 +7669,12 @@ class _ClaudeSession:
         kind = entry.get("type")
         if kind in ("progress", "attachment"):
             data = _as_dict(entry.get("data") or entry.get("attachment"))
-            self._hooked(_text(data.get("hookName")), entry, line)
-            inner = _as_dict(data.get("message"))
-            if _as_dict(inner.get("message")):
-                self.echoes.append((path, line, _text(data.get("agentId")), inner))
+            self._hooked(_text(data, "hookName"), entry, line)
+            inner = _as_dict(data, "message")
+            if _as_dict(inner, "message"):
+                self.echoes.append((path, line, _text(data, "agentId"), inner))
         tell = self.tell.get(_text(kind))
-        uuid = _text(entry.get("uuid"))
+        uuid = _text(entry, "uuid")
         if tell and not (uuid and uuid in self.uuids):
             self.uuids.add(uuid)
             self._at(entry, line, self._agent_of(entry, own))
@@ -7686,11 +7686,11 @@ class _ClaudeSession:
             overhead = "compaction" if agent.startswith("acompact") else \
                 "suggestion" if agent.startswith("aprompt_suggestion") else ""
         self.agent = agent
-        self.told.at(_text(entry.get("timestamp")), line, agent=agent, overhead=overhead)
+        self.told.at(_text(entry, "timestamp"), line, agent=agent, overhead=overhead)
 
     def _note_facts(self, entry: Data) -> None:
         found = {name: entry[name] for name in ("sessionId", "cwd", "version")
-                 if _text(entry.get(name))}
+                 if _text(entry, name)}
         self.facts = dict(found, **self.facts)
         version = self.facts.get("version", "")
         self.told.session(self.facts.get("sessionId", ""), self.facts.get("cwd", ""), version)
@@ -7700,33 +7700,32 @@ class _ClaudeSession:
     def _agent_of(self, entry: Data, own: str) -> str:
         """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
         told apart by the line they begin with."""
-        agent = _text(entry.get("agentId"))
+        agent = _text(entry, "agentId")
         if own or entry.get("isSidechain") is not True:
             return agent or own if own else ""
         if not agent:
-            uuid = _text(entry.get("uuid"))
-            agent = self.roots.get(_text(entry.get("parentUuid"))) or "sidechain-" + uuid[:8]
+            uuid = _text(entry, "uuid")
+            agent = self.roots.get(_text(entry, "parentUuid")) or "sidechain-" + uuid[:8]
             self.roots[uuid] = agent
         return agent
 
     # what the model said
 
     def _assistant(self, entry: Data) -> None:
-        message, told = _as_dict(entry.get("message")), self.told
-        usage, model = message.get("usage"), _text(message.get("model"))
-        identity = _text(message.get("id")) or _text(entry.get("requestId")) or _text(
-            entry.get("uuid"))
+        message, told = _as_dict(entry, "message"), self.told
+        usage, model = message.get("usage"), _text(message, "model")
+        identity = _text(message, "id") or _text(entry, "requestId") or _text(entry, "uuid")
         if model == "<synthetic>":
             if entry.get("isApiErrorMessage") is True:
                 told.call_failed(_content(message.get("content"))[0])
         elif identity and isinstance(usage, dict):
             text, thinking, tools = 0, None, []
-            for block in map(_as_dict, _as_list(message.get("content"))):
+            for block in map(_as_dict, _as_list(message, "content")):
                 kind = block.get("type")
                 if kind == "text":
-                    text += len(_text(block.get("text")))
+                    text += len(_text(block, "text"))
                 elif kind in ("thinking", "redacted_thinking"):
-                    thinking = (thinking or 0) + len(_text(block.get("thinking")))
+                    thinking = (thinking or 0) + len(_text(block, "thinking"))
                 elif kind in ("tool_use", "server_tool_use"):
                     tools.append(block)
             event = told.call(identity, model, _claude_usage(usage), text=text,
@@ -7736,12 +7735,12 @@ class _ClaudeSession:
                               fast=usage.get("speed") == "fast")
             self._note_call(event, entry, message)
             for block in tools:
-                told.tool(_text(block.get("id")), _text(block.get("name")), block.get("input"))
+                told.tool(_text(block, "id"), _text(block, "name"), block.get("input"))
 
     def _note_call(self, event: SessionEvent, entry: Data,
                    message: Data) -> None:
         """What the bill asks of a call: why its cache was missed, and in what settings it ran."""
-        reason = _as_dict(_as_dict(message.get("diagnostics")).get("cache_miss_reason"))
+        reason = _as_dict(message, "diagnostics", "cache_miss_reason")
         effort = entry.get("effort")
         self.marker = ""
         facts = {CACHE_MISS: reason.get("type"), VERSION: entry.get("version"), MODE: self.mode,
@@ -7770,8 +7769,8 @@ class _ClaudeSession:
             self.told.compaction(source=Source.CLEAR)
 
     def _user(self, entry: Data) -> None:
-        content = _as_dict(entry.get("message")).get("content")
-        self.mode = _text(entry.get("permissionMode")) or self.mode
+        content = _as_dict(entry, "message").get("content")
+        self.mode = _text(entry, "permissionMode") or self.mode
         if entry.get("isCompactSummary") is True:
             self.told.compaction(_content(content)[1])
             return
@@ -7782,7 +7781,7 @@ class _ClaudeSession:
             elif isinstance(block, dict) and block.get("type") == "tool_result":
                 self._result(block, entry)
             elif isinstance(block, dict):
-                text += _text(block.get("text"))
+                text += _text(block, "text")
                 images += block.get("type") == "image"
         size = len(text) + images * IMAGE_CHARACTERS
         if size and entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN):
@@ -7806,7 +7805,7 @@ class _ClaudeSession:
     def _result(self, block: Data, entry: Data) -> None:
         text, size = _content(block.get("content"))
         first, count, total = _file_lines(entry.get("toolUseResult"))
-        self.told.returned(_text(block.get("tool_use_id")), _without_reminders(text), size,
+        self.told.returned(_text(block, "tool_use_id"), _without_reminders(text), size,
                            failed=block.get("is_error") is True, lines=(first, count, total))
 
     def _system(self, entry: Data) -> None:
@@ -7814,17 +7813,17 @@ class _ClaudeSession:
         if subtype == "compact_boundary":
             self.told.compaction()
         elif subtype == "microcompact_boundary":
-            cleared = _as_dict(entry.get("microcompactMetadata"))
-            keys = map(_text, _as_list(cleared.get("compactedToolIds")))
-            self.told.cleared(keys, _count_of(cleared.get("tokensSaved")))
+            cleared = _as_dict(entry, "microcompactMetadata")
+            keys = map(_text, _as_list(cleared, "compactedToolIds"))
+            self.told.cleared(keys, _counted(cleared, "tokensSaved"))
         elif subtype == "api_error":
             self.told.call_failed(kind="transient")
 
     def _attachment(self, entry: Data) -> None:
-        attachment = _as_dict(entry.get("attachment"))
-        kind = _text(attachment.get("type"))
+        attachment = _as_dict(entry, "attachment")
+        kind = _text(attachment, "type")
         if attachment:
-            edited = _text(attachment.get("filename")) if kind == "edited_text_file" else ""
+            edited = _text(attachment, "filename") if kind == "edited_text_file" else ""
             self.told.context(Source.ATTACHMENT, len(json.dumps(attachment, ensure_ascii=False)),
                               edited=edited, kind=kind[:40])
 
@@ -7842,7 +7841,7 @@ class _ClaudeSession:
 
 
 def _echo_id(echo: Tuple[str, int, str, Data]) -> str:
-    return _text(echo[3]["message"].get("id"))
+    return _text(echo[3]["message"], "id")
 
 
 def _without_reminders(text: str) -> str:
@@ -7858,27 +7857,27 @@ def _without_reminders(text: str) -> str:
 
 def _file_lines(details: Any) -> Tuple[int, int, int]:
     """The first line, how many, and how many the file has, as a read's details tell them."""
-    file = _as_dict(_as_dict(details).get("file"))
-    first, count, total = (_count_of(file.get(f"{name}Line{end}")) for name, end in (
+    file = _as_dict(details, "file")
+    first, count, total = (_counted(file, f"{name}Line{end}") for name, end in (
         ("start", ""), ("num", "s"), ("total", "s")))
     return first, count, total
 
 
 def _claude_usage(usage: Data) -> Usage:
-    split = _as_dict(usage.get("cache_creation"))
-    hour = _count_of(split.get("ephemeral_1h_input_tokens"))
-    written = _count_of(usage.get("cache_creation_input_tokens")) \
-        or hour + _count_of(split.get("ephemeral_5m_input_tokens"))
+    split = _as_dict(usage, "cache_creation")
+    hour = _counted(split, "ephemeral_1h_input_tokens")
+    written = _counted(usage, "cache_creation_input_tokens") \
+        or hour + _counted(split, "ephemeral_5m_input_tokens")
     hour = min(hour, written)
-    return Usage(_count_of(usage.get("input_tokens")), written - hour, hour,
-                 _count_of(usage.get("cache_read_input_tokens")),
-                 _count_of(usage.get("output_tokens")))
+    return Usage(_counted(usage, "input_tokens"), written - hour, hour,
+                 _counted(usage, "cache_read_input_tokens"),
+                 _counted(usage, "output_tokens"))
 
 
 def _earlier_iterations(usage: Data) -> List[Tuple[str, Usage]]:
     """Model and usage of the calls that the top level of a usage leaves out: all but the last."""
-    entries = [_as_dict(entry) for entry in _as_list(usage.get("iterations"))]
-    return [(_text(entry.get("model")), _claude_usage(entry)) for entry in entries[:-1] if entry]
+    entries = [_as_dict(entry) for entry in _as_list(usage, "iterations")]
+    return [(_text(entry, "model"), _claude_usage(entry)) for entry in entries[:-1] if entry]
 
 
 MAX_LINE = 1 << 26  # bytes of a line, or of a file that is one document; larger ones are named
@@ -7936,9 +7935,39 @@ def _head_of(path: str, size: int) -> bytes:
         return b""
 
 
-def _text(value: Any) -> str:
-    """The value where it is a text, else ""."""
+def _under(value: Any, keys: Iterable[str]) -> Any:
+    """What stands under these keys, one inside the other; None where it is not there."""
+    for key in keys:
+        value = value.get(key) if value.__class__ is dict else None
+    return value
+
+
+def _text(value: Any, *keys: str) -> str:
+    """What stands under the keys where it is a text, else ""."""
+    value = _under(value, keys)
     return value if value.__class__ is str else ""
+
+
+def _as_dict(value: Any, *keys: str) -> Data:
+    """What stands under the keys where it is an object, else an empty one."""
+    value = _under(value, keys)
+    return value if value.__class__ is dict else {}
+
+
+def _dicts(value: Any, *keys: str) -> List[Data]:
+    """The objects of the list that stands under the keys; none where there is no list."""
+    value = _under(value, keys)
+    return [part for part in value if part.__class__ is dict] if value.__class__ is list else []
+
+
+def _as_list(value: Any, *keys: str) -> List[Any]:
+    value = _under(value, keys)
+    return value if value.__class__ is list else []
+
+
+def _counted(value: Any, *keys: str) -> int:
+    """The token count under the keys; 0 where there is none (`_count_of`)."""
+    return _count_of(_under(value, keys))
 
 
 def numbered_lines(path: str, skip: Optional[Callable[[str, int, str], None]] = None,
@@ -8004,15 +8033,6 @@ def places_of(path: str, key: bytes) -> Dict[Any, int]:
     return found
 
 
-def _as_dict(value: Any) -> Data:
-    """The value where it is an object, else an empty one."""
-    return value if value.__class__ is dict else {}
-
-
-def _as_list(value: Any) -> List[Any]:
-    return value if value.__class__ is list else []
-
-
 def _time_text(value: Any) -> str:
     """The value where it is a time, else ""."""
     return value if value.__class__ is str and _TIME.match(value) else ""
@@ -8023,10 +8043,10 @@ def _content(content: Any) -> Tuple[str, int]:
     size in characters."""
     if isinstance(content, dict):
         content = [content] if "text" in content else content.get("content", content.get("output"))
-    images = sum("image" in _text(_as_dict(part).get("type")) or "inlineData" in _as_dict(part)
+    images = sum("image" in _text(part, "type") or "inlineData" in _as_dict(part)
                  for part in _as_list(content))
     parts = content if isinstance(content, list) else [content]
-    text = "\n".join(_text(part) or _text(_as_dict(part).get("text")) for part in parts)
+    text = "\n".join(_text(part) or _text(part, "text") for part in parts)
     return text, len(text) + images * IMAGE_CHARACTERS
 
 
@@ -8155,7 +8175,7 @@ class _Rollout:
         return self.known
 
     def _entry(self, entry: Data) -> None:
-        kind, payload = _text(entry.get("type")), entry.get("payload")
+        kind, payload = _text(entry, "type"), entry.get("payload")
         if "payload" not in entry:  # before 0.32 items were not wrapped
             if not kind and "record_type" not in entry and "instructions" in entry:
                 kind, payload = "session_meta", entry
@@ -8171,37 +8191,37 @@ class _Rollout:
     def _meta(self, meta: Data) -> None:
         if self.own:
             return  # forks and spawned threads repeat their ancestors' after their own
-        self.own = _text(meta.get("id"))
-        self.version = _text(meta.get("cli_version"))
-        self.cwd = _text(meta.get("cwd"))
-        self.lineage = _text(meta.get("forked_from_id")) or self.own
+        self.own = _text(meta, "id")
+        self.version = _text(meta, "cli_version")
+        self.cwd = _text(meta, "cwd")
+        self.lineage = _text(meta, "forked_from_id") or self.own
         self.told.at(_time_text(meta.get("timestamp")))
         self.told.session(self.own, self.cwd, self.version)
 
     def _turn(self, turn: Data) -> None:
-        self.model = _text(turn.get("model")).lower() or self.model
-        self.cwd = _text(turn.get("cwd")) or self.cwd
+        self.model = _text(turn, "model").lower() or self.model
+        self.cwd = _text(turn, "cwd") or self.cwd
         self.told.session(cwd=self.cwd)
-        self.turn = _text(turn.get("turn_id")) or self.turn
-        self.effort = _text(turn.get("effort")) or self.effort
+        self.turn = _text(turn, "turn_id") or self.turn
+        self.effort = _text(turn, "effort") or self.effort
 
     def _message(self, message: Data) -> None:
         kind = message.get("type")
         if kind == "token_count":
-            self._token_count(_as_dict(message.get("info")))
+            self._token_count(_as_dict(message, "info"))
         elif kind in ("task_started", "turn_aborted"):
             self._give_up()
-            self.turn = _text(message.get("turn_id")) or self.turn
+            self.turn = _text(message, "turn_id") or self.turn
         elif kind == "context_compacted" and not self.compacted or kind == "thread_rolled_back":
             self._compaction({})
         elif kind == "mcp_tool_call_end":
-            result, key = _as_dict(message.get("result")), self._key(message)
+            result, key = _as_dict(message, "result"), self._key(message)
             if key in self.open and (
-                    "Err" in result or _as_dict(result.get("Ok")).get("isError") is True):
+                    "Err" in result or _as_dict(result, "Ok").get("isError") is True):
                 self._enter(lambda _: self.told.failed(key, _as_json(result)))
 
     def _key(self, item: Data) -> str:
-        identity = _text(item.get("call_id"))
+        identity = _text(item, "call_id")
         return f"{self.path}:{identity}" if identity else ""
 
     # usage
@@ -8258,7 +8278,7 @@ class _Rollout:
     # items
 
     def _item(self, item: Data) -> None:
-        kind = _text(item.get("type"))
+        kind = _text(item, "type")
         if kind == "message" and item.get("role") == "assistant":
             size = _content(item.get("content"))[1]
             self._wrote(lambda call: self.told.call(call, self.model, None, text=size))
@@ -8298,20 +8318,20 @@ class _Rollout:
         self._enter(lambda _: self.told.context(source, size))
 
     def _called(self, item: Data, kind: str) -> None:
-        name, raw = _text(item.get("name")), item.get("arguments")
-        action = _as_dict(item.get("action"))
+        name, raw = _text(item, "name"), item.get("arguments")
+        action = _as_dict(item, "action")
         if kind == "custom_tool_call":
-            raw = {"input": _text(item.get("input"))}
+            raw = {"input": _text(item, "input")}
         elif kind == "local_shell_call":
             name = "local_shell"
             raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
         elif kind == "web_search_call":
-            raw = {key: _text(action.get(key)) for key in ("pattern", "query", "url")
-                   if _text(action.get(key))}
-            queries = list(filter(None, map(_text, _as_list(action.get("queries")))))
+            raw = {key: _text(action, key) for key in ("pattern", "query", "url")
+                   if _text(action, key)}
+            queries = list(filter(None, map(_text, _as_list(action, "queries"))))
             raw.update({"query": " | ".join(queries)} if queries else {})
         name = name or {"tool_search_call": "toolsearch"}.get(kind, kind[:-len("_call")])
-        if _text(item.get("namespace")):
+        if _text(item, "namespace"):
             name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")
         arguments, key = _arguments(raw), self._key(item)
         if key:
@@ -8351,9 +8371,9 @@ class _Rollout:
 
     def _compaction(self, compacted: Data) -> None:
         self._give_up()
-        kept = _as_list(compacted.get("replacement_history"))
+        kept = _as_list(compacted, "replacement_history")
         size = sum(_content(_as_dict(item).get("content"))[1] for item in kept)
-        self.told.compaction(size or len(_text(compacted.get("message"))))
+        self.told.compaction(size or len(_text(compacted, "message")))
         self.compacted = True
 
 
@@ -8362,7 +8382,7 @@ def _codex_usage(usage: Any) -> Optional[Tuple[int, ...]]:
     None."""
     if not isinstance(usage, dict):
         return None
-    return tuple(_count_of(usage.get(f"{key}_tokens")) for key in _CODEX_USAGE)
+    return tuple(_counted(usage, f"{key}_tokens") for key in _CODEX_USAGE)
 
 
 def _codex_call(told: Recorder, key: str, name: str, arguments: Data, size: int) -> None:
@@ -8373,7 +8393,7 @@ def _codex_call(told: Recorder, key: str, name: str, arguments: Data, size: int)
     if name == "write_stdin":
         event.data["changes"] = ["?"] if arguments.get("chars") else []
     elif "*** Begin Patch" in text and "apply_patch" in text[:text.index("*** Begin Patch")]:
-        cwd = _text(arguments.get("workdir")) or told.cwd
+        cwd = _text(arguments, "workdir") or told.cwd
         moved = re.match(r"(?:[\s\S]{0,40}?\n)?\s*cd\s+(\S+)\s*&&", text)
         cwd = canonical_path(moved.group(1).strip("'\""), cwd) if moved else cwd
         paths = [canonical_path(path, cwd) for path in patched_paths(text)]
@@ -8388,8 +8408,8 @@ def _codex_outcome(output: Any) -> Outcome:
     code, failed = None, isinstance(output, dict) and output.get("success") is False
     if text.startswith('{"output"'):
         wrapped = _arguments(text)
-        text = _text(wrapped.get("output")) if wrapped else text
-        code = _as_dict(wrapped.get("metadata")).get("exit_code")
+        text = _text(wrapped, "output") if wrapped else text
+        code = _as_dict(wrapped, "metadata").get("exit_code")
         code = code if code.__class__ is int else None
     head, body = "", text
     if _OUTPUT_HEAD.match(text):
@@ -8480,27 +8500,27 @@ class _Chat:
         """Take a file in."""
         for line, entry in transcript_entries(path, self.told.skip):
             places = {} if line else places_of(path, rb"id")
-            changed = _as_dict(entry.get("$set"))
+            changed = _as_dict(entry, "$set")
             header = changed or (entry if "sessionId" in entry else {})
             if header:
                 stem = os.path.splitext(os.path.basename(path))[0]
-                self.identity = self.identity or _text(header.get("sessionId")) or stem
-                self.times += [_text(header.get(key)) for key in ("startTime", "lastUpdated")]
+                self.identity = self.identity or _text(header, "sessionId") or stem
+                self.times += [_text(header, key) for key in ("startTime", "lastUpdated")]
             elif _REWIND in entry:
                 self.order.append("")
             else:
                 self._message(entry, path, line)
-            messages = _as_list(header.get("messages"))
+            messages = _as_list(header, "messages")
             if "messages" in changed:
-                kept = {_text(_as_dict(message).get("id")) for message in messages}
+                kept = {_text(message, "id") for message in messages}
                 self.order += [""] * (not kept.issuperset(filter(None, self.order)))
             for message in map(_as_dict, messages):
                 if message:
-                    place = line or places.get(_text(message.get("id")), 1)
+                    place = line or places.get(_text(message, "id"), 1)
                     self._message(message, path, place)
 
     def _message(self, message: Data, path: str, line: int) -> None:
-        identity = _text(message.get("id")) or f"{path}:{len(self.order)}"
+        identity = _text(message, "id") or f"{path}:{len(self.order)}"
         if identity not in self.messages:
             self.order.append(identity)
         self.messages[identity] = (line, path, message)
@@ -8516,14 +8536,14 @@ class _Chat:
                 told.compaction(rewind=True)
                 continue
             line, path, message = self.messages[identity]
-            stamp, kind = _text(message.get("timestamp")), message.get("type")
+            stamp, kind = _text(message, "timestamp"), message.get("type")
             told.at(stamp, line, path)
             text, size = _content(message.get("content", message.get("parts")))
             if kind == "user":
                 told.prompt(text, size)
             elif kind in ("gemini", "model"):
                 self._response(f"{self.identity}:{identity}", message, size)
-                for tool in map(_as_dict, _as_list(message.get("toolCalls"))):
+                for tool in map(_as_dict, _as_list(message, "toolCalls")):
                     told.at(stamp)
                     self._tool(tool)
             elif kind == "error":
@@ -8532,14 +8552,14 @@ class _Chat:
     def _response(self, identity: str, message: Data, size: int) -> None:
         tokens, usage, thoughts = message.get("tokens"), None, None
         if isinstance(tokens, dict):
-            entered, output, cached, thoughts, tool = (_count_of(tokens.get(key)) for key in (
+            entered, output, cached, thoughts, tool = (_counted(tokens, key) for key in (
                 "input", "output", "cached", "thoughts", "tool"))
             cached = min(cached, entered)
             usage = Usage(entered - cached + tool, 0, 0, cached, output + thoughts)
-        self.told.call(identity, _text(message.get("model")), usage, text=size, thoughts=thoughts)
+        self.told.call(identity, _text(message, "model"), usage, text=size, thoughts=thoughts)
 
     def _tool(self, tool: Data) -> None:
-        told, name, given = self.told, _text(tool.get("name")), tool.get("args")
+        told, name, given = self.told, _text(tool, "name"), tool.get("args")
         arguments = _arguments(given)
         first, last = arguments.get("start_line"), arguments.get("end_line")
         if arguments.get("offset").__class__ is int:
@@ -8554,7 +8574,7 @@ class _Chat:
         if shown:
             text = text.partition("(truncated) ---\n")[2] or text
         start, end, total = map(int, shown.groups()) if shown else (0, -1, 0)
-        told.at(_text(tool.get("timestamp")))
+        told.at(_text(tool, "timestamp"))
         told.returned(key, text, size, failed=failed, lines=(start, end - start + 1, total),
                       kind="declined" if tool.get("status") == "cancelled" else "")
 
@@ -8563,12 +8583,12 @@ def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
     """What a tool call returned: its text (a command's output alone), its size, whether it
     failed."""
     texts, size, error = [], 0, tool.get("status") in ("error", "cancelled")
-    for part in _as_list(tool.get("result")):
-        response = _as_dict(_as_dict(part).get("functionResponse")).get("response")
+    for part in _as_list(tool, "result"):
+        response = _as_dict(part, "functionResponse").get("response")
         extra = 0 if isinstance(response, dict) else _content([part])[1]
         response = _as_dict(response)
-        error = error or bool(_text(response.get("error")))
-        found = (_text(response.get(key)) for key in ("error", "output", "content"))
+        error = error or bool(_text(response, "error"))
+        found = (_text(response, key) for key in ("error", "output", "content"))
         text = next(filter(None, found), "")
         texts.append(text)
         size += extra + (len(text) or _json_size(response) if response else 0)
@@ -8677,7 +8697,7 @@ class _Span:
 
         self.attributes, self.resource = _attributes(span.get("attributes")), resource
         self.path, self.line = path, line
-        self.name = _text(span.get("name"))
+        self.name = _text(span, "name")
         self.trace = _text(either("traceId", "trace_id"))
         self.id = _text(either("spanId", "span_id"))
         parent = _text(either("parentSpanId", "parent_span_id"))
@@ -8686,16 +8706,16 @@ class _Span:
                  for name in ("start", "end"))
         self.start, self.end = (min(max(0, _integer(moment)), _LATEST) for moment in times)
         self.end = max(self.start, self.end) if self.start else 0
-        status = _as_dict(span.get("status"))
+        status = _as_dict(span, "status")
         self.failed = status.get("code") in (2, "2", "STATUS_CODE_ERROR") or bool(
             self.text("error.type")) or self.attributes.get("success") in (False, "false")
-        self.message = _text(status.get("message")) or self.text("error.type") or self.text("error")
+        self.message = _text(status, "message") or self.text("error.type") or self.text("error")
         self.operation = _OWN_SPANS.get(self.name) or self.text("gen_ai.operation.name")
         self.conversation = next((self.text(key) for key in _CONVERSATION if self.text(key)), "")
 
     def text(self, *names: str) -> str:
         """The first of these attributes that is a text which says something."""
-        return next(filter(None, (_text(self.attributes.get(name)) for name in names)), "")
+        return next(filter(None, (_text(self.attributes, name) for name in names)), "")
 
     def usage(self) -> Tuple[int, ...]:
         """Input, output, cache read, cache write, reasoning, as they are given."""
@@ -8728,9 +8748,9 @@ def _spans_of(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Spa
         places = {} if line else places_of(path, rb"spanId|span_id")
         for group in _as_list(entry.get("resourceSpans", entry.get("resource_spans"))):
             group = _as_dict(group)
-            resource = _attributes(_as_dict(group.get("resource")).get("attributes"))
+            resource = _attributes(_as_dict(group, "resource").get("attributes"))
             for scope in _as_list(group.get("scopeSpans", group.get("scope_spans"))):
-                for span in _as_list(_as_dict(scope).get("spans")):
+                for span in _as_list(scope, "spans"):
                     if isinstance(span, dict):
                         yield _Span(span, resource, path, line or places.get(
                             _text(span.get("spanId", span.get("span_id"))), 1))
@@ -8750,14 +8770,15 @@ def _attribute(value: Any, depth: int) -> Any:
         if kind in ("stringvalue", "doublevalue", "boolvalue"):
             return given if given.__class__ in (str, int, float, bool) else None
         if depth < 20 and kind == "arrayvalue":
-            return [_attribute(part, depth + 1) for part in _as_list(_as_dict(given).get("values"))]
+            return [_attribute(part, depth + 1) for part in _as_list(given, "values")]
         if depth < 20 and kind == "kvlistvalue":
             return _attributes(_as_dict(given).get("values"), depth + 1)
     return None
 
 
-def _integer(value: Any) -> int:
-    """A whole number given as one or as its digits; 0 for anything else."""
+def _integer(value: Any, *keys: str) -> int:
+    """A whole number under the keys, given as one or as its digits; 0 for anything else."""
+    value = _under(value, keys)
     if value.__class__ is str:
         return int(value) if re.match(r"\d{1,20}\Z", value, re.A) else 0
     if value.__class__ is float:
@@ -8801,9 +8822,9 @@ class _Conversation:
         """Tell the spans."""
         told = self.told
         named = next((s for s in self.members if s.text("gen_ai.agent.name")), self.members[0])
-        service = _text(named.resource.get("service.name"))
+        service = _text(named.resource, "service.name")
         agent = named.text("gen_ai.agent.name") or service or "OTEL"
-        told.session(self.identity, version=_text(named.resource.get("service.version")),
+        told.session(self.identity, version=_text(named.resource, "service.version"),
                      agent=slug(agent.upper()))
         for span in self.members:
             told.at(_iso_time(span.end))
@@ -8840,7 +8861,7 @@ class _Conversation:
             return
         usage, thoughts = self._usage(span) if span.has_usage else (None, 0)
         messages = _messages(span.attributes.get("gen_ai.output.messages"))
-        text = sum(_content(_as_list(message.get("parts")))[1] for message in messages)
+        text = sum(_content(_as_list(message, "parts"))[1] for message in messages)
         self.told.call(span.identity, span.model, usage, text=text, thoughts=thoughts,
                        milliseconds=span.milliseconds)
 
@@ -8865,7 +8886,7 @@ class _Conversation:
                   milliseconds=span.milliseconds)
         result = span.attributes.get("gen_ai.tool.call.result")
         text = result if result.__class__ is str else _as_json(result) if result is not None else ""
-        size = len(text) or 4 * min(_integer(span.attributes.get("result_tokens")), MAX_TOKENS)
+        size = len(text) or 4 * min(_integer(span.attributes, "result_tokens"), MAX_TOKENS)
         why = span.message or text if span.failed else text or None
         if size:
             told.returned(span.identity, why, size, failed=span.failed)
@@ -8882,9 +8903,9 @@ class _Conversation:
         seen = self.seen.get(agent, 0)
         self.seen[agent] = len(messages)
         for message in messages[seen if seen <= len(messages) else 0:]:
-            parts = _as_list(message.get("parts"))
+            parts = _as_list(message, "parts")
             for part in map(_as_dict, parts):
-                key = self.open.pop(_text(part.get("id")), None)
+                key = self.open.pop(_text(part, "id"), None)
                 if key is not None:
                     result = part.get("response", part.get("result", ""))
                     self.told.returned(key, None, _json_size(result))
@@ -8904,9 +8925,9 @@ def _messages(value: Any) -> List[Data]:
     for message in _as_list(value):
         if isinstance(message, dict) and not _too_deep(message):
             given = _as_list(message.get("parts", message.get("content")))
-            parts = [dict(part, text=part["content"]) if _text(_as_dict(part).get("content"))
+            parts = [dict(part, text=part["content"]) if _text(part, "content")
                      else part for part in given]
-            messages.append(dict(message, parts=parts or [{"text": _text(message.get("content"))}]))
+            messages.append(dict(message, parts=parts or [{"text": _text(message, "content")}]))
     return messages
 
 
@@ -8986,7 +9007,7 @@ def _opencode_sessions(path: str, skip: Callable[[str, int, str], None]) -> Iter
         return
     for _, entry in transcript_entries(path, skip):
         if "info" in entry:
-            yield _Stored(path, _as_dict(entry["info"]), _as_list(entry.get("messages")),
+            yield _Stored(path, _as_dict(entry["info"]), _as_list(entry, "messages"),
                           places_of(path, rb"id"))
         else:
             yield _Stored(path, entry, _opencode_files(path, entry), {})
@@ -9002,8 +9023,8 @@ def _opencode_files(path: str, info: Data) -> List[Any]:
         return [entry for name in names for _, entry in transcript_entries(
             os.path.join(folder, name), lambda path, line, reason: None)]
 
-    return [{"info": message, "parts": objects("part", _text(message.get("id")))}
-            for message in objects("message", _text(info.get("id")))]
+    return [{"info": message, "parts": objects("part", _text(message, "id"))}
+            for message in objects("message", _text(info, "id"))]
 
 
 def _opencode_database(path: str, skip: Callable[[str, int, str], None]) -> List[_Stored]:
@@ -9028,11 +9049,11 @@ def _opencode_database(path: str, skip: Callable[[str, int, str], None]) -> List
         return []
     parts: Dict[str, List[Any]] = {}
     for part in rows["part"]:
-        parts.setdefault(_text(part.get("message_id")), []).append(part)
+        parts.setdefault(_text(part, "message_id"), []).append(part)
     messages: Dict[str, List[Any]] = {}
     for message in rows["message"]:
-        messages.setdefault(_text(message.get("session_id")), []).append(
-            {"info": message, "parts": parts.get(_text(message.get("id")), [])})
+        messages.setdefault(_text(message, "session_id"), []).append(
+            {"info": message, "parts": parts.get(_text(message, "id"), [])})
     places = {message["id"]: message["line"] for message in rows["message"]}
     return [_Stored(path, row, messages.get(row["id"], []), places) for row in rows["session"]]
 
@@ -9053,30 +9074,30 @@ class _Stored:
     def __init__(self, path: str, info: Data, messages: List[Any],
                  places: Dict[str, int]):
         self.path, self.info, self.messages, self.places = path, info, messages, places
-        self.identity, self.parent = _text(info.get("id")), _text(info.get("parentID"))
+        self.identity, self.parent = _text(info, "id"), _text(info, "parentID")
 
     def tell(self, told: Recorder, agent: str) -> None:
         """Tell the session, the main one of its family or a sub-agent's."""
-        times = _as_dict(self.info.get("time"))
+        times = _as_dict(self.info, "time")
         for moment in (times.get("updated"), times.get("created")):
             told.at(_iso_time(_integer(moment) * 10**6), 1, self.path, agent)
-        facts = (_text(self.info.get(key)) for key in ("directory", "version"))
+        facts = (_text(self.info, key) for key in ("directory", "version"))
         told.session(self.identity, *facts)
         for message in map(_as_dict, self.messages):
-            info = _as_dict(message.get("info"))
-            began = _as_dict(info.get("time")).get("created")
-            told.at(_iso_time(_integer(began) * 10**6), self.places.get(_text(info.get("id")), 1))
-            parts = list(map(_as_dict, _as_list(message.get("parts"))))
+            info = _as_dict(message, "info")
+            began = _as_dict(info, "time").get("created")
+            told.at(_iso_time(_integer(began) * 10**6), self.places.get(_text(info, "id"), 1))
+            parts = list(map(_as_dict, _as_list(message, "parts")))
             if info.get("role") == "assistant":
                 self._answer(told, info, parts)
             else:
                 self._prompt(told, parts)
-        told.session(task=_text(self.info.get("title")))
+        told.session(task=_text(self.info, "title"))
 
     @staticmethod
     def _prompt(told: Recorder, parts: List[Data]) -> None:
         for part in parts:
-            text = _text(part.get("text"))
+            text = _text(part, "text")
             if text and part.get("synthetic") is True:
                 told.context(Source.ATTACHMENT, len(text))
             elif text:
@@ -9094,20 +9115,20 @@ class _Stored:
             self._step(told, info, step, f"{info.get('id')}" + (f"/{number}" if number else ""),
                        step[-1] if several else info)
         if info.get("summary") is True:
-            told.compaction(sum(len(_text(part.get("text"))) for part in parts))
+            told.compaction(sum(len(_text(part, "text")) for part in parts))
 
     def _step(self, told: Recorder, info: Data, parts: List[Data],
               identity: str, metered: Data) -> None:
         usage, thoughts = _opencode_usage(metered)
-        error = _as_dict(info.get("error"))
+        error = _as_dict(info, "error")
         if not any(usage) and error:
-            text = _text(_as_dict(error.get("data")).get("message"))
-            told.call_failed(text or _text(error.get("name")))
+            text = _text(error, "data", "message")
+            told.call_failed(text or _text(error, "name"))
         elif any(usage) or parts:
-            told.call(identity, _text(info.get("modelID")), usage if any(usage) else None,
+            told.call(identity, _text(info, "modelID"), usage if any(usage) else None,
                       thoughts=thoughts or None)
         for part in parts:
-            text = _text(part.get("text"))
+            text = _text(part, "text")
             if part.get("type") == "text":
                 told.call(identity, "", None, text=len(text))
             elif part.get("type") == "reasoning" and not thoughts:
@@ -9119,32 +9140,32 @@ class _Stored:
 def _opencode_usage(metered: Data) -> Tuple[Usage, int]:
     """The usage of a message or a step, and the reasoning in its output. Output contains reasoning,
     but where the total or the sizes show otherwise."""
-    tokens = _as_dict(metered.get("tokens"))
-    entered, output, thoughts = (_count_of(tokens.get(k)) for k in ("input", "output", "reasoning"))
-    read, write = (_count_of(_as_dict(tokens.get("cache")).get(key)) for key in ("read", "write"))
-    apart = thoughts > output or _count_of(tokens.get("total")) == (
+    tokens = _as_dict(metered, "tokens")
+    entered, output, thoughts = (_counted(tokens, k) for k in ("input", "output", "reasoning"))
+    read, write = (_counted(tokens, "cache", key) for key in ("read", "write"))
+    apart = thoughts > output or _counted(tokens, "total") == (
         entered + output + thoughts + read + write)
     return Usage(entered, write, 0, read, output + thoughts * apart), thoughts
 
 
 def _opencode_tool(told: Recorder, part: Data) -> None:
     """Tell a tool call and what it returned."""
-    state = _as_dict(part.get("state"))
-    name, key = _text(part.get("tool")), f"{part.get('callID')}:{part.get('id')}"
-    arguments, times = _arguments(state.get("input")), _as_dict(state.get("time"))
-    told.at(_iso_time(_integer(times.get("start")) * 10**6))
+    state = _as_dict(part, "state")
+    name, key = _text(part, "tool"), f"{part.get('callID')}:{part.get('id')}"
+    arguments, times = _arguments(state.get("input")), _as_dict(state, "time")
+    told.at(_iso_time(_integer(times, "start") * 10**6))
     if "patchText" in arguments:
         arguments = dict(arguments, patch=arguments["patchText"])
     told.tool(key, name, arguments)
     if state.get("status") not in ("completed", "error"):
         return  # it was still running
-    told.at(_iso_time(_integer(times.get("end")) * 10**6))
-    metadata, text = _as_dict(state.get("metadata")), _text(state.get("output"))
+    told.at(_iso_time(_integer(times, "end") * 10**6))
+    metadata, text = _as_dict(state, "metadata"), _text(state, "output")
     size, failed = len(text), state.get("status") == "error" or name == "invalid"
     if state.get("status") == "error":
-        text = _text(state.get("error"))
+        text = _text(state, "error")
         size = len(text)
-    elif _integer(metadata.get("exit")):
+    elif _integer(metadata, "exit"):
         failed, text = True, f"Exit code {metadata['exit']}\n{text}"
     lines = (0, 0, 0)
     if name == "read" and not failed:
@@ -9187,7 +9208,7 @@ def hook_event(payload: Data) -> Optional[SessionEvent]:
     prompt and no output is kept. Tokens are estimates (``data["estimated"]``): a hook knows texts,
     not usage."""
     told, kind = _hook_recorder(payload), payload.get("hook_event_name")
-    prompt, answer = (_text(payload.get(name)) for name in ("prompt", "last_assistant_message"))
+    prompt, answer = (_text(payload, name) for name in ("prompt", "last_assistant_message"))
     if kind == "UserPromptSubmit":
         event = told.prompt(prompt)
         event.tokens_input = estimated_tokens(len(prompt))
@@ -9196,24 +9217,24 @@ def hook_event(payload: Data) -> Optional[SessionEvent]:
         event.tokens_output = estimated_tokens(len(answer))
         if kind == "SubagentStop":
             event.event_type = EventType.CUSTOM
-            agent_type = _text(payload.get("agent_type"))[:80]
+            agent_type = _text(payload, "agent_type")[:80]
             event.data.update(source="sub-agent", agent_type=agent_type)
     elif kind == "PreCompact":
-        event = told.compaction(trigger=_text(payload.get("trigger"))[:20])
+        event = told.compaction(trigger=_text(payload, "trigger")[:20])
     elif kind in ("PostToolUse", "PostToolUseFailure"):
         event = _hook_result(payload, told)
     else:
         return None
     if event.tokens:
         event.data["estimated"] = True
-    event.duration_ms = _count_of(payload.get("duration_ms"))
+    event.duration_ms = _counted(payload, "duration_ms")
     return _unplaced(event)
 
 
 def _hook_recorder(payload: Data) -> Recorder:
     told = Recorder(ClaudeCodeReader(), [""])
-    told.session(cwd=_text(payload.get("cwd")))
-    told.at(now_text(), agent=_text(payload.get("agent_id")))
+    told.session(cwd=_text(payload, "cwd"))
+    told.at(now_text(), agent=_text(payload, "agent_id"))
     return told
 
 
@@ -9227,7 +9248,7 @@ def _unplaced(event: SessionEvent) -> SessionEvent:
 def hook_call(payload: Data, told: Optional[Recorder] = None) -> SessionEvent:
     """The tool call a hook tells of, as a scan would make it."""
     told, arguments = told or _hook_recorder(payload), payload.get("tool_input")
-    event = told.tool("call", _text(payload.get("tool_name")), arguments)
+    event = told.tool("call", _text(payload, "tool_name"), arguments)
     size = len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":")))
     event.tokens_output = estimated_tokens(size)
     return _unplaced(event)
@@ -9236,7 +9257,7 @@ def hook_call(payload: Data, told: Optional[Recorder] = None) -> SessionEvent:
 def _hook_result(payload: Data, told: Recorder) -> SessionEvent:
     event, response = hook_call(payload, told), payload.get("tool_response")
     if payload["hook_event_name"] == "PostToolUseFailure":
-        text, size = _text(payload.get("error")), len(_text(payload.get("error")))
+        text, size = _text(payload, "error"), len(_text(payload, "error"))
         told.returned("call", text, failed=True,
                       kind="interrupted" if payload.get("is_interrupt") is True else "")
     else:
@@ -9260,16 +9281,16 @@ def _response_text(response: Any) -> Tuple[str, int]:
     if isinstance(response, (str, list)):
         return _content(response)
     details = _as_dict(response)
-    file = _as_dict(details.get("file"))
+    file = _as_dict(details, "file")
     if details.get("isImage") is True or "base64" in file:
         return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
     if "structuredPatch" in details:  # a write: the model is shown what changed, not the file
         text = "\n".join(_text(line) for hunk in _as_list(details["structuredPatch"])
-                         for line in _as_list(_as_dict(hunk).get("lines")))
+                         for line in _as_list(hunk, "lines"))
     elif "stdout" in details:
         text = "\n".join(filter(None, map(_text, (details["stdout"], details.get("stderr")))))
     else:
-        names = "\n".join(map(str, _as_list(details.get("filenames"))))
+        names = "\n".join(map(str, _as_list(details, "filenames")))
         found = (file.get("content"), details.get("content"), details.get("result"), names)
         text = next(filter(None, map(_text, found)), "")
         if not text and not file and "filenames" not in details:
@@ -9284,7 +9305,7 @@ _GONE = 86_400  # seconds without a word after which an agent that keeps no list
 
 def _transcript_of(told: Data) -> str:
     """The transcript that a hook or a session's metadata names; "" where none is."""
-    path = told.get("transcript_path") or _as_dict(told.get("source")).get("path")
+    path = told.get("transcript_path") or _as_dict(told, "source").get("path")
     return os.path.expanduser(_text(path))
 
 
@@ -9301,7 +9322,7 @@ def _last_model(path: str) -> str:
             told = json.loads(line) if b'"assistant"' in line else {}
         except ValueError:
             continue  # the first line is cut
-        model = _text(_as_dict(_as_dict(told).get("message")).get("model"))
+        model = _text(told, "message", "model")
         if model and model[0] != "<":
             return model.lower()
     return ""
@@ -9339,7 +9360,7 @@ class LiveHooks:
 
     def log(self, payload: Data) -> Optional[SessionEvent]:
         """See ``SessionOptimizer.log_hook``."""
-        if not all(_text(_as_dict(payload).get(key)) for key in ("session_id", "hook_event_name")):
+        if not all(_text(payload, key) for key in ("session_id", "hook_event_name")):
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
         session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
         event, known = hook_event(payload), os.path.lexists(self.store.find(session_id))
@@ -9348,7 +9369,7 @@ class LiveHooks:
                 return None
             event = SessionEvent("", now_text(), EventType.SESSION_END, {
                 "status": SessionStatus.COMPLETED.value,
-                "reason": _text(payload.get("reason"))[:40]})
+                "reason": _text(payload, "reason")[:40]})
         elif event is None and kind != "SessionStart":
             return None
         if not known:
@@ -9364,12 +9385,12 @@ class LiveHooks:
         return event if event is not None and event.id else None
 
     def _begin(self, session_id: str, payload: Data) -> None:
-        transcript = os.path.expanduser(_text(payload.get("transcript_path")))
+        transcript = os.path.expanduser(_text(payload, "transcript_path"))
         try:
             self.optimizer.start_session(
-                ClaudeCodeReader.agent, task_line(_text(payload.get("prompt"))),
-                _text(payload.get("model")), session_id,
-                {"transcript_path": transcript, "cwd": _text(payload.get("cwd")), "live": True})
+                ClaudeCodeReader.agent, task_line(_text(payload, "prompt")),
+                _text(payload, "model"), session_id,
+                {"transcript_path": transcript, "cwd": _text(payload, "cwd"), "live": True})
         except SessionExists:
             pass  # another hook of the same moment was first
 
@@ -9400,7 +9421,7 @@ class LiveHooks:
 
         if not head["metadata"].get("live"):
             return
-        news = {} if head["task"] else {"task": task_line(_text(payload.get("prompt")))}
+        news = {} if head["task"] else {"task": task_line(_text(payload, "prompt"))}
         if head["model"] == "default":
             news["model"] = _last_model(_transcript_of(payload))
         news = {key: value for key, value in news.items() if value}
@@ -9435,8 +9456,8 @@ class LiveHooks:
         """See ``SessionOptimizer.guard``."""
         if payload.get("hook_event_name") != "PreToolUse":
             return None
-        session_id, call = slug(_text(payload.get("session_id"))), hook_call(payload)
-        agent, read = _text(payload.get("agent_id")), call.event_type is EventType.FILE_READ
+        session_id, call = slug(_text(payload, "session_id")), hook_call(payload)
+        agent, read = _text(payload, "agent_id"), call.event_type is EventType.FILE_READ
         data = dict(call.data, content="same") if read else call.data  # the file's own time tells
         repeat = self.optimizer.would_repeat(session_id, call.event_type, data, agent)
         if repeat is None or repeat["lines"] < repeat["of_lines"]:
