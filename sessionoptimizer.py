@@ -7483,6 +7483,11 @@ class Recorder:
 # Readers
 # ==================================================================================================
 
+if TYPE_CHECKING:
+    Claim = Callable[..., bool]  # of the id of a response and its output tokens
+    Skip = Callable[[str, int, str], None]  # of a file, a line and what is damaged there
+
+
 class TranscriptReader:
     """One agent's transcript format. ``name`` is the reader's, ``agent`` the sessions'; a new
     format is a subclass with ``detect`` and ``read``, appended to READERS."""
@@ -7504,13 +7509,23 @@ class TranscriptReader:
         return []
 
     def kin(self, path: str, head: bytes) -> List[str]:
-        """What `group` must know of a file that begins with ``head``; nothing by default."""
-        return []
+        """Two names: of the session that a file beginning with ``head`` tells ("": it is the only
+        file that does), and of the session it is a sub-agent's of ("": none)."""
+        return ["", ""]
 
     def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
-        """Which files (by path, with their `kin`) are read together, the session's own first; each
-        alone by default. Looks into no file."""
-        return [[path] for path in files]
+        """Which files (by path, with their `kin`) are read together: those of one session and of
+        its sub-agents, its own first. Looks into no file."""
+        named = {path: (own or path, parent) for path, (own, parent) in sorted(files.items())}
+        parents = dict(named.values())
+        units: Dict[str, List[str]] = {}
+        for path, (own, _) in named.items():
+            line = [own]  # of ancestors
+            while parents[line[-1]] in parents and parents[line[-1]] not in line:
+                line.append(parents[line[-1]])
+            units.setdefault(line[-1], []).append(path)
+        return [sorted(unit, key=lambda path: (named[path][0] != root, "archived_" in path, path))
+                for root, unit in units.items()]
 
     def span(self, head: bytes, tail: bytes) -> List[str]:
         """The first and the last time in both ends of a file, as texts that sort ("~": none is
@@ -7519,8 +7534,7 @@ class TranscriptReader:
         return [choose(stamps).decode("ascii", "replace") if stamps else "~"
                 for choose, stamps in zip((min, max), found)]
 
-    def read(self, paths: List[str], claim: Callable[..., bool],
-             skip: Callable[[str, int, str], None]) -> List[Session]:
+    def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         """The sessions of one group, usually what one `Recorder` was told. ``claim(id, output
         tokens)`` is True when the response of that id counts here; which are claimed, and with how
         much, must not depend on its answers. ``skip(path, line, reason)`` names what is damaged.
@@ -7529,368 +7543,22 @@ class TranscriptReader:
         raise NotImplementedError
 
 
-class ClaudeCodeReader(TranscriptReader):
-    """Claude Code: one JSONL file per session, sub-agents in files of their own or inline. A
-    response is spread over several lines that repeat its usage, with an output that grows; whole
-    files repeat others (resume, fork)."""
+# -- what readers share: files, and the values in them
 
-    name = "claude-code"
-    agent = "CLAUDE-CODE"
-
-    def roots(self) -> List[str]:
-        given = os.environ.get("CLAUDE_CONFIG_DIR")
-        homes = given.split(",") if given else ["~/.claude", "~/.config/claude"]
-        return [os.path.join(os.path.expanduser(home.strip()), "projects")
-                for home in homes if home.strip()]
-
-    def detect(self, path: str, head: bytes) -> bool:
-        marks = (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')
-        return b'"sessionId"' in head and any(mark in head for mark in marks) \
-            or head.startswith(b'{"type":"summary"') and b'"leafUuid"' in head
-
-    def companions(self, path: str) -> List[str]:
-        """The files of the session's sub-agents: below <session>/subagents, or beside it."""
-        folder, name = os.path.split(os.path.abspath(path))
-        session = os.path.splitext(name)[0]
-        below = os.walk(os.path.join(folder, session, "subagents"))
-        found = [os.path.join(place, file) for place, _, files in below
-                 for file in files if file.endswith(".jsonl")]
-        beside = [os.path.join(folder, file) for file in os.listdir(folder)
-                  if file.startswith("agent-") and file.endswith(".jsonl") and file != name]
-        return found + [file for file in beside
-                        if _session_id_of(_head_of(file, _HEAD_SIZE)) == session]
-
-    def kin(self, path: str, head: bytes) -> List[str]:
-        """The session's id, of a sub-agent's file."""
-        return [_session_id_of(head)] if _is_agent_file(path, head) else []
-
-    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
-        """Main files with their sub-agents' files: those below <session>/subagents, and those
-        beside the session that name its id. A sub-agent whose session is not there stands alone."""
-        units = {path: [path] for path in files if not files[path]}
-        mains = {os.path.splitext(path)[0]: path for path in units}
-        for path in filter(files.get, files):
-            folder = os.path.dirname(path)
-            above = (folder + os.sep).rpartition(f"{os.sep}subagents{os.sep}")[0]
-            beside = os.path.join(folder, files[path][0])
-            main = mains.get(above) or mains.get(beside) or path
-            units.setdefault(main, []).append(path)
-        return list(units.values())
-
-    def read(self, paths: List[str], claim: Callable[..., bool],
-             skip: Callable[[str, int, str], None]) -> List[Session]:
-        return _ClaudeSession(Recorder(self, paths, claim, skip)).read()
-
-
-def _is_agent_file(path: str, head: bytes) -> bool:
-    return os.path.basename(path).startswith("agent-") and (
-        f"{os.sep}subagents{os.sep}" in path
-        or b'"isSidechain":true' in head[:4096].replace(b": ", b":"))
-
-
-def _session_id_of(head: bytes) -> str:
-    return _value_in(head, b"sessionId")
-
-
-def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
-    """The first text under a key in a file's beginning; "" where there is none."""
-    match = re.search(rb'"%s"\s*:\s*"(%s[^"]{1,200})"' % (key, prefix), head)
-    return match.group(1).decode("utf-8", "replace") if match else ""
-
-
-_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>",
-              "<local-command-stderr>", "<local-command-caveat>", "<bash-input>", "<bash-stdout>",
-              "<bash-stderr>", "<task-notification>", "<system-reminder>", "<ide_opened_file>",
-              "<ide_selection>", "[Request interrupted by user", "Caveat: The messages below")
-_PLACEHOLDERS_FROM = (2, 1, 8)  # the first version with responses whose output is never filled in
-_UUID = _Pattern(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
-
-
-class _ClaudeSession:
-    """One session while its files are told."""
-
-    def __init__(self, told: Recorder):
-        self.told, self.paths = told, told.paths
-        self.facts: Dict[str, str] = {}    # of the first line that has each
-        self.final: Optional[bool] = None  # whether an output without a stop reason is the last
-        self.command = ""                  # the first slash command, for want of a prompt
-        self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
-        self.called = False                # whether the main agent's context holds a response
-        self.uuids: set[str] = set()
-        self.decode = json.JSONDecoder().raw_decode
-        self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
-                     "attachment": self._attachment}
-        self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
-        self.echoes: List[Tuple[str, int, str, Data]] = []
-
-    def read(self) -> List[Session]:
-        """Tell all files."""
-        for path in self.paths:
-            is_agent = path != self.paths[0] or _is_agent_file(path, _head_of(path, 4096))
-            own = os.path.basename(path)[len("agent-"):-len(".jsonl")] if is_agent else ""
-            self.told.at(path=path)
-            for line, text in numbered_lines(path, self.told.skip):
-                entry = self._parsed(path, line, text)
-                if entry:
-                    self._entry(entry, path, line, own)
-        self._echoed()
-        self.told.session(task=self.command)
-        stem = os.path.splitext(os.path.basename(self.paths[0]))[0]
-        return self.told.finish(stem if _UUID.match(stem) else "")
-
-    def _parsed(self, path: str, line: int, text: bytes) -> Data:
-        try:
-            decoded = text.decode("utf-8", "replace")
-            entry, end = self.decode(decoded, len(decoded) - len(decoded.lstrip()))
-            if decoded[end:].strip():
-                raise ValueError(f"Extra data: column {end + 1}")
-        except (ValueError, RecursionError) as error:
-            if text.endswith(b"\n") and text.strip():
-                self.told.skip(path, line, f"not JSON: {error}")
-                self._damaged_result(line, text)
-            return {}
-        if not isinstance(entry, dict):
-            self.told.skip(path, line, f"not an object but a {type(entry).__name__}")
-            return {}
-        return entry
-
-    def _damaged_result(self, line: int, text: bytes) -> None:
-        """A tool result in a line that is no JSON still entered the context: its size is the
-        line's."""
-        identity = re.search(rb'"tool_use_id"\s*:\s*"([^"]{1,100})"', text)
-        if identity:
-            self.told.at(line=line)
-            self.told.returned(identity.group(1).decode("utf-8", "replace"), None,
-                               len(text.split(b'"toolUseResult"')[0]), cut=True)
-
-    def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
-        if len(self.facts) < 3:
-            self._note_facts(entry)
-        kind = entry.get("type")
-        if kind in ("progress", "attachment"):
-            data = _as_dict(entry.get("data") or entry.get("attachment"))
-            self._hooked(_text(data, "hookName"), entry, line)
-            inner = _as_dict(data, "message")
-            if _as_dict(inner, "message"):
-                self.echoes.append((path, line, _text(data, "agentId"), inner))
-        tell = self.tell.get(_text(kind))
-        uuid = _text(entry, "uuid")
-        if tell and not (uuid and uuid in self.uuids):
-            self.uuids.add(uuid)
-            self._at(entry, line, self._agent_of(entry, own))
-            tell(entry)
-
-    def _at(self, entry: Data, line: int, agent: str) -> None:
-        overhead = ""
-        if agent.startswith("a"):
-            overhead = "compaction" if agent.startswith("acompact") else \
-                "suggestion" if agent.startswith("aprompt_suggestion") else ""
-        self.agent = agent
-        self.told.at(_text(entry, "timestamp"), line, agent=agent, overhead=overhead)
-
-    def _note_facts(self, entry: Data) -> None:
-        found = {name: entry[name] for name in ("sessionId", "cwd", "version")
-                 if _text(entry, name)}
-        self.facts = dict(found, **self.facts)
-        version = self.facts.get("version", "")
-        self.told.session(self.facts.get("sessionId", ""), self.facts.get("cwd", ""), version)
-        numbers = tuple(map(int, re.findall(r"\d{1,9}", version)[:3]))
-        self.final = False if numbers >= _PLACEHOLDERS_FROM else None
-
-    def _agent_of(self, entry: Data, own: str) -> str:
-        """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
-        told apart by the line they begin with."""
-        agent = _text(entry, "agentId")
-        if own or entry.get("isSidechain") is not True:
-            return agent or own if own else ""
-        if not agent:
-            uuid = _text(entry, "uuid")
-            agent = self.roots.get(_text(entry, "parentUuid")) or "sidechain-" + uuid[:8]
-            self.roots[uuid] = agent
-        return agent
-
-    # what the model said
-
-    def _assistant(self, entry: Data) -> None:
-        message, told = _as_dict(entry, "message"), self.told
-        usage, model = message.get("usage"), _text(message, "model")
-        identity = _text(message, "id") or _text(entry, "requestId") or _text(entry, "uuid")
-        if model == "<synthetic>":
-            if entry.get("isApiErrorMessage") is True:
-                told.call_failed(_content(message.get("content"))[0])
-        elif identity and isinstance(usage, dict):
-            text, thinking, tools = 0, None, []
-            for block in map(_as_dict, _as_list(message, "content")):
-                kind = block.get("type")
-                if kind == "text":
-                    text += len(_text(block, "text"))
-                elif kind in ("thinking", "redacted_thinking"):
-                    thinking = (thinking or 0) + len(_text(block, "thinking"))
-                elif kind in ("tool_use", "server_tool_use"):
-                    tools.append(block)
-            event = told.call(identity, model, _claude_usage(usage), text=text,
-                              thinking=thinking,
-                              complete=True if message.get("stop_reason") else self.final,
-                              earlier=_earlier_iterations(usage),
-                              fast=usage.get("speed") == "fast")
-            self._note_call(event, entry, message)
-            for block in tools:
-                told.tool(_text(block, "id"), _text(block, "name"), block.get("input"))
-
-    def _note_call(self, event: SessionEvent, entry: Data,
-                   message: Data) -> None:
-        """What the bill asks of a call: why its cache was missed, and in what settings it ran."""
-        reason = _as_dict(message, "diagnostics", "cache_miss_reason")
-        effort = entry.get("effort")
-        self.marker = ""
-        facts = {CACHE_MISS: reason.get("type"), VERSION: entry.get("version"), MODE: self.mode,
-                 EFFORT: effort.get("level") if effort.__class__ is dict else effort}
-        event.data.update(
-            (name, _text(value)[:40]) for name, value in facts.items() if _text(value))
-        self.called = self.called or not self.agent
-
-    # what entered
-
-    def _hooked(self, name: str, entry: Data, line: int) -> None:
-        """A hook says that the program began anew, with the context or without it."""
-        if name not in ("SessionStart:resume", "SessionStart:clear") or name == self.marker:
-            return
-        self.marker = name
-        self._at(entry, line, "")
-        if name.endswith("resume"):
-            self.told.context(Source.RESUME, 0)
-        else:
-            self._cleared(entry)
-
-    def _cleared(self, entry: Data) -> None:
-        """`/clear` in mid-file: what follows has no line before it."""
-        if self.called and entry.get("parentUuid") is None:
-            self.called = False
-            self.told.compaction(source=Source.CLEAR)
-
-    def _user(self, entry: Data) -> None:
-        content = _as_dict(entry, "message").get("content")
-        self.mode = _text(entry, "permissionMode") or self.mode
-        if entry.get("isCompactSummary") is True:
-            self.told.compaction(_content(content)[1])
-            return
-        text, images = "", 0
-        for block in content if isinstance(content, list) else [content]:
-            if isinstance(block, str):
-                text += block
-            elif isinstance(block, dict) and block.get("type") == "tool_result":
-                self._result(block, entry)
-            elif isinstance(block, dict):
-                text += _text(block, "text")
-                images += block.get("type") == "image"
-        size = len(text) + images * IMAGE_CHARACTERS
-        if size and entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN):
-            self.told.prompt(text, size)
-        elif size:
-            if "<command-name>/clear<" in text:
-                self._cleared(entry)
-            self._injected(text, size)
-
-    def _injected(self, text: str, size: int) -> None:
-        typed = re.match(r"\s*<bash-input>(.*?)</bash-input>", text, re.S)
-        event = self.told.context(Source.INJECTED, size, command=typed.group(1) if typed else "")
-        command = re.search(r"<command-name>(.{1,200}?)</command-name>", text)
-        if command:
-            # The user orders what comes next, and may have changed anything before.
-            event.data.update({"changes": ["?"], COMMAND: mask_secrets(command.group(1))})
-            arguments = re.search(r"<command-args>(.*?)</command-args>", text, re.S)
-            if not self.agent and not self.command:
-                self.command = f"{command.group(1)} {arguments.group(1) if arguments else ''}"
-
-    def _result(self, block: Data, entry: Data) -> None:
-        text, size = _content(block.get("content"))
-        first, count, total = _file_lines(entry.get("toolUseResult"))
-        self.told.returned(_text(block, "tool_use_id"), _without_reminders(text), size,
-                           failed=block.get("is_error") is True, lines=(first, count, total))
-
-    def _system(self, entry: Data) -> None:
-        subtype = entry.get("subtype")
-        if subtype == "compact_boundary":
-            self.told.compaction()
-        elif subtype == "microcompact_boundary":
-            cleared = _as_dict(entry, "microcompactMetadata")
-            keys = map(_text, _as_list(cleared, "compactedToolIds"))
-            self.told.cleared(keys, _counted(cleared, "tokensSaved"))
-        elif subtype == "api_error":
-            self.told.call_failed(kind="transient")
-
-    def _attachment(self, entry: Data) -> None:
-        attachment = _as_dict(entry, "attachment")
-        kind = _text(attachment, "type")
-        if attachment:
-            edited = _text(attachment, "filename") if kind == "edited_text_file" else ""
-            self.told.context(Source.ATTACHMENT, len(json.dumps(attachment, ensure_ascii=False)),
-                              edited=edited, kind=kind[:40])
-
-    def _echoed(self) -> None:
-        """Tell the responses that only progress lines hold, and what their agents were told in
-        between."""
-        known, agents = set(filter(self.told.knows, map(_echo_id, self.echoes))), self.told.agents
-        for path, line, agent, inner in self.echoes:
-            self.told.at(path=path)
-            self._at(inner, line, agent)
-            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
-                self._assistant(inner)
-            elif inner.get("type") == "user" and agent not in agents:
-                self._user(inner)
-
-
-def _echo_id(echo: Tuple[str, int, str, Data]) -> str:
-    return _text(echo[3]["message"], "id")
-
-
-def _without_reminders(text: str) -> str:
-    """What a tool returned, without what the program put before and behind it."""
-    opening, closing = "<system-reminder>", "</system-reminder>"
-    if text.startswith(opening) and closing in text:
-        text = text.partition(closing)[2].lstrip("\n")
-    if text.rstrip().endswith(closing) and "\n" + opening in text:
-        text = text[:text.rindex("\n" + opening)]
-        text = text[:-1] if text.endswith("\n") else text
-    return text
-
-
-def _file_lines(details: Any) -> Tuple[int, int, int]:
-    """The first line, how many, and how many the file has, as a read's details tell them."""
-    file = _as_dict(details, "file")
-    first, count, total = (_counted(file, f"{name}Line{end}") for name, end in (
-        ("start", ""), ("num", "s"), ("total", "s")))
-    return first, count, total
-
-
-def _claude_usage(usage: Data) -> Usage:
-    split = _as_dict(usage, "cache_creation")
-    hour = _counted(split, "ephemeral_1h_input_tokens")
-    written = _counted(usage, "cache_creation_input_tokens") \
-        or hour + _counted(split, "ephemeral_5m_input_tokens")
-    hour = min(hour, written)
-    return Usage(_counted(usage, "input_tokens"), written - hour, hour,
-                 _counted(usage, "cache_read_input_tokens"),
-                 _counted(usage, "output_tokens"))
-
-
-def _earlier_iterations(usage: Data) -> List[Tuple[str, Usage]]:
-    """Model and usage of the calls that the top level of a usage leaves out: all but the last."""
-    entries = [_as_dict(entry) for entry in _as_list(usage, "iterations")]
-    return [(_text(entry, "model"), _claude_usage(entry)) for entry in entries[:-1] if entry]
-
-
-MAX_LINE = 1 << 26  # bytes of a line, or of a file that is one document; larger ones are named
-_OPENER: Any = []   # a context variable with what opens transcripts, made when it is first set
+_HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
+MAX_LINE = 1 << 26    # bytes of a line, or of a file that is one document; larger ones are named
+_TOO_LONG = f"longer than {MAX_LINE >> 20} MB: left out"
+_OPENER: Any = []     # a context variable with what opens transcripts, made when it is first set
 
 
 def open_transcript(path: str, buffering: int = -1) -> Any:
-    """A transcript opened for reading bytes, by what `read_session_files` was given. OSError when it
-    cannot be, and for pipes and devices, which could block or never end."""
+    """A transcript opened for reading bytes, by what `read_session_files` was given. OSError when
+    it cannot be, and for pipes and devices, which could block or never end."""
     opener = _OPENER[0].get() if _OPENER else None
     if opener is not None:
         import io
-        return io.BufferedReader(opener(path, "rb"), max(buffering, 1 << 13))  # some have no readline(size)
+        # Some have no readline(size).
+        return io.BufferedReader(opener(path, "rb"), max(buffering, 1 << 13))
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -7926,7 +7594,7 @@ def _changed_at(path: str) -> float:
         return 0.0
 
 
-def _head_of(path: str, size: int) -> bytes:
+def _head_of(path: str, size: int = _HEAD_SIZE) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
     try:
         with open_transcript(path) as file:
@@ -7935,43 +7603,13 @@ def _head_of(path: str, size: int) -> bytes:
         return b""
 
 
-def _under(value: Any, keys: Iterable[str]) -> Any:
-    """What stands under these keys, one inside the other; None where it is not there."""
-    for key in keys:
-        value = value.get(key) if value.__class__ is dict else None
-    return value
+def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
+    """The first text under a key in a file's beginning; "" where there is none."""
+    match = re.search(rb'"%s"\s*:\s*"(%s[^"]{1,200})"' % (key, prefix), head)
+    return match.group(1).decode("utf-8", "replace") if match else ""
 
 
-def _text(value: Any, *keys: str) -> str:
-    """What stands under the keys where it is a text, else ""."""
-    value = _under(value, keys)
-    return value if value.__class__ is str else ""
-
-
-def _as_dict(value: Any, *keys: str) -> Data:
-    """What stands under the keys where it is an object, else an empty one."""
-    value = _under(value, keys)
-    return value if value.__class__ is dict else {}
-
-
-def _dicts(value: Any, *keys: str) -> List[Data]:
-    """The objects of the list that stands under the keys; none where there is no list."""
-    value = _under(value, keys)
-    return [part for part in value if part.__class__ is dict] if value.__class__ is list else []
-
-
-def _as_list(value: Any, *keys: str) -> List[Any]:
-    value = _under(value, keys)
-    return value if value.__class__ is list else []
-
-
-def _counted(value: Any, *keys: str) -> int:
-    """The token count under the keys; 0 where there is none (`_count_of`)."""
-    return _count_of(_under(value, keys))
-
-
-def numbered_lines(path: str, skip: Optional[Callable[[str, int, str], None]] = None,
-                   ) -> Iterator[Tuple[int, bytes]]:
+def numbered_lines(path: str, skip: Optional[Skip] = None) -> Iterator[Tuple[int, bytes]]:
     """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. A line
     longer than MAX_LINE goes to ``skip``. OSError as `open_transcript`."""
     from functools import partial
@@ -7988,39 +7626,33 @@ def numbered_lines(path: str, skip: Optional[Callable[[str, int, str], None]] = 
                 yield number, line
 
 
-_TOO_LONG = f"longer than {MAX_LINE >> 20} MB: left out"
-
-
-def transcript_entries(path: str,
-                       skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Data]]:
-    """The objects of a JSONL file with their line numbers, or the one object a file is, with 0. A last line
-    that is not finished is left out, other damage goes to ``skip``. OSError as `open_transcript`."""
+def transcript_entries(path: str, skip: Skip, broken: Any = None) -> Iterator[Tuple[int, Data]]:
+    """The objects of a JSONL file with their line numbers, or the objects of a file that is one
+    document, with 0. A last line that is not finished is left out, other damage goes to ``skip``;
+    ``broken(line, bytes)`` is shown lines that are no JSON. OSError as `open_transcript`."""
     for number, line in numbered_lines(path, skip):
         if number == 1 and line.strip() in (b"{", b"["):
             with open_transcript(path) as file:
-                text = file.read(MAX_LINE + 1)
-            if len(text) > MAX_LINE:
+                number, line = 0, file.read(MAX_LINE + 1)
+            if len(line) > MAX_LINE:
                 skip(path, 1, _TOO_LONG)
+                return
+        entries: List[Any] = []
+        try:
+            value = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))
+            entries = value if value.__class__ is list and not number else [value]
+        except (ValueError, RecursionError) as error:
+            if line.strip() and (not number or line.endswith(b"\n")):
+                skip(path, number or 1, f"not JSON: {error}")
+                if broken:
+                    broken(number, line)
+        for entry in entries:
+            if entry.__class__ is dict:
+                yield number, entry
             else:
-                yield from _objects(text, path, 0, skip)
+                skip(path, number or 1, f"not an object but a {type(entry).__name__}")
+        if not number:
             return
-        if line.strip():
-            yield from _objects(line, path, number, skip)
-
-
-def _objects(text: bytes, path: str, line: int,
-             skip: Callable[[str, int, str], None]) -> Iterator[Tuple[int, Data]]:
-    try:
-        value = json.loads(text.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError) as error:
-        if not line or text.endswith(b"\n"):
-            skip(path, line or 1, f"not JSON: {error}")
-        return
-    for entry in value if isinstance(value, list) and not line else [value]:
-        if isinstance(entry, dict):
-            yield line, entry
-        else:
-            skip(path, line or 1, f"not an object but a {type(entry).__name__}")
 
 
 def places_of(path: str, key: bytes) -> Dict[Any, int]:
@@ -8033,6 +7665,45 @@ def places_of(path: str, key: bytes) -> Dict[Any, int]:
     return found
 
 
+def _under(value: Any, keys: Iterable[str]) -> Any:
+    """What stands under these keys, one inside the other; None where it is not there."""
+    for key in keys:
+        value = value.get(key) if value.__class__ is dict else None
+    return value
+
+
+def _text(value: Any, *keys: str) -> str:
+    """What stands under the keys where it is a text, else ""."""
+    value = _under(value, keys)
+    return value if value.__class__ is str else ""
+
+
+def _first_text(value: Any, *names: str) -> str:
+    """The first of these keys' values that is a text and says something; "" where none is."""
+    return next(filter(None, (_text(value, name) for name in names)), "")
+
+
+def _as_dict(value: Any, *keys: str) -> Data:
+    """What stands under the keys where it is an object, else an empty one."""
+    value = _under(value, keys)
+    return value if value.__class__ is dict else {}
+
+
+def _as_list(value: Any, *keys: str) -> List[Any]:
+    value = _under(value, keys)
+    return value if value.__class__ is list else []
+
+
+def _dicts(value: Any, *keys: str) -> List[Data]:
+    """The objects of the list under the keys; none where there is no list."""
+    return [part for part in _as_list(value, *keys) if part.__class__ is dict]
+
+
+def _counted(value: Any, *keys: str) -> int:
+    """The token count under the keys; 0 where there is none (`_count_of`)."""
+    return _count_of(_under(value, keys))
+
+
 def _time_text(value: Any) -> str:
     """The value where it is a time, else ""."""
     return value if value.__class__ is str and _TIME.match(value) else ""
@@ -8043,14 +7714,298 @@ def _content(content: Any) -> Tuple[str, int]:
     size in characters."""
     if isinstance(content, dict):
         content = [content] if "text" in content else content.get("content", content.get("output"))
-    images = sum("image" in _text(part, "type") or "inlineData" in _as_dict(part)
-                 for part in _as_list(content))
     parts = content if isinstance(content, list) else [content]
+    images = sum("image" in _text(part, "type") or "inlineData" in _as_dict(part) for part in parts)
     text = "\n".join(_text(part) or _text(part, "text") for part in parts)
     return text, len(text) + images * IMAGE_CHARACTERS
 
 
-# Codex CLI
+# -- Claude Code
+
+_NOT_HUMAN = ("<command-name>", "<command-message>", "<local-command-stdout>",
+              "<local-command-stderr>", "<local-command-caveat>", "<bash-input>", "<bash-stdout>",
+              "<bash-stderr>", "<task-notification>", "<system-reminder>", "<ide_opened_file>",
+              "<ide_selection>", "[Request interrupted by user", "Caveat: The messages below")
+_PLACEHOLDERS_FROM = (2, 1, 8)  # the first version with responses whose output is never filled in
+_OVERHEAD = {"acompact": "compaction", "aprompt_suggestion": "suggestion"}  # by agents' ids
+_UUID = _Pattern(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$")
+_SUBAGENTS = f"{os.sep}subagents{os.sep}"
+
+
+class ClaudeCodeReader(TranscriptReader):
+    """Claude Code: one JSONL file per session, sub-agents in files of their own or inline. A
+    response is spread over several lines that repeat its usage, with an output that grows; whole
+    files repeat others (resume, fork)."""
+
+    name = "claude-code"
+    agent = "CLAUDE-CODE"
+
+    def roots(self) -> List[str]:
+        homes = os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude,~/.config/claude"
+        return [os.path.join(os.path.expanduser(home.strip()), "projects")
+                for home in homes.split(",") if home.strip()]
+
+    def detect(self, path: str, head: bytes) -> bool:
+        marks = (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')
+        return b'"sessionId"' in head and any(mark in head for mark in marks) \
+            or head.startswith(b'{"type":"summary"') and b'"leafUuid"' in head
+
+    def companions(self, path: str) -> List[str]:
+        """The files of the session's sub-agents: below <session>/subagents, or beside it."""
+        from glob import escape, glob
+        session = os.path.splitext(os.path.abspath(path))[0]
+        beside = glob(os.path.join(escape(os.path.dirname(session)), "agent-*.jsonl"))
+        below = glob(f"{escape(session)}{_SUBAGENTS}**{os.sep}*.jsonl", recursive=True)
+        return [file for file in beside + below if self.kin(file, _head_of(file))[1] == session]
+
+    def kin(self, path: str, head: bytes) -> List[str]:
+        """A session is named by the path of its file, which its sub-agents' tell by the folder they
+        are in, or by its id."""
+        if not _is_agent_file(path, head):
+            return [os.path.splitext(path)[0], ""]
+        session = os.path.join(os.path.dirname(path), _value_in(head, b"sessionId"))
+        return ["", path.rpartition(_SUBAGENTS)[0] or session]
+
+    def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
+        return _ClaudeSession(Recorder(self, paths, claim, skip)).read()
+
+
+def _is_agent_file(path: str, head: bytes) -> bool:
+    return os.path.basename(path).startswith("agent-") and (
+        _SUBAGENTS in path or b'"isSidechain":true' in head[:4096].replace(b": ", b":"))
+
+
+class _ClaudeSession:
+    """One session while its files are told."""
+
+    def __init__(self, told: Recorder):
+        self.told = told
+        self.facts: Dict[str, str] = {}    # of the first line that has each
+        self.final: Optional[bool] = None  # whether an output without a stop reason is the last
+        self.command = ""                  # the first slash command, for want of a prompt
+        self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
+        self.agent = ""                    # whose line is told
+        self.called = False                # whether the main agent's context holds a response
+        self.uuids: set[str] = set()
+        self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
+                     "attachment": self._attachment}
+        self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
+        self.echoes: List[Tuple[str, int, str, Data]] = []
+
+    def read(self) -> List[Session]:
+        """Tell all files."""
+        paths = self.told.paths
+        for path in paths:
+            is_agent = path != paths[0] or _is_agent_file(path, _head_of(path))
+            own = os.path.basename(path)[len("agent-"):-len(".jsonl")] if is_agent else ""
+            self.told.at(path=path)
+            for line, entry in transcript_entries(path, self.told.skip, self._broken):
+                self._entry(entry, path, line, own)
+        self._echoed()
+        self.told.session(task=self.command)
+        stem = os.path.splitext(os.path.basename(paths[0]))[0]
+        return self.told.finish(stem if _UUID.match(stem) else "")
+
+    def _broken(self, line: int, text: bytes) -> None:
+        """A tool result in a line that is no JSON still entered the context: its size is the
+        line's."""
+        key = _value_in(text, b"tool_use_id")
+        if key:
+            self.told.at(line=line)
+            self.told.returned(key, None, len(text.split(b'"toolUseResult"')[0]), cut=True)
+
+    def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
+        if len(self.facts) < 3:
+            self._note_facts(entry)
+        kind = _text(entry, "type")
+        if kind in ("progress", "attachment"):
+            data = _as_dict(entry, "data") or _as_dict(entry, "attachment")
+            self._hooked(_text(data, "hookName"), entry, line)
+            if _as_dict(data, "message", "message"):
+                self.echoes.append((path, line, _text(data, "agentId"), data["message"]))
+        uuid = _text(entry, "uuid")
+        if kind in self.tell and not (uuid and uuid in self.uuids):
+            self.uuids.add(uuid)
+            self._at(entry, line, self._agent_of(entry, own))
+            self.tell[kind](entry)
+
+    def _at(self, entry: Data, line: int, agent: str) -> None:
+        self.agent = agent
+        self.told.at(_text(entry, "timestamp"), line, agent=agent,
+                     overhead=_OVERHEAD.get(agent.partition("-")[0], ""))
+
+    def _note_facts(self, entry: Data) -> None:
+        found = {name: _text(entry, name) for name in ("sessionId", "cwd", "version")}
+        self.facts = {**{name: text for name, text in found.items() if text}, **self.facts}
+        self.told.session(*(_text(self.facts, name) for name in found))
+        numbers = re.findall(r"\d{1,9}", _text(self.facts, "version"))
+        self.final = False if tuple(map(int, numbers[:3])) >= _PLACEHOLDERS_FROM else None
+
+    def _agent_of(self, entry: Data, own: str) -> str:
+        """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
+        told apart by the line they begin with."""
+        agent, uuid = _text(entry, "agentId"), _text(entry, "uuid")
+        if own:
+            return agent or own
+        if entry.get("isSidechain") is not True:
+            return ""
+        agent = agent or self.roots.get(_text(entry, "parentUuid"), "sidechain-" + uuid[:8])
+        self.roots[uuid] = agent
+        return agent
+
+    # what the model said
+
+    def _assistant(self, entry: Data) -> None:
+        message, told = _as_dict(entry, "message"), self.told
+        usage, model = _as_dict(message, "usage"), _text(message, "model")
+        identity = _text(message, "id") or _first_text(entry, "requestId", "uuid")
+        if model == "<synthetic>":
+            if entry.get("isApiErrorMessage") is True:
+                told.call_failed(_content(message.get("content"))[0])
+        elif identity and usage:
+            blocks = [(_text(block, "type"), block) for block in _dicts(message, "content")]
+            thinking = [len(_text(block, "thinking")) for kind, block in blocks if "think" in kind]
+            event = told.call(
+                identity, model, _claude_usage(usage),
+                text=sum(len(_text(block, "text")) for kind, block in blocks if kind == "text"),
+                thinking=sum(thinking) if thinking else None,
+                complete=True if message.get("stop_reason") else self.final,
+                # The top level of a usage leaves out all calls but the last.
+                earlier=[(_text(one, "model"), _claude_usage(one))
+                         for one in _dicts(usage, "iterations")[:-1]],
+                fast=usage.get("speed") == "fast")
+            self._note_call(event, entry, message)
+            for kind, block in blocks:
+                if kind.endswith("tool_use"):
+                    told.tool(_text(block, "id"), _text(block, "name"), block.get("input"))
+
+    def _note_call(self, event: SessionEvent, entry: Data, message: Data) -> None:
+        """What the bill asks of a call: why its cache was missed, and in what settings it ran."""
+        self.marker, self.called = "", self.called or not self.agent
+        facts = {CACHE_MISS: _text(message, "diagnostics", "cache_miss_reason", "type"),
+                 VERSION: _text(entry, "version"), MODE: self.mode,
+                 EFFORT: _text(entry, "effort", "level") or _text(entry, "effort")}
+        event.data.update((name, text[:40]) for name, text in facts.items() if text)
+
+    # what entered
+
+    def _hooked(self, name: str, entry: Data, line: int) -> None:
+        """A hook says that the program began anew, with the context or without it."""
+        if name in ("SessionStart:resume", "SessionStart:clear") and name != self.marker:
+            self.marker = name
+            self._at(entry, line, "")
+            if name.endswith("resume"):
+                self.told.context(Source.RESUME, 0)
+            else:
+                self._cleared(entry)
+
+    def _cleared(self, entry: Data) -> None:
+        """`/clear` in mid-file: what follows has no line before it."""
+        if self.called and entry.get("parentUuid") is None:
+            self.called = False
+            self.told.compaction(source=Source.CLEAR)
+
+    def _user(self, entry: Data) -> None:
+        content = _under(entry, ("message", "content"))
+        self.mode = _text(entry, "permissionMode") or self.mode
+        if entry.get("isCompactSummary") is True:
+            self.told.compaction(_content(content)[1])
+            return
+        text, size = "", 0
+        for block in content if isinstance(content, list) else [content]:
+            if _text(block, "type") == "tool_result":
+                self._result(block, entry)
+            else:
+                part, characters = _content([block])
+                text, size = text + part, size + characters
+        if size and entry.get("isMeta") is not True and not text.lstrip().startswith(_NOT_HUMAN):
+            self.told.prompt(text, size)
+        elif size:
+            if "<command-name>/clear<" in text:
+                self._cleared(entry)
+            self._injected(text, size)
+
+    def _injected(self, text: str, size: int) -> None:
+        event = self.told.context(Source.INJECTED, size, command=_tagged(text, "bash-input"))
+        command = _tagged(text, "command-name")[:200]
+        if command:
+            # The user orders what comes next, and may have changed anything before.
+            event.data.update({"changes": ["?"], COMMAND: mask_secrets(command)})
+            if not self.agent and not self.command:
+                self.command = f"{command} {_tagged(text, 'command-args')}"
+
+    def _result(self, block: Data, entry: Data) -> None:
+        text, size = _content(block.get("content"))
+        self.told.returned(_text(block, "tool_use_id"), _without_reminders(text), size,
+                           failed=block.get("is_error") is True,
+                           lines=_file_lines(entry.get("toolUseResult")))
+
+    def _system(self, entry: Data) -> None:
+        subtype = entry.get("subtype")
+        if subtype == "compact_boundary":
+            self.told.compaction()
+        elif subtype == "microcompact_boundary":
+            keys = map(_text, _as_list(entry, "microcompactMetadata", "compactedToolIds"))
+            self.told.cleared(keys, _counted(entry, "microcompactMetadata", "tokensSaved"))
+        elif subtype == "api_error":
+            self.told.call_failed(kind="transient")
+
+    def _attachment(self, entry: Data) -> None:
+        attachment = _as_dict(entry, "attachment")
+        kind = _text(attachment, "type")
+        edited = _text(attachment, "filename") if kind == "edited_text_file" else ""
+        if attachment:
+            self.told.context(Source.ATTACHMENT, _json_size(attachment), edited=edited,
+                              kind=kind[:40])
+
+    def _echoed(self) -> None:
+        """Tell the responses that only progress lines hold, and what their agents were told in
+        between."""
+        told, agents = self.told, self.told.agents
+        known = {echo[3]["message"].get("id") for echo in self.echoes
+                 if told.knows(_text(echo[3], "message", "id"))}
+        for path, line, agent, inner in self.echoes:
+            told.at(path=path)
+            self._at(inner, line, agent)
+            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
+                self._assistant(inner)
+            elif inner.get("type") == "user" and agent not in agents:
+                self._user(inner)
+
+
+def _tagged(text: str, tag: str) -> str:
+    """What stands between a tag and its end; "" where there is none."""
+    inside, closing, _ = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")
+    return inside if closing else ""
+
+
+def _without_reminders(text: str) -> str:
+    """What a tool returned, without what the program put before and behind it."""
+    opening, closing = "<system-reminder>", "</system-reminder>"
+    if text.startswith(opening) and closing in text:
+        text = text.partition(closing)[2].lstrip("\n")
+    if text.rstrip().endswith(closing) and "\n" + opening in text:
+        text = text[:text.rindex("\n" + opening)]
+        text = text[:-1] if text.endswith("\n") else text
+    return text
+
+
+def _file_lines(details: Any) -> Tuple[int, int, int]:
+    """The first line, how many, and how many the file has, as a read's details tell them."""
+    file = _as_dict(details, "file")
+    return _counted(file, "startLine"), _counted(file, "numLines"), _counted(file, "totalLines")
+
+
+def _claude_usage(usage: Data) -> Usage:
+    hour, minutes = (_counted(usage, "cache_creation", f"ephemeral_{time}_input_tokens")
+                     for time in ("1h", "5m"))
+    written = _counted(usage, "cache_creation_input_tokens") or hour + minutes
+    hour = min(hour, written)
+    return Usage(_counted(usage, "input_tokens"), written - hour, hour,
+                 _counted(usage, "cache_read_input_tokens"), _counted(usage, "output_tokens"))
+
+
+# -- Codex CLI
 
 _ROLLOUT = _Pattern(rb'^\{(?=[^\n]*"payload"\s*:)[^\n]*?"type"\s*:\s*'
                     rb'"(?:session_meta|turn_context|response_item|event_msg)"', re.M)
@@ -8099,20 +8054,6 @@ class CodexReader(TranscriptReader):
     def kin(self, path: str, head: bytes) -> List[str]:
         """The ids of its thread and of the thread that spawned it."""
         return _thread_in(head)
-
-    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
-        """A thread with its sub-agents' rollouts and archived copies of itself; its own file first."""
-        threads = {path: files[path] for path in sorted(files, key=_archived)}
-        parents = {own: parent for own, parent in threads.values() if own}
-        units: Dict[str, List[str]] = {}
-        for path, (own, _) in threads.items():
-            root, above = own, []
-            while parents.get(root) in parents and root not in above:
-                above.append(root)
-                root = parents[root]
-            units.setdefault(root or path, []).append(path)
-        return [sorted(unit, key=lambda path: (threads[path][0] != root, _archived(path), path))
-                for root, unit in units.items()]
 
     def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
@@ -8453,16 +8394,8 @@ class GeminiReader(TranscriptReader):
             and (b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
 
     def kin(self, path: str, head: bytes) -> List[str]:
-        """The id of the session that spawned it, and its own."""
-        return [_parent_chat(path, head), _session_id_of(head)]
-
-    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
-        """The files of one session id, and its sub-agents' in the folder named after it."""
-        units: Dict[str, List[str]] = {}
-        for path in sorted(files):
-            units.setdefault(next(filter(None, files[path]), path), []).append(path)
-        return [sorted(unit, key=lambda path: (bool(files[path][0]), path))
-                for unit in units.values()]
+        parent = _parent_chat(path, head)
+        return ["" if parent else _value_in(head, b"sessionId"), parent]
 
     def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
@@ -8646,12 +8579,9 @@ class OtelReader(TranscriptReader):
     def detect(self, path: str, head: bytes) -> bool:
         return bool(re.match(rb'\s*\{\s*"resource_?[sS]pans"\s*:', head))
 
-    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
+    def kin(self, path: str, head: bytes) -> List[str]:
         """The files of one folder: an exporter spreads a conversation over them."""
-        units: Dict[str, List[str]] = {}
-        for path in sorted(files):
-            units.setdefault(os.path.dirname(path), []).append(path)
-        return list(units.values())
+        return [os.path.dirname(path), ""]
 
     def read(self, paths: List[str], claim: Callable[..., bool],
              skip: Callable[[str, int, str], None]) -> List[Session]:
@@ -9189,7 +9119,6 @@ READERS: List[TranscriptReader] = [
     ClaudeCodeReader(), CodexReader(), GeminiReader(), OpenCodeReader(), OtelReader()]
 
 _UNKNOWN = "not a transcript of a known agent"
-_HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 
 
 # -- what an agent tells while it works: the hooks of Claude Code
