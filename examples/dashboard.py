@@ -270,6 +270,9 @@ class Dashboard(LocalServer):
         except (SessionOptimizerError, OSError) as error:
             raise Refused(500, str(error)) from error
 
+    def takes_long(self, path):
+        return path.startswith("/api/reports/")
+
     def state(self, max_age):
         return self.source.look(max_age), 4 * self.source.cost  # reading takes a fifth of the time at most
 

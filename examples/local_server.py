@@ -2,30 +2,40 @@
 
 It answers GET and HEAD. It refuses pages of other sites (Host, Origin and Sec-Fetch-Site are checked, which
 also stops DNS rebinding), asks for a token where it has one, lets the page run its own script and style and
-nothing else, and bounds what a client can take: the size of a request, the time to send it, the number of
-connections and of event streams. Errors are JSON, ``{"error": text}``.
+nothing else. Errors are JSON, ``{"error": text}``.
+
+Connections cost no thread: one loop waits for all of them, and a few workers make the answers. What a client can
+take is bounded: the size of a request, the time to send it and to take its answer, the number of connections and
+of event streams. Where there are too many, the one that has kept the server waiting longest is closed for a new
+one, so clients that are slow or hostile shut out none that is not.
 """
+import asyncio
 import base64
 import hashlib
 import hmac
 import io
 import json
-import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler
-from socketserver import TCPServer, ThreadingMixIn
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from http.client import HTTPException, parse_headers
 from urllib.parse import unquote
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MAX_CONNECTIONS, MAX_STREAMS = 64, 16  # of these, event streams: one per open page
+MAX_CONNECTIONS, MAX_STREAMS = 128, 32  # of these, event streams: one per open page
 MAX_HEAD, MAX_TARGET = 16_384, 2_048  # bytes of a request; characters of its path and query
+MAX_WAITING = 32  # requests that wait for a long answer
 REQUEST_SECONDS, IDLE_SECONDS = 10, 30  # to send a request once begun; between two on one connection
+TAKE_SECONDS = 10  # for a client to take its answer
 POLL_SECONDS, KEEP_ALIVE_SECONDS = 1, 15  # of an event stream: looks at the state, signs of life
 JSON = "application/json"
+GONE = (OSError, EOFError, asyncio.TimeoutError)  # what a client that goes, or is too slow, raises
 
 
 class Refused(Exception):
@@ -42,121 +52,230 @@ def tag_of(data):
     return f'"{hashlib.sha256(data).hexdigest()[:24]}"'
 
 
-class LocalServer(ThreadingMixIn, TCPServer):
-    """A bounded number of connections, one thread each. A subclass says what ``answer`` and ``state`` are."""
-
-    daemon_threads, block_on_close, request_queue_size = True, False, 32
-    allow_reuse_address = os.name != "nt"  # there it would let two servers share a port
+class LocalServer:
+    """Serves a page and what a subclass answers, until ``shutdown`` (from any thread) or Ctrl-C."""
 
     def __init__(self, page, *, host="127.0.0.1", port=8765, token=""):
-        self.page, self.token, self.local, self.closing = page, token, host in LOOPBACK, threading.Event()
-        self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.streams = threading.BoundedSemaphore(MAX_STREAMS)
+        self.page, self.token, self.local = page, token, host in LOOPBACK
         self.names = set(LOOPBACK) | (set() if self.local else {host.lower(), socket.gethostname().lower()})
         hashes = [base64.b64encode(hashlib.sha256(re.search(tag, page, re.S).group(1)).digest()).decode()
                   for tag in (b"<script>(.*?)</script>", b"<style>(.*?)</style>")]
         self.policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src data:; "
                        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
                        "require-trusted-types-for 'script'; trusted-types 'none'").format(*hashes)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.socket = socket.create_server((host, port), family=family, backlog=256)
+        self.server_address = self.socket.getsockname()
         secret = hmac.new(token.encode(), b"cookie of this server", "sha256").hexdigest()
         self.cookie = f"dashboard_{self.server_address[1]}={secret}"
+        self.connections, self.streams = [], []  # the oldest first
+        self.workers, self.long_work = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
+        self.waiting = 0  # for long answers
+        self._loop = self._end = None
+        self._interrupted = False
+        self._ended = threading.Event()
 
     def answer(self, path, query):
-        """(media type, ETag, body) of a GET request; raises Refused."""
+        """(media type, ETag, body) of a GET request; raises Refused. Called in a worker."""
         raise NotImplementedError
+
+    def takes_long(self, path):
+        """Whether an answer may take long: those wait for each other, and no other request waits for them."""
+        return False
 
     def state(self, max_age):
         """(a number that grows with every change, seconds to wait before asking again); the number may be
-        ``max_age`` seconds old."""
+        ``max_age`` seconds old. Called in a worker."""
         raise NotImplementedError
 
-    def process_request(self, request, client_address):
-        if self.slots.acquire(blocking=False):
-            return super().process_request(request, client_address)
-        request.setblocking(False)
+    def serve_forever(self):
         try:
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                         b"Retry-After: 5\r\nConnection: close\r\nContent-Length: 33\r\n\r\n"
-                         b'{"error": "too many connections"}')
-        except OSError:
-            pass  # gone already
-        return self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address):
-        try:
-            super().process_request_thread(request, client_address)
+            asyncio.run(self._serve())
         finally:
-            self.slots.release()
+            self._ended.set()
+        if self._interrupted:
+            raise KeyboardInterrupt
 
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
-            super().handle_error(request, client_address)
+    def shutdown(self):
+        """End ``serve_forever`` in another thread."""
+        deadline = time.monotonic() + 5
+        while self._end is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # it has not begun yet
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._ended.wait(10)
 
     def server_close(self):
-        self.closing.set()
-        super().server_close()
+        self.socket.close()
+        for pool in (self.workers, self.long_work):
+            pool.shutdown(wait=False)
 
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version, server_version, sys_version = "HTTP/1.1", "SessionOptimizer", ""
-    timeout, disable_nagle_algorithm, pending = REQUEST_SECONDS, True, b""
-
-    def handle_one_request(self):
-        """Read a request's head, bounded in size and, as a whole, in time; then answer it."""
-        head, deadline = self.pending, time.monotonic() + (REQUEST_SECONDS if self.pending else IDLE_SECONDS)
-        self.close_connection, self.requestline, self.request_version, self.command = True, "", "HTTP/1.1", ""
+    async def _serve(self):
+        self._loop, end = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._connected, sock=self.socket, limit=MAX_HEAD, backlog=256)
+        self._end = end
         try:
-            while b"\r\n\r\n" not in head and len(head) <= MAX_HEAD:
-                self.connection.settimeout(max(0.01, deadline - time.monotonic()))
-                chunk = self.connection.recv(4_096)
-                if not chunk:
-                    return None
-                deadline, head = deadline if head else time.monotonic() + REQUEST_SECONDS, head + chunk
-        except socket.timeout:
-            return self.send_error(408, "the request took too long") if head else None
+            self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        except (NotImplementedError, RuntimeError, ValueError):
+            pass  # Windows, or not the main thread: Ctrl-C comes as an exception
+        try:
+            await end.wait()
         finally:
-            self.connection.settimeout(self.timeout)
-        head, end, self.pending = head.partition(b"\r\n\r\n")
-        if len(head) > MAX_HEAD:
-            return self.send_error(431, f"a request has at most {MAX_HEAD:,} bytes")
-        self.rfile = io.BytesIO(head + end)
-        return super().handle_one_request()
+            server.close()
+            open_ones = list(self.connections)
+            for connection in open_ones:
+                connection.drop()
+            await asyncio.gather(*(connection.task for connection in open_ones), return_exceptions=True)
+            await asyncio.sleep(0)  # the transports end
 
-    def do_GET(self):
-        path, _, query = self.path.partition("?")
+    def _interrupt(self):
+        self._interrupted = True
+        self._end.set()
+
+    def _connected(self, reader, writer):
+        connection = Connection(self, reader, writer)
+        if self._make_room():
+            self.connections.append(connection)
+            connection.task = self._loop.create_task(connection.run())
+        else:
+            connection.task = self._loop.create_task(connection.turn_away())
+
+    def _make_room(self):
+        """Close connections that keep the server waiting, the longest first; False where too many are at work."""
+        while len(self.connections) >= MAX_CONNECTIONS:
+            waiting = [connection for connection in self.connections if connection.since is not None]
+            if not waiting:
+                return False
+            min(waiting, key=lambda connection: connection.since).drop()
+        return True
+
+
+class Connection:
+    """One client. ``since``: when the server began to wait for it, None while it waits for the server."""
+
+    def __init__(self, server, reader, writer):
+        self.server, self.reader, self.writer, self.since = server, reader, writer, time.monotonic()
+        self.method, self.target, self.headers, self.keep = "", "", {}, False
+        self.task = None  # which serves it
+        writer.transport.set_write_buffer_limits(0)  # drained: the client's machine has it all
+
+    async def run(self):
+        """Answer one request after the other."""
         try:
-            self._check_sender(path)
-            if path == "/health":
-                return self.send(200, JSON, b'{"status": "ok"}')
-            if path == "/" and query.startswith("token=") and self.server.token:
-                if not same(unquote(query[len("token="):]), self.server.token):
-                    raise Refused(401, "this is not the token", {"WWW-Authenticate": "Bearer"})
-                cookie = f"{self.server.cookie}; Path=/; HttpOnly; SameSite=Strict"
-                return self.send(303, JSON, b"{}", {"Location": "/", "Set-Cookie": cookie})
-            self._check_token()
-            if path == "/api/events":
-                return self._stream()
-            if path == "/":
-                headers = {"ETag": tag_of(self.server.page), "Content-Security-Policy": self.server.policy}
-                return self.send(200, "text/html; charset=utf-8", self.server.page, headers)
-            kind, etag, body = self.server.answer(path, query)
-            return self.send(200, kind, body, {"ETag": etag})
-        except Refused as refused:
-            status, message, *headers = refused.args
-            return self.send_error(status, message, None, *headers)
+            self.keep = True
+            while self.keep:
+                await self._serve_one()
+        except GONE:
+            pass
+        finally:
+            self.drop()
 
-    do_HEAD = do_GET
+    async def turn_away(self):
+        """Say that there is no room."""
+        try:
+            await self.refuse(503, "too many connections", {"Retry-After": "5"})
+        except GONE:
+            pass
+        finally:
+            self.drop()
+
+    def drop(self):
+        """Close the connection at once; its task ends."""
+        for those in (self.server.connections, self.server.streams):
+            if self in those:
+                those.remove(self)
+        self.keep = False
+        if self.writer.transport.get_write_buffer_size():
+            self.writer.transport.abort()  # the client does not take it
+        else:
+            self.writer.close()
+        if self.task is not asyncio.current_task():
+            self.task.cancel()
+
+    async def _serve_one(self):
+        try:
+            head = await self._head()
+            self.since, self.keep = None, self.keep and bool(head)
+            if head:
+                await self._answer(head)
+        except Refused as refused:
+            self.keep = False
+            await self.refuse(*refused.args)
+        except GONE:
+            raise
+        except Exception as error:  # what it is must be seen, and other clients go on
+            traceback.print_exc(file=sys.stderr)
+            await self.refuse(500, f"this request failed: {type(error).__name__}")
+
+    async def _head(self):
+        """The lines of the next request, bounded in size and, as a whole, in time; empty where none comes."""
+        self.since, self.headers, self.method = time.monotonic(), {}, ""
+        try:
+            first = await asyncio.wait_for(self.reader.read(1), IDLE_SECONDS)
+        except asyncio.TimeoutError:
+            return b""
+        try:
+            return first + (first and await asyncio.wait_for(
+                self.reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS))
+        except asyncio.TimeoutError:
+            raise Refused(408, "the request took too long") from None
+        except asyncio.LimitOverrunError:
+            raise Refused(431, f"a request has at most {MAX_HEAD:,} bytes") from None
+
+    async def _answer(self, head):
+        self._parse(head)
+        path, _, query = self.target.partition("?")
+        self._check_sender(path)
+        if self.method not in ("GET", "HEAD"):
+            raise Refused(405, f"only GET and HEAD, not {self.method}", {"Allow": "GET, HEAD"})
+        server = self.server
+        if path == "/health":
+            return await self.send(200, JSON, b'{"status": "ok"}')
+        if path == "/" and query.startswith("token=") and server.token:
+            if not same(unquote(query[len("token="):]), server.token):
+                raise Refused(401, "this is not the token", {"WWW-Authenticate": "Bearer"})
+            cookie = f"{server.cookie}; Path=/; HttpOnly; SameSite=Strict"
+            return await self.send(303, JSON, b"{}", {"Location": "/", "Set-Cookie": cookie})
+        self._check_token()
+        if path == "/api/events":
+            return await self._stream()
+        if path == "/":
+            headers = {"ETag": tag_of(server.page), "Content-Security-Policy": server.policy}
+            return await self.send(200, "text/html; charset=utf-8", server.page, headers)
+        kind, etag, body = await self._work(path, query)
+        return await self.send(200, kind, body, {"ETag": etag})
+
+    async def _work(self, path, query):
+        server, loop = self.server, asyncio.get_running_loop()
+        if not server.takes_long(path):
+            return await loop.run_in_executor(server.workers, server.answer, path, query)
+        if server.waiting >= MAX_WAITING:
+            raise Refused(503, "too many reports are asked for", {"Retry-After": "5"})
+        server.waiting += 1
+        try:
+            return await loop.run_in_executor(server.long_work, server.answer, path, query)
+        finally:
+            server.waiting -= 1
+
+    def _parse(self, head):
+        lines = io.BytesIO(head)
+        words = lines.readline().decode("latin-1").split()
+        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[01]", words[2]):
+            raise Refused(400, "not a request")
+        self.method, self.target, version = words
+        try:
+            self.headers = parse_headers(lines)
+        except HTTPException:
+            raise Refused(431, "a request has at most 100 headers") from None
+        wish = self.headers.get("Connection", "").lower()
+        self.keep = self.keep and wish != "close" and (version == "HTTP/1.1" or wish == "keep-alive")
 
     def _check_sender(self, path):
         """Refuse pages of other sites, also those whose name was made to lead here (DNS rebinding)."""
-        if len(self.path) > MAX_TARGET:
+        if len(self.target) > MAX_TARGET:
             raise Refused(414, f"a path has at most {MAX_TARGET:,} characters")
         if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
-            raise Refused(400, "a request has no body here")
+            raise Refused(400 if self.method in ("GET", "HEAD") else 405, "a request has no body here",
+                          {"Allow": "GET, HEAD"})
         hosts = self.headers.get_all("Host", [])
         found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\[\]]+)(:\d*)?", hosts[0].lower() if hosts else "")
         if not found or len(hosts) > 1:
@@ -178,26 +297,37 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "a token is needed: open /?token=TOKEN once or send Authorization: Bearer",
                           {"WWW-Authenticate": "Bearer"})
 
-    def _stream(self):
-        """Server-sent events: the number of the state, now and whenever it changes."""
-        if not self.server.streams.acquire(blocking=False):
-            raise Refused(503, "too many open pages", {"Retry-After": "30"})
+    async def _stream(self):
+        """Server-sent events: the number of the state, now and whenever it changes, until the client goes."""
+        server, loop = self.server, asyncio.get_running_loop()
+        if len(server.streams) >= MAX_STREAMS:
+            server.streams[0].drop()  # that page, if it is still one, comes back
+        server.streams.append(self)
+        self.keep = False
+        await self.send(200, "text/event-stream; charset=utf-8", None)
+        closed = asyncio.ensure_future(self.reader.read(1))
+        sent, spoke = None, time.monotonic()
         try:
-            self.close_connection = True
-            self.send(200, "text/event-stream; charset=utf-8", None)
-            sent, spoke, pause = None, time.monotonic(), 0.0
-            while self.command != "HEAD" and not self.server.closing.wait(pause):
-                (number, wait), text = self.server.state(max_age=POLL_SECONDS * 0.9), ": still here\n\n"
+            while self.method != "HEAD" and not closed.done():
+                number, wait = await loop.run_in_executor(server.workers, server.state, POLL_SECONDS * 0.9)
+                text = ": still here\n\n" if time.monotonic() - spoke > KEEP_ALIVE_SECONDS else ""
                 if number != sent:
                     text = f'retry: 2000\nid: {number}\nevent: change\ndata: {{"version": {number}}}\n\n'
-                if number != sent or time.monotonic() - spoke > KEEP_ALIVE_SECONDS:
-                    self.wfile.write(text.encode())
+                if text:
+                    await self._write(text.encode())
                     sent, spoke = number, time.monotonic()
                 pause = max(POLL_SECONDS, min(wait, KEEP_ALIVE_SECONDS))
+                await asyncio.wait({closed}, timeout=pause)
         finally:
-            self.server.streams.release()
+            closed.cancel()
 
-    def send(self, status, kind, body, headers=None):
+    async def _write(self, data):
+        self.writer.write(data)
+        self.since = time.monotonic() if self not in self.server.streams else None
+        await asyncio.wait_for(self.writer.drain(), TAKE_SECONDS)
+
+    async def send(self, status, kind, body, headers=None):
+        """Write an answer; ``body`` None for none (a stream follows, or there is none)."""
         headers = dict({
             "Content-Type": kind, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
@@ -208,20 +338,12 @@ class Handler(BaseHTTPRequestHandler):
                 status, body = 304, None
         if body is not None:
             headers["Content-Length"] = str(len(body))
-        if self.close_connection:
+        if not self.keep:
             headers["Connection"] = "close"
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body and self.command != "HEAD":
-            self.wfile.write(body)
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Server: SessionOptimizer",
+                 *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        await self._write("\r\n".join(lines).encode("latin-1", "replace")
+                          + (body if body and self.method != "HEAD" else b""))
 
-    def send_error(self, code, message=None, explain=None, headers=None):
-        if code == 501:  # what http.server says of a method it has no function for
-            code, message, headers = 405, f"only GET and HEAD, not {self.command}", {"Allow": "GET, HEAD"}
-        self.close_connection, self.request_version = True, "HTTP/1.1"  # a status line also for HTTP/0.9
-        self.send(code, JSON, json.dumps({"error": message or "not a request"}).encode(), headers)
-
-    def log_message(self, format, *arguments):
-        """Nothing: a page asks again at every change."""
+    async def refuse(self, status, message, headers=None):
+        await self.send(status, JSON, json.dumps({"error": message}).encode(), headers)
