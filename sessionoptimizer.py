@@ -159,6 +159,7 @@ class IssueType(Enum):
     CONTEXT_OVERFLOW = "CONTEXT_OVERFLOW"
 
 
+@functools.total_ordering
 class Severity(Enum):
     """How much an issue matters; ordered, LOW < MEDIUM < HIGH < CRITICAL."""
 
@@ -174,15 +175,6 @@ class Severity(Enum):
 
     def __lt__(self, other: "Severity") -> bool:
         return self.rank < other.rank if isinstance(other, Severity) else NotImplemented
-
-    def __le__(self, other: "Severity") -> bool:
-        return self.rank <= other.rank if isinstance(other, Severity) else NotImplemented
-
-    def __gt__(self, other: "Severity") -> bool:
-        return self.rank > other.rank if isinstance(other, Severity) else NotImplemented
-
-    def __ge__(self, other: "Severity") -> bool:
-        return self.rank >= other.rank if isinstance(other, Severity) else NotImplemented
 
 
 EVENT_TYPES = {member.value: member for member in EventType}
@@ -361,10 +353,8 @@ default                 0.010    0.030    0.001     0.0125    0.020
 """
 
 # The first public release's table, USD per 1,000 tokens. Costs are computed with `PriceList`.
-TOKEN_COSTS = {
-    "opus": {"input": 0.015, "output": 0.075}, "sonnet": {"input": 0.003, "output": 0.015},
-    "grok": {"input": 0.0, "output": 0.0}, "gpt4": {"input": 0.01, "output": 0.03},
-    "gemini": {"input": 0.00025, "output": 0.0005}, "default": {"input": 0.01, "output": 0.03}}
+TOKEN_COSTS = {name: {"input": float(plain), "output": float(written)} for name, plain, written, *_ in map(
+    str.split, _ALIAS_TABLE.strip().split("\n")) if name not in ("grok-(cline)", "unpriced")}
 
 UNPRICED = "unpriced"    # the model of calls whose transcript tells neither the model nor its price
 LONG_CONTEXT = 200_000   # tokens of a call's context above which some models cost more
@@ -376,8 +366,12 @@ _RELEASE = _Pattern(
     r"(?:[-@]?(?:\d{8}|\d{4}-\d\d-\d\d|latest|v\d+(?::\d+)?|\d{4})|-\d\d-\d{4}|-beta|-chat|-preview|-sol"
     r"|-(?:non-)?reasoning|-multi-agent|-customtools|-gv2|\[1m\])+$|^:\d+$")
 _CLAUDE = _Pattern(r"opus|sonnet|haiku|fable|mythos")
-_VERSION_FIRST = _Pattern(r"(?:claude-)?(\d(?:-\d)?)-(opus|sonnet|haiku)(.*)")
-_NAME_FIRST = _Pattern(r"(?:claude-)?(opus|sonnet|haiku)-(3-\d|3)(?!\d)(.*)")
+_VERSION_FIRST = _Pattern(r"^claude-(\d(?:-\d)?)-(opus|sonnet|haiku)")
+_NAME_FIRST = _Pattern(r"^claude-(opus|sonnet|haiku)-(3-\d|3)(?!\d)")
+
+
+def _rate(name: str) -> Any:
+    return property(lambda price: getattr(price.rates, name) / 1e9, doc="USD per 1,000 tokens.")
 
 
 class Price(namedtuple("Price", "model exact rates")):
@@ -391,72 +385,49 @@ class Price(namedtuple("Price", "model exact rates")):
         """Pico-dollars of a usage."""
         return sum(map(int.__mul__, self.rates, usage))
 
-    input = property(lambda self: self.rates.uncached / 1e9, doc="USD per 1,000 tokens.")
-    output = property(lambda self: self.rates.output / 1e9, doc="USD per 1,000 tokens.")
-    cache_read = property(lambda self: self.rates.read / 1e9, doc="USD per 1,000 tokens.")
-    cache_write = property(lambda self: self.rates.write_5m / 1e9, doc="USD per 1,000 tokens.")
-    cache_write_1h = property(lambda self: self.rates.write_1h / 1e9, doc="USD per 1,000 tokens.")
+    input, output, cache_read = map(_rate, ("uncached", "output", "read"))
+    cache_write, cache_write_1h = map(_rate, ("write_5m", "write_1h"))
 
 
 def _spellings(model: str) -> Iterator[str]:
     """The ways a table may spell a model's name: without the vendor's prefix ('us.anthropic.'), with
     dots as dashes, with 'claude-' in front, with name and version in the order of that generation."""
-    name = _VENDOR.sub("", "-".join(str(model).strip().lower().split()))
+    name = _VENDOR.sub("", "-".join(str(model).lower().split()))
     yield name
-    if not _CLAUDE.search(name):
-        return
-    dashed = re.sub(r"(?<=\d)\.(?=\d)", "-", name)
-    if dashed != name or dashed.startswith(("opus-", "sonnet-", "haiku-", "fable-", "mythos-")):
-        yield dashed
-        yield "claude-" + dashed
-    turned = _NAME_FIRST.match(dashed)
-    if turned:
-        yield f"claude-{turned.group(2)}-{turned.group(1)}{turned.group(3)}"
-    turned = _VERSION_FIRST.match(dashed)
-    if turned:
-        yield dashed if dashed.startswith("claude") else "claude-" + dashed
-        yield f"claude-{turned.group(2)}-{turned.group(1)}{turned.group(3)}"
+    if _CLAUDE.search(name):
+        dashed = re.sub(r"(?<=\d)\.(?=\d)", "-", name)
+        full = "claude-" + re.sub("^claude-", "", dashed)
+        yield from (dashed, full, _NAME_FIRST.sub(r"claude-\2-\1", full),
+                    _VERSION_FIRST.sub(r"claude-\2-\1", full))
 
 
-_Row = namedtuple("_Row", "price long fast")  # rates above LONG_CONTEXT or None; factor of fast mode
+# USD per token; ``above``: those beyond LONG_CONTEXT, None where they are the same; ``fast``: a factor
+_Row = namedtuple("_Row", "model figures above fast exact", defaults=(True,))
 
 
+@functools.lru_cache(maxsize=None)
 def _parse_prices(table: str) -> Dict[str, _Row]:
     rows = {}
-    for line in filter(None, table.splitlines()):
-        name, *words = line.split()
+    for name, *words in map(str.split, table.strip().split("\n")):
         more = dict(word.split("=") for word in words[5:])
-        figures = [None if word == "-" else float(word) / 1000 for word in words[:5]]
-        above = [float(figure) / 1000 for figure in more.get("long", "").split(",") if figure]
-        rows[name] = _price_row(name, figures, above, float(more.get("fast", 1)))
+        below, above = ([float(word) / 1000 if word.strip("-") else None for word in figures]
+                        for figures in (words[:5], more.get("long", "").split(",")))
+        rows[name] = _Row(name, below, above, float(more.get("fast", 1)))
     return rows
 
 
-def _price_row(name: str, figures: Sequence[Optional[float]], above: Sequence[Optional[float]],
-               fast: float) -> _Row:
-    """A row of USD per token. A read or a write without a price of its own is billed as input; above
-    LONG_CONTEXT what has no price of its own there keeps the one below."""
-    long = None
-    if any(figure is not None for figure in above):
-        above = [*above, *[None] * 5]
-        long = _rates([low if high is None else high for low, high in zip(figures, above)])
-    return _Row(Price(name, True, _rates(figures)), long, fast)
-
-
-def _rates(figures: Sequence[Optional[float]]) -> Usage:
-    plain, output, read, write, write_1h = (None if f is None else round(f * PICO) for f in figures)
-    plain, output = plain or 0, output or 0
+def _price(row: _Row, rate: str) -> Price:
+    """The price of calls at a rate. A read or a write without a price of its own is billed as input."""
+    figures = row.figures
+    if "long" in rate:
+        figures = [low if high is None else high
+                   for low, high in itertools.zip_longest(figures, row.above)]
+    plain, output, read, write, write_1h = figures
     read = plain if read is None else read
     write = plain if write is None else write
-    return Usage(plain, write, write if write_1h is None else write_1h, read, output)
-
-
-def _at_rate(row: _Row, rate: str) -> Price:
-    """The price of calls in fast mode or with a long context, where the row has such a price."""
-    rates = row.long if "long" in rate and row.long else row.price.rates
-    if "fast" in rate:
-        rates = Usage(*(round(figure * row.fast) for figure in rates))
-    return row.price._replace(rates=rates)
+    usd = Usage(plain, write, write if write_1h is None else write_1h, read, output)
+    factor = PICO * (row.fast if "fast" in rate else 1)
+    return Price(row.model, row.exact, Usage(*(round((figure or 0) * factor) for figure in usd)))
 
 
 class PriceList:
@@ -469,32 +440,26 @@ class PriceList:
     >= 0.
     """
 
-    # Parsed once per process, when the first price is asked for.
-    _tables: Optional[Tuple[Dict[str, _Row], Dict[str, _Row]]] = None
     _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
                "cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr")
 
     def __init__(self, overrides: Optional[Data] = None):
         self.overrides = overrides or {}
-        self._own = {}
+        self._own: Dict[str, _Row] = {}
         for model, entry in self.overrides.items():
             if isinstance(entry, dict) and model != "sample_spec" and "input_cost_per_token" in entry:
-                self._own[next(_spellings(model))] = self._row(model, entry)
+                below, above = ([self._figure(model, entry, name + end) for name in self._fields]
+                                for end in ("", "_above_200k_tokens"))
+                fast = self._figure(model, dict({"fast": 1}, **entry), "fast")
+                self._own[next(_spellings(model))] = _Row(model, below, above, fast)
         self._found: Dict[Tuple[str, str], Price] = {}
 
-    def _row(self, model: str, entry: Data) -> _Row:
-        plain, above = ([self._figure(model, name + end, entry.get(name + end)) for name in self._fields]
-                        for end in ("", "_above_200k_tokens"))
-        fast = self._figure(model, "fast", entry.get("fast"))
-        return _price_row(model, plain, above, 1.0 if fast is None else fast)
-
     @staticmethod
-    def _figure(model: str, name: str, value: Any) -> Optional[float]:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-            raise InvalidValue(f"price {name} of {model!r} is {value!r}: give USD per token, >= 0")
-        return float(value)
+    def _figure(model: str, entry: Data, name: str) -> Optional[float]:
+        value = entry.get(name)
+        if value is None or value.__class__ in (int, float) and 0 <= value < 1e6:
+            return value
+        raise InvalidValue(f"price {name} of {model!r} is {value!r}: give USD per token, >= 0")
 
     def lookup(self, model: str, rate: str = "") -> Price:
         """The price of a model: its own row, else the longest row its name begins with (the rest must
@@ -502,14 +467,11 @@ class PriceList:
         unless what was left over is only a release. ``rate``: "fast" or "long" where a call was."""
         found = self._found.get((model, rate))
         if found is None:
-            row = self._search(model or "default")
-            found = self._found[model, rate] = _at_rate(row, rate) if rate else row.price
+            found = self._found[model, rate] = _price(self._search(model or "default"), rate)
         return found
 
     def _search(self, model: str) -> _Row:
-        if PriceList._tables is None:
-            PriceList._tables = (_parse_prices(_ALIAS_TABLE), _parse_prices(_PRICE_TABLE))
-        aliases, table = PriceList._tables
+        aliases, table = _parse_prices(_ALIAS_TABLE), _parse_prices(_PRICE_TABLE)
         spellings = list(_spellings(model))
         for name in spellings:
             for rows in (self._own, aliases, table):
@@ -519,11 +481,8 @@ class PriceList:
         for name in spellings:
             for end in range(len(name) - 1, 0, -1):
                 if name[end] in "-@:[" and name[:end] in family:
-                    row = family[name[:end]]
-                    exact = bool(_RELEASE.match(name[end:]))
-                    return row._replace(price=row.price._replace(exact=exact))
-        row = self._own.get("default") or aliases["default"]
-        return row._replace(price=row.price._replace(exact=False))
+                    return family[name[:end]]._replace(exact=bool(_RELEASE.match(name[end:])))
+        return (self._own.get("default") or aliases["default"])._replace(exact=False)
 
 
 # ==================================================================================================
