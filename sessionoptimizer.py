@@ -72,7 +72,7 @@ except ImportError:  # Windows: locked with msvcrt instead, which is untested
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the names of types cost start-up time and are needed by type checkers alone
-    from datetime import datetime, timezone
+    from datetime import datetime
     from typing import (
         Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union)
 
@@ -136,14 +136,14 @@ class EventType(Enum):
     ERROR = "ERROR"                  # a failed tool call
     USER_MESSAGE = "USER_MESSAGE"
     AI_RESPONSE = "AI_RESPONSE"      # one model call
-    CONTEXT_LOAD = "CONTEXT_LOAD"    # system prompt, tool definitions, instruction files, cache rebuilds
+    CONTEXT_LOAD = "CONTEXT_LOAD"    # system prompt, tools, instruction files, cache rebuilds
     THINKING = "THINKING"
     CUSTOM = "CUSTOM"
 
 
 class IssueType(Enum):
-    """Kinds of waste. UNUSED_CONTEXT, CIRCULAR_SEARCH, INEFFICIENT_TOOL_USE and CONTEXT_OVERFLOW are reported
-    by no built-in analyzer: they are there for analyzers of your own."""
+    """Kinds of waste. UNUSED_CONTEXT, CIRCULAR_SEARCH, INEFFICIENT_TOOL_USE and CONTEXT_OVERFLOW
+    are reported by no built-in analyzer: they are there for analyzers of your own."""
 
     REPEATED_FILE_READ = "REPEATED_FILE_READ"
     REPEATED_SEARCH = "REPEATED_SEARCH"
@@ -179,8 +179,9 @@ class Severity(Enum):
 
 EVENT_TYPES = {member.value: member for member in EventType}
 
-# What an AI_RESPONSE's data tell of its call: why the provider says its cache was missed, the client's
-# version, the effort and the mode it ran in; and the slash command that a CONTEXT_LOAD event stands for.
+# What an AI_RESPONSE's data tell of its call: why the provider says its cache was missed, the
+# client's version, the effort and the mode it ran in; and the slash command that a CONTEXT_LOAD
+# event stands for.
 CACHE_MISS, VERSION, EFFORT, MODE, COMMAND = "cache_miss", "version", "effort", "mode", "command"
 
 
@@ -193,7 +194,7 @@ class Source:
     AGENT_MESSAGE = "agent message"  # what one agent said to another
     COMPACTION = "compaction"        # a new window begins
     REBUILD = "cache rebuild"        # context written again after the cache was lost
-    HISTORY = "history"              # counted in another file: 0 tokens, ``contents`` by the bill's names
+    HISTORY = "history"              # counted in another file: 0 tokens, ``contents`` by name
     RESUME = "resume"                # a new process went on with a context, and its last answer
     CLEAR = "clear"                  # the user emptied the context: a new window begins
     UNATTRIBUTED = "unattributed"    # what nothing explains; no analyzer may claim it
@@ -202,9 +203,9 @@ class Source:
 # What a tool does, by its name in lower case. A tool that is not listed may change anything.
 TOOL_KINDS = {name: kind for kind, names in (
     ("read", """read read_file read_many_files view view_image cat notebookread get_file"""),
-    ("search", """grep glob ls search rg find websearch webfetch toolsearch web_search list list_directory codesearch
-        search_files search_file_content grep_search google_web_search web_fetch code_search
-        file_search list_dir semantic_search"""),
+    ("search", """grep glob ls search rg find websearch webfetch toolsearch web_search list
+        list_directory codesearch search_files search_file_content grep_search google_web_search
+        web_fetch code_search file_search list_dir semantic_search"""),
     ("write", """edit multiedit write notebookedit write_file replace apply_patch create str_replace
         edit_file delete_file patch create_file replace_string_in_file"""),
     ("shell", """bash powershell shell shell_command exec_command local_shell run_shell_command
@@ -224,16 +225,16 @@ COMMITS = "commits"  # in the data of a command's event: the ids of the commits 
 # ==================================================================================================
 
 Usage = namedtuple("Usage", "uncached write_5m write_1h read output", defaults=(0, 0, 0, 0, 0))
-Usage.__doc__ = """Tokens by how they are billed, each in one class: input that no cache held, input written to the
-cache for five minutes and for an hour, input read from the cache, and output (thinking included)."""
+Usage.__doc__ = """Tokens by how they are billed, each in one class: input that no cache held, input
+written to the cache for five minutes and for an hour, input read from the cache, and output
+(thinking included)."""
 
-# USD per 1,000 tokens: input, output, cache read, 5-minute cache write, 1-hour cache write; then, where
-# a model has them, the first of these for calls with more than LONG_CONTEXT tokens ("long") and the
-# factor on every price for responses in fast mode ("fast").
-# Source of the named models: LiteLLM model_prices_and_context_window as released in litellm 1.109.1,
-# read 2026-11-20. Where it gives no 1-hour price for a Claude model, twice the input price (the
-# provider's rule); where it gives no cache price, those tokens are billed as plain input. Per-search
-# fees are left out.
+# USD per 1,000 tokens: input, output, cache read, 5-minute cache write, 1-hour cache write; then,
+# where a model has them, the first of these for calls with more than LONG_CONTEXT tokens ("long")
+# and the factor on every price for responses in fast mode ("fast"). Source of the named models:
+# LiteLLM model_prices_and_context_window as released in litellm 1.109.1, read 2026-11-20. Where it
+# gives no 1-hour price for a Claude model, twice the input price (the provider's rule); where it
+# gives no cache price, those tokens are billed as plain input. Per-search fees are left out.
 _PRICE_TABLE = """
 claude-haiku-4-5        0.001    0.005    0.0001    0.00125   0.002
 claude-haiku-5-5        0.0001   0.0005   0.00001   0.000125  0.0002
@@ -315,8 +316,8 @@ gemini-3.5-flash        0.0015   0.009    0.00015   -         -
 gemini-3.6-flash        0.00075  0.00375  0.000075  -         -
 gemini-3.7-flash        0.00075  0.00375  0.000075  -         -
 gemini-3.8-flash        0.00075  0.00375  0.000075  -         -
-gemini-2.5-computer-use-preview-10-2025 0.00125  0.01     -        -        -         long=0.0025,0.015
-gemini-3-pro-preview    0.002    0.012    0.0002   -        -         long=0.004,0.018,0.0004,0.00025
+gemini-2.5-computer-use-preview-10-2025 0.00125  0.01     -        -        -  long=0.0025,0.015
+gemini-3-pro-preview    0.002    0.012    0.0002    -         -  long=0.004,0.018,0.0004,0.00025
 gemini-3.5-flash-lite   0.0003   0.0025   0.00003  -        -
 gemini-3.8-flash-cyber  0.0015   0.0075   0.00015  -        -
 grok-4.20               0.00125  0.0025   0.0002    -         -  long=0.0025,0.005
@@ -339,8 +340,8 @@ deepseek.r1             0.00135  0.0054   -        -        -
 deepseek-v3-2-251201    0        0        -        -        -
 """
 
-# Short names matched exactly; their prices are the first public release's, the cache prices the usual
-# multiples (0.1x read, 1.25x and 2x write) where the vendor sells caching that way.
+# Short names matched exactly; their prices are the first public release's, the cache prices the
+# usual multiples (0.1x read, 1.25x and 2x write) where the vendor sells caching that way.
 _ALIAS_TABLE = """
 opus                    0.015    0.075    0.0015    0.01875   0.030
 sonnet                  0.003    0.015    0.0003    0.00375   0.006
@@ -353,18 +354,21 @@ default                 0.010    0.030    0.001     0.0125    0.020
 """
 
 # The first public release's table, USD per 1,000 tokens. Costs are computed with `PriceList`.
-TOKEN_COSTS = {name: {"input": float(plain), "output": float(written)} for name, plain, written, *_ in map(
-    str.split, _ALIAS_TABLE.strip().split("\n")) if name not in ("grok-(cline)", "unpriced")}
+TOKEN_COSTS = {
+    name: {"input": float(plain), "output": float(written)}
+    for name, plain, written, *_ in map(str.split, _ALIAS_TABLE.strip().split("\n"))
+    if name not in ("grok-(cline)", "unpriced")}
 
 UNPRICED = "unpriced"    # the model of calls whose transcript tells neither the model nor its price
 LONG_CONTEXT = 200_000   # tokens of a call's context above which some models cost more
-PICO = 10**12            # money is counted in whole pico-dollars, so that sums are exact in any order
+PICO = 10**12            # money is counted in whole pico-dollars: sums are exact in any order
 
 _VENDOR = _Pattern(r"^(?:.*/)?(?:(?:us|eu|apac|jp|au|global)\.)?(?:(?:anthropic|openai)\.)?")
-# What follows a table's name without changing the price: dates, versions, "latest", "chat", "preview".
+# What follows a table's name without changing the price: dates, versions, "latest", "chat",
+# "preview".
 _RELEASE = _Pattern(
-    r"(?:[-@]?(?:\d{8}|\d{4}-\d\d-\d\d|latest|v\d+(?::\d+)?|\d{4})|-\d\d-\d{4}|-beta|-chat|-preview|-sol"
-    r"|-(?:non-)?reasoning|-multi-agent|-customtools|-gv2|\[1m\])+$|^:\d+$")
+    r"(?:[-@]?(?:\d{8}|\d{4}-\d\d-\d\d|latest|v\d+(?::\d+)?|\d{4})|-\d\d-\d{4}|-beta|-chat"
+    r"|-preview|-sol|-(?:non-)?reasoning|-multi-agent|-customtools|-gv2|\[1m\])+$|^:\d+$")
 _CLAUDE = _Pattern(r"opus|sonnet|haiku|fable|mythos")
 _VERSION_FIRST = _Pattern(r"^claude-(\d(?:-\d)?)-(opus|sonnet|haiku)")
 _NAME_FIRST = _Pattern(r"^claude-(opus|sonnet|haiku)-(3-\d|3)(?!\d)")
@@ -375,9 +379,9 @@ def _rate(name: str) -> Any:
 
 
 class Price(namedtuple("Price", "model exact rates")):
-    """What a model's tokens cost. ``model``: the table row; ``exact``: whether the model's own name (or
-    that name with a date) is that row, False when a family or the default had to stand in; ``rates``: a
-    `Usage` of whole pico-dollars (1e-12 USD) per token."""
+    """What a model's tokens cost. ``model``: the table row; ``exact``: whether the model's own name
+    (or that name with a date) is that row, False when a family or the default had to stand in;
+    ``rates``: a `Usage` of whole pico-dollars (1e-12 USD) per token."""
 
     __slots__ = ()
 
@@ -390,8 +394,9 @@ class Price(namedtuple("Price", "model exact rates")):
 
 
 def _spellings(model: str) -> Iterator[str]:
-    """The ways a table may spell a model's name: without the vendor's prefix ('us.anthropic.'), with
-    dots as dashes, with 'claude-' in front, with name and version in the order of that generation."""
+    """The ways a table may spell a model's name: without the vendor's prefix ('us.anthropic.'),
+    with dots as dashes, with 'claude-' in front, with name and version in the order of that
+    generation."""
     name = _VENDOR.sub("", "-".join(str(model).lower().split()))
     yield name
     if _CLAUDE.search(name):
@@ -401,7 +406,8 @@ def _spellings(model: str) -> Iterator[str]:
                     _VERSION_FIRST.sub(r"claude-\2-\1", full))
 
 
-# USD per token; ``above``: those beyond LONG_CONTEXT, None where they are the same; ``fast``: a factor
+# USD per token; ``above``: those beyond LONG_CONTEXT, None where they are the same; ``fast``: a
+# factor
 _Row = namedtuple("_Row", "model figures above fast exact", defaults=(True,))
 
 
@@ -417,7 +423,8 @@ def _parse_prices(table: str) -> Dict[str, _Row]:
 
 
 def _price(row: _Row, rate: str) -> Price:
-    """The price of calls at a rate. A read or a write without a price of its own is billed as input."""
+    """The price of calls at a rate. A read or a write without a price of its own is billed as
+    input."""
     figures = row.figures
     if "long" in rate:
         figures = [low if high is None else high
@@ -435,9 +442,9 @@ class PriceList:
 
     ``overrides``: ``{model: {"input_cost_per_token": USD, "output_cost_per_token": USD,
     "cache_read_input_token_cost": USD, "cache_creation_input_token_cost": USD,
-    "cache_creation_input_token_cost_above_1hr": USD}}``, each also with "_above_200k_tokens" behind it,
-    and "fast" (a factor on all of them in fast mode); raises InvalidValue when a price is not a number
-    >= 0.
+    "cache_creation_input_token_cost_above_1hr": USD}}``, each also with "_above_200k_tokens" behind
+    it, and "fast" (a factor on all of them in fast mode); raises InvalidValue when a price is not a
+    number >= 0.
     """
 
     _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
@@ -447,7 +454,7 @@ class PriceList:
         self.overrides = overrides or {}
         self._own: Dict[str, _Row] = {}
         for model, entry in self.overrides.items():
-            if isinstance(entry, dict) and model != "sample_spec" and "input_cost_per_token" in entry:
+            if model != "sample_spec" and isinstance(entry, dict) and self._fields[0] in entry:
                 below, above = ([self._figure(model, entry, name + end) for name in self._fields]
                                 for end in ("", "_above_200k_tokens"))
                 fast = self._figure(model, dict({"fast": 1}, **entry), "fast")
@@ -462,9 +469,10 @@ class PriceList:
         raise InvalidValue(f"price {name} of {model!r} is {value!r}: give USD per token, >= 0")
 
     def lookup(self, model: str, rate: str = "") -> Price:
-        """The price of a model: its own row, else the longest row its name begins with (the rest must
-        begin with '-', '@' or ':'), else 'default'. ``Price.exact`` is False in the last two cases,
-        unless what was left over is only a release. ``rate``: "fast" or "long" where a call was."""
+        """The price of a model: its own row, else the longest row its name begins with (the rest
+        must begin with '-', '@' or ':'), else 'default'. ``Price.exact`` is False in the last two
+        cases, unless what was left over is only a release. ``rate``: "fast" or "long" where a call
+        was."""
         found = self._found.get((model, rate))
         if found is None:
             found = self._found[model, rate] = _price(self._search(model or "default"), rate)
@@ -490,7 +498,8 @@ class PriceList:
 # ==================================================================================================
 
 class SessionOptimizerError(Exception):
-    """Base of every error this module raises on purpose; the message names the value and the remedy."""
+    """Base of every error this module raises on purpose; the message names the value and the
+    remedy."""
 
 
 class InvalidValue(SessionOptimizerError, ValueError):
@@ -510,7 +519,8 @@ class SessionNotFound(SessionOptimizerError, LookupError):
 
 
 class StorageError(SessionOptimizerError):
-    """A file cannot be read or written: ``path``, ``reason``, and ``remedy`` (what to do). What was stored stays."""
+    """A file cannot be read or written: ``path``, ``reason``, and ``remedy`` (what to do). What was
+    stored stays."""
 
     def __init__(self, path: str, reason: str, remedy: str):
         super().__init__(path, reason, remedy)
@@ -537,7 +547,7 @@ def _warn(message: str) -> None:
 # ==================================================================================================
 
 IDLE_GAP = 600       # seconds without an event after which the session was idle
-MAX_TOKENS = 10**15  # of one event: more is a mistake, and larger numbers lose digits in JSON readers
+MAX_TOKENS = 10**15  # of one event: more is a mistake, and loses digits in JSON readers
 
 
 def now_text() -> str:
@@ -550,68 +560,59 @@ def time_text(moment: float) -> str:
     seconds, micros = divmod(round(moment * 1e6), 1_000_000)
     local = time.localtime(seconds)  # loading datetime takes as long as logging an event does
     minutes, rest = divmod(abs(local.tm_gmtoff), 60)
-    offset = f"{'-' if local.tm_gmtoff < 0 else '+'}{minutes // 60:02d}:{minutes % 60:02d}" + (f":{rest:02d}" if rest else "")
+    offset = f"{'-' if local.tm_gmtoff < 0 else '+'}{minutes // 60:02d}:{minutes % 60:02d}"
+    offset += f":{rest:02d}" if rest else ""
     return "%04d-%02d-%02dT%02d:%02d:%02d.%06d%s" % (*local[:6], micros, offset)
 
 
-_TIME = _Pattern(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d+))?\s*(Z|z|[+-]\d\d:?\d\d(?::?\d\d)?)?$")
+_TIME = _Pattern(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(:\d\d)?(?:[.,](\d+))?\s*"
+                 r"(Z|z|([+-]\d\d):?(\d\d)(?::?(\d\d))?)?$")
 
 
 def parse_time(text: Any) -> Optional[datetime]:
-    """ISO-8601 in any of its usual spellings as an aware datetime; without a zone it is local time; a date
-    alone is its midnight. None when empty or not a time."""
-    from datetime import datetime
+    """ISO-8601 in any of its usual spellings as an aware datetime; without a zone it is local time;
+    a date alone is its midnight. None when empty or not a time."""
+    from datetime import datetime, timezone
     match = _TIME.match(text) if isinstance(text, str) else None
     try:
-        if not match:
-            return _local(datetime.strptime(text, "%Y-%m-%d")) if text else None
-        day, clock, fraction, zone = match.groups()
-        moment = datetime.fromisoformat(day + "T" + clock)
-        if fraction:
-            moment = moment.replace(microsecond=int((fraction + "000000")[:6]))
-        return _local(moment) if zone is None else moment.replace(tzinfo=_zone(zone))
+        if match:
+            day, clock, second, fraction, zone, *offset = match.groups(default="")
+            hours, minutes, seconds = offset
+            text = f"{day}T{clock}{second or ':00'}.{fraction[:6]:0<6}"
+            if zone:
+                return datetime.fromisoformat(
+                    f"{text}{hours or '+00'}:{minutes or '00'}:{seconds or '00'}")
+            moment = datetime.fromisoformat(text)
+        elif text:
+            moment = datetime.strptime(text, "%Y-%m-%d")
+        else:
+            return None
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _zone(text: str) -> timezone:
-    from datetime import timedelta, timezone
-    if text in "Zz":
-        return timezone.utc
-    digits = text[1:].replace(":", "").ljust(6, "0")
-    offset = timedelta(hours=int(digits[:2]), minutes=int(digits[2:4]), seconds=int(digits[4:6]))
-    return timezone(-offset if text[0] == "-" else offset)
-
-
-def _local(moment: datetime) -> datetime:
     try:
         return moment.astimezone()
     except (OverflowError, OSError, ValueError):  # years 1 and 9999 have no local offset everywhere
-        return moment.replace(tzinfo=_zone("Z"))
+        return moment.replace(tzinfo=timezone.utc)
 
 
-_HOURS: Dict[str, int] = {}  # seconds since 1970 at which an hour of a zone begins: sessions hold few hours and many times
-
-
+@functools.lru_cache(maxsize=10_000)  # sessions hold few hours and many times
 def _hour(day_and_hour: str, zone: str) -> int:
-    seconds = _HOURS.get(day_and_hour + zone)
-    if seconds is None:
-        moment = parse_time(f"{day_and_hour}:00:00{zone}")
-        if moment is None:
-            raise ValueError(day_and_hour)
-        seconds = _HOURS[day_and_hour + zone] = int(moment.timestamp())
-    return seconds
+    moment = parse_time(f"{day_and_hour}:00:00{zone}")
+    if moment is None:
+        raise ValueError(day_and_hour)
+    return int(moment.timestamp())
+
+
+_ZONE_AT = {24: 23, 27: 26, 32: 26}  # where the zone begins in the usual spellings, by their length
 
 
 def seconds_of(text: Any) -> Optional[float]:
     """Seconds since 1970 of an ISO-8601 text; None when it is empty or not a time."""
-    size = len(text) if text.__class__ is str and text[19:20] == "." else 0
+    zone = _ZONE_AT.get(len(text)) if text.__class__ is str and text[19:20] == "." else None
     try:
-        if size == 24 and text[23] == "Z":
-            return _hour(text[:13], "Z") + int(text[14:16]) * 60 + int(text[17:19]) + int(text[20:23]) / 1000
-        if size == 32 and text[26] in "+-":  # as `now_text` writes it
-            seconds = _hour(text[:13], text[26:]) + int(text[14:16]) * 60 + int(text[17:19])
-            return (seconds * 1_000_000 + int(text[20:26])) / 1_000_000
+        if zone:
+            seconds = _hour(text[:13], text[zone:]) + int(text[14:16]) * 60 + int(text[17:19])
+            return (seconds * 1_000_000 + int(text[20:zone].ljust(6, "0"))) / 1_000_000
     except ValueError:
         pass
     moment = parse_time(text)
@@ -627,30 +628,45 @@ def _checked_count(name: str, value: Any) -> int:
 
 
 class _Record:
-    """What `dataclass` would generate for each of the records, at a quarter of the time that importing takes."""
+    """What `dataclass` would generate for each of the records, at a quarter of the time that
+    importing takes."""
 
     __hash__ = None  # type: ignore[assignment]
+    __dataclass_fields__: Data
+    _made_by: Data = {}  # functions that make the value of a field of what JSON holds
 
     def __repr__(self) -> str:
-        values = (f"{name}={getattr(self, name)!r}" for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        values = (f"{name}={getattr(self, name)!r}" for name in self.__dataclass_fields__)
         return f"{type(self).__qualname__}({', '.join(values)})"
 
     def __eq__(self, other: Any) -> Any:
         if other.__class__ is not self.__class__:
             return NotImplemented
-        names = self.__dataclass_fields__  # type: ignore[attr-defined]
+        names = self.__dataclass_fields__
         return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    @classmethod
+    def from_dict(cls, data: Data) -> Any:
+        """The record a dict describes; unknown keys are ignored, InvalidValue when it is not
+        one."""
+        try:
+            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            values.update((name, make(values[name])) for name, make in cls._made_by.items())
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidValue(f"not an {cls.__name__}: {error!r}") from None
 
 
 @dataclass(eq=False, repr=False)
 class SessionEvent(_Record):
     """One thing that happened in a session.
 
-    ``tokens_input``: tokens new to the context with this event. ``tokens_output``: tokens the model wrote.
-    ``tokens_cache_write``: the part of ``tokens_input`` billed as cache write, ``tokens_cache_write_1h`` the part
-    of that at the one-hour price. ``tokens_cache_read``: context sent again from the provider's cache by this
-    model call, in no other figure. ``model`` where it differs from the session's; ``agent_id`` of a sub-agent.
-    ``rate``: "fast" or "long" where the call that took the tokens in was billed at such a price.
+    ``tokens_input``: tokens new to the context with this event. ``tokens_output``: tokens the model
+    wrote. ``tokens_cache_write``: the part of ``tokens_input`` billed as cache write,
+    ``tokens_cache_write_1h`` the part of that at the one-hour price. ``tokens_cache_read``: context
+    sent again from the provider's cache by this model call, in no other figure. ``model`` where it
+    differs from the session's; ``agent_id`` of a sub-agent. ``rate``: "fast" or "long" where the
+    call that took the tokens in was billed at such a price.
     """
 
     id: str
@@ -667,9 +683,8 @@ class SessionEvent(_Record):
     agent_id: str = ""
     rate: str = ""
 
-    _usual = frozenset(("id", "timestamp", "event_type", "data", "tokens_input", "tokens_output", "duration_ms"))
-    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read", "model", "agent_id",
-             "rate")
+    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read",
+             "model", "agent_id", "rate")
     _counts = ("tokens_input", "tokens_output", "duration_ms") + _rare[:3]
 
     @property
@@ -686,33 +701,26 @@ class SessionEvent(_Record):
 
     def to_dict(self) -> Data:
         """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
-        result = {"id": self.id, "timestamp": self.timestamp, "event_type": self.event_type._value_,
-                  "data": self.data, "tokens_input": self.tokens_input, "tokens_output": self.tokens_output,
-                  "duration_ms": self.duration_ms}
+        result = dict(vars(self), event_type=self.event_type._value_)
         for name in self._rare:
-            value = getattr(self, name)
-            if value:
-                result[name] = value
+            if not result[name]:
+                del result[name]
         return result
 
     @classmethod
     def from_dict(cls, data: Data) -> "SessionEvent":
-        """The event a dict describes. Unknown keys are ignored; a missing id, an unknown type or a count that
-        is not a whole number >= 0 raises InvalidValue."""
+        """The event a dict describes. Unknown keys are ignored; a missing id, an unknown type or a
+        count that is not a whole number >= 0 raises InvalidValue."""
         get = data.get
         try:
             kind: Any = data["event_type"]
             event = cls(data["id"], get("timestamp", ""), EVENT_TYPES[getattr(kind, "value", kind)],
-                        get("data"),  # type: ignore[arg-type]  # what it may be besides, `_check` says
+                        get("data"),  # type: ignore[arg-type]  # `_check` looks at it
                         get("tokens_input", 0), get("tokens_output", 0), get("duration_ms", 0))
         except (KeyError, TypeError) as error:
             kinds = ", ".join(EVENT_TYPES)
-            raise InvalidValue(f"not an event ({error!r}): it needs an id and an event_type of {kinds}") from None
-        if data.keys() == cls._usual and event.data.__class__ is dict and event.id.__class__ is event.timestamp.__class__ is str \
-                and event.tokens_input.__class__ is event.tokens_output.__class__ is event.duration_ms.__class__ is int \
-                and 0 <= event.tokens_input <= MAX_TOKENS and 0 <= event.tokens_output <= MAX_TOKENS \
-                and 0 <= event.duration_ms <= MAX_TOKENS:
-            return event  # as most are written: there is nothing to mend
+            raise InvalidValue(
+                f"not an event ({error!r}): it needs an id and an event_type of {kinds}") from None
         for name in cls._rare:
             if name in data:
                 setattr(event, name, data[name])
@@ -720,30 +728,28 @@ class SessionEvent(_Record):
         return event
 
     def _check(self) -> None:
-        for value in (self.tokens_input, self.tokens_output, self.duration_ms, self.tokens_cache_write,
-                      self.tokens_cache_write_1h, self.tokens_cache_read):
+        values = vars(self)
+        for name in self._counts:
+            value = values[name]
             if value.__class__ is not int or not 0 <= value <= MAX_TOKENS:
-                for name in self._counts:
-                    setattr(self, name, _checked_count(name, getattr(self, name)))
-                break
+                setattr(self, name, _checked_count(name, value))
         if not self.tokens_cache_write_1h <= self.tokens_cache_write <= self.tokens_input:
-            raise InvalidValue(f"event {self.id!r} has more cache writes than the tokens they are part of: one-hour writes are "
-                               "part of the cache writes, and those of the input")
-        if self.data is None:
-            self.data = {}
+            raise InvalidValue(
+                f"event {self.id!r} has more cache writes than the tokens they are part of: "
+                "one-hour writes are part of the cache writes, and those of the input")
         if self.data.__class__ is not dict:
-            raise InvalidValue(f"data of event {self.id!r} is a {type(self.data).__name__}: give an object")
+            self.data = _typed(values, "data", dict)
         for name in ("id", "timestamp", "model", "agent_id", "rate"):
-            value = getattr(self, name)
-            if value.__class__ is not str:
-                setattr(self, name, str(value or ""))
+            if values[name].__class__ is not str:
+                setattr(self, name, str(values[name] or ""))
 
 
 @dataclass(eq=False, repr=False)
 class Session(_Record):
     """What one agent did on one task: its events in order, and the totals that follow from them.
 
-    The three totals may be set by the caller of a session that has no events. Times are ISO-8601 texts.
+    The three totals may be set by the caller of a session that has no events. Times are ISO-8601
+    texts.
     """
 
     id: str
@@ -793,7 +799,8 @@ class Session(_Record):
 
     @property
     def total_tokens(self) -> int:
-        """Input plus output tokens. Context sent again from the provider's cache is not part of it."""
+        """Input plus output tokens. Context sent again from the provider's cache is not part of
+        it."""
         return self.total_tokens_input + self.total_tokens_output
 
     @property
@@ -812,38 +819,35 @@ class Session(_Record):
 
     def usages(self) -> Dict[Tuple[str, str], Usage]:
         """The usage by model and rate."""
-        sums: Dict[Tuple[str, str], List[int]] = {}
-        for event in self.events:
-            key = event.model or self.model, event.rate
-            row = sums.get(key)
-            if row is None:
-                row = sums[key] = [0, 0, 0, 0, 0]
-            row[0] += event.tokens_input
-            row[1] += event.tokens_cache_write
-            row[2] += event.tokens_cache_write_1h
-            row[3] += event.tokens_cache_read
-            row[4] += event.tokens_output
-        if not self.events:
-            sums[self.model, ""] = [self.total_tokens_input, 0, 0, 0, self.total_tokens_output]
-        return {key: Usage(entered - write, write - hour, hour, read, output)
-                for key, (entered, write, hour, read, output) in sums.items()}
+        groups: Dict[Tuple[str, str], List[Usage]] = {}
+        for event in self._counted():
+            groups.setdefault((event.model or self.model, event.rate), []).append(event.usage)
+        return {key: Usage(*map(sum, zip(*usages))) for key, usages in groups.items()}
+
+    def _counted(self) -> List[SessionEvent]:
+        """The events; totals without events count as one."""
+        return self.events or [SessionEvent("", "", EventType.CUSTOM, {}, self.total_tokens_input,
+                                            self.total_tokens_output)]
 
     @property
     def duration_seconds(self) -> float:
-        """Seconds: the durations recorded by the caller; without them, and for imported sessions (where calls
-        run in parallel), the active wall time, which leaves out gaps of more than 10 minutes."""
+        """Seconds: the durations recorded by the caller; without them, and for imported sessions
+        (where calls run in parallel), the active wall time, which leaves out gaps of more than 10
+        minutes."""
         if self.total_duration_ms and not self.imported:
             return self.total_duration_ms / 1000
-        times = sorted(t for t in map(seconds_of, {event.timestamp for event in self.events}) if t is not None)
-        if not times:
-            times = [t for t in (seconds_of(self.started_at), seconds_of(self.ended_at)) if t is not None]
-            return max(0.0, times[-1] - times[0]) if len(times) > 1 else 0.0
-        gaps = (later - earlier for earlier, later in zip(times, times[1:]))
+        stamps = {event.timestamp for event in self.events}
+        times = sorted(t for t in map(seconds_of, stamps) if t is not None)
+        gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+        started, ended = seconds_of(self.started_at), seconds_of(self.ended_at)
+        if not times and started is not None and ended is not None:
+            return max(0.0, ended - started)
         return sum(gap for gap in gaps if gap <= IDLE_GAP)
 
     def windows(self) -> Iterator[List[SessionEvent]]:
-        """The context windows: the events of one agent that share one live context, cut at every compaction
-        (a CONTEXT_LOAD event whose ``data["source"]`` is "compaction" begins a new one)."""
+        """The context windows: the events of one agent that share one live context, cut at every
+        compaction (a CONTEXT_LOAD event whose ``data["source"]`` is "compaction" begins a new
+        one)."""
         current: Dict[str, List[SessionEvent]] = {}
         for event in self.events:
             if is_compaction(event) and current.get(event.agent_id):
@@ -853,48 +857,47 @@ class Session(_Record):
 
     def to_dict(self) -> Data:
         """A dict JSON can hold, events included."""
-        return dict(self._head(), status=self.status.value, ended_at=self.ended_at,
-                    events=[event.to_dict() for event in self.events],
-                    total_tokens_input=self.total_tokens_input, total_tokens_output=self.total_tokens_output,
-                    total_duration_ms=self.total_duration_ms)
+        return dict(self._head(), events=[event.to_dict() for event in self.events], **self._foot())
 
     def _head(self) -> Data:
         """What is fixed at the start."""
-        return {"id": self.id, "agent": self.agent, "task": self.task, "started_at": self.started_at,
-                "model": self.model, "metadata": self.metadata}
+        names = "id", "agent", "task", "started_at", "model", "metadata"
+        return {name: getattr(self, name) for name in names}
 
     def _foot(self) -> Data:
         """What changes with every event."""
-        return {"status": self.status.value, "ended_at": self.ended_at, "event_count": len(self.events),
-                "total_tokens_input": self.total_tokens_input, "total_tokens_output": self.total_tokens_output,
+        return {"status": self.status.value, "ended_at": self.ended_at,
+                "event_count": len(self.events), "total_tokens_input": self.total_tokens_input,
+                "total_tokens_output": self.total_tokens_output,
                 "total_duration_ms": self.total_duration_ms}
 
     @classmethod
     def from_dict(cls, data: Data) -> "Session":
-        """The session a dict describes. Totals are recomputed when there are events and kept when there are
-        none; unknown keys are ignored; InvalidValue names what is missing or cannot be used."""
+        """The session a dict describes. Totals are recomputed when there are events and kept when
+        there are none; unknown keys are ignored; InvalidValue names what is missing or cannot be
+        used."""
         if not isinstance(data, dict):
-            raise InvalidValue(f"a session is an object with id, agent and task, not a {type(data).__name__}")
+            raise InvalidValue(
+                f"a session is an object with id, agent and task, not a {type(data).__name__}")
         missing = [name for name in ("id", "agent", "task") if name not in data]
         if missing:
-            raise InvalidValue(f"the session has no {', '.join(missing)}: a session needs id, agent and task")
-        session = cls(str(data["id"]), str(data["agent"]), str(data["task"]), _status(data.get("status", "ACTIVE")),
-                      str(data.get("started_at") or ""), str(data.get("ended_at") or ""),
-                      model=str(data.get("model") or "default"))
-        session.metadata = _typed(data, "metadata", dict)
+            raise InvalidValue(
+                f"the session has no {', '.join(missing)}: a session needs id, agent and task")
         entries = _typed(data, "events", list)
         for entry in entries:
             if not isinstance(entry, (dict, SessionEvent)):
-                raise InvalidValue(f"an event of session {session.id!r} is a {type(entry).__name__}: give objects")
-        session.events = [entry if entry.__class__ is SessionEvent else SessionEvent.from_dict(entry)
-                          for entry in entries]
-        session.total_tokens_input = sum(event.tokens_input for event in session.events)
-        session.total_tokens_output = sum(event.tokens_output for event in session.events)
-        session.total_duration_ms = sum(event.duration_ms for event in session.events)
-        if not session.events:
-            for name in ("total_tokens_input", "total_tokens_output", "total_duration_ms"):
-                setattr(session, name, _checked_count(name, data.get(name) or 0))
-        return session
+                raise InvalidValue(
+                    f"an event of session {data['id']!r} is a {type(entry).__name__}: give objects")
+        events = [entry if entry.__class__ is SessionEvent else SessionEvent.from_dict(entry)
+                  for entry in entries]
+        fields: Data = {name: str(data.get(name) or "") for name in ("started_at", "ended_at")}
+        for name in () if events else cls.__dataclass_fields__:
+            if name.startswith("total"):
+                fields[name] = _checked_count(name, data.get(name) or 0)
+        return cls(str(data["id"]), str(data["agent"]), str(data["task"]),
+                   _status(data.get("status", "ACTIVE")), events=events,
+                   model=str(data.get("model") or "default"),
+                   metadata=_typed(data, "metadata", dict), **fields)
 
 
 def _typed(data: Data, name: str, kind: type) -> Any:
@@ -926,10 +929,11 @@ def is_compaction(event: SessionEvent) -> bool:
 class EfficiencyIssue(_Record):
     """A finding: what was wasted, on which events, and how sure the figure is.
 
-    ``claims`` is ``{event id: (input tokens, output tokens)}``, whose sum is ``estimated_waste_tokens``; without
-    claims the number is shared by ``events_involved``, or by the whole session where none is named.
-    ``measured``: the tokens are recorded ones of events that provably repeat; otherwise a share was assumed.
-    ``charged_tokens``, ``charged_cost``: what the report charges to this issue after overlaps (tokens, USD).
+    ``claims`` is ``{event id: (input tokens, output tokens)}``, whose sum is
+    ``estimated_waste_tokens``; without claims the number is shared by ``events_involved``, or by
+    the whole session where none is named. ``measured``: the tokens are recorded ones of events that
+    provably repeat; otherwise a share was assumed. ``charged_tokens``, ``charged_cost``: what the
+    report charges to this issue after overlaps (tokens, USD).
     """
 
     id: str
@@ -946,27 +950,21 @@ class EfficiencyIssue(_Record):
     charged_tokens: int = 0
     charged_cost: float = 0.0
 
+    _made_by = {"issue_type": IssueType, "severity": Severity}
+
     def to_dict(self) -> Data:
         """A dict as JSON holds it."""
-        claims = {event: list(pair) if pair.__class__ is tuple else pair for event, pair in self.claims.items()}
-        return dict(self.__dict__, issue_type=self.issue_type.value, severity=self.severity.value, claims=claims)
-
-    @classmethod
-    def from_dict(cls, data: Data) -> "EfficiencyIssue":
-        """The issue a dict describes; unknown keys are ignored, InvalidValue when it is not one."""
-        try:
-            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-            values["issue_type"] = IssueType(data["issue_type"])
-            values["severity"] = Severity(data["severity"])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidValue(f"not an issue: {error!r}") from None
+        claims = {event: list(pair) if pair.__class__ is tuple else pair
+                  for event, pair in self.claims.items()}
+        return dict(self.__dict__, issue_type=self.issue_type.value, severity=self.severity.value,
+                    claims=claims)
 
 
 @dataclass(eq=False, repr=False)
 class OptimizationReport(_Record):
-    """What an analysis found. Tokens and USD; ``total_*`` is the upper bound (with estimates), ``measured_*`` the
-    lower one. ``analyzer_errors`` names analyzers that failed, ``notes`` says what limits the figures."""
+    """What an analysis found. Tokens and USD; ``total_*`` is the upper bound (with estimates),
+    ``measured_*`` the lower one. ``analyzer_errors`` names analyzers that failed, ``notes`` says
+    what limits the figures."""
 
     session_id: str
     generated_at: str
@@ -987,19 +985,11 @@ class OptimizationReport(_Record):
     bill: Data = field(default_factory=dict)
     advice: List[Data] = field(default_factory=list)
 
+    _made_by = {"issues": lambda issues: list(map(EfficiencyIssue.from_dict, issues))}
+
     def to_dict(self) -> Data:
         """A dict JSON can hold."""
         return dict(self.__dict__, issues=[issue.to_dict() for issue in self.issues])
-
-    @classmethod
-    def from_dict(cls, data: Data) -> "OptimizationReport":
-        """The report a dict describes; unknown keys are ignored, InvalidValue when it is not one."""
-        try:
-            values = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-            values["issues"] = [EfficiencyIssue.from_dict(issue) for issue in data.get("issues", [])]
-            return cls(**values)
-        except (TypeError, AttributeError) as error:
-            raise InvalidValue(f"not a report: {error!r}") from None
 
 
 # ==================================================================================================
@@ -2317,7 +2307,8 @@ def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
 # ==================================================================================================
 
 def share_out(total: int, weights: List[int]) -> List[int]:
-    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder, then order)."""
+    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder,
+    then order)."""
     if len(weights) == 1:
         return [total]
     whole = sum(weights)
@@ -2335,7 +2326,8 @@ def share_out(total: int, weights: List[int]) -> List[int]:
 
 
 def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
-    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it has."""
+    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it
+    has."""
     tokens = max(0, min(tokens, event.tokens))
     entered, written = share_out(tokens, [event.tokens_input, event.tokens_output]) if tokens else (0, 0)
     return entered, written
@@ -2345,26 +2337,19 @@ def _claimable(event: SessionEvent) -> bool:
     return event.event_type is not EventType.CONTEXT_LOAD or event.data.get("source") != "unattributed"
 
 
-def _events_of(session: Session) -> List[SessionEvent]:
-    """The session's events; totals without events count as one."""
-    if session.events or not session.total_tokens:
-        return session.events
-    return [SessionEvent("", "", EventType.CUSTOM, {}, session.total_tokens_input,
-                         session.total_tokens_output)]
-
-
 class Analysis:
-    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It is
-    made for every analysis and forgotten with it, since events may be changed in place.
+    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It
+    is made for every analysis and forgotten with it, since events may be changed in place.
 
-    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with
-    every later call of its window, at the cache-read price, while that call's cache read reaches its
-    position in the context. A cache rebuild costs what it was billed beyond a cache read, and no carry.
+    A wasted input token costs the price class it was billed at, plus its carry: it is sent again
+    with every later call of its window, at the cache-read price, while that call's cache read
+    reaches its position in the context. A cache rebuild costs what it was billed beyond a cache
+    read, and no carry.
     """
 
     def __init__(self, session: Session):
         self.session = session
-        self.events = _events_of(session)
+        self.events = session._counted()
         self.by_id = {event.id: event for event in self.events}
         self._repeats: Optional[List[Tuple[SessionEvent, Repeat]]] = None
         self._walk: Optional[ContextWalk] = None
@@ -2403,8 +2388,8 @@ class Analysis:
         return self._bill if self.walk else {}
 
     def follow(self, *watchers: Callable[[Step, Optional[Data]], Any]) -> ContextWalk:
-        """Follow the contexts and make out the bill. The watchers are called with every step, and the
-        rebuild where it is one."""
+        """Follow the contexts and make out the bill. The watchers are called with every step, and
+        the rebuild where it is one."""
         session, bill = self.session, empty_bill()
         walk, cells = ContextWalk(session), _add_usage(bill, session)
         self._walk, self._bill = walk, bill
@@ -2472,8 +2457,9 @@ def content_of(event: SessionEvent) -> str:
 
 
 class Piece:
-    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands for
-    several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED + tokens."""
+    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands
+    for several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED +
+    tokens."""
 
     __slots__ = ("serial", "content", "event", "sums")
 
@@ -2541,8 +2527,8 @@ class HeldContext:
         return sizes
 
     def lose(self, tokens: int) -> Dict[int, int]:
-        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What stays
-        of the pieces that lost some, by serial number."""
+        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What
+        stays of the pieces that lost some, by serial number."""
         sizes, stays = self.settle(), {}
         results = [i for i, piece in enumerate(self.pieces) if piece.content not in _NOT_RETURNED]
         others = [i for i, piece in enumerate(self.pieces) if piece.content in _NOT_RETURNED]
@@ -2562,12 +2548,12 @@ class HeldContext:
 class Step:
     """A model call as its context shows it.
 
-    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``: the
-    call before in this window; ``events``: what came since, the answer of ``last`` first. ``held`` is the
-    context with all that; ``before``: its length at ``last``; ``stays``: what is left of the pieces that
-    lost tokens since, by serial number. The call read the positions up to ``read`` from the cache and
-    wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins what entered.
-    ``fresh_cost``: pico-dollars of all that it wrote.
+    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``:
+    the call before in this window; ``events``: what came since, the answer of ``last`` first.
+    ``held`` is the context with all that; ``before``: its length at ``last``; ``stays``: what is
+    left of the pieces that lost tokens since, by serial number. The call read the positions up to
+    ``read`` from the cache and wrote those up to ``kept`` again for ``rebuild_cost``
+    (pico-dollars); there begins what entered. ``fresh_cost``: pico-dollars of all that it wrote.
     ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
     """
 
@@ -2584,7 +2570,8 @@ class Step:
 
     @property
     def began(self) -> Optional[float]:
-        """When the call was sent (seconds since 1970): when the last thing that it answers had come."""
+        """When the call was sent (seconds since 1970): when the last thing that it answers had
+        come."""
         answered = seconds_of(self.call.timestamp) if self.call else None
         if answered is None:
             return None
@@ -2602,9 +2589,9 @@ class Step:
 
 
 class ContextWalk:
-    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all that
-    entered; what was paid for them is complete when the walk is over. ``starts``: the start load of each
-    agent's first window (tokens)."""
+    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all
+    that entered; what was paid for them is complete when the walk is over. ``starts``: the start
+    load of each agent's first window (tokens)."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -2614,7 +2601,7 @@ class ContextWalk:
     def __iter__(self) -> Iterator[Step]:
         """The steps, every event in one; the last of a window may be without a call."""
         session = self.session
-        for window in session.windows() if session.events else [_events_of(session)]:
+        for window in session.windows() if session.events else [session._counted()]:
             held, ttl, step = HeldContext(), 0, None
             events: List[SessionEvent] = []
             for event in window:
@@ -2673,8 +2660,8 @@ class ContextWalk:
         return step
 
     def _fill(self, step: Step, loads: List[SessionEvent]) -> None:
-        """Name what the context holds beyond what was seen to enter: a window's loads, what other files
-        tell (history), else unattributed."""
+        """Name what the context holds beyond what was seen to enter: a window's loads, what other
+        files tell (history), else unattributed."""
         held, told = step.held, {}  # type: Tuple[HeldContext, Dict[str, int]]
         missing = step.kept + sum(event.tokens_input for event in loads) - held.length
         for event in loads:
@@ -2711,9 +2698,9 @@ class ContextWalk:
 
 
 def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
-    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's
-    own proportion; without claims the waste is shared by the events involved, or by all where none is
-    named."""
+    """The issue's claims by event id, cut to what each event has. A bare number is split in the
+    event's own proportion; without claims the waste is shared by the events involved, or by all
+    where none is named."""
     if issue.claims:
         pairs = [(analysis.by_id[key], claim) for key, claim in issue.claims.items()
                  if key in analysis.by_id]
@@ -2737,7 +2724,8 @@ def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
 
 
 def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
-    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
+    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set
+    stays."""
     claims = claims_of(analysis, issue)
     if issue.claims:
         issue.estimated_waste_tokens = sum(map(sum, claims.values()))
@@ -2747,10 +2735,10 @@ def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
 
 
 class ClaimsLedger:
-    """Charges every token once: an event pays its largest measured claim, then only what its largest
-    estimated claim adds, never more than it has; of equal claims the first in registry order wins.
-    ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the issues carry their
-    part, and the parts add up. ``by_event``: tokens charged, by event id."""
+    """Charges every token once: an event pays its largest measured claim, then only what its
+    largest estimated claim adds, never more than it has; of equal claims the first in registry
+    order wins. ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the
+    issues carry their part, and the parts add up. ``by_event``: tokens charged, by event id."""
 
     def __init__(self, analysis: Analysis, issues: List[EfficiencyIssue]):
         self.tokens = {True: 0, False: 0}
@@ -2792,8 +2780,8 @@ LEAST_FINDING = 50  # tokens of a measured finding that the report of a transcri
 
 def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
                  analysis: Optional[Analysis] = None) -> OptimizationReport:
-    """Run the analyzers and charge what they claim. One that raises is named in the report, the others
-    count."""
+    """Run the analyzers and charge what they claim. One that raises is named in the report, the
+    others count."""
     analysis = analysis or Analysis(session)
     report = charged_report(session, analyzers, analysis)
     report.bill = in_usd(analysis.bill)
@@ -2804,8 +2792,8 @@ def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
 
 def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer],
                    analysis: Optional[Analysis] = None) -> OptimizationReport:
-    """The findings of a report and its figures, without what only a reader wants: all that a summary
-    needs."""
+    """The findings of a report and its figures, without what only a reader wants: all that a
+    summary needs."""
     analysis = analysis or Analysis(session)
     issues, failures = [], []
     for analyzer in analyzers:
@@ -2874,8 +2862,8 @@ _CONTEXT_NAMES = {"system": "context load", "": "context load", "compaction": "c
 
 
 def token_use(session: Session) -> Dict[str, int]:
-    """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool, written. The
-    parts add up to the session's total tokens."""
+    """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool,
+    written. The parts add up to the session's total tokens."""
     use: Dict[str, int] = {}
     for event in session.events:
         data, kind = event.data, event.event_type
@@ -2956,8 +2944,8 @@ _SETTINGS = ("/mcp", "/plugin", "/agents", "/config")
 
 
 def cause_of(step: Step, session: Session) -> Tuple[str, str]:
-    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock", "none").
-    Meaningful for rebuilds of SMALL tokens and more."""
+    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock",
+    "none"). Meaningful for rebuilds of SMALL tokens and more."""
     call, last = step.call, step.last
     assert call is not None
     told = str(call.data.get(CACHE_MISS) or "")
@@ -3027,9 +3015,10 @@ def empty_bill() -> Data:
 
 
 def bill_of(session: Session) -> Data:
-    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content x how
-    it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``: calls whose
-    output is a placeholder, of all, and what the output of those would cost at its visible size."""
+    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content
+    x how it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``:
+    calls whose output is a placeholder, of all, and what the output of those would cost at its
+    visible size."""
     return Analysis(session).bill
 
 
@@ -3112,9 +3101,9 @@ _READ_IN_PARTS = "Read files of more than 10,000 tokens in parts: search first, 
 
 
 def advice_of(rows: List[Data]) -> List[Data]:
-    """What to do tomorrow, the largest saving first, from rows of sessions (`bill_columns`): ``{"kind",
-    "text", "paste", "saves": {"low", "middle", "high"}, "sessions": [ids], "project"}``, in
-    pico-dollars. ``"point": False`` says that of the saving the range alone is known."""
+    """What to do tomorrow, the largest saving first, from rows of sessions (`bill_columns`):
+    ``{"kind", "text", "paste", "saves": {"low", "middle", "high"}, "sessions": [ids], "project"}``,
+    in pico-dollars. ``"point": False`` says that of the saving the range alone is known."""
     found = _long_advice(rows) + _start_advice(rows) + _read_advice(rows) + _prefix_advice(rows)
     found = [entry for entry in found if entry["saves"]["high"] > 0]
     return sorted(found, key=lambda entry: (-entry["saves"]["middle"], entry["text"]))
@@ -3149,8 +3138,8 @@ def _long_advice(rows: List[Data]) -> List[Data]:
 
 
 def is_recommended(recorded: int, saves: List[int]) -> bool:
-    """Whether a saving (worst, middle, best) is worth advising: the worst case saves, the middle one at
-    least 1% of what was ``recorded``."""
+    """Whether a saving (worst, middle, best) is worth advising: the worst case saves, the middle
+    one at least 1% of what was ``recorded``."""
     return saves[0] > 0 and 100 * saves[1] >= recorded
 
 
@@ -3190,7 +3179,8 @@ def paid_for(bill: Data, content: str) -> int:
 
 
 def _read_advice(rows: List[Data]) -> List[Data]:
-    """Large reads with all that was paid for them: a part of each would have done, often but not always."""
+    """Large reads with all that was paid for them: a part of each would have done, often but not
+    always."""
     paid = {row["id"]: sum(read["cost"] for read in row["large_reads"]) for row in rows}
     files: Dict[str, int] = {}
     for row in rows:
@@ -3205,7 +3195,8 @@ def _read_advice(rows: List[Data]) -> List[Data]:
 
 
 def _prefix_advice(rows: List[Data]) -> List[Data]:
-    """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of them."""
+    """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of
+    them."""
     found = []
     for cause, (what, paste) in _PREFIX_ADVICE.items():
         net: Dict[str, int] = {}
@@ -3756,7 +3747,8 @@ class Replay:
         return begins - removed + inside + (self._inserted if beyond else 0)
 
     def _compact(self, step: Step, rebuild: Optional[Data], rates: Usage) -> Tuple[int, int]:
-        """Compact where the policy does: from where on the context is new, and the request's cost."""
+        """Compact where the policy does: from where on the context is new, and the request's
+        cost."""
         base = self._first + self.summary
         back = rebuild is not None and rebuild["cause"] == "expired" \
             and self._length > max(base, self.limits["return"] or MAX_TOKENS)
@@ -3808,7 +3800,8 @@ class Replay:
             str(event.data.get("tool") or "").lower(), piece.content.lower())
 
     def _clear(self, step: Step, rebuild: Optional[Data]) -> int:
-        """Clear old results where the policy does; the position from which on the context is new."""
+        """Clear old results where the policy does; the position from which on the context is
+        new."""
         old = list(itertools.takewhile(
             lambda result: result[0] + self.options["older"] <= self._calls, self._results))
         freed = sum(size - CLEARED_RESULT for _, _, size in old)
@@ -3868,8 +3861,8 @@ def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
 
 def replayed(analysis: Analysis, *policies: Tuple[str, Data],
              summary: int = 0) -> List[List[int]]:
-    """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best case.
-    ``summary``: tokens that stand in for SUMMARY."""
+    """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best
+    case. ``summary``: tokens that stand in for SUMMARY."""
     cases = [[Replay(analysis, name, options, case, summary) for case in (BEST, MIDDLE, WORST)]
              for name, options in policies]
     analysis.follow(*itertools.chain(*cases))
@@ -3884,8 +3877,8 @@ FIXED_POLICIES: Dict[str, Tuple[str, Data]] = {
 
 
 def parse_policy(text: str) -> Tuple[str, Data]:
-    """A policy as it is written ("compact --above 60k", "cap 2000 --tool Bash", "ttl 1h"): its name and
-    all its options. InvalidValue says what is wrong."""
+    """A policy as it is written ("compact --above 60k", "cap 2000 --tool Bash", "ttl 1h"): its name
+    and all its options. InvalidValue says what is wrong."""
     name, *words = str(text).split() or [""]
     if name not in POLICIES:
         raise InvalidValue(f"unknown policy {name!r}: use one of {', '.join(POLICIES)}")
@@ -3916,8 +3909,8 @@ def _policy_value(key: str, word: str) -> Any:
 
 
 class Compactions:
-    """The real compactions of sessions, from which others are predicted. ``by_agent``: of each what the
-    context held beyond the session's first one, and the calls after it."""
+    """The real compactions of sessions, from which others are predicted. ``by_agent``: of each what
+    the context held beyond the session's first one, and the calls after it."""
 
     def __init__(self) -> None:
         self.by_agent: Dict[str, List[Data]] = {}
@@ -3941,14 +3934,14 @@ class Compactions:
                                           session.price_of(step.call).rates.read))
 
     def summary(self, agent: str) -> int:
-        """Tokens of a context beyond the first one, after a compaction of this agent's; 0 where there
-        are too few."""
+        """Tokens of a context beyond the first one, after a compaction of this agent's; 0 where
+        there are too few."""
         beyond = sorted(found["beyond"] for found in self.by_agent.get(agent, ()))
         return _median(beyond) if len(beyond) >= ENOUGH_COMPACTIONS else 0
 
     def errors(self) -> List[int]:
-        """By how much the cost of the calls after each is missed when it is predicted from the others of
-        that agent, in tenths of a percent, smallest first."""
+        """By how much the cost of the calls after each is missed when it is predicted from the
+        others of that agent, in tenths of a percent, smallest first."""
         errors = []
         for all_of_them in self.by_agent.values():
             for found in all_of_them if len(all_of_them) >= ENOUGH_COMPACTIONS else ():
@@ -3983,17 +3976,17 @@ _SAME = "the same calls with the same answers; what another context would have l
 
 def what_if(sessions: Any, policy: str,
             progress: Optional[Callable[[int], Any]] = None) -> Data:
-    """Sessions priced again under a policy: "none", "compact --above N", "return --above N",
-    "ttl 5m|1h", "cap N [--tool T]", "start --tokens N", "no-repeats", "clear --older K [--at-least N]
+    """Sessions priced again under a policy: "none", "compact --above N", "return --above N", "ttl
+    5m|1h", "cap N [--tool T]", "start --tokens N", "no-repeats", "clear --older K [--at-least N]
     [--when-rebuilding]", "all" (return 80k, compact 200k and no-repeats in one replay).
 
     ``sessions``: a list of them, or a function that gives them again and again (None: left out);
-    ``progress`` is called with the number of those done.
-    Returns ``{"policy", "parameters", "recorded", "replayed": {"low", "middle", "high"}, "saves",
-    "sessions": {"better", "worse", "same", "worst"}, "without_largest", "calibration": {"n", "source",
-    "median_error", "p90_error"} (shares), "point", "assumptions", "recommended"}``, USD. ``replayed``
-    ascends from the best case, ``saves`` from the worst; where ``point`` is False the range alone is
-    known. InvalidValue for a policy that is none."""
+    ``progress`` is called with the number of those done. Returns ``{"policy", "parameters",
+    "recorded", "replayed": {"low", "middle", "high"}, "saves", "sessions": {"better", "worse",
+    "same", "worst"}, "without_largest", "calibration": {"n", "source", "median_error", "p90_error"}
+    (shares), "point", "assumptions", "recommended"}``, USD. ``replayed`` ascends from the best
+    case, ``saves`` from the worst; where ``point`` is False the range alone is known. InvalidValue
+    for a policy that is none."""
     name, options = parse_policy(policy)
     compactions, rows, agents = Compactions(), [], set()
     compacts = name in ("compact", "return", "all")
@@ -4035,7 +4028,8 @@ def _replay_sums(rows: List[Tuple[str, int, List[int]]]) -> Data:
 
 
 def _calibration(errors: List[int], agents: Iterable[str]) -> Data:
-    """``n``: how many compactions of the user's own the errors (shares) are from; 0: the shipped ones."""
+    """``n``: how many compactions of the user's own the errors (shares) are from; 0: the shipped
+    ones."""
     median, high = max(SHIPPED_ERRORS.get(agent, SHIPPED_ERRORS[""]) for agent in agents or [""])
     if errors:
         median, high = _median(errors), errors[9 * (len(errors) - 1) // 10]
