@@ -1920,89 +1920,86 @@ if TYPE_CHECKING:
 
 TO_THE_END = 10**9  # last line of a read whose end is not known
 
-_DECLINED = _Pattern(r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
-                       r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|user (?:declined|rejected)", re.I)
-_TRANSIENT = _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|service unavailable", re.I)
+_FAILURES = (
+    ("collateral", _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)),
+    ("interrupted", _Pattern("Request interrupted by user|aborted by user")),
+    ("declined", _Pattern(
+        r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
+        r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|"
+        r"user (?:declined|rejected)", re.I)),
+    ("transient", _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|"
+                           r"service unavailable", re.I)))
 
 
 def failure_kind(data: Data) -> str:
-    """Why a failure is not the agent's: "declined", "transient", "collateral" or "interrupted"; "" when it is."""
+    """Why a failure is not the agent's: "declined", "transient", "collateral" or "interrupted"; ""
+    when it is."""
     if data.get("kind"):
         return str(data["kind"])
     message = str(data.get("message") or data.get("error") or "")[:1000]
-    if _DECLINED.search(message):
-        return "declined"
+    kind = next((kind for kind, pattern in _FAILURES if pattern.search(message)), "")
     code = data.get("status_code", data.get("code"))
-    return "transient" if code in (429, 503, 529) or _TRANSIENT.search(message) else ""
+    return kind or ("transient" if code in (429, 503, 529) else "")
 
 
 def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
     """Paths the event may have changed; ["*"]: anything; ["?"]: not known; []: nothing."""
-    data = event.data
+    data, kind = event.data, event.event_type
     if "changes" in data:
         changes = data["changes"]
-        return changes if isinstance(changes, list) and all(path.__class__ is str for path in changes) else ["?"]
-    kind = event.event_type
-    if kind is EventType.FILE_WRITE:
+        known = isinstance(changes, list) and all(path.__class__ is str for path in changes)
+        return changes if known else ["?"]
+    effect = "write"
+    if kind in (EventType.TOOL_CALL, EventType.ERROR):
+        command = _command_of(data)
+        if command:
+            return _changes_by_command(command, cwd)
+        tool = str(data.get("tool") or data.get("name") or "").lower()
+        effect = TOOL_KINDS.get(tool, "?" if tool else "")
+    elif kind is not EventType.FILE_WRITE:
+        return []
+    if effect == "write" and kind is not EventType.ERROR:
         return [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
-    if kind is not EventType.TOOL_CALL and kind is not EventType.ERROR:
-        return []
-    command = _command_of(data)
-    if command:
-        return _changes_by_command(command, cwd)
-    tool = str(data.get("tool") or data.get("name") or "").lower()
-    effect = TOOL_KINDS.get(tool, "")
-    if not tool or effect in ("read", "search", "harmless"):
-        return []
-    if effect == "write":
-        return [] if kind is EventType.ERROR else [canonical_path(path, cwd) for path in _paths_of(data)] or ["*"]
-    return ["?"]
+    return ["?"] if effect in ("?", "shell") else []
 
 
-_CHANGES: Dict[Tuple[str, str], List[str]] = {}  # by command and directory: agents run few commands many times
-
-
+@functools.lru_cache(maxsize=2_000)  # agents run few commands many times
 def _changes_by_command(command: str, cwd: str) -> List[str]:
-    changes = _CHANGES.get((command, cwd))
-    if changes is None:
-        changes = shell_effects(command, cwd).changes
-        if len(_CHANGES) > 10_000:
-            _CHANGES.clear()
-        if len(command) < 500:
-            _CHANGES[command, cwd] = changes
-    return changes
+    return shell_effects(command, cwd).changes
 
 
 def _command_of(data: Data) -> str:
-    arguments: Data = data["args"] if isinstance(data.get("args"), dict) else {}
-    command = data.get("command") or arguments.get("command") or ""
+    arguments = data.get("args")
+    inner = arguments.get("command") if isinstance(arguments, dict) else ""
+    command = data.get("command") or inner
     return command if isinstance(command, str) else ""
 
 
 def _is_imported(data: Data) -> bool:
-    """Whether a reader made the event: then ``line`` and ``path`` are its place in the transcript."""
+    """Whether a reader made the event: then ``line`` and ``path`` are its place in the
+    transcript."""
     return "line" in data and "response_id" in data
 
 
 def _paths_of(data: Data) -> List[str]:
     """The files an event names. In an imported event ``path`` is the transcript's."""
-    path = data.get("file_path") or data.get("file") or ("" if _is_imported(data) else data.get("path")) or ""
+    path = data.get("file_path") or data.get("file") or not _is_imported(data) and data.get("path")
     paths = data.get("file_paths") or [path]
-    return [path for path in paths if isinstance(path, str) and path] if isinstance(paths, list) else []
+    return [path for path in paths if isinstance(path, str) and path] \
+        if isinstance(paths, list) else []
 
 
 def line_range(data: Data) -> Tuple[int, int]:
-    """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are (-n, -1)."""
-    first: Any
-    last: Any
+    """First and last line a read asked for; (1, TO_THE_END) for a whole file; the last n lines are
+    (-n, -1)."""
+    first: Any = data.get("start_line")
+    last: Any = data.get("end_line")
     given = data.get("lines") or data.get("line_range") or data.get("view_range")
-    if isinstance(given, str) and re.match(r"\d+\s*[-:,]\s*\d+$", given):
+    if isinstance(given, str) and re.match(r"\d{1,9}\s*[-:,]\s*\d{1,9}$", given):
         given = [int(number) for number in re.findall(r"\d+", given)]
     if isinstance(given, (list, tuple)) and len(given) == 2:
         first, last = given
-    elif "start_line" in data or "end_line" in data:
-        first, last = data.get("start_line"), data.get("end_line")
-    else:
+    elif first is None and last is None:
         first, limit = data.get("offset") or 1, data.get("limit")
         last = first + limit - 1 if _is_count(first) and _is_count(limit) and limit else None
     first = first if _is_count(first) else 1
@@ -2017,16 +2014,16 @@ def _is_count(value: Any) -> bool:
 
 
 Repeat = namedtuple("Repeat", "earlier covered total also exact", defaults=((), True))
-Repeat.__doc__ = """What of a read or a result its window holds already: the event that brought it first, how many
-of how many lines or characters, further events that brought some of them, and whether all of it is known to
-be the same (False: nearly all lines of an answer are)."""
-
+Repeat.__doc__ = """What of a read or a result its window holds already: the event that brought it
+first, how many of how many lines or characters, further events that brought some of them, and
+whether all of it is known to be the same (False: nearly all lines of an answer are)."""
 
 _ANSWERING = (EventType.SEARCH, EventType.TOOL_CALL)  # what they bring is compared as a whole
-_GIT_ACTS = _Pattern(r"\bgit\s+(?:-\S+\s+\S+\s+){0,3}(?:add|commit|push|reset|restore|rm|mv|tag|fetch|"
-                     r"stash|branch\s+-|remote\s+\w|config\s+\S+\s+\S|init|worktree\s+\w)")
+_GIT_ACTS = _Pattern(
+    r"\bgit\s+(?:-\S+\s+\S+\s+){0,3}(?:add|commit|push|reset|restore|rm|mv|tag|fetch|"
+    r"stash|branch\s+-|remote\s+\w|config\s+\S+\s+\S|init|worktree\s+\w)")
 LEAST_ANSWER = 50  # tokens of a result that counts as given before when another call gave it
-LEAST_POLL = 500   # tokens of a result whose unchanged lines count as repeated where nine in ten are
+LEAST_POLL = 500   # tokens of a result whose unchanged lines count where nine in ten are
 
 
 def _acts(event: SessionEvent) -> bool:
@@ -2034,31 +2031,41 @@ def _acts(event: SessionEvent) -> bool:
     return bool(_GIT_ACTS.search(_command_of(event.data)))
 
 
-class _Held:
-    """One read that a window still holds."""
+_Held = namedtuple("_Held", "first last digest clock event")  # lines that a read brought
 
-    __slots__ = ("first", "last", "digest", "clock", "event")
 
-    def __init__(self, first: int, last: int, digest: str, clock: int, event: SessionEvent):
-        self.first, self.last, self.digest, self.clock, self.event = first, last, digest, clock, event
+class _Holding:
+    """What the live window of one agent holds."""
+
+    def __init__(self) -> None:
+        self.reads: Dict[str, List[_Held]] = {}      # by path
+        self.answers: Dict[Any, SessionEvent] = {}   # by key of a search, by operation, by answer
+        self.before: set = set()  # ids of the answers given before a person spoke
+
+    def leave(self, ids: set) -> None:
+        """Results left a context that goes on."""
+        for held in self.reads.values():
+            held[:] = [old for old in held if old.event.id not in ids]
+        self.answers = {key: old for key, old in self.answers.items() if old.id not in ids}
 
 
 class ContextMemory:
     """What every context window of a session still holds unchanged, followed event by event.
 
-    Windows belong to one agent and end at a compaction. The files on disk are shared: a write by one agent makes
-    the copies in every window stale. A command that is not recognised ends all searches, and leaves a read
-    repeated only if its content is known to be the same.
+    Windows belong to one agent and end at a compaction. The files on disk are shared: a write by
+    one agent makes the copies in every window stale. A command that is not recognised ends all
+    searches, and leaves a read repeated only if its content is known to be the same.
     """
 
     def __init__(self, cwd: str = ""):
         self.cwd = cwd
-        self._reads: Dict[str, Dict[str, List[_Held]]] = {}
-        self._searches: Dict[str, Dict[Any, SessionEvent]] = {}  # by key, by operation, by answer
-        self._spoken: Dict[str, set] = {}  # by agent: ids of the answers given since a person spoke
-        self._folders: set = set()  # those above every path that was read
+        self._windows: Dict[str, _Holding] = {}
         self._clock = 0
         self._doubt = 0  # clock of the last command that was not recognised
+
+    def _window(self, event: SessionEvent) -> _Holding:
+        agent = event.agent_id
+        return self._windows.get(agent) or self._windows.setdefault(agent, _Holding())
 
     def observe(self, event: SessionEvent) -> Optional[Repeat]:
         """What of this event its window held already (None: nothing), and take the event in."""
@@ -2069,29 +2076,20 @@ class ContextMemory:
         changes = changes_of(event, self.cwd)
         if changes:
             self._forget(changes)  # a command line that changes and reads shows what it has changed
-        repeat = self.repeats(event)
+        repeat, window = self.repeats(event), self._window(event)
         if kind is EventType.FILE_READ:
-            self._keep(event, self._ranges(event))
+            self._keep(window, event)
         elif kind in _ANSWERING and _acts(event):
-            self._searches.pop(event.agent_id, None)
+            window.answers.clear()
         elif kind in _ANSWERING:
-            self._keep_answer(event)
+            self._keep_answer(window, event)
         elif kind is EventType.USER_MESSAGE:
-            self._spoken[event.agent_id] = set()
+            window.before = {answer.id for answer in window.answers.values()}
         elif is_compaction(event):
-            self._reads.pop(event.agent_id, None)
-            self._searches.pop(event.agent_id, None)
+            del self._windows[event.agent_id]
         elif "left" in event.data:
-            self._leave(event.agent_id, set(event.data["left"]))
+            window.leave(set(event.data["left"]))
         return repeat
-
-    def _leave(self, agent: str, ids: set[str]) -> None:
-        """Results left a context that goes on."""
-        for held in self._reads.get(agent, {}).values():
-            held[:] = [old for old in held if old.event.id not in ids]
-        searches = self._searches.get(agent, {})
-        for key in [key for key, old in searches.items() if old.id in ids]:
-            del searches[key]
 
     def repeats(self, event: SessionEvent) -> Optional[Repeat]:
         """What of this event its window holds, without taking the event in; None when nothing."""
@@ -2100,198 +2098,174 @@ class ContextMemory:
         return self._repeated_answer(event) if event.event_type in _ANSWERING else None
 
     def _repeated_read(self, event: SessionEvent) -> Optional[Repeat]:
-        reads = self._ranges(event)
         if event.data.get("unchanged"):
             return None
-        found = [self._covered(event, *read) for read in reads]
+        found = [self._covered(*read) for read in self._asked(event)]
+        whole = [repeat for repeat in found if repeat and repeat.covered == repeat.total]
         if len(found) == 1:
             return found[0]
-        whole = [repeat for repeat in found if repeat and repeat.covered == repeat.total]
         if not found or len(whole) < len(found):
             return None  # of several files in one result, the share of each is not known
-        others = [e for repeat in whole for e in (repeat.earlier, *repeat.also)]
-        return whole[0]._replace(also=tuple(others[1:]))
+        _, *others = [e for repeat in whole for e in (repeat.earlier, *repeat.also)]
+        return whole[0]._replace(also=tuple(others))
 
     def foresee(self, event: SessionEvent) -> None:
-        """Give a read that has not run yet the lines it will bring: those the same request brought before, else as many as
-        the file is known to have."""
-        reads = self._ranges(event) if event.event_type is EventType.FILE_READ else []
-        if len(reads) != 1 or "reads" in event.data:
+        """Give a read that has not run yet the lines it will bring: those the same request brought
+        before, else as many as the file is known to have."""
+        data = event.data
+        asked = self._asked(event) if event.event_type is EventType.FILE_READ else []
+        if len(asked) != 1 or "reads" in data:
             return
-        path, first, last = reads[0]
-        for old in reversed(self._reads.get(event.agent_id, {}).get(path, ())):
-            data = old.event.data
-            if data.get("content_hash") and data.get("lines") and all(data.get(key) == event.data.get(key)
-                                                                     for key in _REQUEST):
-                event.data["lines"] = data["lines"]
+        path, (first, last, *_) = asked[0]
+        for old in reversed(self._window(event).reads.get(path, ())):
+            was = old.event.data
+            if was.get("content_hash") and was.get("lines") \
+                    and all(was.get(key) == data.get(key) for key in _REQUEST):
+                data["lines"] = was["lines"]
                 return
-            total = data["total_lines"] if _is_count(data.get("total_lines")) else 0
+            total = was["total_lines"] if _is_count(was.get("total_lines")) else 0
             if first <= total < last:
                 last = total
-        event.data["lines"] = [first, last]
+        data["lines"] = [first, last]
 
     def held_since(self, event: SessionEvent) -> Optional[float]:
-        """When the oldest read of the event's files that its window holds was, in seconds since 1970; None: not known."""
-        window = self._reads.get(event.agent_id, {})
-        times = [seconds_of(old.event.timestamp) for path, _, _ in self._ranges(event) for old in window.get(path, ())]
+        """When the oldest read of the event's files that its window holds was, in seconds since
+        1970; None: not known."""
+        reads = self._window(event).reads
+        times = [seconds_of(old.event.timestamp) for path, _ in self._asked(event)
+                 for old in reads.get(path, ())]
         known = [moment for moment in times if moment is not None]
         return min(known) if known and len(known) == len(times) else None
 
-    def _ranges(self, event: SessionEvent) -> List[Tuple[str, int, int]]:
-        several = event.data.get("reads")
-        if isinstance(several, list) and all(isinstance(read, (list, tuple)) and len(read) == 3 for read in several):
-            return [(canonical_path(str(read[0]), self.cwd), *line_range({"lines": read[1:]})) for read in several]
-        first, last = line_range(event.data)
-        pages = f"#pages={event.data['pages']}" if event.data.get("pages") else ""
-        return [(canonical_path(path, self.cwd) + pages, first, last) for path in _paths_of(event.data)[:1]]
+    def _asked(self, event: SessionEvent) -> List[Tuple[str, _Held]]:
+        """The files of a read, and the lines of each."""
+        data = event.data
+        several, pages = data.get("reads"), data.get("pages")
+        if isinstance(several, list) and all(
+                isinstance(read, (list, tuple)) and len(read) == 3 for read in several):
+            spans = [(str(path), line_range({"lines": span})) for path, *span in several]
+        else:
+            part = f"/#pages={pages}" if pages else ""
+            spans = [(path + part, line_range(data)) for path in _paths_of(data)[:1]]
+        digest = data.get("content_hash") or ""
+        return [(canonical_path(path, self.cwd), _Held(*span, digest, self._clock, event))
+                for path, span in spans]
 
-    def _covered(self, event: SessionEvent, path: str, first: int, last: int) -> Optional[Repeat]:
-        held = self._reads.get(event.agent_id, {}).get(path)
-        content = event.data.get("content")
-        if not held or content == "changed":
-            return None
-        digest = event.data.get("content_hash")
-        if digest and first < 0:  # the end of a file may be another one each time: only the same answer repeats
+    def _covered(self, path: str, new: _Held) -> Optional[Repeat]:
+        first, last, digest, _, event = new
+        held = self._window(event).reads.get(path, [])
+        if digest and first < 0:
+            # The end of a file may be another one each time: only the same answer repeats.
             held = [old for old in held if old.digest == digest and old.first == first]
-        for old in held:
-            if digest and old.digest and (old.first, old.last) == (first, last) and content != "same":
-                if old.digest != digest:
-                    return None
-                content = "same"
-        spans = sorted(((max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
-                        if (content == "same" or old.clock > self._doubt) and old.first <= last and old.last >= first),
-                       key=lambda span: span[:3])
+        same = _same(held, new)
+        if same is False:
+            return None
+        spans = [(max(old.first, first), min(old.last, last), old.clock, old.event) for old in held
+                 if (same or old.clock > self._doubt) and old.first <= last and old.last >= first]
         covered, end = 0, first - 1
-        used: List[SessionEvent] = []
-        for start, stop, _, earlier in spans:
-            new = stop - max(start, end + 1) + 1
-            if new > 0:
-                covered, end = covered + new, stop
+        used: Events = []
+        for start, stop, _, earlier in sorted(spans, key=lambda span: span[:3]):
+            brought = stop - max(start - 1, end)
+            if brought > 0:
+                covered, end = covered + brought, stop
                 used.append(earlier)
         if not covered:
             return None
-        lines, size, of_size = event.data.get("overlap") or (0, 0, 0)
+        total = last - first + 1
+        lines, *characters = event.data.get("overlap") or (0, 0, 0)
         if covered == lines:  # lines are of different lengths
-            return Repeat(used[0], size, of_size, tuple(used[1:]))
-        return Repeat(used[0], covered, last - first + 1, tuple(used[1:]))
+            covered, total = characters
+        return Repeat(used[0], covered, total, tuple(used[1:]))
 
     def _repeated_answer(self, event: SessionEvent) -> Optional[Repeat]:
         """A search that was run before, or any result that was given before."""
-        held, data = self._searches.get(event.agent_id, {}), event.data
-        answer = data.get("content_hash")
+        window, data = self._window(event), event.data
+        held, answer = window.answers, data.get("content_hash")
+        searched = event.event_type is EventType.SEARCH
         if _acts(event):
             return None
-        key = search_key(data) if event.event_type is EventType.SEARCH else None
-        earlier = held.get(key)
-        if earlier is not None:
+        earlier = held.get(search_key(data)) if searched else None
+        if earlier:
             old = earlier.data.get("content_hash")
             if not answer and _is_imported(data):
-                return None  # a hosted search: what it found was not recorded, and has left the context
+                return None  # a hosted search: what it found is not recorded, and has left
             if not (old and answer and old != answer):
                 return Repeat(earlier, 1, 1)
-        response = data.get("response_id")
-        if response and answer in held and held[answer].data.get("response_id") == response:
+        given, response = held.get(answer), data.get("response_id")
+        if given and response and given.data.get("response_id") == response:
             return None  # asked in one breath: the first answer was not known yet
-        if event.tokens_input >= LEAST_ANSWER and answer in held:
-            # A command looks at the world outside, where a person may have changed something meanwhile.
-            sure = event.event_type is EventType.SEARCH \
-                or held[answer].id in self._spoken.get(event.agent_id, (held[answer].id,))
-            return Repeat(held[answer], 1, 1, (), sure)
-        if event.tokens_input >= LEAST_POLL and data.get("same_lines"):
-            last = held.get(("last", data.get("operation")))
+        if given and event.tokens_input >= LEAST_ANSWER:
+            # A command looks at the world outside, where a person may have changed something.
+            return Repeat(given, 1, 1, (), searched or given.id not in window.before)
+        last = held.get(("last", data.get("operation")))
+        if last and event.tokens_input >= LEAST_POLL and data.get("same_lines"):
             same, total = data["same_lines"]
-            return Repeat(last, same, total, (), False) if last is not None else None
+            return Repeat(last, same, total, (), False)
         return None
 
-    def _keep_answer(self, event: SessionEvent) -> None:
+    def _keep_answer(self, window: _Holding, event: SessionEvent) -> None:
         data = event.data
+        key = search_key(data) if event.event_type is EventType.SEARCH else None
         if data.get("truncated"):
             return
-        held = self._searches.setdefault(event.agent_id, {})
-        self._spoken.get(event.agent_id, set()).add(event.id)
-        key = search_key(data) if event.event_type is EventType.SEARCH else None
         if key:
-            held[key] = event
+            window.answers[key] = event
         if data.get("content_hash"):
-            held[data["content_hash"]] = event
-            held["last", data.get("operation")] = event
+            window.answers[data["content_hash"]] = event
+            window.answers["last", data.get("operation")] = event
 
-    def _keep(self, event: SessionEvent, reads: List[Tuple[str, int, int]]) -> None:
-        if event.data.get("unchanged") or event.data.get("truncated"):
-            return
-        window = self._reads.setdefault(event.agent_id, {})
-        digest = event.data.get("content_hash") or ""
-        for path, first, last in reads:
-            held = window.get(path)
-            if held is None:
-                held = window[path] = []
-                self._note_folders(path)
-            if self._stale(held, event, first, last, digest):
-                held[:] = []
-            if self._tells_nothing_new(held, event, first, last, digest):
-                continue
-            held.append(_Held(first, last, digest, self._clock, event))
-            total = event.data.get("total_lines")
-            if first == 1 and last >= (total if _is_count(total) and total else TO_THE_END):
-                held.append(_Held(-last, -1, "", self._clock, event))
-
-    def _note_folders(self, path: str) -> None:
-        while "/" in path:
-            path = path.rpartition("/")[0]
-            if path in self._folders:
-                return
-            self._folders.add(path)
-
-    def _tells_nothing_new(self, held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
-        """Whether an earlier read that is as good says the same: a file that is polled is not kept a thousand times."""
+    def _keep(self, window: _Holding, event: SessionEvent) -> None:
         data = event.data
-        return any((old.first, old.last, old.digest) == (first, last, digest) and old.clock > self._doubt and all(
-            data.get(key) == old.event.data.get(key) for key in _SAME_READ) for old in held)
-
-    @staticmethod
-    def _stale(held: List[_Held], event: SessionEvent, first: int, last: int, digest: str) -> bool:
-        """True when what came back shows that the file is another than the window holds."""
-        content = event.data.get("content")
-        return content == "changed" or content != "same" and digest != "" and any(
-            old.digest and old.digest != digest and (old.first, old.last) == (first, last) for old in held)
+        total = data["total_lines"] if _is_count(data.get("total_lines")) else 0
+        if data.get("unchanged") or data.get("truncated"):
+            return
+        for path, new in self._asked(event):
+            held = window.reads.setdefault(path, [])
+            if _same(held, new) is False:
+                held.clear()
+            polled = any(old[:3] == new[:3] and old.clock > self._doubt and all(
+                data.get(key) == old.event.data.get(key) for key in _SAME_READ) for old in held)
+            if not polled:  # what is polled is not kept a thousand times
+                held.append(new)
+                if new.first == 1 and new.last >= (total or TO_THE_END):
+                    held.append(new._replace(first=-new.last, last=-1, digest=""))
 
     def _forget(self, changes: List[str]) -> None:
-        self._searches.clear()
-        if "*" in changes:
-            self._reads.clear()
-        elif "?" in changes:
+        if "?" in changes:
             self._doubt = self._clock
-        below = any(place.rstrip("/") in self._folders for place in changes)
-        for window in self._reads.values():
-            for place in changes:
-                window.pop(place, None)
-            if below:
-                for path in [held for held in window if _is_within(held, changes)]:
-                    del window[path]
+        places = tuple(place.rstrip("/") + "/" for place in changes)
+        for window in self._windows.values():
+            window.answers.clear()
+            window.reads = {} if "*" in changes else {
+                path: held for path, held in window.reads.items()
+                if not (path + "/").startswith(places)}
 
 
-_REQUEST = ("tool", "operation", "offset", "limit", "pages")  # what makes two reads of a file the same request
+def _same(held: List[_Held], new: _Held) -> Optional[bool]:
+    """Whether what came back is known to be as a window holds it; None where it is not known."""
+    content = new.event.data.get("content")
+    if content in ("same", "changed"):
+        return bool(content == "same")
+    answers = [old.digest == new.digest for old in held
+               if old.digest and new.digest and old[:2] == new[:2]]
+    return all(answers) if answers else None
+
+
+_REQUEST = ("tool", "operation", "offset", "limit", "pages")  # of one read, and of another like it
 _SAME_READ = _REQUEST + ("lines", "total_lines", "content")
-
-
-def _is_within(path: str, places: List[str]) -> bool:
-    """Whether a path is one of the places or below one that is a directory."""
-    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
 
 
 def search_key(data: Data) -> Optional[Tuple[str, str, str]]:
     """Tool, query and scope with case and space folded; None without a query."""
     query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
-    if not query:
-        return None
-    names = ("scope", "file_path", "glob", "type", "include") + (() if _is_imported(data) else ("path",))
+    names = ["scope", "file_path", "glob", "type", "include"] + ["path"] * (not _is_imported(data))
     scope = " ".join(f"{name}={data[name]}" for name in names if data.get(name))
-    return str(data.get("tool") or "").lower(), query, " ".join(scope.split())
+    tool = str(data.get("tool") or "").lower()
+    return (tool, query, " ".join(scope.split())) if query else None
 
 
 def _cwd_of(session: Session) -> str:
-    source = session.metadata.get("source")
-    cwd = source.get("cwd") if isinstance(source, dict) else session.metadata.get("cwd")
+    cwd = (session.source or session.metadata).get("cwd")
     return cwd if isinstance(cwd, str) else ""
 
 
@@ -3219,10 +3193,14 @@ def _prefix_advice(rows: List[Data]) -> List[Data]:
 # Analyzers
 # ==================================================================================================
 
+if TYPE_CHECKING:
+    Issues = Iterator[EfficiencyIssue]
+
+
 class BaseAnalyzer:
     """One kind of waste. A subclass gives ``issue_type``, thresholds as class attributes, and
-    ``find(session, analysis)`` (or ``find(session)``) yielding issues made by ``self.issue(...)``; or it
-    overrides ``analyze`` and makes its issues itself.
+    ``find(session, analysis)`` (or ``find(session)``) yielding issues made by ``self.issue(...)``;
+    or it overrides ``analyze`` and makes its issues itself.
 
     Thresholds may be given to the constructor; an unknown name raises InvalidValue.
     """
@@ -3233,18 +3211,17 @@ class BaseAnalyzer:
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        if "analyze" in vars(cls):
-            cls.analyzes_alone = True
-        find = vars(cls).get("find")
-        code = getattr(find, "__code__", None)
-        if code is not None:
+        cls.analyzes_alone |= "analyze" in vars(cls)
+        code = getattr(vars(cls).get("find"), "__code__", None)
+        if code:
             cls.finds_alone = code.co_argcount < 3 and not code.co_flags & 0x04  # no *args either
 
     def __init__(self, **thresholds: Any):
         for name, value in thresholds.items():
             if name not in self.thresholds():
                 known = ", ".join(sorted(self.thresholds())) or "none"
-                raise InvalidValue(f"{type(self).__name__} has no threshold {name!r}; it has: {known}")
+                raise InvalidValue(
+                    f"{type(self).__name__} has no threshold {name!r}; it has: {known}")
             setattr(self, name, value)
 
     def thresholds(self) -> Data:
@@ -3254,18 +3231,18 @@ class BaseAnalyzer:
                  and not name.startswith("_")]
         return {name: getattr(self, name) for name in names}
 
-    def analyze(self, session: Session, analysis: Optional[Analysis] = None) -> List[EfficiencyIssue]:
-        """The issues of this kind in a session, most wasteful first, with tokens and USD. ``analysis``
-        is what other analyzers of the same report have worked out; it is made when none is given."""
-        if analysis is None:
-            analysis = Analysis(session)
-        found = self.find(session) if self.finds_alone else self.find(session, analysis)
-        issues = list(found)
+    def analyze(
+            self, session: Session, analysis: Optional[Analysis] = None) -> List[EfficiencyIssue]:
+        """The issues of this kind in a session, most wasteful first, with tokens and USD.
+        ``analysis`` is what other analyzers of the same report have worked out; it is made when
+        none is given."""
+        analysis = analysis or Analysis(session)
+        issues = list(self.find(session) if self.finds_alone else self.find(session, analysis))
         for issue in issues:
             price_issue(analysis, issue)
         return sorted(issues, key=lambda issue: -issue.estimated_waste_tokens)
 
-    def find(self, *args: Any, **options: Any) -> Iterator[EfficiencyIssue]:
+    def find(self, *args: Any, **options: Any) -> Issues:
         """Yield the issues; what a subclass defines as find(session, analysis) or find(session)."""
         raise NotImplementedError(
             f"{type(self).__name__} needs find(session, analysis) or analyze(session)")
@@ -3279,30 +3256,35 @@ class BaseAnalyzer:
         ids = [event.id for event in events]
         name = f"{self.issue_type.value.lower()}_{ids[0] if ids else 'session'}"
         total = sum(sum(claim) for claim in claims.values()) if claims else tokens
-        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0, ids,
-                               metadata or {}, claims or {}, measured)
+        return EfficiencyIssue(name, self.issue_type, severity, description, suggestion, total, 0.0,
+                               ids, metadata or {}, claims or {}, measured)
+
+
+def _all_of(events: Iterable[SessionEvent]) -> Data:
+    """Claims of all tokens of the events."""
+    return {event.id: (event.tokens_input, event.tokens_output) for event in events if event.tokens}
 
 
 class RepeatedFileReadAnalyzer(BaseAnalyzer):
     """The agent read lines that its context window already held, unchanged.
 
-    Counts when the lines are still in the window: no write to the file, no command that could have changed
-    it, no compaction in between. Charged: the input tokens of the repeated share of every read after the
-    first.
+    Counts when the lines are still in the window: no write to the file, no command that could have
+    changed it, no compaction in between. Charged: the input tokens of the repeated share of every
+    read after the first.
     """
 
     issue_type = IssueType.REPEATED_FILE_READ
     high_from = 3         # reads of one file
     minimum_share = 0.1   # of a read's lines; pages that overlap by a few lines are pages
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
-        cwd, window, runs = _cwd_of(session), {}, {}  # type: Tuple[str, Dict[str, str], Dict[Any, Any]]
+    def find(self, session: Session, analysis: Analysis) -> Issues:
+        window: Dict[str, str] = {}  # by id of a read: the finding that holds it
+        runs: Dict[Tuple[str, str], List[Tuple[Repeat, SessionEvent]]] = {}
         for event, repeat in analysis.repeats:
             if event.event_type is EventType.FILE_READ \
                     and repeat.covered >= repeat.total * self.minimum_share:
-                path = canonical_path(_paths_of(event.data)[0], cwd)
-                # One finding per file and window: a repeat belongs to the finding that holds the read
-                # it repeats.
+                path = canonical_path(_paths_of(event.data)[0], _cwd_of(session))
+                # One finding per file and window: a repeat is in that of the read it repeats.
                 key = window.get(repeat.earlier.id) or event.id
                 window[event.id] = window[repeat.earlier.id] = key
                 runs.setdefault((key, path), []).append((repeat, event))
@@ -3314,46 +3296,45 @@ class RepeatedFileReadAnalyzer(BaseAnalyzer):
                   for repeat, event in repeats}
         sources = [e for repeat, _ in repeats for e in (repeat.earlier, *repeat.also)]
         events = {event.id: event for event in sources + [event for _, event in repeats]}
-        count = len(repeats) + 1
-        name = path.rsplit("/", 1)[-1]
+        count, name = len(repeats) + 1, path.rpartition("/")[2]
         return self.issue(
             Severity.HIGH if count >= self.high_from else Severity.MEDIUM,
             f"File '{name}' was read {count} times while its content was still in the context",
-            "Cache what was read: the lines are still in the context; read again only after a change or a "
-            "compaction", events=events.values(), claims=claims, measured=True,
+            "Cache what was read: the lines are still in the context; read again only after a "
+            "change or a compaction", events=events.values(), claims=claims, measured=True,
             metadata={"file_path": path, "read_count": count})
 
 
 class RepeatedSearchAnalyzer(BaseAnalyzer):
-    """A search, a command or a tool brought again what its context window held, with nothing written in
-    between.
+    """A search, a command or a tool brought again what its context window held, with nothing
+    written in between.
 
-    The same tool, query and scope, case and space folded, unless the answer differs; or the same answer of
-    LEAST_ANSWER tokens or more, whatever was asked. Charged: the input and output tokens of every run after
-    the first. Of a result of LEAST_POLL tokens or more that is the one before but for a tenth of its lines
-    at most, the lines that stayed are charged as an estimate.
+    The same tool, query and scope, case and space folded, unless the answer differs; or the same
+    answer of LEAST_ANSWER tokens or more, whatever was asked. Charged: the input and output tokens
+    of every run after the first. Of a result of LEAST_POLL tokens or more that is the one before
+    but for a tenth of its lines at most, the lines that stayed are charged as an estimate.
     """
 
     issue_type = IssueType.REPEATED_SEARCH
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Issues:
         runs: Dict[Tuple[str, bool], List[Any]] = {}
         for event, repeat in analysis.repeats:
             if event.event_type in _ANSWERING:
-                run = runs.pop((repeat.earlier.id, repeat.exact), []) or [(repeat.earlier, None)]
+                run = runs.pop((repeat.earlier.id, repeat.exact), [(repeat.earlier, None)])
                 runs[event.id, repeat.exact] = run + [(event, repeat)]
         for (_, exact), run in runs.items():
-            yield self._finding(exact, [event for event, _ in run], [repeat for _, repeat in run[1:]])
+            yield self._finding(exact, run)
 
-    def _finding(self, exact: bool, events: List[SessionEvent],
-                 repeats: List[Repeat]) -> EfficiencyIssue:
-        data, again = events[0].data, events[1:]
+    def _finding(self, exact: bool, run: List[Tuple[SessionEvent, Repeat]]) -> EfficiencyIssue:
+        events = [event for event, _ in run]
+        data = events[0].data
         what = data.get("query") or data.get("pattern") or data.get("command") or data.get("tool")
         query = " ".join(str(what or "").split())
         verb = "Search run" if data.get("query") or data.get("pattern") else "The same answer came"
-        claims = {e.id: (e.tokens_input, e.tokens_output) if exact
-                  else (e.tokens_input * repeat.covered // repeat.total, 0)
-                  for e, repeat in zip(again, repeats)}
+        claims = _all_of(events[1:]) if exact else {
+            event.id: (event.tokens_input * repeat.covered // repeat.total, 0)
+            for event, repeat in run[1:]}
         return self.issue(
             Severity.MEDIUM,
             f"{verb} {len(events)} times with nothing changed in between: '{query[:60]}'",
@@ -3365,132 +3346,132 @@ class RepeatedSearchAnalyzer(BaseAnalyzer):
 class LargeFileAnalyzer(BaseAnalyzer):
     """One read brought a very large file into the context.
 
-    Counts reads at or above the limit that are not marked ``compressed``. Charged, as an estimate: the share that a
-    targeted read (a line range, a search, an outline) usually saves.
+    Counts reads at or above the limit that are not marked ``compressed``. Charged, as an estimate:
+    the share that a targeted read (a line range, a search, an outline) usually saves.
     """
 
     issue_type = IssueType.LARGE_FILE_UNCOMPRESSED
     limit = LARGE_READ    # tokens of one read
     saving_percent = LARGE_READ_SAVING
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Issues:
         for event in session.events:
-            if (event.event_type is EventType.FILE_READ and event.tokens_input >= self.limit
-                    and not event.data.get("compressed") and not event.data.get("reads")):  # of several, none may be large
-                path = (_paths_of(event.data) or [""])[0]
+            data, tokens = event.data, event.tokens_input
+            if event.event_type is EventType.FILE_READ and tokens >= self.limit \
+                    and not data.get("compressed") and not data.get("reads"):
+                # Of several files in one result none may be large.
+                path = "".join(_paths_of(data)[:1])
                 yield self.issue(
-                    Severity.HIGH, f"Large file read whole ({event.tokens_input:,} tokens): '{path.rsplit('/', 1)[-1]}'",
-                    "Read the part that is needed (a line range, a search first) or compress the file before loading it",
-                    events=[event], claims={event.id: (event.tokens_input * self.saving_percent // 100, 0)},
-                    metadata={"file_path": path, "tokens": event.tokens_input,
+                    Severity.HIGH,
+                    f"Large file read whole ({tokens:,} tokens): '{path.rpartition('/')[2]}'",
+                    "Read the part that is needed (a line range, a search first) or compress the "
+                    "file before loading it", events=[event],
+                    claims={event.id: (tokens * self.saving_percent // 100, 0)},
+                    metadata={"file_path": path, "tokens": tokens,
                               "saving_percent": self.saving_percent})
 
 
 class ExcessiveThinkingAnalyzer(BaseAnalyzer):
     """Thinking is most of what the model wrote.
 
-    Counts above the threshold share of all output; where a provider hides the size of thinking there are no THINKING
-    events, and where a transcript holds placeholders for the output no share is known: this analyzer is silent. Charged,
-    as an estimate: what exceeds the acceptable share.
+    Counts above the threshold share of all output; where a provider hides the size of thinking
+    there are no THINKING events, and where a transcript holds placeholders for the output no share
+    is known: this analyzer is silent. Charged, as an estimate: what exceeds the acceptable share.
     """
 
     issue_type = IssueType.EXCESSIVE_THINKING
     threshold_percent = 40   # of output
     acceptable_percent = 30  # of output
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
-        if session.metadata.get("output_lower_bound_calls"):
-            return  # shares of a placeholder say nothing
-        events = [e for e in session.events if e.event_type is EventType.THINKING and e.tokens_output]
-        thinking, output = sum(e.tokens_output for e in events), session.total_tokens_output
-        if not output or thinking * 100 <= output * self.threshold_percent:
+    def find(self, session: Session, analysis: Analysis) -> Issues:
+        events = [e for e in session.events if e.event_type is EventType.THINKING]
+        sizes, output = [event.tokens_output for event in events], session.total_tokens_output
+        thinking = sum(sizes)
+        if session.metadata.get("output_lower_bound_calls") or not output \
+                or thinking * 100 <= output * self.threshold_percent:
             return
         percent = 100 * thinking / output
-        shares = share_out(thinking - output * self.acceptable_percent // 100, [e.tokens_output for e in events])
+        shares = share_out(thinking - output * self.acceptable_percent // 100, sizes)
         yield self.issue(
-            Severity.MEDIUM, f"Thinking is {percent:.1f}% of the output (threshold {self.threshold_percent}%)",
-            "State the task more precisely or lower the thinking budget for routine work", events=events,
-            claims={e.id: (0, share) for e, share in zip(events, shares) if share},
+            Severity.MEDIUM,
+            f"Thinking is {percent:.1f}% of the output (threshold {self.threshold_percent}%)",
+            "State the task more precisely or lower the thinking budget for routine work",
+            events=[event for event, size in zip(events, sizes) if size],
+            claims={event.id: (0, share) for event, share in zip(events, shares) if share},
             metadata={"thinking_percent": percent, "thinking_tokens": thinking,
                       "total_output": output})
-
-
-_ENDING = (EventType.FILE_READ, EventType.CONTEXT_LOAD)  # events without a tool that may end a run of failures
 
 
 class FailedRetryAnalyzer(BaseAnalyzer):
     """The same operation failed again in the same way although nothing had been changed.
 
-    The key is (tool or command, normalised message). A write, a look at the file that could not be written, a command that
-    is not recognised, a success of the same operation, ``recovered: true`` or a compaction ends a run; declined, transient
-    and collateral failures and calls of one response do not count. Charged: input and output of every failure after the
-    first.
+    The key is (tool or command, normalised message). A write, a look at the file that could not be
+    written, a command that is not recognised, a success of the same operation, ``recovered: true``
+    or a compaction ends a run; declined, transient and collateral failures and calls of one
+    response do not count. Charged: input and output of every failure after the first.
     """
 
     issue_type = IssueType.FAILED_RETRY
     minimum = 2  # failures
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
-        cwd = _cwd_of(session)
-        runs: Dict[Tuple[str, str, str], List[SessionEvent]] = {}
-        ended: List[List[SessionEvent]] = []
-        turns: Dict[str, int] = {}
+    def find(self, session: Session, analysis: Analysis) -> Issues:
+        runs: Dict[Tuple[str, str, str], List[Any]] = {}  # failures: event, batch, how many spoke
+        ended: List[List[Any]] = []
         spoken: Dict[str, int] = {}  # by agent: how often somebody has spoken so far
         for event in session.events:
+            data, agent = event.data, event.agent_id
             failed = event.event_type is EventType.ERROR
             if event.event_type is EventType.USER_MESSAGE:
-                spoken[event.agent_id] = spoken.get(event.agent_id, 0) + 1
+                spoken[agent] = spoken.get(agent, 0) + 1
             if not failed and not runs:
                 continue
             key = self._key(event)
-            if failed and event.data.get("recovered"):
+            if failed and data.get("recovered"):
                 ended.append(runs.pop(key, []))
                 continue
-            if runs:
-                changed = bool(changes_of(event, cwd))
-                for old in list(runs) if changed or not failed and (key[1] or event.event_type in _ENDING) else ():
-                    if self._ends(old, key, event, changed, runs[old]):
-                        ended.append(runs.pop(old))
-            if failed and any(key[1:]) and not failure_kind(event.data):
+            changed = bool(runs) and bool(changes_of(event, _cwd_of(session)))
+            for old in [old for old in runs if self._ends(old, key, event, changed, runs[old])]:
+                ended.append(runs.pop(old))
+            if failed and any(key[1:]) and not failure_kind(data):
                 run = runs.setdefault(key, [])
-                if not (run and self._batch(event) and self._batch(event) == self._batch(run[-1])):
-                    run.append(event)
-                    turns[event.id] = spoken.get(event.agent_id, 0)
+                batch = data.get("response_id") or data.get("batch_id")
+                if not run or not batch or batch != run[-1][1]:
+                    run.append((event, batch, spoken.get(agent, 0)))
         for run in ended + list(runs.values()):
             if len(run) >= self.minimum:  # what a person said in between may have been the reason
-                yield self._finding(run, turns[run[0].id] == turns[run[-1].id])
+                yield self._finding([event for event, *_ in run], run[0][2] == run[-1][2])
 
     @staticmethod
-    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent, changed: bool,
-              failures: List[SessionEvent]) -> bool:
-        """Whether an event ends a run of failures: by a change, a look at the file that could not be written, a compaction of
-        its window, or a success."""
+    def _ends(run: Tuple[str, str, str], key: Tuple[str, str, str], event: SessionEvent,
+              changed: bool, failures: List[Any]) -> bool:
+        """Whether an event ends a run of failures: by a change, a look at the file that could not
+        be written, a compaction of its window, or a success."""
         if event.event_type is EventType.ERROR:
             return changed and run != key
-        if event.event_type is EventType.FILE_READ and failures:
-            written = failures[-1].data.get("file_path")
-            if written and written in _paths_of(event.data):
-                return True
-        return changed or (is_compaction(event) and run[0] == event.agent_id) or bool(key[1]) and run[:2] == key[:2]
-
-    @staticmethod
-    def _batch(event: SessionEvent) -> Any:
-        return event.data.get("response_id") or event.data.get("batch_id")
+        written = failures[-1][0].data.get("file_path")
+        if event.event_type is EventType.FILE_READ and written and written in _paths_of(event.data):
+            return True
+        return changed or run[0] == event.agent_id and (
+            is_compaction(event) or run[1] == key[1] != "")
 
     @staticmethod
     def _key(event: SessionEvent) -> Tuple[str, str, str]:
         data = event.data
-        operation = data.get("operation") or _command_of(data) or data.get("tool") or data.get("name") or ""
-        message = str(data.get("error_hash") or "") or normal_message(data.get("message") or data.get("error") or "")
-        return event.agent_id, " ".join(str(operation).split()), message
+        operation = data.get("operation") or _command_of(data) or data.get("tool") \
+            or data.get("name") or ""
+        message = data.get("error_hash") \
+            or normal_message(data.get("message") or data.get("error") or "")
+        return event.agent_id, " ".join(str(operation).split()), str(message)
 
-    def _finding(self, run: List[SessionEvent], measured: bool) -> EfficiencyIssue:
-        what = _command_of(run[0].data) or run[0].data.get("tool") or run[0].data.get("message") or "operation"
+    def _finding(self, run: Events, measured: bool) -> EfficiencyIssue:
+        data = run[0].data
+        what = _command_of(data) or data.get("tool") or data.get("message") or "operation"
+        what = " ".join(str(what).split())
         return self.issue(
-            Severity.HIGH, f"Failed {len(run)} times with nothing changed in between: '{' '.join(str(what).split())[:60]}'",
+            Severity.HIGH,
+            f"Failed {len(run)} times with nothing changed in between: '{what[:60]}'",
             "Read the first error and change something before trying again", events=run,
-            claims={e.id: (e.tokens_input, e.tokens_output) for e in run[1:]}, measured=measured,
-            metadata={"retry_count": len(run)})
+            claims=_all_of(run[1:]), measured=measured, metadata={"retry_count": len(run)})
 
 
 def normal_message(message: Any) -> str:
@@ -3508,12 +3489,12 @@ _VARYING = _Pattern(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|\d+")
 
 
 class LongSessionAnalyzer(BaseAnalyzer):
-    """The session outlived its context: after a pause the whole of it was written to the cache again.
+    """The session outlived its context: after a pause all of it was written to the cache again.
 
-    Counts returns after the cache had expired (cause "expired" in the bill). Charged, as an estimate
-    (the rebuild is recorded, that the return could have been avoided is assumed): what the rebuild cost
-    beyond a cache read. A session logged by hand without cache usage is charged 10% of its tokens per
-    30 minutes over the limit, at most 30%, spread over all events.
+    Counts returns after the cache had expired (cause "expired" in the bill). Charged, as an
+    estimate (the rebuild is recorded, that the return could have been avoided is assumed): what the
+    rebuild cost beyond a cache read. A session logged by hand without cache usage is charged 10% of
+    its tokens per 30 minutes over the limit, at most 30%, spread over all events.
     """
 
     issue_type = IssueType.LONG_SESSION
@@ -3524,9 +3505,10 @@ class LongSessionAnalyzer(BaseAnalyzer):
     step_minutes = 30
     most_percent = 30
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
+    def find(self, session: Session, analysis: Analysis) -> Issues:
         if session.imported or any(event.usage[1:4] != (0, 0, 0) for event in session.events):
-            returns = [rebuild for rebuild in analysis.bill["rebuilds"] if rebuild["cause"] == "expired"]
+            returns = [rebuild for rebuild in analysis.bill["rebuilds"]
+                       if rebuild["cause"] == "expired"]
             if returns:
                 yield self._returned(analysis, returns)
             return
@@ -3538,17 +3520,20 @@ class LongSessionAnalyzer(BaseAnalyzer):
         yield self.issue(
             Severity.HIGH if minutes >= self.high_minutes else Severity.MEDIUM,
             f"The session was active for {minutes:.0f} minutes (threshold {self.limit_minutes})",
-            "If the work fell into separate tasks, a fresh session for each would have carried less context",
+            "If the work fell into separate tasks, a fresh session for each would have carried "
+            "less context",
             tokens=int(session.total_tokens * percent / 100),
             metadata={"duration_minutes": minutes, "threshold_minutes": self.limit_minutes})
 
     def _returned(self, analysis: Analysis, returns: List[Data]) -> EfficiencyIssue:
         tokens, times = sum(rebuild["tokens"] for rebuild in returns), len(returns)
-        claims = {rebuild["event"]: (rebuild["tokens"] * rebuild["net_cost"] // max(1, rebuild["cost"]), 0)
-                  for rebuild in returns}
+        claims = {rebuild["event"]: (
+            rebuild["tokens"] * rebuild["net_cost"] // max(1, rebuild["cost"]), 0)
+            for rebuild in returns}
         return self.issue(
             Severity.HIGH if tokens >= self.high_tokens else Severity.MEDIUM,
-            f"{times} return{'s' * (times > 1)} after the cache had expired wrote {tokens:,} tokens again",
+            f"{times} return{'s' * (times > 1)} after the cache had expired wrote {tokens:,} "
+            "tokens again",
             "Compact or note down what matters before a long pause, and begin anew after it",
             events=[analysis.by_id[rebuild["event"]] for rebuild in returns], claims=claims,
             metadata={"returns": times, "tokens": tokens,
@@ -3558,8 +3543,8 @@ class LongSessionAnalyzer(BaseAnalyzer):
 class HighErrorRateAnalyzer(BaseAnalyzer):
     """Much of what the agent tried failed: the task or the environment was not clear to it.
 
-    Counts errors among all events, not declined permissions, overload answers or collateral failures of a parallel
-    call. Charged, as an estimate: the tokens of the error events.
+    Counts errors among all events, not declined permissions, overload answers or collateral
+    failures of a parallel call. Charged, as an estimate: the tokens of the error events.
     """
 
     issue_type = IssueType.HIGH_ERROR_RATE
@@ -3567,8 +3552,9 @@ class HighErrorRateAnalyzer(BaseAnalyzer):
     high_percent = 40
     more_than = 5           # events
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
-        errors = [e for e in session.events if e.event_type is EventType.ERROR and not failure_kind(e.data)]
+    def find(self, session: Session, analysis: Analysis) -> Issues:
+        errors = [event for event in session.events
+                  if event.event_type is EventType.ERROR and not failure_kind(event.data)]
         count = len(session.events)
         if count <= self.more_than or len(errors) * 100 <= count * self.threshold_percent:
             return
@@ -3576,16 +3562,16 @@ class HighErrorRateAnalyzer(BaseAnalyzer):
         yield self.issue(
             Severity.HIGH if rate > self.high_percent else Severity.MEDIUM,
             f"{len(errors)} of {count} events are errors ({rate:.1f}%)",
-            "Check the task's wording and the environment (paths, dependencies, permissions) before the next run",
-            events=errors, claims={e.id: (e.tokens_input, e.tokens_output) for e in errors if e.tokens},
+            "Check the task's wording and the environment (paths, dependencies, permissions) "
+            "before the next run", events=errors, claims=_all_of(errors),
             metadata={"error_rate": rate, "error_count": len(errors), "total_events": count})
 
 
 class TokenSpikeAnalyzer(BaseAnalyzer):
     """Single events far above the usual size. Often legitimate: a place to look.
 
-    Compared with the others of the same type (with all others where there are fewer than 10); CONTEXT_LOAD never counts.
-    Nothing is charged.
+    Compared with the others of the same type (with all others where there are fewer than 10);
+    CONTEXT_LOAD never counts. Nothing is charged.
     """
 
     issue_type = IssueType.TOKEN_SPIKE
@@ -3593,39 +3579,34 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     enough = 10         # events of one type that make an average of their own
     minimum_events = 3  # with tokens
 
-    def find(self, session: Session, analysis: Analysis) -> Iterator[EfficiencyIssue]:
-        spikes = [spike for spike in self.ratios(session, self.times) if spike[2].tokens > self.times * spike[1]]
+    def find(self, session: Session, analysis: Analysis) -> Issues:
+        events = [event for event in session.events
+                  if event.tokens and event.event_type is not EventType.CONTEXT_LOAD]
+        sums: Dict[str, List[int]] = {}  # events and tokens by type, and of all
+        for event in events:
+            for name in (event.event_type._value_, ""):
+                row = sums.setdefault(name, [0, 0])
+                row[0] += 1
+                row[1] += event.tokens
+        spikes = []
+        for event in events if len(events) >= max(2, self.minimum_events) else ():
+            count, total = sums[event.event_type._value_]
+            count, total = (count, total) if count >= self.enough else sums[""]
+            average = (total - event.tokens) / (count - 1)
+            if event.tokens > self.times * average:
+                spikes.append((event, average))
         if spikes:
-            yield self._finding(sorted(spikes, key=lambda spike: -spike[2].tokens))
+            yield self._finding(sorted(spikes, key=lambda spike: -spike[0].tokens))
 
-    def ratios(self, session: Session, least: float = 0.0) -> Iterator[Tuple[float, float, SessionEvent]]:
-        """Of the events with tokens: how many times the average of the others, that average, and the event. Those well
-        below ``least`` times the average are left out."""
-        by_type: Dict[str, List[Tuple[int, int]]] = {}
-        for at, event in enumerate(session.events):
-            tokens = event.tokens_input + event.tokens_output
-            if tokens and event.event_type is not EventType.CONTEXT_LOAD:
-                by_type.setdefault(event.event_type._value_, []).append((at, tokens))
-        sums = [(len(sizes), sum(tokens for _, tokens in sizes)) for sizes in by_type.values()]
-        everything = sum(count for count, _ in sums), sum(total for _, total in sums)
-        if everything[0] < self.minimum_events:
-            return
-        found = []
-        for sizes, own in zip(by_type.values(), sums):
-            count, total = own if own[0] >= self.enough else everything
-            enough = least * total / (count - 1 + least) * 0.999 - 1 if count > 1 else 0  # to be on the safe side of rounding
-            found += [(at, tokens, (total - tokens) / (count - 1)) for at, tokens in sizes if tokens > enough]
-        for at, tokens, average in sorted(found):
-            yield tokens / average if average else float(tokens), average, session.events[at]
-
-    def _finding(self, spikes: List[Tuple[float, float, SessionEvent]]) -> EfficiencyIssue:
-        multiplier, average, worst = spikes[0]
+    def _finding(self, spikes: List[Tuple[SessionEvent, float]]) -> EfficiencyIssue:
+        worst, average = spikes[0]
+        multiplier = worst.tokens / (average or 1)
         more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
         return self.issue(
-            Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is {multiplier:.1f} times the "
-            f"average of {average:,.0f}{more}",
-            "A place to look: a large output may be what was wanted, or a query that returned too much",
-            events=[event for _, _, event in spikes],
+            Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is "
+            f"{multiplier:.1f} times the average of {average:,.0f}{more}",
+            "A place to look: a large output may be what was wanted, or a query that returned too "
+            "much", events=[event for event, _ in spikes],
             metadata={"multiplier": multiplier, "event_tokens": worst.tokens,
                       "average_tokens": average, "spikes": len(spikes)})
 
@@ -6623,7 +6604,7 @@ _SERVICE = _Pattern(  # a signing agent, a name server, a gateway; not one's own
     r"name resolution|\b(?:EAI_AGAIN|ENOTFOUND|ETIMEDOUT)\b|connection timed out|"
     r"50[234] (?:bad gateway|service|gateway)|"
     r"\b(?:ECONNRESET|connection reset)\b(?!.{0,80}(?:localhost|127\.0\.0\.1))", re.I)
-_COLLATERAL = _Pattern(r"sibling tool call errored|parallel tool call .* errored", re.I)
+_OF_OUTPUT = ("declined", "transient")  # may be said by what a command printed
 _COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
 
 
@@ -7082,7 +7063,7 @@ class _Tool:
         fault."""
         if self.event.event_type is EventType.FILE_WRITE and not self.data.get("command") \
                 and not _STALE.search(message[:600]):
-            self.data["changes"] = []  # with one that asks for a new read that read is no repetition
+            self.data["changes"] = []  # where it asks for a new read, that is no repetition
         code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
         self.data.setdefault("operation", digest_of(json.dumps(self.given, sort_keys=True)))
         self._becomes(EventType.ERROR, error_hash=digest_of(normal_message(message)),
@@ -7100,15 +7081,12 @@ def _scope(key: str, value: Any) -> Any:
 
 
 def _kind_of(message: str) -> str:
-    head = message[:600]
-    if _COLLATERAL.search(head):
-        return "collateral"
-    if "Request interrupted by user" in head or "aborted by user" in head:
-        return "interrupted"
-    if head.startswith(("Exit code", "Process exited")):
+    """Why a tool call failed, where it is nobody's fault (`failure_kind`)."""
+    kind = failure_kind({"message": message[:600]})
+    if message.startswith(("Exit code", "Process exited")) and kind in ("", *_OF_OUTPUT):
         # What the command printed is not about the call, unless it ends with a service that failed.
         return "transient" if _SERVICE.search(message[-400:]) else ""
-    return failure_kind({"message": head})
+    return kind
 
 
 class Recorder:
@@ -7279,7 +7257,8 @@ class Recorder:
         return call.event
 
     def _new_call(self, identity: str, model: str, usage: Optional[Usage]) -> _Call:
-        event, window = self._event(EventType.AI_RESPONSE, model, response_id=identity), self._window()
+        event = self._event(EventType.AI_RESPONSE, model, response_id=identity)
+        window = self._window()
         counted = self._owners.setdefault(identity, self._agent) == self._agent
         call = self._calls[self._agent, identity] = _Call(event, usage, counted)
         window.calls += usage is not None
@@ -7326,8 +7305,9 @@ class Recorder:
         if key and key in self._tools:
             return self._tools[key].event
         call = self._window().current
-        model, response = (call.event.model, call.event.data["response_id"]) if call else ("", response)
-        event = self._event(EventType.TOOL_CALL, model, tool=name, response_id=response)
+        response = call.event.data["response_id"] if call else response
+        event = self._event(EventType.TOOL_CALL, call.event.model if call else "", tool=name,
+                            response_id=response)
         tool = self._add_tool(key or f"#{len(self._tools)}", event, arguments)
         tool.describe(kind)
         event.duration_ms = milliseconds
