@@ -31,16 +31,14 @@ import sessionoptimizer as so  # noqa: E402
 LIMIT, LARGEST, DEEP = 5, 200_000, 50  # seconds of processor time for a mutant, bytes of a seed, every so-manieth
 
 
-class Hang(BaseException):
-    """Raised after LIMIT seconds; no `except Exception` stops it."""
-
-
 class Wrong(Exception):
     """Figures that do not add up."""
 
 
-def out_of_time(number, frame):
-    raise Hang(f"more than {LIMIT} s")
+class Hang(BaseException):  # which no `except Exception` stops
+    @staticmethod
+    def out_of_time(number, frame):
+        raise Hang(f"more than {LIMIT} s")
 
 
 def expect(**pairs):
@@ -175,7 +173,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     so._reason_of = strict
-    signal.signal(signal.SIGVTALRM, out_of_time)
+    signal.signal(signal.SIGVTALRM, Hang.out_of_time)
     sources = seeds([os.path.join(ROOT, "examples", "transcripts"), *options.folders])
     done, lines, faults, end = 0, 0, set(), time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
@@ -190,6 +188,8 @@ def main():
                 print(f"--- {fault[0]}\n{fault[1]}smallest: {repr(reduced(mutant, fault[0], deep))[:20_000]}\nagain:",
                       f"python3 .ci/fuzz.py --seed {options.seed} --first {number} --count 1", *options.folders, flush=True)
             done, lines = done + 1, lines + isinstance(mutant, str)
+            if done % 10_000 == 0:
+                print(f"{done:,} mutants, {len(faults)} faults", file=sys.stderr, flush=True)
     print(f"{done:,} mutants of seed {options.seed} ({done - lines:,} of {len(sources)} sets of transcripts, {lines:,} command "
           "lines): " + (f"{len(faults)} FAULTS" if faults else "no exception, no hang, every sum adds up"))
     return int(bool(faults))
