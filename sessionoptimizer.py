@@ -4218,8 +4218,11 @@ def _day(time: str, monday: bool = False) -> str:
     moment = parse_time(time)
     if moment is None:
         return ""
-    local = moment.astimezone()
-    return (local - timedelta(local.weekday() if monday else 0)).isoformat()[:10]
+    try:
+        moment = moment.astimezone()
+    except (OverflowError, OSError, ValueError):
+        pass  # years 1 and 9999 have no local day everywhere
+    return (moment - timedelta(moment.weekday() if monday else 0)).isoformat()[:10]
 
 
 def selection(rows: Rows) -> Data:
@@ -4802,7 +4805,7 @@ def _timeline(session: Session, charged: Dict[str, int]) -> str:
 
 def _by_day(rows: Rows) -> str:
     """Dollars by the day a session began, and how they were paid: the last MOST_COLUMNS days."""
-    from datetime import date, timedelta
+    from datetime import date
     sums: Dict[str, Dict[str, float]] = {}
     for row in rows:
         parts = sums.setdefault(_day(row["started_at"]), dict.fromkeys(_PAID.values(), 0.0))
@@ -4810,7 +4813,7 @@ def _by_day(rows: Rows) -> str:
             parts[_PAID[cell["how"]]] += cell["cost"]
     sums.pop("", None)
     last = date.fromisoformat(max(sums)) if sums else date.today()
-    days = [(last - timedelta(back)).isoformat() for back in range(MOST_COLUMNS)]
+    days = [date.fromordinal(number).isoformat() for number in range(last.toordinal(), 0, -1)[:MOST_COLUMNS]]
     shown = [day for day in reversed(days) if sums and day >= min(sums)]
     return _chart([(day, sums.get(day, {})) for day in shown], "per day", dollars)
 

@@ -16,6 +16,7 @@ NAMES = """cat head tail sed awk rg grep find fd ls cd echo git python3 npx sudo
     sh time nice node perl""".split()
 JOINTS = [" && ", " | ", "; ", "\n", " || ", " > ", " >> f; ", " 2>&1 | ", " <<'E'\nx\nE\n", " & ",
           "; do ", "; done; ", "; then ", "; fi; "]
+UNTOLD = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError  # by a database's columns
 
 
 def places(value, found):
@@ -80,7 +81,7 @@ def database(path, exports):
         base.execute("CREATE TABLE message (id, session_id, data)")
         base.execute("CREATE TABLE part (id, message_id, data)")
         for number, export in enumerate(exports):
-            with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, KeyError, sqlite3.Error):
+            with contextlib.suppress(*UNTOLD, sqlite3.Error):
                 export = json.loads(export)
                 own = [export["info"].get(name) for name in ("id", "parentID", "title")]
                 base.execute("INSERT INTO session VALUES (?, ?, ?, ?, ?)", own + [1_770_000_000_000, json.dumps(export["info"])])
