@@ -8752,7 +8752,7 @@ class _Conversation:
                   milliseconds=span.milliseconds)
         result = span.attributes.get("gen_ai.tool.call.result")
         text = result if result.__class__ is str else _as_json(result) if result is not None else ""
-        size = len(text) or 4 * min(_integer(span.attributes, "result_tokens"), MAX_TOKENS)
+        size = len(text) or 4 * _count_of(_integer(span.attributes, "result_tokens"))
         why = span.message or text if span.failed else text or None
         if size:
             told.returned(span.identity, why, size, failed=span.failed)
