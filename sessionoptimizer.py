@@ -6509,11 +6509,9 @@ TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
 class _SeenLines:
-    """The lines that reads have shown in one window, to tell whether a later read shows the same.
-    Texts are split into lines only when a file is read a second time; most never are."""
+    """The lines that reads have shown in one window, to tell whether a later one shows the same."""
 
     def __init__(self) -> None:
-        self._waiting: Dict[str, List[Tuple[int, int, str]]] = {}  # by path: not looked at yet
         self._known: Dict[str, Dict[int, int]] = {}  # by path: number and hash of every line known
         self.totals: Dict[str, int] = {}  # by path: lines of the file when it was last read whole
         self._answers: Dict[str, frozenset] = {}  # by operation: hashes of its last answer's lines
@@ -6522,25 +6520,16 @@ class _SeenLines:
         """ "same" where every line known of the file is as known, "changed" where one differs, ""
         where none is known; how many lines were known, their characters and those of all. Keeps
         these lines."""
-        waiting = self._waiting.setdefault(path, [])
-        waiting.append((first, count, text))
-        if len(waiting) == 1 and path not in self._known:
+        lines = dict(enumerate(plain_lines(text)[:count], first))
+        hashes = {number: hash(line) for number, line in lines.items()}
+        known = self._known.get(path, {})
+        shared = known.keys() & hashes.keys()
+        same = all(known[number] == hashes[number] for number in shared)
+        self._known[path] = {**known, **hashes} if same else hashes
+        if not shared:
             return "", []
-        known, verdict = self._known.setdefault(path, {}), ""
-        overlap: List[int] = []
-        for start, size, shown in waiting:
-            lines = dict(enumerate(plain_lines(shown)[:size], start))
-            hashes = {number: hash(line) for number, line in lines.items()}
-            shared = [number for number in hashes if number in known]
-            same = all(known[number] == hashes[number] for number in shared)
-            overlap = [len(shared)] + [sum(len(lines[number]) + 1 for number in numbers)
-                                       for numbers in (shared, lines)]
-            if not same:
-                known.clear()
-            known.update(hashes)
-            verdict = ("same" if same else "changed") if shared else ""
-        waiting.clear()
-        return verdict, overlap
+        sizes = [sum(len(lines[number]) + 1 for number in numbers) for numbers in (shared, lines)]
+        return "same" if same else "changed", [len(shared), *sizes]
 
     def same_lines(self, operation: str, text: str) -> List[int]:
         """How many of how many lines an operation's last answer had too; keeps these."""
@@ -6753,12 +6742,11 @@ class _Layout:
         if context > LONG_CONTEXT:
             call.event.rate = f"{call.event.rate} long".strip()
         if self._context - context > max(SHARP_DROP, self._context // 2):
-            self.events.insert(self._start, _load(call, Source.COMPACTION, inferred=True))
+            self._load(call, Source.COMPACTION, self._start, inferred=True)
             self._begin_window(self._start + 1)
         lost = self._shrunk(call, context)
         if lost:
-            self.events.append(_load(call, Source.COMPACTION, inferred=True))
-            self._lose(self.events[-1], lost, [])
+            self._lose(self._load(call, Source.COMPACTION, inferred=True), lost, [])
         if self._previous is None:
             self._base = context  # of the window's first call
         elif call.counted and not self._previous.counted:
@@ -6779,12 +6767,11 @@ class _Layout:
     def _resume(self, call: _Call, previous: _Call) -> None:
         """The first call that counts here goes on with a context that others have paid for. A mark
         stands for the answer it goes on with."""
-        marks = [_load(call, Source.RESUME)]
+        previous.event = self._load(call, Source.RESUME, self._start)
+        self._start += 1
         if self._history:
-            marks.append(_load(call, Source.HISTORY, contents=self._history))
-        previous.event = marks[0]
-        self.events[self._start:self._start] = marks
-        self._start += len(marks)
+            self._load(call, Source.HISTORY, self._start, contents=self._history)
+            self._start += 1
         self._history = {}
 
     def _lay_out(self, call: _Call, growth: int) -> None:
@@ -6799,8 +6786,7 @@ class _Layout:
         left = min(fresh, growth)
         laid: Laid = []
         if fresh > left:
-            self.events.append(_load(call, Source.REBUILD))
-            laid.append((self.events[-1], fresh - left))
+            laid.append((self._load(call, Source.REBUILD), fresh - left))
         if previous:
             kept = min(left, self._kept(previous, left - limit))
             laid.append((previous.event, kept))
@@ -6835,19 +6821,20 @@ class _Layout:
     def _rest(self, call: _Call) -> SessionEvent:
         """What no item explains: before a window's first call the system prompt and the like."""
         if self._previous:
-            self.events.append(_load(call, Source.UNATTRIBUTED))
-            return self.events[-1]
-        rest = _load(call, Source.SYSTEM)
-        if self.events[self._start:]:
-            rest.timestamp = self.events[self._start].timestamp
-        self.events.insert(self._start, rest)
+            return self._load(call, Source.UNATTRIBUTED)
+        rest = self._load(call, Source.SYSTEM, self._start)
+        if self.events[self._start + 1:]:
+            rest.timestamp = self.events[self._start + 1].timestamp
         return rest
 
-
-def _load(call: _Call, source: str, **data: Any) -> SessionEvent:
-    data.update(source=source, line=call.event.data.get("line"))
-    model = "" if source == Source.COMPACTION else call.event.model
-    return SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD, data, model=model)
+    def _load(self, call: _Call, source: str, place: Optional[int] = None,
+              **data: Any) -> SessionEvent:
+        """What entered with a call, at the end of the events or at a place among them."""
+        data.update(source=source, line=call.event.data.get("line"))
+        model = "" if source == Source.COMPACTION else call.event.model
+        event = SessionEvent("", call.event.timestamp, EventType.CONTEXT_LOAD, data, model=model)
+        self.events.insert(len(self.events) if place is None else place, event)
+        return event
 
 
 def _bill(call: _Call, laid: Laid) -> None:
@@ -6933,26 +6920,29 @@ class _Tool:
         kind = kind or TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool[:5] == "mcp__" else tool, "")
         path = self._text(
             "file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
+        place = canonical_path(path, self.cwd) if path else ""
         command = given.get("command") or given.get("cmd") or given.get("script")
         several = given.get("include") or given.get("paths")
-        several = several if several.__class__ is list else []
-        several = [name for name in several if name.__class__ is str]
         if kind == "shell" and command:
             self._command(command)
         elif kind == "search":
-            self._search(path)
-        elif kind == "read" and (path or any(several)):
-            self._read(path, several)
+            self._search(path, place)
+        elif kind == "read" and path:
+            part = {key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))}
+            self._becomes(EventType.FILE_READ, file_path=place,
+                          pages=str(given.get("pages") or "")[:40], **part)
+        elif kind == "read" and several.__class__ is list:
+            self._read([name for name in several if name.__class__ is str])
         elif kind == "write":
-            paths = [path] if path else patched_paths(self._text("input", "patch"))
-            self._becomes(EventType.FILE_WRITE, changes=self._paths(paths) or ["*"],
-                          file_path="".join(self._paths(paths[:1])))
+            names = [path] if path else patched_paths(self._text("input", "patch"))
+            paths = [canonical_path(name, self.cwd) for name in names]
+            self._becomes(EventType.FILE_WRITE, changes=paths or ["*"],
+                          file_path="".join(paths[:1]))
         else:
             self.data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
             if tool.startswith("mcp_"):
-                path = "" if kind == "harmless" else path
-                self.keep(file_path=path and self._path(path),
-                           query=_short(self._text("query", "pattern", "url")))
+                self.keep(file_path="" if kind == "harmless" else place,
+                          query=_short(self._text("query", "pattern", "url")))
 
     def _becomes(self, event_type: EventType, **data: Any) -> None:
         self.event.event_type = event_type
@@ -6965,22 +6955,14 @@ class _Tool:
     def _text(self, *names: str) -> str:
         return next((self.given[n] for n in names if self.given.get(n).__class__ is str), "")
 
-    def _path(self, path: str) -> str:
-        return mask_secrets(canonical_path(path, self.cwd))
-
-    def _paths(self, paths: List[str]) -> List[str]:
-        return list(map(self._path, paths))
-
-    def _read(self, path: str, several: List[str]) -> None:
-        """One file or several; with patterns among those it is a search."""
-        given = self.given
-        if not path and re.search(r"[*?\[{]", " ".join(several)):
-            self._becomes(EventType.SEARCH, query=_short(" ".join(several)))
-            return
-        reads = [] if path else [[name, 1, None] for name in self._paths(several)]
-        part = {key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))}
-        self._becomes(EventType.FILE_READ, file_path=self._path(path or several[0]), reads=reads,
-                      pages=str(given.get("pages") or "")[:40], **part)
+    def _read(self, several: List[str]) -> None:
+        """With patterns among the files it is a search."""
+        names = " ".join(several)
+        if re.search(r"[*?\[{]", names):
+            self._becomes(EventType.SEARCH, query=_short(names))
+        elif names:
+            reads = [[canonical_path(name, self.cwd), 1, None] for name in several]
+            self._becomes(EventType.FILE_READ, reads=reads, file_path=reads[0][0])
 
     def _command(self, command: Any) -> None:
         cwd = self._text("workdir", "dir_path") or self.cwd
@@ -6988,9 +6970,9 @@ class _Tool:
         text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
         operation = digest_of(f"{' '.join(text.split())} {cwd} {rights}")
-        reads = [[mask_secrets(path), first, last] for path, first, last in effects.reads]
+        reads = list(map(list, effects.reads))
         self.data.update(command=mask_secrets(_HERE.split(text[:1000], 1)[0])[:300],
-                         operation=operation, changes=list(map(mask_secrets, effects.changes)))
+                         operation=operation, changes=effects.changes)
         if effects.kind == "read" and effects.pure:  # of other output the file's share is not known
             path, *part = reads[0]
             several = reads if reads[1:] else []
@@ -6999,24 +6981,21 @@ class _Tool:
         elif effects.kind == "search" and effects.searches:
             query, scope = effects.searches[0]
             scope = f"{scope} #{operation}" if effects.searches[1:] else scope
-            self._becomes(EventType.SEARCH, query=mask_secrets(query)[:300])
-            self.data["scope"] = mask_secrets(scope)
+            self._becomes(EventType.SEARCH, query=mask_secrets(query)[:300], scope=scope)
         elif effects.kind == "write":
-            path = "".join(effects.writes[:1])
-            self._becomes(EventType.FILE_WRITE, file_path=mask_secrets(path))
+            self._becomes(EventType.FILE_WRITE, file_path="".join(effects.writes[:1]))
 
-    def _search(self, path: str) -> None:
+    def _search(self, path: str, place: str) -> None:
         given = self.given
         query = next((given[key] for key in ("pattern", "query", "url") if given.get(key)), path)
         if not query and given.get("prompt"):
             query = f"prompt {digest_of(given['prompt'])}"
-        scope = {key: _scope(key, value) for key, value in sorted(given.items())
+        place = "" if path == query else place
+        scope = {key: place if place and value == path else _scope(key, value)
+                 for key, value in sorted(given.items())
                  if value not in (None, query) and key != "description"}
-        place = self._path(path) if path and path != query else ""
-        scope.update((key, place) for key in scope if place and given[key] == path)
-        self._becomes(EventType.SEARCH, file_path=place,
+        self._becomes(EventType.SEARCH, file_path=place, query=_short(query),
                       scope=mask_secrets(json.dumps(scope))[:600] if scope else "")
-        self.data["query"] = _short(query)
 
     def returned(self, text: str, first: int, count: int, total: int) -> None:
         """What a read or a search returned: its hash, its lines, and whether the window has seen
@@ -7059,7 +7038,7 @@ class _Tool:
             total = seen.totals[path] = count
         verdict, overlap = seen.verdict(path, start, count, text)
         self.keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
-                   overlap=overlap if verdict == "same" and overlap[0] < count else [])
+                  overlap=overlap if verdict == "same" and overlap[0] < count else [])
 
     def failed(self, message: str, kind: str) -> None:
         """What is kept of a failure's message is a hash, the exit code and why it is nobody's
@@ -10599,7 +10578,8 @@ class SessionOptimizer:
         "held_since"}`` of what is there (``held_since``: seconds since 1970 of the oldest read of
         the file that is still there), or None."""
         session = self.get_session(session_id)
-        event = SessionEvent("", "", _event_type(event_type), dict(data), agent_id=agent_id)
+        event = SessionEvent("", "", _event_type(event_type), masked(dict(data)),
+                             agent_id=agent_id)
         return None if session is None else foreseen_repeat(session, event)
 
     # -- what an analysis says
