@@ -10799,429 +10799,6 @@ class UsageError(CommandError):
     status = EXIT_USAGE
 
 
-def _when(text: str) -> datetime:
-    """A point in time: today, yesterday, 90m, 12h, 7d ago, or ISO-8601; ValueError otherwise."""
-    from datetime import datetime, timedelta
-    text, now = text.strip().lower(), datetime.now().astimezone()
-    if text in ("today", "yesterday"):
-        day = now.date() - timedelta(days=text == "yesterday")
-        return datetime(day.year, day.month, day.day).astimezone()
-    match = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", text)
-    if match:
-        unit = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
-        return now - timedelta(seconds=float(match.group(1)) * unit)
-    moment = parse_time(text.upper())
-    if moment is None:
-        raise ValueError(text)
-    return moment
-
-
-def _number(read: Callable[[str], float], most: float = float("inf")) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = read(text)
-        if not 0 <= value <= most or value == float("inf"):
-            raise ValueError(text)
-        return value
-    return convert
-
-
-def _budget(text: str) -> Tuple[float, str]:
-    amount, unit = re.match(r"\$?(\d+(?:\.\d+)?)/(day|week|month)$", text).groups()  # type: ignore
-    return float(amount), unit
-
-
-def _object(text: str) -> Data:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return value
-
-
-def _kind(read: Callable[[str], Any], what: str, metavar: str) -> Data:
-    """The settings of an option whose value is read so, and whose error says what was expected."""
-    def convert(text: str) -> Any:
-        try:
-            return read(text)
-        except (ValueError, OverflowError, RecursionError, AttributeError):
-            raise _argument_error()(f"{text!r} is not {what}") from None
-    return {"type": convert, "metavar": metavar}
-
-
-def _argument_error() -> Any:
-    import argparse
-    return argparse.ArgumentTypeError
-
-
-def _one_of(enum: Any, what: str, metavar: str) -> Data:
-    names = ", ".join(member.value for member in enum)
-    return _kind(lambda text: enum(text.upper()), f"{what}: use one of {names}", metavar)
-
-
-_WHEN = _kind(_when, "a time: use today, yesterday, 90m, 12h, 7d or ISO-8601", "WHEN")
-_JSON = _kind(_object, "a JSON object such as '{\"file_path\": \"a.py\"}'", "JSON")
-_COUNT = _kind(_number(int), "a whole number >= 0", "N")
-_AMOUNT = _kind(_number(float), "a number >= 0", "N")
-_SCORE = _kind(_number(float, 100), "a score from 0 to 100", "SCORE")
-_STATUS = _one_of(SessionStatus, "a status", "STATUS")
-_LEVEL = _one_of(Severity, "a level", "LEVEL")
-_FLAG = {"action": "store_true"}
-
-Command = namedtuple("Command", "run group summary example options")
-_GROUPS = {"look": "Look at what agents did", "record": "Record a session yourself",
-           "watch": "Watch", "files": "Files, and this program"}
-
-
-def _option(flags: str, text: str, kind: Any = None, default: Any = None) -> Tuple[Any, ...]:
-    """An option as argparse wants it: its flags (or its name), and the rest. ``kind``: settings, a
-    metavar, or a tuple of choices."""
-    settings = {"metavar": kind} if isinstance(kind, str) else dict(
-        {"choices": kind} if isinstance(kind, tuple) else kind or {})
-    if default is not None:
-        settings["default"] = default
-    return (*flags.split(), dict(settings, help=text))
-
-
-_SHARED = (
-    _option("--store", "the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)", "DIR"),
-    _option("--color", "always, never or auto (default: on a terminal without NO_COLOR)",
-            ("always", "never", "auto")))
-_SESSION = _option("session_id", "the session's id, a unique beginning of it, or 'last'")
-_DATA_OR_TEXT = _option("--format", "text (default) or json", ("text", "json"), "text")
-_ANY_FORMAT = _option("--format", f"one of {', '.join(FORMATS)}", tuple(FORMATS), "text")
-_AGENT = _option("--agent", "of this agent only", "NAME")
-_SINCE = _option("--since", "today, yesterday, 90m, 12h, 7d ago, or ISO-8601", _WHEN)
-_LIMIT = _option("--limit", "show at most N (default 20)", _COUNT, 20)
-_DAYS = _option("--days", "of the last N days (default 30)", _COUNT, 30)
-_BUDGET = _option("--budget", "USD a day, week or month, such as 60/month", _kind(
-    _budget, "a budget such as 60/month", "USD"))
-_BY = _option("--by", f"a table by {', '.join(GROUPS)}", {"choices": GROUPS, "metavar": "WHAT"})
-_OUTPUT = _option("--output", "write to FILE (for you alone) instead of standard output", "FILE")
-_FAIL_UNDER = _option("--fail-under", "status 3 when the efficiency is below or nothing was judged",
-                      _SCORE)
-
-
-def commands() -> Dict[str, Command]:
-    """Every command by its name, in the order of the help: the function that runs it, its group,
-    what it does, an example, and its options."""
-    return {**_looking(), **_weighing(), **_recording(), **_keeping()}
-
-
-def _looking() -> Dict[str, Command]:
-    return {
-        "scan": Command(_scan, "look", "read agents' transcripts and say where the tokens went",
-                        "scan --since 7d", [
-            _option("paths", "files or folders (default: where agents keep them)",
-                    {"nargs": "*", "metavar": "PATH"}),
-            _option("--agent", "this agent's only, e.g. claude-code", "NAME", ""), _SINCE,
-            _option("--project", "whose working directory or path contains TEXT", "TEXT", ""), _BY,
-            _option("--no-store", "keep nothing", _FLAG),
-            _option("--again", "read everything again, deleted sessions too", _FLAG),
-            _option("--jobs", "processes that read (default: the cores, from 20 MB on)", _COUNT, 0),
-            _option("--format", "text (default), json or html", ("text", "json", "html"), "text"),
-            _OUTPUT, _FAIL_UNDER]),
-        "list": Command(_list, "look", "list sessions, newest first", "list --since yesterday", [
-            _AGENT, _option("--status", "of this status only", _STATUS), _SINCE, _LIMIT,
-            _DATA_OR_TEXT]),
-        "analyze": Command(_analyze, "look", "say what a session wasted",
-                           "analyze last --evidence", [
-            _SESSION, _ANY_FORMAT, _FAIL_UNDER,
-            _option("--evidence", "show the events of every finding: line, what, tokens", _FLAG)]),
-        "stats": Command(_stats, "look", "sessions over time", "stats --by model --days 7", [
-            _option("agent", "of this agent only (default: all)", {"nargs": "?"}),
-            _DAYS, _BY, _BUDGET, _DATA_OR_TEXT,
-            _option("--split", "before and after a day, with what is sure", _WHEN)]),
-        "compare": Command(_compare, "look", "compare sessions", "compare 3f2a 91bc", [
-            _option("session_ids", "two or more sessions", {"nargs": "+", "metavar": "session_id"}),
-            _DATA_OR_TEXT]),
-        "export": Command(_export, "look", "write a session's report",
-                          "export last --format html --output report.html",
-                          [_SESSION, _ANY_FORMAT, _OUTPUT]),
-    }
-
-
-def _weighing() -> Dict[str, Command]:
-    return {
-        "advice": Command(_advice, "look", "say what to change, from what sessions cost",
-                          "advice --format claude-md --apply CLAUDE.md", [
-            _DAYS, _option("--format", "text (default), json or claude-md, the lines for CLAUDE.md",
-                           ("text", "json", "claude-md"), "text"),
-            _option("--apply", "put the lines into FILE, between markers", "FILE"),
-            _option("--undo", "take them out of FILE again", "FILE")]),
-        "whatif": Command(_whatif, "look", "price the sessions again under another habit",
-                          "whatif return --above 80k", [
-            _option("policy", f"one of {', '.join(POLICIES)}; what it needs stands behind it",
-                    {"nargs": "+"}),
-            _option("--above", "only contexts of more tokens, such as 80k", "N"),
-            _option("--tokens", "how many", "N"), _option("--tool", "results of this tool", "NAME"),
-            _option("--older", "results older than so many calls", "N"),
-            _option("--at-least", "results of so many tokens", "N"),
-            _option("--when-rebuilding", "only when the cache is lost anyway", _FLAG),
-            _option("--paths", "transcripts to read instead of the store",
-                    {"nargs": "+", "metavar": "PATH"}), _DATA_OR_TEXT]),
-        "alerts": Command(_alerts, "watch", "say which sessions deserve a look, and what to do",
-                          "alerts --since 1d --dollars 0.50", [
-            _SINCE, _AGENT, _DATA_OR_TEXT, _LIMIT,
-            _option("--fail-on", "status 3 at an alert of LOW, MEDIUM, HIGH or above", _LEVEL),
-            _option("--dollars", f"of N wasted dollars or more (default {LEAST_DOLLARS})", _AMOUNT),
-            _BUDGET,
-            *map(_limit_option, ALERT_RULES)]),
-    }
-
-
-def _limit_option(rule: AlertRule) -> Tuple[Any, ...]:
-    when = "below" if rule.name == "efficiency" else "above"
-    text = f"{rule.level.value} alert {when} N {rule.unit} (default {rule.threshold})"
-    return _option("--" + rule.name.replace("_", "-"), text.replace("%", "%%"), _AMOUNT)
-
-
-def _recording() -> Dict[str, Command]:
-    keys = '{"event_type", "data", "tokens_input", "tokens_output", "duration_ms"}'
-    return {
-        "start": Command(_start, "record", "begin a session",
-                         'start FORGE "Fix the loader" --model opus -q', [
-            _option("agent", "the agent's name"), _option("task", "what it is to do"),
-            _option("--model", "its model, for prices", None, "default"),
-            _option("--id", "the session's id (default: agent and time)",
-                    {"dest": "new_id", "metavar": "ID"}),
-            _option("--metadata", "an object kept with the session", _JSON),
-            _option("-q --quiet", "print the id alone", _FLAG), _DATA_OR_TEXT]),
-        "log": Command(_log, "record", "log an event, or a stream of them from standard input",
-                       "log last SEARCH --data '{\"query\": \"x\"}'", [
-            _SESSION, _option("event_type", "an event type such as FILE_READ; - reads one JSON "
-                                            f"object per line: {keys}"),
-            _option("--data", "the event's data, an object", _JSON),
-            _option("--tokens-in", "tokens new to the context", _COUNT, 0),
-            _option("--tokens-out", "tokens the model wrote", _COUNT, 0),
-            _option("--duration-ms", "milliseconds it took", _COUNT, 0),
-            _option("--durable", "force the event to the disk before it is told", _FLAG)]),
-        "end": Command(_end, "record", "end a session", "end last --status FAILED", [
-            _SESSION, _option("--status", "COMPLETED (default), FAILED or ABANDONED", _STATUS,
-                              SessionStatus.COMPLETED)]),
-        "hook": Command(_hook, "record", "log a hook event of Claude Code from standard input",
-                        "hook --guard", [
-            _option("--guard", "answer PreToolUse when the context holds the answer", _FLAG),
-            _option("--deny", "with --guard: refuse such a call once, not only advise", _FLAG)]),
-    }
-
-
-def _keeping() -> Dict[str, Command]:
-    return {
-        "import": Command(_import, "files", "store sessions from JSON files or transcripts",
-                          "import session.json", [
-            _option("files", "a session's JSON, or a transcript of a known agent",
-                    {"nargs": "+", "metavar": "FILE"})]),
-        "delete": Command(_delete, "files", "delete a session and its report", "delete last", [
-            _option("session_id", "the session's whole id, or 'last'")]),
-        "repair": Command(_repair, "files", "mend damaged sessions and remove what crashes left",
-                          "repair", [
-            _option("--discard", "remove the copies of damaged files as well", _FLAG)]),
-        "version": Command(_version, "files", "print the version", "version", []),
-        "help": Command(_help, "files", "show the help of everything, or of one command",
-                        "help scan", [_option("topic", "a command", {"nargs": "?"})]),
-    }
-
-
-_STATUSES = "status: 0 done, 1 the request failed, 2 bad command line, 3 a limit was missed"
-
-
-def _overview() -> str:
-    """The help of the whole program: the commands in groups, each with an example."""
-    lines = ["usage: sessionoptimizer [--store DIR] [--color WHEN] command ...", "",
-             "Where the tokens of your AI agents' sessions went, on evidence you can check."]
-    for group, title in _GROUPS.items():
-        lines += ["", f"{title}:"]
-        for name, command in commands().items():
-            if command.group == group:
-                lines += [f"  {name:<9} {command.summary}",
-                          f"            $ sessionoptimizer {command.example}"]
-    shared = [f"  {flag:<9} {settings['help']}" for flag, settings in _SHARED]
-    return "\n".join([*lines, "", "With every command:", *shared, "", _STATUSES,
-                      "One command: sessionoptimizer help COMMAND", ""])
-
-
-def build_parser() -> Any:
-    """The argparse parser: from it the shell completions in examples/completions are made."""
-    import argparse
-    known = commands()
-
-    class Parser(argparse.ArgumentParser):
-        """A parser that says what was meant, with the usage of the command it is about."""
-
-        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-            options, rest = super().parse_known_args(args, namespace)
-            if rest:
-                near = _did_you_mean(rest[0], self._option_string_actions)
-                self.error(f"unknown: {' '.join(rest)}{near}")
-            return options, rest
-
-        def error(self, message: str) -> Any:
-            wrong = re.match(r"argument command: invalid choice: '?([^' ]*)", message)
-            if wrong:
-                message = f"no command {wrong.group(1)!r}{_did_you_mean(wrong.group(1), known)}"
-            self.print_usage(sys.stderr)
-            self.exit(EXIT_USAGE, f"{self.prog}: {plain(message, 1000)}\n")
-
-    parser = Parser(prog="sessionoptimizer", allow_abbrev=False)
-    parser.format_help = _overview  # type: ignore[method-assign]
-    parser.add_argument("--version", action="version", version=f"sessionoptimizer {__version__}")
-    choice = parser.add_subparsers(dest="command", metavar="command")
-    for flag, settings in _SHARED:
-        parser.add_argument(flag, **settings)
-    for name, command in known.items():
-        sub = choice.add_parser(
-            name, help=command.summary, description=f"{name} - {command.summary}",
-            epilog=f"example:\n  sessionoptimizer {command.example}\n\n{_STATUSES}",
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        for *flags, settings in command.options:
-            sub.add_argument(*flags, **settings)
-        for flag, settings in _SHARED:
-            sub.add_argument(flag, default=argparse.SUPPRESS, **settings)
-        sub.set_defaults(func=command.run)
-    return parser
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    from difflib import get_close_matches
-    near = get_close_matches(word, list(known), 1)
-    return f": did you mean {near[0]}?" if near else ""
-
-
-def _plain_options(name: str, words: List[str]) -> Any:
-    """The options of a command line whose words are values, or flags each followed by its value;
-    None for any other line, which is argparse's to read or to refuse. What runs once per event has
-    no time to load argparse."""
-    from types import SimpleNamespace
-    command = commands()[name]
-    flags: Dict[str, Tuple[str, Data]] = {"--store": ("store", {})}
-    found: Data = {"store": None, "color": None, "func": command.run}
-    places = ["command"]
-    for *names, settings in command.options:
-        place = settings.get("dest") or names[-1].lstrip("-").replace("-", "_")
-        places += [place] if names[0] == place else []
-        flags.update((flag, (place, settings)) for flag in names if flag != place)
-        found[place] = settings.get("default", False if settings.get("action") else None)
-    values, rest = [], iter(words)
-    try:
-        for word in rest:
-            if word == "-" or word[:1] not in ("-", ""):
-                values.append(word)
-                continue
-            place, settings = flags[word]
-            value: Any = True if "action" in settings else next(rest)
-            if value is not True and value[:1] in ("-", "") or settings.get("choices"):
-                return None
-            found[place] = value if value is True else settings.get("type", str)(value)
-    except (KeyError, StopIteration, _argument_error()):
-        return None
-    if len(values) != len(places):
-        return None
-    return SimpleNamespace(**dict(found, **dict(zip(places, values))))
-
-
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run a command line and return its status; the only place that turns errors into messages."""
-    if argv is None:
-        import gc
-        gc.freeze()  # what is loaded stays, and need not be looked through at the end
-    argv = sys.argv[1:] if argv is None else list(argv)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, mode))
-    words = argv[2:] if argv[:1] in (["--store"], ["--color"]) else argv
-    first = next((word for word in words if word[:1] != "-"), "")
-    if first != "hook":
-        return _main(argv, first)
-    try:
-        with _Deadline(HOOK_SECONDS):
-            _main(argv, first)
-    except _OutOfTime:
-        print("sessionoptimizer hook: no time left, this event is not logged", file=sys.stderr)
-    except Exception as error:  # whatever it is: the agent whose hook this is must go on
-        print(f"sessionoptimizer hook: {plain(repr(error), 300)}", file=sys.stderr)
-    return EXIT_DONE
-
-
-HOOK_SECONDS = 0.9   # an agent gives the hooks at the end of a session 1.5 s, start-up included
-HOOK_SIZE = 1 << 24  # bytes of an event: what is larger could not be read in that time
-
-
-class _OutOfTime(BaseException):
-    """The deadline is over; no handler of errors on the way takes it for one of its own."""
-
-
-class _Deadline:
-    """Context in which _OutOfTime is raised after some seconds, where the system has timers and
-    this is the main thread."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self.before: Any = None  # the handler that was there
-
-    def __enter__(self) -> None:
-        import signal
-        if hasattr(signal, "setitimer"):
-            try:
-                self.before = signal.signal(signal.SIGALRM, self._over)
-                signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            except ValueError:
-                pass  # not the main thread
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import signal
-        if self.before is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self.before)
-
-    @staticmethod
-    def _over(number: int, frame: Any) -> None:
-        raise _OutOfTime
-
-
-def _main(argv: List[str], first: str) -> int:
-    options = _plain_options(first, argv) if first in ("log", "hook") else None
-    if options is None:
-        try:
-            options = build_parser().parse_args(argv)
-        except SystemExit as stop:
-            return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
-        except BrokenPipeError:  # from the help or the version
-            return _flushed(EXIT_DONE)
-        options.func = getattr(options, "func", _welcome)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", SessionOptimizerWarning)
-        warnings.showwarning = _show_warning
-        try:
-            options.optimizer = SessionOptimizer(options.store)
-            return _flushed(options.func(options))
-        except SessionOptimizerError as error:
-            print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
-            return error.status if isinstance(error, CommandError) else EXIT_FAILED
-        except BrokenPipeError:
-            return _flushed(EXIT_DONE)
-        except OSError as error:
-            place = plain(error.filename or "the output", 300)
-            print(f"sessionoptimizer: {place} cannot be used: {error.strerror}; nothing stored is "
-                  "lost", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return EXIT_FAILED
-        except KeyboardInterrupt:
-            return 130
-
-
-def _flushed(status: int) -> int:
-    """The status, once what was printed is written, or nobody reads it any more."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # the interpreter would complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
-
-
-def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None,
-                  line: Any = None) -> None:
-    print(f"warning: {plain(message, 1000)}", file=sys.stderr)
-
-
 # -- what commands print
 
 def _say(text: str) -> None:
@@ -11353,7 +10930,7 @@ def _welcome(options: Any) -> int:
 
 def _start(options: Any) -> int:
     session = options.optimizer.start_session(
-        options.agent, options.task, options.model, options.new_id, options.metadata)
+        options.agent, options.task, options.model, options.id, options.metadata)
     if options.format == "json":
         head = {name: value for name, value in session.to_dict().items() if name != "events"}
         print(json.dumps(head, indent=2))
@@ -11387,7 +10964,7 @@ def _log(options: Any) -> int:
     return EXIT_DONE
 
 
-_STREAM_KEYS = ("data", "tokens_input", "tokens_output", "duration_ms")
+_STREAM_KEYS = "event_type data tokens_input tokens_output duration_ms"
 
 
 def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
@@ -11401,8 +10978,8 @@ def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
             entry = json.loads(line.decode("utf-8"))
             if not isinstance(entry, dict) or "event_type" not in entry:
                 raise InvalidValue('an event is an object with "event_type"')
-            event = optimizer.log_event(session_id, entry["event_type"],
-                                        **{key: entry[key] for key in _STREAM_KEYS if key in entry})
+            event = optimizer.log_event(
+                session_id, **{key: entry[key] for key in _STREAM_KEYS.split() if key in entry})
         except (InvalidValue, ValueError, TypeError, RecursionError) as error:
             bad += 1
             print(f"sessionoptimizer: line {number} skipped: {plain(error)}", file=sys.stderr)
@@ -11590,8 +11167,8 @@ def _export(options: Any) -> int:
 
 def _scan(options: Any) -> int:
     result = options.optimizer.scan(
-        options.paths or None, agent=options.agent, since=options.since, project=options.project,
-        store=not options.no_store, again=options.again, progress=_progress_bar(),
+        options.paths or None, agent=options.agent or "", since=options.since,
+        project=options.project or "", store=not options.no_store, again=options.again, progress=_progress_bar(),
         jobs=options.jobs)
     _wipe()
     there = result["found"]
@@ -11685,18 +11262,433 @@ def _version(options: Any) -> int:
 
 
 def _help(options: Any) -> int:
-    known, parser = commands(), build_parser()
-    if options.topic is None:
+    known, topic = commands(), options.topic
+    if topic is None:
         print(_overview(), end="")
-    elif options.topic in known:
-        try:
-            parser.parse_args([options.topic, "--help"])
-        except SystemExit:
-            pass
+    elif topic in known:
+        return main([topic, "--help"])
     else:
-        near = _did_you_mean(options.topic, known)
-        raise UsageError(f"no command {options.topic!r}{near} (there are {', '.join(known)})")
+        raise UsageError(f"no command {topic!r}{_did_you_mean(topic, known)} "
+                         f"(there are {', '.join(known)})")
     return EXIT_DONE
+
+
+# -- what an option's value is
+
+def _when(text: str) -> datetime:
+    """A point in time: today, yesterday, 90m, 12h, 7d ago, or ISO-8601; ValueError otherwise."""
+    from datetime import datetime, timedelta
+    word, now = text.strip().lower(), datetime.now().astimezone()
+    if word in ("today", "yesterday"):
+        day = now.date() - timedelta(word == "yesterday")
+        return datetime(day.year, day.month, day.day).astimezone()
+    ago = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", word)
+    if ago:
+        units = {unit[0]: unit for unit in ("seconds", "minutes", "hours", "days", "weeks")}
+        return now - timedelta(**{units[ago.group(2)]: float(ago.group(1))})
+    moment = parse_time(word.upper())
+    if moment is None:
+        raise ValueError(text)
+    return moment
+
+
+def _number(text: str, read: Callable[[str], float] = float, most: float = 1e300) -> float:
+    value = read(text)
+    if not 0 <= value <= most:
+        raise ValueError(text)
+    return value
+
+
+def _budget(text: str) -> Tuple[float, str]:
+    [(amount, unit)] = re.findall(r"^\$?(\d+(?:\.\d+)?)/(day|week|month)$", text)
+    return float(amount), unit
+
+
+def _object(text: str) -> Data:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+# how the value of an option is read, and what to say of one that cannot be
+_KINDS_OF_VALUES: Dict[str, Tuple[Callable[[str], Any], str]] = {
+    "WHEN": (_when, "a time: use today, yesterday, 90m, 12h, 7d or ISO-8601"),
+    "JSON": (_object, "a JSON object such as '{\"file_path\": \"a.py\"}'"),
+    "N": (lambda text: _number(text, int), "a whole number >= 0"),
+    "AMOUNT": (_number, "a number >= 0"),
+    "SCORE": (lambda text: _number(text, most=100), "a score from 0 to 100"),
+    "BUDGET": (_budget, "a budget such as 60/month"),
+    "STATUS": (lambda text: SessionStatus(text.upper()),
+               f"a status: use one of {', '.join(status.value for status in SessionStatus)}"),
+    "LEVEL": (lambda text: Severity(text.upper()),
+              f"a level: use one of {', '.join(level.value for level in Severity)}"),
+}
+
+
+def _reader(kind: str) -> Callable[[str], Any]:
+    read, what = _KINDS_OF_VALUES.get(kind, (str, ""))
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except (ValueError, OverflowError, RecursionError):
+            from argparse import ArgumentTypeError
+            raise ArgumentTypeError(f"{text!r} is not {what}") from None
+    return convert
+
+
+# -- the commands and their options: group, name and summary; an example; an option a line
+
+_SESSION = "session_id  the session's id, a unique beginning of it, or 'last'"
+_TEXT_OR_JSON = "--format text|json=text  text (default) or json"
+_ANY_FORMAT = f"--format {'|'.join(FORMATS)}=text  one of these (default text)"
+_AGENT = "--agent NAME  of this agent only"
+_SINCE = "--since WHEN  today, yesterday, 90m, 12h, 7d ago, or ISO-8601"
+_LIMIT = "--limit N=20  show at most N (default 20)"
+_DAYS = "--days N=30  of the last N days (default 30)"
+_BUDGET = "--budget BUDGET  USD a day, week or month, such as 60/month"
+_BY = f"--by {'|'.join(GROUPS)}  a table by one of these"
+_OUTPUT = "--output FILE  write to FILE (for you alone) instead of standard output"
+_FAIL_UNDER = "--fail-under SCORE  status 3 when the efficiency is below or nothing was judged"
+_SHARED = """\
+  --store DIR  the store (default: SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)
+  --color always|never|auto  (default: auto, on a terminal without NO_COLOR)"""
+_ALERT_LIMITS = "\n".join(
+    f"--{rule.name.replace('_', '-')} AMOUNT  {rule.level.value} alert "
+    f"{'below' if rule.name == 'efficiency' else 'above'} this many "
+    f"{rule.unit.replace('%', '%%')} (default {rule.threshold})" for rule in ALERT_RULES)
+
+_GROUPS = {"look": "Look at what agents did", "record": "Record a session yourself",
+           "watch": "Watch", "files": "Files, and this program"}
+_COMMANDS = (
+    (_scan, f"""look scan read agents' transcripts and say where the tokens went
+        $ scan --since 7d
+        paths* PATH  files or folders (default: where agents keep them)
+        --agent NAME  this agent's only, e.g. claude-code
+        {_SINCE}
+        --project TEXT  whose working directory or path contains TEXT
+        {_BY}
+        --no-store  keep nothing
+        --again  read everything again, deleted sessions too
+        --jobs N=0  processes that read (default: the cores, from 20 MB on)
+        --format text|json|html=text  text (default), json or html
+        {_OUTPUT}
+        {_FAIL_UNDER}"""),
+    (_list, f"""look list list sessions, newest first
+        $ list --since yesterday
+        {_AGENT}
+        --status STATUS  of this status only
+        {_SINCE}
+        {_LIMIT}
+        {_TEXT_OR_JSON}"""),
+    (_analyze, f"""look analyze say what a session wasted
+        $ analyze last --evidence
+        {_SESSION}
+        {_ANY_FORMAT}
+        {_FAIL_UNDER}
+        --evidence  show the events of every finding: line, what, tokens"""),
+    (_stats, f"""look stats sessions over time
+        $ stats --by model --days 7
+        agent?  of this agent only (default: all)
+        {_DAYS}
+        {_BY}
+        {_BUDGET}
+        {_TEXT_OR_JSON}
+        --split WHEN  before and after a day, with what is sure"""),
+    (_compare, f"""look compare compare sessions
+        $ compare 3f2a 91bc
+        session_ids+ session_id  two or more sessions
+        {_TEXT_OR_JSON}"""),
+    (_export, f"""look export write a session's report
+        $ export last --format html --output report.html
+        {_SESSION}
+        {_ANY_FORMAT}
+        {_OUTPUT}"""),
+    (_advice, f"""look advice say what to change, from what sessions cost
+        $ advice --format claude-md --apply CLAUDE.md
+        {_DAYS}
+        --format text|json|claude-md=text  text (default), json, or the lines for CLAUDE.md
+        --apply FILE  put the lines into FILE, between markers
+        --undo FILE  take them out of FILE again"""),
+    (_whatif, f"""look whatif price the sessions again under another habit
+        $ whatif return --above 80k
+        policy+  one of {', '.join(POLICIES)}; what it needs stands behind it
+        --above TOKENS  only contexts of more tokens, such as 80k
+        --tokens TOKENS  how many
+        --tool NAME  results of this tool
+        --older CALLS  results older than so many calls
+        --at-least TOKENS  results of so many tokens
+        --when-rebuilding  only when the cache is lost anyway
+        --paths+ PATH  transcripts to read instead of the store
+        {_TEXT_OR_JSON}"""),
+    (_alerts, f"""watch alerts say which sessions deserve a look, and what to do
+        $ alerts --since 1d --dollars 0.50
+        {_SINCE}
+        {_AGENT}
+        {_TEXT_OR_JSON}
+        {_LIMIT}
+        --fail-on LEVEL  status 3 at an alert of LOW, MEDIUM, HIGH or above
+        --dollars AMOUNT  of so many wasted dollars or more (default {LEAST_DOLLARS})
+        {_BUDGET}
+        {_ALERT_LIMITS}"""),
+    (_start, f"""record start begin a session
+        $ start FORGE "Fix the loader" --model opus -q
+        agent  the agent's name
+        task  what it is to do
+        --model NAME=default  its model, for prices
+        --id ID  the session's id (default: agent and time)
+        --metadata JSON  an object kept with the session
+        -q --quiet  print the id alone
+        {_TEXT_OR_JSON}"""),
+    (_log, f"""record log log an event, or a stream of them from standard input
+        $ log last SEARCH --data '{{"query": "x"}}'
+        {_SESSION}
+        event_type  such as FILE_READ; - reads a JSON object a line: {_STREAM_KEYS}
+        --data JSON  the event's data, an object
+        --tokens-in N=0  tokens new to the context
+        --tokens-out N=0  tokens the model wrote
+        --duration-ms N=0  milliseconds it took
+        --durable  force the event to the disk before it is told"""),
+    (_end, f"""record end end a session
+        $ end last --status FAILED
+        {_SESSION}
+        --status STATUS=COMPLETED  COMPLETED (default), FAILED or ABANDONED"""),
+    (_hook, """record hook log a hook event of Claude Code from standard input
+        $ hook --guard
+        --guard  answer PreToolUse when the context holds the answer
+        --deny  with --guard: refuse such a call once, not only advise"""),
+    (_import, """files import store sessions from JSON files or transcripts
+        $ import session.json
+        files+ FILE  a session's JSON, or a transcript of a known agent"""),
+    (_delete, """files delete delete a session and its report
+        $ delete last
+        session_id  the session's whole id, or 'last'"""),
+    (_repair, """files repair mend damaged sessions and remove what crashes left
+        $ repair
+        --discard  remove the copies of damaged files as well"""),
+    (_version, """files version print the version
+        $ version"""),
+    (_help, """files help show the help of everything, or of one command
+        $ help scan
+        topic?  a command"""),
+)
+
+Command = namedtuple("Command", "run group summary example options")
+
+
+def commands() -> Dict[str, Command]:
+    """Every command by its name, in the order of the help: the function that runs it, its group,
+    what it does, an example, and its options (flags, settings for argparse)."""
+    known = {}
+    for run, text in _COMMANDS:
+        title, example, *lines = text.splitlines()
+        group, name, summary = title.split(None, 2)
+        known[name] = Command(run, group, summary, example.strip(" $"), list(map(_option, lines)))
+    return known
+
+
+def _option(line: str) -> Tuple[Any, ...]:
+    """An option as argparse wants it, of a line such as "--limit N=20  show at most N": its flags
+    or its name (with * + or ? where it may be given more or less than once), what its value is, a
+    default, and what it is for."""
+    spec, text = line.strip().split("  ", 1)
+    words = spec.split()
+    flags = [word for word in words if word[0] == "-"] or words[:1]
+    kind, _, default = "".join(words[len(flags):]).partition("=")
+    settings: Data = {"help": text}
+    if flags[-1][-1] in "*+?":
+        flags[-1], settings["nargs"] = flags[-1][:-1], flags[-1][-1]
+    if "|" in kind:
+        settings["choices"] = kind.split("|")
+    elif kind:
+        settings.update(metavar=kind, type=_reader(kind))
+    elif flags[0][0] == "-":
+        settings["action"] = "store_true"
+    if default:
+        settings["default"] = default
+    return (*flags, settings)
+
+
+_STATUSES = "status: 0 done, 1 the request failed, 2 bad command line, 3 a limit was missed"
+
+
+def _overview() -> str:
+    """The help of the whole program: the commands in groups, each with an example."""
+    lines = ["usage: sessionoptimizer [--store DIR] [--color WHEN] command ...", "",
+             "Where the tokens of your AI agents' sessions went, on evidence you can check."]
+    for group, title in _GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name, command in commands().items():
+            if command.group == group:
+                lines += [f"  {name:<9} {command.summary}",
+                          f"            $ sessionoptimizer {command.example}"]
+    lines += ["", "With every command:", _SHARED, "", _STATUSES,
+              "One command: sessionoptimizer help COMMAND", ""]
+    return "\n".join(lines)
+
+
+def build_parser(only: str = "") -> Any:
+    """The argparse parser: from it the shell completions in examples/completions are made.
+    ``only``: with this command alone, which is sooner made; all where there is no such one."""
+    import argparse
+    known, shared = commands(), list(map(_option, _SHARED.splitlines()))
+
+    class Parser(argparse.ArgumentParser):
+        """A parser that says what was meant, with the usage of the command it is about."""
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            options, rest = super().parse_known_args(args, namespace)
+            if rest:
+                near = _did_you_mean(rest[0], self._option_string_actions)
+                self.error(f"unknown: {' '.join(rest)}{near}")
+            return options, rest
+
+        def error(self, message: str) -> Any:
+            wrong = re.match(r"argument command: invalid choice: '?([^' ]*)", message)
+            if wrong:
+                message = f"no command {wrong.group(1)!r}{_did_you_mean(wrong.group(1), known)}"
+            self.print_usage(sys.stderr)
+            self.exit(EXIT_USAGE, f"{self.prog}: {plain(message, 1000)}\n")
+
+    parser = Parser(prog="sessionoptimizer", allow_abbrev=False)
+    parser.format_help = _overview  # type: ignore[method-assign]
+    parser.set_defaults(func=_welcome)
+    parser.add_argument("--version", action="version", version=f"sessionoptimizer {__version__}")
+    choice = parser.add_subparsers(dest="command", metavar="command")
+    for flag, settings in shared:
+        parser.add_argument(flag, **settings)
+    for name in [only] if only in known else known:
+        command = known[name]
+        sub = choice.add_parser(
+            name, help=command.summary, description=f"{name} - {command.summary}",
+            epilog=f"example:\n  sessionoptimizer {command.example}\n\n{_STATUSES}",
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for *flags, settings in command.options:
+            sub.add_argument(*flags, **settings)
+        for flag, settings in shared:
+            sub.add_argument(flag, default=argparse.SUPPRESS, **settings)
+        sub.set_defaults(func=command.run)
+    return parser
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+    near = get_close_matches(word, list(known), 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+# -- one command line, from its words to its status
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command line and return its status; the only place that turns errors into messages."""
+    if argv is None:
+        import gc
+        gc.freeze()  # what is loaded stays, and need not be looked through at the end
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))
+    command = _command_word(argv)
+    if command != "hook":
+        return _main(argv, command)
+    try:
+        with _Deadline(HOOK_SECONDS):
+            _main(argv, command)
+    except _OutOfTime:
+        print("sessionoptimizer hook: no time left, this event is not logged", file=sys.stderr)
+    except Exception as error:  # whatever it is: the agent whose hook this is must go on
+        print(f"sessionoptimizer hook: {plain(repr(error), 300)}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _command_word(argv: Iterable[str]) -> str:
+    """The command of a command line; it may stand behind the options that all commands share."""
+    words = iter(argv)
+    for word in words:
+        if word in ("--store", "--color"):
+            next(words, "")
+        elif word[:1] != "-":
+            return word
+    return ""
+
+
+def _main(argv: List[str], command: str) -> int:
+    try:
+        options = build_parser(command).parse_args(argv)
+    except SystemExit as stop:
+        return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
+    except BrokenPipeError:  # from the help or the version
+        return _flushed(EXIT_DONE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SessionOptimizerWarning)
+        warnings.showwarning = _show_warning
+        try:
+            options.optimizer = SessionOptimizer(options.store)
+            return _flushed(options.func(options))
+        except SessionOptimizerError as error:
+            print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
+            return error.status if isinstance(error, CommandError) else EXIT_FAILED
+        except BrokenPipeError:
+            return _flushed(EXIT_DONE)
+        except OSError as error:
+            place = plain(error.filename or "the output", 300)
+            print(f"sessionoptimizer: {place} cannot be used: {error.strerror}; nothing stored is "
+                  "lost", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            return 130
+
+
+def _flushed(status: int) -> int:
+    """The status, once what was printed is written, or nobody reads it any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the interpreter would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None,
+                  line: Any = None) -> None:
+    print(f"warning: {plain(message, 1000)}", file=sys.stderr)
+
+
+HOOK_SECONDS = 0.9   # an agent gives the hooks at the end of a session 1.5 s, start-up included
+HOOK_SIZE = 1 << 24  # bytes of an event: what is larger could not be read in that time
+
+
+class _OutOfTime(BaseException):
+    """The deadline is over; no handler of errors on the way takes it for one of its own."""
+
+
+class _Deadline:
+    """Context in which _OutOfTime is raised after some seconds, where the system has timers and
+    this is the main thread."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.before: Any = None  # the handler that was there
+
+    def __enter__(self) -> None:
+        import signal
+        if hasattr(signal, "setitimer"):
+            try:
+                self.before = signal.signal(signal.SIGALRM, self._over)
+                signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            except ValueError:
+                pass  # not the main thread
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import signal
+        if self.before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.before)
+
+    @staticmethod
+    def _over(number: int, frame: Any) -> None:
+        raise _OutOfTime
 
 
 if __name__ == "__main__":
