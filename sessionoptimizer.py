@@ -4225,6 +4225,11 @@ def _day(time: str, monday: bool = False) -> str:
     return (moment - timedelta(moment.weekday() if monday else 0)).isoformat()[:10]
 
 
+def rows_of_agent(rows: Rows, agent: Optional[str]) -> Rows:
+    """The rows of one agent, in any case; all where none is named."""
+    return [row for row in rows if not agent or row["agent"].upper() == str(agent).upper()]
+
+
 def selection(rows: Rows) -> Data:
     """What there is before anything is filtered: how many sessions, the newest, and the agents."""
     newest = max((_day(row["last_at"]) for row in rows), default="")
@@ -10596,7 +10601,7 @@ class SessionOptimizer:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
         try:
             info = os.stat(self.store.find(session_id))
-            stamp = [info.st_size, info.st_mtime_ns, settings_of(self.analyzers, self.prices)]
+            stamp = [info.st_size, info.st_mtime_ns, self._settings()[1]]
             self.store.write_report(session_id, dict(report.to_dict(), fingerprint=stamp))
         except FileNotFoundError:
             pass  # deleted meanwhile
@@ -10617,16 +10622,12 @@ class SessionOptimizer:
         that the worst did not; ``{"error": ...}`` when fewer than two of them are found."""
         if isinstance(session_ids, str) or not hasattr(session_ids, "__iter__"):
             raise InvalidValue(f"session_ids is {session_ids!r}: give a list of ids")
-        found, missing = [], []
-        for session_id in dict.fromkeys(map(str, session_ids)):
-            report = self.analyze(session_id)
-            if report is None:
-                missing.append(plain(session_id, 60))
-            else:
-                found.append((self._sessions[session_id], report))
+        reports = {name: self.analyze(name) for name in dict.fromkeys(map(str, session_ids))}
+        found = [(self._sessions[name], report) for name, report in reports.items() if report]
         if len(found) < 2:
-            unknown = f"; not found: {', '.join(missing)}" if missing else ""
-            return {"error": "Need at least 2 different sessions to compare" + unknown}
+            missing = ", ".join(plain(name, 60) for name, report in reports.items() if not report)
+            return {"error": "Need at least 2 different sessions to compare"
+                             + f"; not found: {missing}" * bool(missing)}
         return comparison_of(found)
 
     def agent_statistics(self, agent: str, days: int = 30) -> Data:
@@ -10636,8 +10637,7 @@ class SessionOptimizer:
         unchanged ones are not read again."""
         if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
             raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
-        rows = [row for row in self.summaries(days)
-                if not agent or row["agent"].upper() == str(agent).upper()]
+        rows = rows_of_agent(self.summaries(days), agent)
         if not rows:
             message = f"No sessions found in the last {days} days"
             return {"agent": agent, "sessions": 0, "message": message}
@@ -10686,10 +10686,9 @@ class SessionOptimizer:
         ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue for an unknown name or a
         value that is not a number >= 0."""
         limits, after = alert_limits(thresholds), since_seconds(since)
-        rows = [row for row in self.summaries()
-                if (not agent or row["agent"].upper() == agent.upper())
-                and (after is None or (seconds_of(row["last_at"]) or row["started"]) >= after)]
-        found = [alert for row in rows for alert in alerts_of(row, limits)]
+        found = [alert for row in rows_of_agent(self.summaries(), agent)
+                 if after is None or (seconds_of(row["last_at"]) or row["started"]) >= after
+                 for alert in alerts_of(row, limits)]
         return sorted(found, key=lambda alert: (-alert["cost"], -(seconds_of(alert["time"]) or 0.0)))
 
 
@@ -11074,8 +11073,7 @@ def _stats(options: Any) -> int:
     if "message" in stats:
         _known_agent(options, {row["agent"] for row in optimizer.summaries()})
         return _show(options, stats, Section(agent or "All agents", lines=[stats["message"]]))
-    rows = [row for row in optimizer.summaries(options.days)
-            if not agent or row["agent"].upper() == agent.upper()]
+    rows = rows_of_agent(optimizer.summaries(options.days), agent)
     stats["groups"] = {by: grouped(rows, by, stats["bill"]) for by in (options.by, "week") if by}
     if options.split:
         stats["split"] = split_at(rows, options.split.timestamp())
