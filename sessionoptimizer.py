@@ -4051,15 +4051,15 @@ def markdown_text(text: Any, limit: int = 200) -> str:
 
 def short_number(count: float) -> str:
     """1,234 as it is, larger ones as 12.3k, 4.5M, 6.7G."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(count) >= size:
-            return f"{count / (1e3 if unit == 'k' else size):,.1f}{unit}"
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(count) >= least:
+            return f"{count / size:,.1f}{unit}"
     return f"{count:,.0f}"
 
 
 def share_text(part: float, whole: float) -> str:
     """A share in percent with one decimal; "0.0%" of nothing."""
-    return f"{100 * part / whole if whole else 0.0:.1f}%"
+    return f"{100 * part / (whole or 1):.1f}%"
 
 
 def dollars(amount: float) -> str:
@@ -4081,45 +4081,58 @@ def waste_text(measured: float, most: float, whole: float, show: Callable[[float
 
 # -- one shape of a session row for every command, and their sums
 
+HEAD = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens")
+_CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
+_WASTE = ("waste_tokens", "measured_waste_tokens", "waste_cost", "measured_waste_cost")
+
+
+def head_row(session: Session) -> Data:
+    """What the header of a session says: the columns that all rows have."""
+    return dict({name: getattr(session, name) for name in HEAD}, status=session.status.value)
+
+
 def session_row(session: Session, report: OptimizationReport) -> Data:
     """What every command prints of one session (the ``sessions`` of ``scan --format json``)."""
-    source = session.metadata.get("source")
-    source = source if isinstance(source, dict) else {}
-    events, reads = session.events, {}  # type: Tuple[List[SessionEvent], Dict[str, int]]
-    kinds = [event.event_type for event in events]
-    failures = sum(kind is EventType.ERROR and not failure_kind(event.data)
-                   for kind, event in zip(kinds, events))
-    unmetered = unattributed = 0
-    for kind, event in zip(kinds, events):
-        path = event.data.get("file_path")
-        if kind is EventType.FILE_READ and path:
-            reads[path] = reads.get(path, 0) + 1
-        elif kind is EventType.AI_RESPONSE:
-            unmetered += bool(event.data.get("unmetered"))
-        elif event.data.get("source") == Source.UNATTRIBUTED:
-            unattributed += event.tokens_input
-    write = sum(event.tokens_cache_write for event in events)
-    tokens = (sum(event.tokens_input for event in events) - write, write,
-              sum(event.tokens_cache_read for event in events), session.total_tokens_output)
-    waste = {name: getattr(report, field) for name, field in _REPORTED.items()}
+    from collections import Counter
+    events, source = session.events, source_of(session)
+    calls = [event for event in events if event.event_type is EventType.AI_RESPONSE]
+    errors = [event for event in events if event.event_type is EventType.ERROR]
+    failures = sum(not failure_kind(error.data) for error in errors)
+    reads = Counter(event.data["file_path"] for event in events
+                    if event.event_type is EventType.FILE_READ and event.data.get("file_path"))
+    used = Usage(*map(sum, zip(*session.usages().values())))
+    waste = dict(zip(_WASTE, (report.total_waste_tokens, report.measured_waste_tokens,
+                              report.total_waste_cost, report.measured_waste_cost)))
     return {
-        "id": session.id, "source": source.get("reader", ""), "path": source.get("path", ""),
-        "agent": session.agent, "task": session.task, "model": session.model,
-        "status": session.status.value, "started_at": session.started_at,
-        "ended_at": session.ended_at, "last_at": _last_at(session),
-        "project": source.get("cwd", ""), "minutes": session.duration_seconds / 60,
-        "prompts": kinds.count(EventType.USER_MESSAGE),
-        "model_calls": kinds.count(EventType.AI_RESPONSE) - unmetered,
-        "tokens": dict(zip(_CLASSES, tokens)), "total_tokens": report.total_tokens,
-        "estimated_cost": report.estimated_cost, "efficiency_score": report.efficiency_score,
-        "waste": waste, **{flat: waste[name] for name, flat in _WASTE.items()},
+        **head_row(session), **waste, "waste": _nested(waste),
+        "source": source.get("reader", ""), "path": source.get("path", ""),
+        "project": source.get("cwd", ""), "last_at": _last_at(session),
+        "minutes": session.duration_seconds / 60,
+        "prompts": sum(event.event_type is EventType.USER_MESSAGE for event in events),
+        "model_calls": sum(not call.data.get("unmetered") for call in calls),
+        "tokens": dict(zip(_CLASSES, (used.uncached, used.write_5m + used.write_1h, used.read,
+                                      used.output))),
+        "total_tokens": report.total_tokens, "estimated_cost": report.estimated_cost,
+        "efficiency_score": report.efficiency_score,
         "issues": [issue.to_dict() for issue in report.issues], "issue_count": len(report.issues),
-        "token_use": report.token_use, "unattributed_tokens": unattributed,
-        "events": len(events), "errors": kinds.count(EventType.ERROR),
+        "token_use": report.token_use,
+        "unattributed_tokens": sum(event.tokens_input for event in events
+                                   if event.data.get("source") == Source.UNATTRIBUTED),
+        "events": len(events), "errors": len(errors),
         "error_rate": 100 * failures / len(events) if failures > 1 else 0.0,
         "notes": report.notes + [f"analyzer failed: {text}" for text in report.analyzer_errors],
-        "most_read": dict(sorted(reads.items(), key=lambda item: -item[1])[:10]),
+        "most_read": dict(reads.most_common(10)),
     }
+
+
+def source_of(session: Session) -> Data:
+    """Where an imported session came from; empty for one logged by hand."""
+    source = session.metadata.get("source")
+    return source if isinstance(source, dict) else {}
+
+
+def _nested(flat: Data) -> Data:
+    return {name.replace("waste_", ""): flat[name] for name in _WASTE}
 
 
 def _last_at(session: Session) -> str:
@@ -4127,11 +4140,6 @@ def _last_at(session: Session) -> str:
     return last or session.ended_at or session.started_at
 
 
-_CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
-_WASTE = {"tokens": "waste_tokens", "measured_tokens": "measured_waste_tokens",
-          "cost": "waste_cost", "measured_cost": "measured_waste_cost"}
-_REPORTED = {"tokens": "total_waste_tokens", "measured_tokens": "measured_waste_tokens",
-             "cost": "total_waste_cost", "measured_cost": "measured_waste_cost"}
 _LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "path")
 
 
@@ -4150,44 +4158,50 @@ def short_row(row: Data) -> Data:
                 issues={kind: kinds.count(kind) for kind in kinds})
 
 
-_SUMS = ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens")
-
-
-def _column_sum(rows: Rows, name: str) -> Any:
-    """The sum of a column: tokens, or dollars to the pico-dollar, in any order and on any Python."""
+def _sums(rows: Rows, names: Iterable[str]) -> Data:
+    """The sums of columns: tokens, or dollars to the pico-dollar, in any order and on any
+    Python."""
     from math import fsum
-    values = [row[name] for row in rows]
-    return round(fsum(values), 12) if any(isinstance(value, float) for value in values) else sum(values)
+    return {name: round(fsum(row[name] for row in rows), 12) if "cost" in name
+            else sum(row[name] for row in rows) for name in names}
 
 
 def scan_totals(rows: Rows) -> Data:
     """The sums over session rows, in any order the same: sessions, model calls, tokens, USD, waste;
     their efficiency."""
-    usages = [row.get("usage") or row["tokens"] for row in rows]
-    totals: Data = {name: _column_sum(rows, name) for name in _SUMS}
-    totals["sessions"] = len(rows)
-    totals["tokens"] = {name: sum(usage[name] for usage in usages) for name in _CLASSES}
-    totals["waste"] = {name: _column_sum(rows, flat) for name, flat in _WASTE.items()}
-    share = totals["waste"]["tokens"] / totals["total_tokens"] if totals["total_tokens"] else 0
-    totals["efficiency_score"] = 100.0 * (1 - share)
-    return totals
+    totals = _sums(rows, ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens"))
+    waste = _nested(_sums(rows, _WASTE))
+    share = waste["tokens"] / (totals["total_tokens"] or 1)
+    return dict(totals, sessions=len(rows), waste=waste, efficiency_score=100.0 * (1 - share),
+                tokens=_sums([row.get("usage") or row["tokens"] for row in rows], _CLASSES))
 
 
 GROUPS = ("day", "week", "model", "project", "agent", "session", "tool")
+
+
+def cell_sums(cells: Iterable[Data], by: str) -> Dict[str, float]:
+    """The dollars of a bill's cells by their ``how`` or ``content``."""
+    sums: Dict[str, float] = {}
+    for cell in cells:
+        sums[cell[by]] = sums.get(cell[by], 0.0) + cell["cost"]
+    return sums
+
+
+def _paid(rows: Rows) -> Dict[str, float]:
+    """The dollars of session rows by how they were paid."""
+    return cell_sums((cell for row in rows for cell in row["bill"]["cells"]), "how")
 
 
 def measures(rows: Rows) -> Data:
     """What sessions cost: ``{"sessions", "total_tokens", "estimated_cost", "waste_cost",
     "measured_waste_cost", "cost_per_session", "cost_per_prompt", "written_again"}`` (a share of the
     dollars); 0 where there is nothing to divide by."""
-    names = ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost", "prompts")
-    sums: Data = {name: _column_sum(rows, name) for name in names}
-    prompts, cost = sums.pop("prompts") or 1, sums["estimated_cost"]
-    billed = sum(row["bill"]["total"] for row in rows) or 1
-    again = sum(cell["cost"] for row in rows for cell in row["bill"]["cells"]
-                if cell["how"] == "again")
+    sums = _sums(rows, ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost"))
+    prompts, cost = sum(row["prompts"] for row in rows), sums["estimated_cost"]
+    billed = sum(row["bill"]["total"] for row in rows)
     return dict(sums, sessions=len(rows), cost_per_session=cost / (len(rows) or 1),
-                cost_per_prompt=cost / prompts, written_again=again / billed)
+                cost_per_prompt=cost / (prompts or 1),
+                written_again=_paid(rows).get("again", 0.0) / (billed or 1))
 
 
 def grouped(rows: Rows, by: str, bill: Data) -> Rows:
@@ -4195,22 +4209,23 @@ def grouped(rows: Rows, by: str, bill: Data) -> Rows:
     their Monday) in order, else the most dollars first. A day is local, and the one on which a
     session began. By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
     "again", "output", "estimated_cost"}``."""
-    groups: Data = {}
     if by == "tool":
-        for cell in bill["cells"]:
-            paid = groups.setdefault(cell["content"], dict.fromkeys((*_HOW, "estimated_cost"), 0.0))
-            paid[cell["how"]] += cell["cost"]
-            paid["estimated_cost"] += cell["cost"]
-        sums = [dict(paid, key=content) for content, paid in groups.items()]
-        return sorted(sums, key=lambda entry: -entry["estimated_cost"])
+        sums = [dict(dict.fromkeys(_HOW, 0.0), key=content, estimated_cost=cost, **cell_sums(
+            (cell for cell in bill["cells"] if cell["content"] == content), "how"))
+            for content, cost in cell_sums(bill["cells"], "content").items()]
+    else:
+        sums = [dict(measures(group), key=key) for key, group in sorted(_groups(rows, by).items())]
+    return sums if by in ("day", "week") else sorted(sums, key=lambda row: -row["estimated_cost"])
+
+
+def _groups(rows: Rows, by: str) -> Dict[str, Rows]:
+    groups: Dict[str, Rows] = {}
     for row in rows:
-        when, name = by in ("day", "week"), "id" if by == "session" else by
-        key = _day(row["started_at"], by == "week") if when else row[name]
+        key = row["id"] if by == "session" else row.get(by)
+        if by in ("day", "week"):
+            key = _day(row["started_at"], by == "week")
         groups.setdefault(key or "unknown", []).append(row)
-    sums = [dict(measures(group), key=key) for key, group in groups.items()]
-    ordered = sorted(sums, key=lambda entry: entry["key"])
-    return ordered if by in ("day", "week") else sorted(
-        ordered, key=lambda entry: -entry["estimated_cost"])
+    return groups
 
 
 def _day(time: str, monday: bool = False) -> str:
@@ -4243,7 +4258,20 @@ Section = namedtuple("Section", "title facts heads rows lines parts picture hint
                      defaults=((), (), (), (), (), "", ""))
 Section.__doc__ = """A part of a report: a title, ``facts`` (label, text), a table (``heads`` and
 ``rows``), ``lines`` of a list, numbered ``parts`` (sections), and a ``picture`` for pages. A head
-begins with > for numbers, ~ for paths; in the last column # for a bar, + for texts that wrap."""
+begins with > for numbers, ~ for paths, + for texts that wrap (the last column)."""
+
+
+def table(title: str, columns: Dict[str, str], rows: Iterable[Data], **more: Any) -> Section:
+    """A section with a table: for each head a column of the rows and how it is shown, as in
+    "waste_cost:$" ($: USD, k: a short number, else a format specification)."""
+    shown = [column.partition(":") for column in columns.values()]
+    return Section(title, heads=tuple(columns), rows=[
+        tuple(_figure(row[name], form) for name, _, form in shown) for row in rows], **more)
+
+
+def _figure(value: Any, form: str) -> str:
+    show = {"$": dollars, "k": short_number}.get(form)
+    return show(value) if show else format(value, form)
 
 
 def _wrapped(text: Any, width: int, lead: str = "") -> List[str]:
@@ -4253,14 +4281,19 @@ def _wrapped(text: Any, width: int, lead: str = "") -> List[str]:
     return lines or [lead.rstrip()]
 
 
+def _indented(lines: Iterable[str], by: str) -> List[str]:
+    return [(by + line).rstrip() for line in lines]
+
+
 def text_sections(sections: Iterable[Section], width: int = 80) -> str:
     """Sections as plain text, no line wider than ``width``; those without content are left out."""
     blocks = []
     for section in sections:
-        body = [("  " + line).rstrip() for line in _text_body(section, width - 2)]
-        title = section.title.upper() + (f" ({section.hint})" if section.hint else "")
-        blocks.append("\n".join(_wrapped(title, width) + body) if body else "")
-    return "\n\n".join(filter(None, blocks))
+        body = _text_body(section, width - 2)
+        title = section.title.upper() + f" ({section.hint})" * bool(section.hint)
+        if body:
+            blocks.append("\n".join(_wrapped(title, width) + _indented(body, "  ")))
+    return "\n\n".join(blocks)
 
 
 def _text_body(section: Section, width: int) -> List[str]:
@@ -4273,7 +4306,7 @@ def _text_body(section: Section, width: int) -> List[str]:
     for line in section.lines:
         lines += _wrapped(line, width, "* ")
     for number, part in enumerate(section.parts, 1):
-        body = [("   " + line).rstrip() for line in _text_body(part, width - 3)]
+        body = _indented(_text_body(part, width - 3), "   ")
         lines += [""] * bool(body and number > 1)
         lines += _wrapped(part.title, width, f"{number}. ") + body
     return lines
@@ -4283,21 +4316,22 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int =
     """The lines of a table. Where it is too wide, its widest columns of texts are cut, or go on
     below."""
     import textwrap
-    table = [[head.lstrip(">~#+") for head in heads]]
-    table += [[plain(cell, 400) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    texts = [at for at, head in enumerate(heads) if head[:1] not in (">", "#")]
+    names = [head.lstrip(">~+") for head in heads]
+    cells = [names] * any(names) + [[plain(cell, 400) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    texts = [at for at, head in enumerate(heads) if head[:1] != ">"]
     for _ in range(sum(widths) + 2 * (len(heads) - 1) - width):
         widest = max(texts, key=lambda at: widths[at])
         widths[widest] = max(8, widths[widest] - 1)
+
     lines, indent = [], " " * (sum(widths[:-1]) + 2 * len(widths) - 2)
-    for row in table if any(table[0]) else table[1:]:
-        rest = textwrap.wrap(row[-1], widths[-1]) if heads[-1][:1] == "+" else []
-        row[-1:] = rest[:1] or row[-1:]
-        cells = [cut(cell, size, middle=head[:1] == "~")
-                 for head, cell, size in zip(heads, row, widths)]
-        lines.append("  ".join(cell.rjust(size) if head[:1] == ">" else cell.ljust(size)
-                               for head, cell, size in zip(heads, cells, widths))[:width].rstrip())
+    for row in cells:
+        rest = textwrap.wrap(row[-1], widths[-1] or 1) if heads[-1][:1] == "+" else []
+        fitted = []
+        for head, cell, size in zip(heads, [*row[:-1], *(rest[:1] or row[-1:])], widths):
+            text = cut(cell, size, middle=head[:1] == "~")
+            fitted.append(text.rjust(size) if head[:1] == ">" else text.ljust(size))
+        lines.append("  ".join(fitted)[:width].rstrip())
         lines += [indent + more for more in rest[1:]]
     return lines
 
@@ -4305,11 +4339,10 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int =
 def _markdown_section(section: Section, level: str = "##") -> List[str]:
     lines = [f"- **{label}:** {markdown_text(value, 500)}" for label, value in section.facts]
     if section.rows:
-        heads = [head for head in section.heads if head[:1] != "#"]  # a bar is the last one
-        lines.append("| " + " | ".join(head.lstrip(">~+") for head in heads) + " |")
-        lines.append("|" + "|".join("---:" if head[:1] == ">" else "---" for head in heads) + "|")
-        lines += ["| " + " | ".join(markdown_text(cell, 400) for cell in row[:len(heads)]) + " |"
-                  for row in section.rows]
+        rules = ["---:" if head[:1] == ">" else "---" for head in section.heads]
+        cells = [[markdown_text(cell, 400) for cell in row] for row in section.rows]
+        names = [head.lstrip(">~+") for head in section.heads]
+        lines += [f"| {' | '.join(row)} |" for row in [names, rules, *cells]]
     lines += [f"- {markdown_text(line, 500)}" for line in section.lines]
     for part in section.parts:
         lines += [""] * bool(lines) + _markdown_section(part, level + "#")
@@ -4331,36 +4364,32 @@ _CAUSES = {"expired": "you came back after the cache expired", "resume": "a sess
 def bill_sections(bill: Data, period: str = "") -> List[Section]:
     """Where the money went (a bill in USD): how it was paid, and the largest parts of each."""
     rows = []
-    for how, told in _HOW.items() if bill else ():
-        parts: Dict[str, float] = {}
-        for cell in bill["cells"]:
-            if cell["how"] == how:
-                parts[cell["content"]] = parts.get(cell["content"], 0.0) + cell["cost"]
-        cost = sum(parts.values())
+    paid = cell_sums(bill["cells"], "how") if bill else {}
+    for how, cost in sorted(paid.items(), key=lambda item: -item[1]):
+        parts = cell_sums((cell for cell in bill["cells"] if cell["how"] == how), "content")
         if how == "again":
-            parts = {"small ones": bill["small_rebuilds"]["cost"]}
-            for rebuild in bill["rebuilds"]:
-                cause = _CAUSES[rebuild["cause"]]
-                parts[cause] = parts.get(cause, 0.0) + rebuild["cost"]
+            causes = [dict(lost, cause=_CAUSES[lost["cause"]]) for lost in bill["rebuilds"]]
+            parts = cell_sums(causes, "cause")
+            parts["small ones"] = bill["small_rebuilds"]["cost"]
         ranked = sorted(parts.items(), key=lambda item: -item[1])
-        shown = " · ".join(f"{name} {dollars(part)}" for name, part in ranked[:4] if part)
+        largest = " · ".join(f"{name} {dollars(part)}" for name, part in ranked[:4] if part)
+        hidden = bill["hidden_output"]
         if how == "output":
-            hidden = bill["hidden_output"]
-            shown = f"a lower bound: {hidden['calls']:,} of {hidden['of']:,} calls hide theirs"
-            shown = shown if hidden["calls"] else ""
-        rows.append((told, dollars(cost), share_text(cost, bill["total"]), shown, cost))
+            largest = (f"a lower bound: {hidden['calls']:,} of {hidden['of']:,} calls hide theirs"
+                       * bool(hidden["calls"]))
+        if cost:
+            rows.append((_HOW[how], dollars(cost), share_text(cost, bill["total"]), largest))
     guessed = f"{dollars(bill['guessed'])} of it at a guessed price" if bill.get("guessed") else ""
     hint = ", ".join(filter(None, [dollars(bill.get("total", 0)), guessed, period]))
-    ranked_rows = [row[:4] for row in sorted(rows, key=lambda row: -row[4]) if row[4]]
-    return [Section("Where the money went", heads=("", ">", ">", "+"), rows=ranked_rows, hint=hint)]
+    return [Section("Where the money went", heads=("", ">", ">", "+"), rows=rows, hint=hint)]
 
 
 def advice_section(advice: Rows, most: int = 5) -> Section:
     """What to do first (advice in USD), the largest saving first."""
     parts = []
     for entry in advice[:most]:
-        low, high = entry["saves"]["low"], entry["saves"]["high"]
-        saves = dollars(high) if low == high else f"{dollars(low)} to {dollars(high)}"
+        low, high = dollars(entry["saves"]["low"]), dollars(entry["saves"]["high"])
+        saves = low if low == high else f"{low} to {high}"
         if "per_1000_tokens" in entry:
             saves = f"{dollars(entry['per_1000_tokens']['cost'])} per 1,000 tokens removed"
         told = f"{entry['text']} Saves {saves}; {len(entry['sessions']):,} sessions"
@@ -4372,34 +4401,34 @@ def advice_section(advice: Rows, most: int = 5) -> Section:
 
 def rebuild_section(bill: Data) -> Section:
     """Every time the context was written again because its cache was lost."""
-    return Section("Written again", heads=(
-        ">when", ">where", "cause", "source", ">minutes", ">tokens", ">net $"), rows=[
-        (rebuild["at"][:16], f"line {rebuild['line']}" if rebuild.get("line") else "",
-         _CAUSES[rebuild["cause"]], rebuild["source"], f"{(rebuild['gap_seconds'] or 0) / 60:.0f}",
-         f"{rebuild['tokens']:,}", dollars(rebuild["net_cost"])) for rebuild in bill["rebuilds"]])
+    return table("Written again", {
+        ">when": "at:.16", ">where": "where", "cause": "cause", "source": "source",
+        ">minutes": "minutes:.0f", ">tokens": "tokens:,", ">net $": "net_cost:$"}, (dict(
+            lost, where=f"line {lost['line']}" if lost.get("line") else "",
+            cause=_CAUSES[lost["cause"]], minutes=(lost["gap_seconds"] or 0) / 60)
+            for lost in bill["rebuilds"]))
 
 
 def whatif_section(result: Data) -> Section:
     """What ``whatif`` prints of a replay."""
     def told(figures: Data) -> str:
         low, middle, high = (dollars(figures["saves"][name]) for name in ("low", "middle", "high"))
-        spread = f"{low} to {high}"
-        return f"{middle} ({spread})" if result["point"] else spread
+        return f"{middle} ({low} to {high})" if result["point"] else f"{low} to {high}"
 
     counts, known = result["sessions"], result["calibration"]
     worst = counts["worst"]
     worse = f"; {worst['session'][:8]} by {dollars(worst['costs'])}" if worst else ""
     by = f"{known['n']:,} compactions of your own" if known["n"] else "others' compactions"
-    errors = [f"{100 * known[name]:.0f}%" for name in ("median_error", "p90_error")]
-    error = [("Error", f"{errors[0]} in the middle, {errors[1]} for one in ten, by {by}")]
-    return Section(f"What if: {result['policy']}", [
+    facts = [
         ("Recorded", dollars(result["recorded"])), ("Saves", told(result)),
         ("Without the largest", told(result["without_largest"])),
         ("Sessions", f"{counts['better']:,} better, {counts['worse']:,} worse, {counts['same']:,} "
-                     f"the same{worse}"),
-        *(error if known["p90_error"] else ()),
-        ("Verdict", f"{'' if result['recommended'] else 'not '}recommended")],
-        lines=result["assumptions"])
+                     f"the same{worse}")]
+    if known["p90_error"]:
+        facts.append(("Error", f"{known['median_error']:.0%} in the middle, "
+                               f"{known['p90_error']:.0%} for one in ten, by {by}"))
+    facts.append(("Verdict", f"{'' if result['recommended'] else 'not '}recommended"))
+    return Section(f"What if: {result['policy']}", facts, lines=result["assumptions"])
 
 
 ADVICE_BEGIN, ADVICE_END = "<!-- sessionoptimizer: begin -->", "<!-- sessionoptimizer: end -->"
@@ -4423,10 +4452,9 @@ def without_advice(text: str) -> str:
 
 # -- what a session's report holds
 
-def _session_sections(session: Session, report: OptimizationReport, *, picture: str = "",
+def _session_sections(session: Session, report: OptimizationReport, *more: Section,
                       evidence: bool = False) -> List[Section]:
-    source = session.metadata.get("source")
-    path = [("Transcript", source.get("path"))] if isinstance(source, dict) else []
+    path = source_of(session).get("path")
     incomplete = " (incomplete: an analyzer failed)" if report.analyzer_errors else ""
     tokens = waste_text(report.measured_waste_tokens, report.total_waste_tokens,
                         report.total_tokens, lambda count: f"{count:,.0f}")
@@ -4436,15 +4464,14 @@ def _session_sections(session: Session, report: OptimizationReport, *, picture: 
         Section("Session", [
             ("Session ID", report.session_id), ("Generated", report.generated_at),
             ("Agent", session.agent), ("Task", session.task), ("Model", session.model),
-            ("Status", session.status.value), *path,
+            ("Status", session.status.value), *([("Transcript", path)] if path else ()),
             ("Duration", f"{session.duration_seconds / 60:.1f} minutes active")]),
         Section("Summary", [
             ("Efficiency Score", f"{report.efficiency_score:.1f}/100{incomplete}"),
             ("Total Waste Tokens", f"{tokens} of {report.total_tokens:,}"),
             ("Total Waste Cost", f"{cost} of {dollars(report.estimated_cost)} at API prices"),
             ("Issues Found", str(len(report.issues)))]),
-        *bill_sections(report.bill), advice_section(report.advice),
-        Section("From start to end", picture=picture),
+        *more, *bill_sections(report.bill), advice_section(report.advice),
         Section("Issues", parts=findings(session, report, evidence=evidence),
                 hint="by severity, then waste"),
         Section("Recommendations", lines=report.recommendations),
@@ -4458,13 +4485,14 @@ def findings(session: Session, report: OptimizationReport, *, facts: bool = True
     found = []
     for issue in report.issues:
         involved = [events[key] for key in issue.events_involved if key in events]
-        where = f"{len(involved):,} events" if involved else "the whole session"
-        known = [("Waste", _issue_waste(issue)), ("Events", where),
-                 ("Suggestion", issue.suggestion)]
-        found.append(Section(
-            f"[{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description)}",
-            facts=known if facts else known[1:2], heads=("where", "what", ">in", ">out", ">wasted"),
-            rows=[_evidence_row(session, event, issue) for event in involved] if evidence else ()))
+        told = f"[{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description)}"
+        where = ("Events", f"{len(involved):,} events" if involved else "the whole session")
+        found.append(table(
+            told, {"where": "where", "what": "what", ">in": "tokens_input:,",
+                   ">out": "tokens_output:,", ">wasted": "wasted:,"},
+            [_evidence(session, event, issue) for event in involved] if evidence else (),
+            facts=[("Waste", _issue_waste(issue)), where, ("Suggestion", issue.suggestion)]
+            if facts else [where]))
     return found
 
 
@@ -4475,20 +4503,19 @@ def _issue_waste(issue: EfficiencyIssue) -> str:
     return told if charged == tokens else f"{told}, {charged:,} charged"
 
 
-def _evidence_row(session: Session, event: SessionEvent, issue: EfficiencyIssue) -> Tuple[str, ...]:
+def _evidence(session: Session, event: SessionEvent, issue: EfficiencyIssue) -> Data:
     claim = issue.claims.get(event.id) or 0
-    wasted = sum(claim) if isinstance(claim, (list, tuple)) else claim
     own = event.data.get("line") and not event.data.get("path")
-    place = f"line {event.data['line']}" if own else event_place(session, event)
-    return (place, event_extract(session, event), f"{event.tokens_input:,}",
-            f"{event.tokens_output:,}", f"{wasted:,}")
+    where = f"line {event.data['line']}" if own else event_place(session, event)
+    return dict(vars(event), where=where, what=event_extract(session, event),
+                wasted=sum(claim) if isinstance(claim, (list, tuple)) else claim)
 
 
 def event_place(session: Session, event: SessionEvent) -> str:
     """path:line of an imported event; the id and time of one logged by hand."""
-    source = session.metadata.get("source")
-    if isinstance(source, dict) and event.data.get("line"):
-        return f"{plain(event.data.get('path') or source.get('path'), 300)}:{event.data['line']}"
+    source, line = source_of(session), event.data.get("line")
+    if source and line:
+        return f"{plain(event.data.get('path') or source.get('path'), 300)}:{line}"
     return f"{plain(event.id, 80)} {plain(event.timestamp, 40)}"
 
 
@@ -4518,11 +4545,11 @@ def evidence_text(session: Session, report: OptimizationReport, *, width: int = 
 
 def markdown_report(session: Session, report: OptimizationReport) -> str:
     """The report as markdown."""
-    sections = _session_sections(session, report)
-    sections.insert(2, Section("Token Breakdown", heads=("category", ">tokens"), rows=[
-        (name, f"{tokens:,}") for name, tokens in report.token_breakdown.items()]))
-    blocks = ["# Session Optimization Report", *("\n".join(_markdown_section(s)) for s in sections)]
-    return "\n\n".join(filter(None, blocks)) + "\n"
+    breakdown = Section("Token Breakdown", heads=("category", ">tokens"), rows=[
+        (name, f"{tokens:,}") for name, tokens in report.token_breakdown.items()])
+    blocks = map(_markdown_section, _session_sections(session, report, breakdown))
+    return "\n\n".join(["# Session Optimization Report",
+                        *("\n".join(block) for block in blocks if block)]) + "\n"
 
 
 def json_report(session: Session, report: OptimizationReport) -> str:
@@ -4530,51 +4557,39 @@ def json_report(session: Session, report: OptimizationReport) -> str:
     return json.dumps(report.to_dict(), indent=2, default=str)
 
 
-_BAR = 24  # characters of a bar
-
-
 # -- what a scan's report holds
 
-def _scan_sections(result: Data, most: int, by: Iterable[str] = ()) -> List[Section]:
+def _scan_sections(result: Data, most: int, by: Iterable[str] = (),
+                   *more: Section) -> List[Section]:
     rows, skipped = result["sessions"], _skipped_lines(result["skipped"])
     if not rows:
-        found = result.get("found", {})
+        found = result.get("found") or {"sessions": 0}
         some = [f"{found['sessions']:,} sessions, none of them as asked for; the newest is of "
-                f"{found['newest'] or 'an unknown day'}"] if found.get("sessions") else []
+                f"{found['newest'] or 'an unknown day'}"] if found["sessions"] else []
         return [Section("No sessions found", lines=some + skipped or ["Nothing to read here."])]
-    bill = result.get("bill", {})
-    changed = [("Changed", result["changes"])] if result.get("changes") else []
+    bill, changes = result.get("bill", {}), result.get("changes")
     return [
-        *bill_sections(bill, date_range(rows)), advice_section(result.get("advice", [])),
-        Section("Sessions", headline(result["totals"], rows) + changed),
+        *bill_sections(bill, date_range(rows)), *more, advice_section(result.get("advice", [])),
+        Section("Sessions", headline(result["totals"], rows)
+                + [("Changed", changes)] * bool(changes)),
         *(group_section(grouped(rows, name, bill), name) for name in by),
-        Section("Waste by kind", heads=("", ">findings", ">tokens", ">wasted $", ""),
-                rows=_kind_rows(rows), hint="each token charged once",
-                lines=[] if any(row["issues"] for row in rows) else ["None found."]),
-        Section("Worst sessions", rows=_worst_rows(rows, most),
-                heads=("id", ">score", ">wasted", ">wasted $", ">session $", "task"),
-                hint="sessionoptimizer analyze ID --evidence shows why"),
+        _kinds_section(rows), _worst_section(rows, most),
         Section("Notes", lines=_scan_notes(rows) + skipped)]
 
 
 def group_section(groups: Rows, by: str) -> Section:
     """The table of what ``grouped`` gives."""
-    short = short_ids(entry["key"] for entry in groups) if by == "session" else {}
+    if by == "session":
+        groups = with_short_ids(groups, "key")
+    columns, hint = {
+        f"~{by}": "key", ">sessions": "sessions:,", ">cost $": "estimated_cost:$",
+        ">a session": "cost_per_session:$", ">a prompt": "cost_per_prompt:$",
+        ">wasted": "measured_waste_cost:$", ">again": "written_again:.1%",
+    }, "wasted: measured; again: share written again"
     if by == "tool":
-        names: Tuple[str, ...] = ("estimated_cost", "first", "carried", "again")
-        heads: Tuple[str, ...] = (">cost $", ">first", ">carried", ">again")
-    else:
-        names = ("estimated_cost", "cost_per_session", "cost_per_prompt", "measured_waste_cost")
-        heads = (">sessions", ">cost $", ">a session", ">a prompt", ">wasted", ">again")
-    rows = []
-    for entry in groups:
-        row = [short.get(entry["key"], entry["key"]), *(dollars(entry[name]) for name in names)]
-        if by != "tool":
-            row.insert(1, f"{entry['sessions']:,}")
-            row.append(share_text(entry["written_again"], 1))
-        rows.append(row)
-    return Section(f"By {by}", heads=(f"~{by}", *heads), rows=rows,
-                   hint="" if by == "tool" else "wasted: measured; again: share written again")
+        columns, hint = {"~tool": "key", ">cost $": "estimated_cost:$", ">first": "first:$",
+                         ">carried": "carried:$", ">again": "again:$"}, ""
+    return table(f"By {by}", columns, groups, hint=hint)
 
 
 def date_range(rows: Rows) -> str:
@@ -4586,21 +4601,21 @@ def date_range(rows: Rows) -> str:
 
 def headline(totals: Data, rows: Rows) -> List[Tuple[str, str]]:
     """The figures that every report on many sessions begins with."""
-    tokens, waste, agents = totals["tokens"], totals["waste"], {str(row["agent"]) for row in rows}
-    fresh, writes = tokens["uncached_input"] + tokens["cache_write"], tokens["cache_write"]
-    cost, used = totals["estimated_cost"], totals["total_tokens"]
+    tokens, waste, cost = totals["tokens"], totals["waste"], totals["estimated_cost"]
+    agents = plain(", ".join(sorted({str(row["agent"]) for row in rows})), 60)
+    new, writes, output, again = (short_number(count) for count in (
+        tokens["uncached_input"] + tokens["cache_write"], tokens["cache_write"], tokens["output"],
+        tokens["cache_read"]))
+    wasted = waste_text(waste["measured_cost"], waste["cost"], cost, dollars)
+    tokens_wasted = waste_text(waste["measured_tokens"], waste["tokens"], totals["total_tokens"],
+                               short_number)
     return [
-        ("Sessions", f"{totals['sessions']:,} ({plain(', '.join(sorted(agents)), 60)}), "
-                     f"{totals['model_calls']:,} model calls"),
+        ("Sessions", f"{len(rows):,} ({agents}), {totals['model_calls']:,} model calls"),
         ("Period", date_range(rows)),
-        ("Tokens", f"{short_number(fresh)} new input ({short_number(writes)} of it cache writes), "
-                   f"{short_number(tokens['output'])} output; "
-                   f"{short_number(tokens['cache_read'])} sent again from the cache"),
+        ("Tokens", f"{new} new input ({writes} of it cache writes), {output} output; {again} sent "
+                   "again from the cache"),
         ("Cost", f"{dollars(cost)} at API prices"),
-        ("Waste",
-         waste_text(waste["measured_cost"], waste["cost"], cost, dollars) + " of the cost"),
-        ("", waste_text(waste["measured_tokens"], waste["tokens"], used, short_number)
-         + " of the new tokens"),
+        ("Waste", f"{wasted} of the cost"), ("", f"{tokens_wasted} of the new tokens"),
         ("Efficiency", f"{totals['efficiency_score']:.1f}/100")]
 
 
@@ -4612,24 +4627,34 @@ def short_ids(ids: Iterable[str], length: int = 8) -> Dict[str, str]:
     return {name: name if heads[name[:length]] > 1 else name[:length] for name in known}
 
 
-def _kind_rows(rows: Rows) -> List[Tuple[str, ...]]:
-    kinds: Dict[Tuple[str, bool], List[float]] = {}
+def with_short_ids(rows: Rows, name: str = "id") -> Rows:
+    """Rows with short ids in a column, for people."""
+    short = short_ids(row[name] for row in rows)
+    return [dict(row, **{name: short[row[name]]}) for row in rows]
+
+
+def _kinds_section(rows: Rows) -> Section:
+    kinds: Dict[Any, Data] = {}
     for issue in (issue for row in rows for issue in row["issues"]):
-        entry = kinds.setdefault((issue["issue_type"], issue["measured"]), [0.0, 0, 0])
-        for at, amount in enumerate((issue["charged_cost"], issue["charged_tokens"], 1)):
-            entry[at] += amount
-    ranked = sorted(kinds.items(), key=lambda item: item[1], reverse=True)
-    return [(kind, f"{count:,}", f"{tokens:,}", dollars(cost), ("estimated", "measured")[measured])
-            for (kind, measured), (cost, tokens, count) in ranked]
+        told = ("estimated", "measured")[issue["measured"]]
+        entry = kinds.setdefault((issue["issue_type"], told), {
+            "kind": issue["issue_type"], "told": told, "cost": 0.0, "tokens": 0, "findings": 0})
+        entry["cost"] += issue["charged_cost"]
+        entry["tokens"] += issue["charged_tokens"]
+        entry["findings"] += 1
+    ranked = sorted(kinds.values(), key=lambda entry: (-entry["cost"], -entry["tokens"]))
+    return table("Waste by kind", {"": "kind", ">findings": "findings:,", ">tokens": "tokens:,",
+                                   ">wasted $": "cost:$", " ": "told"}, ranked,
+                 hint="each token charged once", lines=[] if ranked else ["None found."])
 
 
-def _worst_rows(rows: Rows, most: int) -> List[Tuple[str, ...]]:
-    worst = sorted((row for row in rows if row["waste_tokens"]), reverse=True,
-                   key=lambda row: (row["waste_cost"], row["waste_tokens"]))[:most]
-    short = short_ids(row["id"] for row in rows)
-    return [(short[row["id"]], f"{row['efficiency_score']:.1f}", short_number(row["waste_tokens"]),
-             dollars(row["waste_cost"]), dollars(row["estimated_cost"]), row["task"])
-            for row in worst]
+def _worst_section(rows: Rows, most: int) -> Section:
+    wasteful = [row for row in with_short_ids(rows) if row["waste_tokens"]]
+    wasteful.sort(key=lambda row: (-row["waste_cost"], -row["waste_tokens"]))
+    return table("Worst sessions", {
+        "id": "id", ">score": "efficiency_score:.1f", ">wasted": "waste_tokens:k",
+        ">wasted $": "waste_cost:$", ">session $": "estimated_cost:$", "task": "task",
+    }, wasteful[:most], hint="sessionoptimizer analyze ID --evidence shows why")
 
 
 def _scan_notes(rows: Rows) -> List[str]:
@@ -4642,13 +4667,12 @@ def _scan_notes(rows: Rows) -> List[str]:
 
 
 def _skipped_lines(skipped: Rows) -> List[str]:
-    places = {entry["path"] for entry in skipped if entry["line"]}
-    lines = sum(bool(entry["line"]) for entry in skipped)
-    files = len(skipped) - lines
-    told = [f"{lines:,} damaged lines in {len(places):,} files"] * bool(lines)
+    places = [entry["path"] for entry in skipped if entry["line"]]
+    files = len(skipped) - len(places)
+    told = [f"{len(places):,} damaged lines in {len(set(places)):,} files"] * bool(places)
     told += [f"{files:,} file{'s' * (files > 1)} without a session"] * bool(files)
     why = "(--format json names each with the reason)"
-    return [f"Skipped: {' and '.join(told)} {why}"] if told else []
+    return [f"Skipped: {' and '.join(told)} {why}"] * bool(told)
 
 
 def scan_report(result: Data, most: int = 8, *, by: Iterable[str] = (),
@@ -4661,9 +4685,8 @@ def scan_report(result: Data, most: int = 8, *, by: Iterable[str] = (),
 # -- pages: one file each, with pictures drawn without a script
 
 MOST_COLUMNS = 120  # of a picture: more would be thinner than a pixel on a phone
-_KINDS = {"carry": "Sent again", "new": "New", "again": "Written again (cache lost)",
-          "out": "Output", "waste": "Wasted"}
-_PAID = {"carried": "carry", "first": "new", "again": "again", "output": "out"}
+_KINDS = {"carried": "Sent again", "first": "New", "again": "Written again (cache lost)",
+          "output": "Output", "wasted": "Wasted"}
 _STYLE = """
 :root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#161b24;--soft:#566072;--line:#ddd;
 --bad:#c62730;--fair:#8a5200;--new:#3b82e6;--again:#b77400;--out:#57b58a;--carry:#9fb0c8}
@@ -4684,17 +4707,15 @@ table{border-collapse:collapse;width:100%;font-size:14px;margin-top:8px}
 th{font-weight:600;color:var(--soft);text-align:left}
 th,td{border-bottom:1px solid var(--line);padding:5px 12px 5px 0;vertical-align:top}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-.b{width:30%;vertical-align:middle}
-.b i{display:block;height:10px;border-radius:5px;background:var(--new)}
 .chip{border:1px solid;border-radius:999px;padding:1px 9px;font-size:11px;font-weight:650}
 .critical,.high{color:var(--bad)}.medium,.recommended{color:var(--fair)}
 ul{margin:6px 0 0;padding-left:22px}details{border-top:1px solid var(--line);padding:10px 0}
 summary{cursor:pointer}details>:not(summary){margin-left:18px}
 figure{margin:12px 0 0}svg{display:block;width:100%;border-bottom:1px solid var(--line)}
 figcaption{display:flex;justify-content:space-between;flex-wrap:wrap;gap:0 16px}
-.new{fill:var(--new);color:var(--new)}.again{fill:var(--again);color:var(--again)}
-.out{fill:var(--out);color:var(--out)}.carry{fill:var(--carry);color:var(--carry)}
-.waste{fill:var(--bad);color:var(--bad)}g:hover{opacity:.7}footer{margin-top:22px}
+.first{fill:var(--new);color:var(--new)}.again{fill:var(--again);color:var(--again)}
+.output{fill:var(--out);color:var(--out)}.carried{fill:var(--carry);color:var(--carry)}
+.wasted{fill:var(--bad);color:var(--bad)}g:hover{opacity:.7}footer{margin-top:22px}
 @media (max-width:720px){main{padding:18px 12px}section{padding:14px}dl{display:block}
 dd{margin:0 0 6px}}
 @media print{body{background:#fff}section{break-inside:avoid}}
@@ -4714,15 +4735,15 @@ def _escaped(text: Any, limit: int = 400) -> str:
 
 def _page(title: Any, about: str, sections: Iterable[Section]) -> str:
     """A whole HTML document in ASCII, which no encoding on its way can damage."""
+    name, shown = _escaped(title), "\n".join(filter(None, map(_html_section, sections)))
     text = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
-            f'<h1>{_escaped(title)}</h1><p class="soft">{_escaped(about)}</p>\n'
-            + "\n".join(filter(None, map(_html_section, sections)))
-            + f"\n<footer>Made by SessionOptimizer {__version__} on {_escaped(now_text()[:10])}. "
-              "Costs are at API prices. Every token is charged once; measured waste is recorded "
-              "tokens of exact repeats, estimated waste assumes a share.</footer>\n"
-              "</main></body></html>\n")
+            f"<title>{name}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+            f'<h1>{name}</h1><p class="soft">{about}</p>\n{shown}'
+            f"\n<footer>Made by SessionOptimizer {__version__} on {now_text()[:10]}. "
+            "Costs are at API prices. Every token is charged once; measured waste is recorded "
+            "tokens of exact repeats, estimated waste assumes a share.</footer>\n"
+            "</main></body></html>\n")
     return text.encode("ascii", "xmlcharrefreplace").decode()
 
 
@@ -4733,51 +4754,52 @@ def _html_section(section: Section) -> str:
 
 
 def _html_body(section: Section) -> str:
-    facts = "".join(f"<dt>{_escaped(name)}</dt><dd>{_escaped(told)}</dd>"
-                    for name, told in section.facts)
-    lines = "".join(f"<li>{_escaped(line)}</li>" for line in section.lines)
-    parts = ""
+    body = section.picture
+    facts = [f"<dt>{_escaped(name)}</dt><dd>{_escaped(told)}</dd>" for name, told in section.facts]
+    if facts:
+        body += f"<dl>{''.join(facts)}</dl>"
+    if section.rows:
+        body += _html_table(section)
+    lines = [f"<li>{_escaped(line)}</li>" for line in section.lines]
+    if lines:
+        body += f"<ul>{''.join(lines)}</ul>"
     for number, part in enumerate(section.parts, 1):
-        title, body = _escaped(part.title), _html_body(part)
-        parts += (f"<details><summary>{title}</summary>{body}</details>" if body
-                  else f"<p>{number}. {title}</p>")
-    return (section.picture + (f"<dl>{facts}</dl>" if facts else "") + _html_table(section)
-            + (f"<ul>{lines}</ul>" if lines else "") + parts)
+        title, inner = _escaped(part.title), _html_body(part)
+        body += (f"<details><summary>{title}</summary>{inner}</details>" if inner
+                 else f"<p>{number}. {title}</p>")
+    return body
 
 
 def _html_table(section: Section) -> str:
-    classes = [{">": ' class="n"', "#": ' class="b"'}.get(head[:1], "") for head in section.heads]
-    rows = [[_escaped(cell) for cell in row] for row in section.rows]
-    for row in rows if classes and "b" in classes[-1] else ():
-        row[-1] = f'<i style="width:{100 * len(row[-1]) / _BAR:.0f}%"></i>'
-    rows.insert(0, [_escaped(head.lstrip(">~#+")) for head in section.heads])
-    shown = ["".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row)) for row in rows]
-    shown[0] = shown[0].replace("<td", "<th").replace("</td", "</th")
-    table = "".join(f"<tr>{cells}</tr>" for cells in shown)
-    return f'<div class="scroll"><table>{table}</table></div>' if section.rows else ""
+    def line(cells: Iterable[Any], tag: str) -> str:
+        shown = [f"<{tag}{' class=n' * (head[:1] == '>')}>{_escaped(cell)}</{tag}>"
+                 for head, cell in zip(section.heads, cells)]
+        return f"<tr>{''.join(shown)}</tr>"
+
+    names = line([head.lstrip(">~+") for head in section.heads], "th")
+    rows = "".join(line(row, "td") for row in section.rows)
+    return f'<div class="scroll"><table>{names}{rows}</table></div>'
 
 
-def _chart(columns: List[Tuple[str, Any]], unit: str, show: Callable[[float], str]) -> str:
-    """Stacked columns that stretch to their place: (what each is, amount by kind)."""
-    most = max((sum(parts.values()) for _, parts in columns), default=0)
+def _chart(columns: Dict[str, Dict[str, float]], unit: str, show: Callable[[float], str]) -> str:
+    """Stacked columns that stretch to their place: by what each is, its amounts by kind."""
+    most = max((sum(parts.values()) for parts in columns.values()), default=0)
     if not most:
         return ""
     drawn = []
-    for at, (name, parts) in enumerate(columns):
-        top, rects = 100.0, []
-        for kind, amount in parts.items():
-            size = amount * 100 / most
+    for at, (name, parts) in enumerate(columns.items()):
+        top, rects, said = 100.0, "", []
+        for kind in filter(parts.get, _KINDS):
+            size = parts[kind] * 100 / most
             top -= size
-            if amount:
-                rects.append(f'<rect class="{kind}" x="{at * 10 + 1}" y="{top:.2f}" width="8" '
-                             f'height="{size:.2f}"/>')
-        said = ", ".join(f"{show(amount)} {_KINDS[kind].lower()}"
-                         for kind, amount in parts.items() if amount)
-        drawn.append(f"<g><title>{_escaped(f'{name}: {said}')}</title>{''.join(rects)}</g>")
-    used = [kind for kind in _KINDS if any(parts.get(kind) for _, parts in columns)]
+            rects += (f'<rect class="{kind}" x="{at * 10 + 1}" y="{top:.2f}" width="8" '
+                      f'height="{size:.2f}"/>')
+            said.append(f"{show(parts[kind])} {_KINDS[kind].lower()}")
+        drawn.append(f"<g><title>{_escaped(f'{name}: ' + ', '.join(said))}</title>{rects}</g>")
+    used = [kind for kind in _KINDS if any(parts.get(kind) for parts in columns.values())]
     keys = "".join(f'<span><b class="{kind}">&#9632;</b> {_KINDS[kind]}</span>' for kind in used)
-    names = dict.fromkeys([columns[0][0], columns[-1][0]])
-    ends = "".join(f"<span>{_escaped(name)}</span>" for name in names)
+    first, *_, last = [*columns, *columns]
+    ends = "".join(f"<span>{_escaped(name)}</span>" for name in dict.fromkeys([first, last]))
     return (f"<figure><figcaption>up to {show(most)} {unit}</figcaption>"
             f'<svg role="img" aria-label="{_escaped(unit)}" preserveAspectRatio="none" height="99" '
             f'viewBox="0 0 {max(60, len(columns) * 10)} 100">{"".join(drawn)}</svg>'
@@ -4787,54 +4809,46 @@ def _chart(columns: List[Tuple[str, Any]], unit: str, show: Callable[[float], st
 def _timeline(session: Session, charged: Dict[str, int]) -> str:
     """The context call by call: what was sent again, what is new, what had to be written again and
     what was wasted. A column is a model call, or several where they are many."""
-    calls: List[List[SessionEvent]] = [[]]
+    calls = sum(event.event_type is EventType.AI_RESPONSE for event in session.events)
+    size = -(-calls // MOST_COLUMNS) or 1
+    columns: Dict[str, Dict[str, float]] = {}
+    done = 0
     for event in session.events:
-        calls[-1].append(event)
-        if event.event_type is EventType.AI_RESPONSE:
-            calls.append([])
-    calls = [call for call in calls if call]
-    size, columns = -(-len(calls) // MOST_COLUMNS) or 1, []
-    for at in range(0, len(calls), size):
-        parts = {"carry": 0, "new": 0, "again": 0, "out": 0, "waste": 0}
-        for event in itertools.chain(*calls[at:at + size]):
-            wasted = min(charged.get(event.id, 0), event.tokens_input)
-            rebuilt = event.data.get("source") == Source.REBUILD
-            parts["again" if rebuilt else "new"] += event.tokens_input - wasted
-            parts["waste"] += wasted
-            parts["out"] += event.tokens_output
-            parts["carry"] += event.tokens_cache_read
-        columns.append((f"call {at + 1}", parts))
-    per = f"per {size} calls" if size > 1 else "per call"
-    return _chart(columns, f"tokens {per}", short_number)
+        at = min(done, max(calls - 1, 0)) // size * size + 1
+        parts = columns.setdefault(f"call {at}", dict.fromkeys(_KINDS, 0))
+        wasted = min(charged.get(event.id, 0), event.tokens_input)
+        entered = "again" if event.data.get("source") == Source.REBUILD else "first"
+        parts[entered] += event.tokens_input - wasted
+        parts["wasted"] += wasted
+        parts["output"] += event.tokens_output
+        parts["carried"] += event.tokens_cache_read
+        done += event.event_type is EventType.AI_RESPONSE
+    return _chart(columns, f"tokens per {size} calls" if size > 1 else "tokens per call",
+                  short_number)
 
 
 def _by_day(rows: Rows) -> str:
     """Dollars by the day a session began, and how they were paid: the last MOST_COLUMNS days."""
     from datetime import date
-    sums: Dict[str, Dict[str, float]] = {}
-    for row in rows:
-        parts = sums.setdefault(_day(row["started_at"]), dict.fromkeys(_PAID.values(), 0.0))
-        for cell in row["bill"]["cells"]:
-            parts[_PAID[cell["how"]]] += cell["cost"]
-    sums.pop("", None)
-    last = date.fromisoformat(max(sums)) if sums else date.today()
-    days = [date.fromordinal(number).isoformat() for number in range(last.toordinal(), 0, -1)[:MOST_COLUMNS]]
-    shown = [day for day in reversed(days) if sums and day >= min(sums)]
-    return _chart([(day, sums.get(day, {})) for day in shown], "per day", dollars)
+    paid = {day: _paid(group) for day, group in _groups(rows, "day").items() if day != "unknown"}
+    days = sorted(paid) or [str(date.today())]
+    last = date.fromisoformat(days[-1]).toordinal()
+    shown = [str(date.fromordinal(day)) for day in range(max(1, last - MOST_COLUMNS + 1), last + 1)]
+    return _chart({day: paid.get(day, {}) for day in shown if day >= days[0]}, "per day", dollars)
 
 
 def html_report(session: Session, report: OptimizationReport) -> str:
     """The report as one HTML file that needs nothing else: what the text says, with the session's
     course as a picture and the events of every finding."""
     picture = _timeline(session, ClaimsLedger(Analysis(session), report.issues).by_event)
-    sections = _session_sections(session, report, picture=picture, evidence=True)
-    return _page(session.task or session.id, "Session report", sections)
+    return _page(session.task or session.id, "Session report", _session_sections(
+        session, report, Section("From start to end", picture=picture), evidence=True))
 
 
 def html_scan_report(result: Data, most: int = 12) -> str:
     """What a scan found as one HTML file: what the text says, with the dollars of every day."""
-    sections = _scan_sections(result, most, ("agent", "project", "model"))
-    sections.insert(1, Section("By day", picture=_by_day(result["sessions"])))
+    sections = _scan_sections(result, most, ("agent", "project", "model"), Section(
+        "By day", picture=_by_day(result["sessions"])))
     return _page(f"{len(result['sessions']):,} sessions", "Scan of agent transcripts", sections)
 
 
@@ -4854,10 +4868,11 @@ def csv_report(session: Session, report: OptimizationReport) -> str:
     charged = ClaimsLedger(Analysis(session), report.issues).by_event
     for event in session.events:
         data = event.data
-        known = dict(data, file_path=(_paths_of(data) or [""])[0], command=_command_of(data),
-                     query=data.get("query") or data.get("pattern") or "")
-        known.update(vars(event), event_type=event.event_type.value,
-                     charged_tokens=charged.get(event.id, 0), model=event.model or session.model)
+        known = dict(data, **vars(event))
+        known.update(file_path=(_paths_of(data) or [""])[0], command=_command_of(data),
+                     query=data.get("query") or data.get("pattern") or "",
+                     event_type=event.event_type.value, model=event.model or session.model,
+                     charged_tokens=charged.get(event.id, 0))
         writer.writerow([_cell(known.get(name, "")) for name in _CSV_COLUMNS])
     return out.getvalue()
 
@@ -4873,6 +4888,9 @@ def _cell(value: Any) -> Any:
 
 FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report,
            "html": html_report, "csv": csv_report}
+
+
+# -- alerts
 
 AlertRule = namedtuple("AlertRule", "name kind figure level threshold unit action cause")
 AlertRule.__doc__ = """When a session deserves a look: the threshold's name, what the alert is
@@ -4896,27 +4914,26 @@ def alerts_of(row: Data, limits: Dict[str, float]) -> Iterator[Data]:
     its limit, everything else above; less wasted dollars than the limit ``dollars`` never alert.
     ``{"id", "level", "kind", "session_id", "agent", "cost" (USD wasted), "message", "action",
     "value", "threshold", "time"}``."""
-    causes: set = set()
+    causes: Dict[str, Data] = {}
     for rule in ALERT_RULES if row["waste_cost"] >= limits["dollars"] else ():
         value, limit = row[rule.figure], limits[rule.name]
         low = rule.name == "efficiency"
-        if rule.cause in causes or not (value < limit if low else value > limit):
+        if not (value < limit if low else value > limit):
             continue
-        causes.add(rule.cause)
-        share = rule.unit[0] == "%"
-        shown = f"{value:,.1f}{rule.unit}" if share else f"{value:,.0f} {rule.unit}"
-        yield {"id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
-               "session_id": row["id"], "agent": row["agent"], "cost": row["waste_cost"],
-               "message": f"{rule.kind.lower().replace('_', ' ').capitalize()}: {shown} "
-                          f"({'below' if low else 'above'} {limit:g})",
-               "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]}
+        name = rule.kind.lower().replace("_", " ").capitalize()
+        shown = f"{value:,.1f}{rule.unit}" if rule.unit[0] == "%" else f"{value:,.0f} {rule.unit}"
+        causes.setdefault(rule.cause, {
+            "id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
+            "session_id": row["id"], "agent": row["agent"], "cost": row["waste_cost"],
+            "message": f"{name}: {shown} ({'below' if low else 'above'} {limit:g})",
+            "action": rule.action, "value": value, "threshold": limit, "time": row["last_at"]})
+    return iter(causes.values())
 
 
 def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, float]:
     """The limits of ALERT_RULES by name and that of ``dollars``, with ``thresholds`` in their
     place; InvalidValue for an unknown name or a value that is not a number >= 0."""
-    limits = {rule.name: rule.threshold for rule in ALERT_RULES}
-    limits["dollars"] = LEAST_DOLLARS
+    limits = dict({rule.name: rule.threshold for rule in ALERT_RULES}, dollars=LEAST_DOLLARS)
     for name, value in (thresholds or {}).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if name not in limits or not number or not value >= 0:
@@ -4937,35 +4954,33 @@ def budget_alerts(budget: Data) -> Rows:
              "value": budget["pace"], "threshold": budget["budget"], "time": now_text()}]
 
 
-def alert_sections(alerts: Rows, most: int) -> List[Section]:
+def alert_section(alerts: Rows, most: int) -> Section:
     """The alerts as a table, the most dollars first."""
-    short = short_ids(alert["session_id"] for alert in alerts)
     left = len(alerts) - most
-    more = [f"and {left:,} more (--limit {len(alerts)} shows them)"] if left > 0 else []
-    return [Section("Alerts", heads=(">wasted $", "id", "level", "what", "what to do"), rows=[
-        (dollars(alert["cost"]), short[alert["session_id"]], alert["level"],
-         alert["message"].split(" (")[0], alert["action"]) for alert in alerts[:most]],
-        lines=more if alerts else ["No alerts."])]
+    lines = [f"and {left:,} more (--limit {len(alerts)} shows them)"] * (left > 0)
+    rows = [dict(alert, what=alert["message"].split(" (")[0])
+            for alert in with_short_ids(alerts, "session_id")[:most]]
+    return table("Alerts", {">wasted $": "cost:$", "id": "session_id", "level": "level",
+                            "what": "what", "what to do": "action"}, rows,
+                 lines=lines if alerts else ["No alerts."])
 
 
 # -- sessions over time
 
 def statistics_of(rows: Rows) -> Data:
     """Sums and averages over ``summaries()`` rows (at least one), oldest first."""
-    totals = scan_totals(rows)
-    counts: Dict[str, int] = {}
+    from collections import Counter
+    totals, scores = scan_totals(rows), [row["efficiency_score"] for row in rows]
+    waste, counts = totals["waste"], Counter()  # type: Data, Any
     for row in rows:
-        for kind, count in row["issues"].items():
-            counts[kind] = counts.get(kind, 0) + count
+        counts.update(row["issues"])
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    scores = [row["efficiency_score"] for row in rows]
     return {"sessions_analyzed": len(rows), "total_tokens": totals["total_tokens"],
             "total_cost": totals["estimated_cost"], "average_efficiency": sum(scores) / len(rows),
             "efficiency_score": totals["efficiency_score"],
-            "total_waste_tokens": totals["waste"]["tokens"],
-            "total_waste_cost": totals["waste"]["cost"],
-            "measured_waste_tokens": totals["waste"]["measured_tokens"],
-            "measured_waste_cost": totals["waste"]["measured_cost"],
+            "total_waste_tokens": waste["tokens"], "total_waste_cost": waste["cost"],
+            "measured_waste_tokens": waste["measured_tokens"],
+            "measured_waste_cost": waste["measured_cost"],
             "common_issues": [{"type": kind, "count": count} for kind, count in frequent],
             "trends": _trend(scores)}
 
@@ -4976,8 +4991,9 @@ def statistics_sections(stats: Data, rows: Rows) -> List[Section]:
     told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
     return [Section(f"{stats['agent'] or 'All agents'}, last {stats['period_days']:g} days",
                     [*headline(scan_totals(rows), rows), told]),
-            Section("Most frequent findings", heads=("", ">sessions"), rows=[
-                (issue["type"], f"{issue['count']:,}") for issue in stats["common_issues"]]),
+            *bill_sections(stats["bill"]), advice_section(stats["advice"], 1),
+            table("Most frequent findings", {"": "type", ">sessions": "count:,"},
+                  stats["common_issues"]),
             *(group_section(groups, name) for name, groups in stats["groups"].items()),
             *split_sections(stats.get("split"))]
 
@@ -5016,8 +5032,8 @@ def split_sections(split: Optional[Data]) -> List[Section]:
         word = "more" if split["change"] > 0 else "less"
         told = (f"a session costs {dollars(abs(split['change']))} {word}, {sure}: the change is "
                 f"between {low:+.2f} and {high:+.2f} USD (95%)")
-    table = group_section([dict(split[side], key=side) for side in ("before", "after")], "side")
-    return [table._replace(title="Before and after", lines=[told])]
+    sides = group_section([dict(split[side], key=side) for side in ("before", "after")], "side")
+    return [sides._replace(title="Before and after", lines=[told])]
 
 
 def budget_of(rows: Rows, amount: float, unit: str) -> Data:
@@ -5025,13 +5041,10 @@ def budget_of(rows: Rows, amount: float, unit: str) -> Data:
     the straight pace leads: ``{"budget", "per", "since", "spent", "pace"}``."""
     from datetime import datetime, timedelta
     now = datetime.now().astimezone()
-    begin = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    if unit == "week":
-        begin -= timedelta(begin.weekday())
-    if unit == "month":
-        begin = begin.replace(day=1)
-    end = {"day": begin + timedelta(1), "week": begin + timedelta(7),
-           "month": (begin + timedelta(32)).replace(day=1)}[unit]
+    today = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    month, monday = today.replace(day=1), today - timedelta(today.weekday())
+    begin, end = {"day": (today, today + timedelta(1)), "week": (monday, monday + timedelta(7)),
+                  "month": (month, (month + timedelta(32)).replace(day=1))}[unit]
     spent = sum(row["estimated_cost"] for row in rows if row["started"] >= begin.timestamp())
     return {"budget": amount, "per": unit, "since": begin.isoformat(), "spent": spent,
             "pace": spent * ((end - begin) / (now - begin))}
@@ -5049,11 +5062,9 @@ def budget_section(budget: Data) -> Section:
 def _trend(scores: List[float]) -> Data:
     """The second half in time against the first, in points of efficiency; stable within 5."""
     middle = len(scores) // 2
-    if not middle:
-        return {"trend": "insufficient_data", "change_percent": 0.0, "first_period_avg": 0.0,
-                "second_period_avg": 0.0}
-    first, second = sum(scores[:middle]) / middle, sum(scores[middle:]) / (len(scores) - middle)
-    change, trend = second - first, "stable"
+    halves = [sum(half) / (len(half) or 1) for half in (scores[:middle], scores[middle:])]
+    first, second = halves if middle else (0.0, 0.0)
+    change, trend = second - first, "stable" if middle else "insufficient_data"
     if abs(change) > 5:
         trend = "improving" if change > 0 else "declining"
     return {"trend": trend, "change_percent": round(change, 1),
@@ -5078,16 +5089,15 @@ def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Data:
 
 def comparison_sections(result: Data) -> List[Section]:
     """What ``compare`` prints."""
-    short = short_ids(row["id"] for row in result["sessions"])
-    mean = result["averages"]
-    rows = [(short[row["id"]], f"{row['total_tokens']:,}", dollars(row["estimated_cost"]),
-             dollars(row["waste_cost"]), f"{row['efficiency_score']:.1f}",
-             f"{row['issue_count']:,}", row["task"]) for row in result["sessions"]]
-    wasted = sum(row["waste_cost"] for row in result["sessions"]) / len(rows)
-    rows.append(("average", f"{mean['tokens']:,.0f}", dollars(mean["cost"]), dollars(wasted),
-                 f"{mean['efficiency']:.1f}", f"{mean['issues']:.1f}", ""))
-    return [Section("Comparison", rows=rows, heads=(
-                "id", ">tokens", ">session $", ">wasted $", ">score", ">issues", "task")),
+    rows, mean = result["sessions"], result["averages"]
+    average = {"id": "average", "task": "", "total_tokens": mean["tokens"],
+               "estimated_cost": mean["cost"], "efficiency_score": mean["efficiency"],
+               "issue_count": round(mean["issues"], 1),
+               "waste_cost": sum(row["waste_cost"] for row in rows) / len(rows)}
+    return [table("Comparison", {
+                "id": "id", ">tokens": "total_tokens:,.0f", ">session $": "estimated_cost:$",
+                ">wasted $": "waste_cost:$", ">score": "efficiency_score:.1f",
+                ">issues": "issue_count:,", "task": "task"}, [*with_short_ids(rows), average]),
             Section("Best and worst", [("Best", result["best_performer"]),
                                        ("Worst", result["worst_performer"])]),
             Section("What the best did without", lines=result["recommendations"])]
@@ -11007,9 +11017,6 @@ def _hook(options: Any) -> int:
     return EXIT_DONE
 
 
-_LISTED = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens")
-
-
 def _list(options: Any) -> int:
     listed = options.optimizer.list_sessions
     sessions = listed(options.agent, options.status, options.since, options.limit)
@@ -11019,19 +11026,16 @@ def _list(options: Any) -> int:
         _say(f"copy of a damaged file: {plain(path, 300)} (repair --discard removes it)")
     rows = []
     for session in sessions:
-        row = {name: getattr(session, name) for name in _LISTED}
+        row = dict(head_row(session), estimated_cost=0.0)
         try:
             row["estimated_cost"] = session.estimated_cost
         except SessionOptimizerError as error:  # its events cannot be read
             print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
-        rows.append(dict(row, status=session.status.value))
-    short = short_ids(row["id"] for row in rows)
-    table = [(short[row["id"]], row["agent"], row["status"], row["started_at"][:16],
-              f"{row['total_tokens']:,}", dollars(row.get("estimated_cost", 0.0)), row["task"])
-             for row in rows]
-    return _show(options, rows, Section(
-        "Sessions", rows=table, lines=[] if rows else ["No sessions found."],
-        heads=("id", "agent", "status", ">started", ">tokens", ">session $", "task")))
+        rows.append(row)
+    return _show(options, rows, table("Sessions", {
+        "id": "id", "agent": "agent", "status": "status", ">started": "started_at:.16",
+        ">tokens": "total_tokens:,", ">session $": "estimated_cost:$", "task": "task",
+    }, with_short_ids(rows), lines=[] if rows else ["No sessions found."]))
 
 
 def _delete(options: Any) -> int:
@@ -11131,7 +11135,7 @@ def _alerts(options: Any) -> int:
     asked = options.agent or options.fail_on or options.budget
     rows = options.optimizer.summaries() if asked else []
     _known_agent(options, {row["agent"] for row in rows})
-    sections = alert_sections(alerts, options.limit)
+    sections = [alert_section(alerts, options.limit)]
     if options.budget:
         budget = budget_of(rows, *options.budget)
         sections.insert(0, budget_section(budget))

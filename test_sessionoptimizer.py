@@ -2570,7 +2570,7 @@ def test_the_session_page(optimizer):
     for words in ("60.0/100", "2,000 measured (", "File 'a.py' was read 3 times", "s-2 ", "HIGH PRIORITY", "Cache what was read",
                   "From start to end", "Where the money went", "entering the first time"):
         assert words in page.text, words
-    assert (heights(text, "new"), heights(text, "waste"), heights(text, "out")) == ([33.33, 0], [0, 66.67], [33.33, 33.33])
+    assert (heights(text, "first"), heights(text, "wasted"), heights(text, "output")) == ([33.33, 0], [0, 66.67], [33.33, 33.33])
     assert "Sent again" not in page.text
     shown = re.sub(r"\s+", " ", optimizer.export_report("s", "text"))
     for section in so._session_sections(optimizer.get_session("s"), optimizer.analyze("s")):  # the page says what the text says
@@ -2582,7 +2582,7 @@ def test_the_page_of_an_imported_session_names_lines_and_what_was_sent_again(opt
     row, = optimizer.scan([os.path.join(TRANSCRIPTS, "story-checkout")])["sessions"]
     text = optimizer.export_report(row["id"], "html")
     page = checked(text)
-    assert "Sent again" in page.text and 'class="carry"' in text and row["path"] in page.text
+    assert "Sent again" in page.text and 'class="carried"' in text and row["path"] in page.text
     report, session = optimizer.analyze(row["id"]), optimizer.get_session(row["id"])
     events = {event.id: event for event in session.events}
     for issue in report.issues:
@@ -2603,7 +2603,7 @@ def test_a_timeline_has_at_most_120_columns_and_loses_no_token(calls, columns):
     assert len(charts) == (1 if calls else 0)
     if not calls:
         return
-    assert len(heights(text, "out")) == columns <= so.MOST_COLUMNS
+    assert len(heights(text, "output")) == columns <= so.MOST_COLUMNS
     said = re.findall(r"([\d,]+) (?:new|output|sent)", " ".join(re.findall("<title>(.*?)</title>", charts[0])))
     assert sum(int(amount.replace(",", "")) for amount in said) == 47 * calls
 
@@ -2735,6 +2735,13 @@ def test_the_screen_of_the_bill_adds_up_and_names_the_largest_parts():
     shown = so.text_sections(so.bill_sections(guessed))
     assert "$0.5000 of it at a guessed price" in shown and "a lower bound: 2 of 6 calls" in re.sub(r"\s+", " ", shown)
     assert so.text_sections(so.bill_sections(so.in_usd(so.empty_bill()))) == ""
+
+
+@pytest.mark.parametrize("what", ["text", "markdown", "html"])
+def test_a_bill_of_nothing_but_output_is_told(what):
+    """Its table had a last column without a character, which cannot be wrapped."""
+    session = session_of(E("AI_RESPONSE", 0, 1000))
+    assert "100.0%" in so.FORMATS[what](session, golden_report(session)).replace("\\", "")
 
 
 def test_every_cause_of_a_lost_cache_has_words():
