@@ -385,9 +385,13 @@ class Price(namedtuple("Price", "model exact rates")):
 
     __slots__ = ()
 
+    def parts(self, usage: Usage) -> Tuple[int, ...]:
+        """Pico-dollars of a usage by class."""
+        return tuple(map(int.__mul__, self.rates, usage))
+
     def cost(self, usage: Usage) -> int:
         """Pico-dollars of a usage."""
-        return sum(map(int.__mul__, self.rates, usage))
+        return sum(self.parts(usage))
 
     input, output, cache_read = map(_rate, ("uncached", "output", "read"))
     cache_write, cache_write_1h = map(_rate, ("write_5m", "write_1h"))
@@ -817,6 +821,10 @@ class Session(_Record):
         """What the tokens of an event cost."""
         return self.prices.lookup(event.model or self.model, event.rate)
 
+    def entry_cost(self, event: SessionEvent) -> int:
+        """Pico-dollars of what entered the context with an event."""
+        return self.price_of(event).cost(Usage(*event.usage[:3]))
+
     def usages(self) -> Dict[Tuple[str, str], Usage]:
         """The usage by model and rate."""
         groups: Dict[Tuple[str, str], List[Usage]] = {}
@@ -849,7 +857,7 @@ class Session(_Record):
         compaction (a CONTEXT_LOAD event whose ``data["source"]`` is "compaction" begins a new
         one)."""
         current: Dict[str, List[SessionEvent]] = {}
-        for event in self.events:
+        for event in self._counted():
             if is_compaction(event) and current.get(event.agent_id):
                 yield current.pop(event.agent_id)
             current.setdefault(event.agent_id, []).append(event)
@@ -2281,92 +2289,83 @@ def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
 # ==================================================================================================
 
 def share_out(total: int, weights: List[int]) -> List[int]:
-    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder,
-    then order)."""
+    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder, then
+    order)."""
     if len(weights) == 1:
         return [total]
-    whole = sum(weights)
-    if not whole or not total:
-        return [0] * len(weights)
+    whole = sum(weights) or 1
     shares = [total * weight // whole for weight in weights]
-    missing = total - sum(shares)
+    missing = total - sum(shares) if any(weights) else 0
     if missing:
-        remainders = [total * weight % whole for weight in weights]
-        by_remainder = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True) \
-            if missing > 1 else [remainders.index(max(remainders))]
-        for index in by_remainder[:missing]:
+        remainders = [-(total * weight % whole) for weight in weights]
+        for index in sorted(range(len(weights)), key=remainders.__getitem__)[:missing]:
             shares[index] += 1
     return shares
 
 
 def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
-    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it
-    has."""
+    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it has."""
     tokens = max(0, min(tokens, event.tokens))
-    entered, written = share_out(tokens, [event.tokens_input, event.tokens_output]) if tokens else (0, 0)
+    entered, written = share_out(tokens, [event.tokens_input, event.tokens_output])
     return entered, written
 
 
-def _claimable(event: SessionEvent) -> bool:
-    return event.event_type is not EventType.CONTEXT_LOAD or event.data.get("source") != "unattributed"
-
-
 class Analysis:
-    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It
-    is made for every analysis and forgotten with it, since events may be changed in place.
+    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It is
+    made for every analysis and forgotten with it, since events may be changed in place.
 
-    A wasted input token costs the price class it was billed at, plus its carry: it is sent again
-    with every later call of its window, at the cache-read price, while that call's cache read
-    reaches its position in the context. A cache rebuild costs what it was billed beyond a cache
-    read, and no carry.
+    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with
+    every later call of its window, at the cache-read price, while that call's cache read reaches its
+    position in the context. A cache rebuild costs what it was billed beyond a cache read, and no carry.
     """
 
     def __init__(self, session: Session):
         self.session = session
         self.events = session._counted()
         self.by_id = {event.id: event for event in self.events}
-        self._repeats: Optional[List[Tuple[SessionEvent, Repeat]]] = None
-        self._walk: Optional[ContextWalk] = None
-        self._bill = empty_bill()
-        self._carry: Optional[Dict[str, int]] = None
 
-    @property
+    @functools.cached_property
     def repeats(self) -> List[Tuple[SessionEvent, Repeat]]:
         """The reads and searches that brought what their window held already, in order."""
-        if self._repeats is None:
-            self._repeats = repeats_in(self.session)
-        return self._repeats
+        return repeats_in(self.session)
+
+    @functools.cached_property
+    def walk(self) -> ContextWalk:
+        """The session's contexts, followed to the end."""
+        return self.follow().walk
+
+    @functools.cached_property
+    def bill(self) -> Data:
+        """The session's bill, as `bill_of` gives it."""
+        return self.follow().bill
+
+    @functools.cached_property
+    def _carried(self) -> Dict[str, int]:
+        """Pico-dollars paid for reading the tokens of an event from the cache, by its id."""
+        paid: Dict[str, int] = {}
+        for piece in self.walk.pieces:
+            if piece.event is not None:
+                key = piece.event.id
+                paid[key] = paid.get(key, 0) + piece.sums[CARRIED] // _PAIRED
+        return paid
 
     def cost(self, event: SessionEvent, entered: int, written: int) -> int:
         """Pico-dollars of some of an event's input tokens, carry included, and of its output."""
-        rates, total = self.session.price_of(event).rates, event.tokens_input
-        cost = written * rates.output
-        if total and entered:
-            write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
-            billed = ((total - write) * rates.uncached + (write - hour) * rates.write_5m
-                      + hour * rates.write_1h)
+        price, total = self.session.price_of(event), event.tokens_input
+        cost = price.cost(Usage(output=written))
+        if entered and total:
+            billed = self.session.entry_cost(event)
             if event.data.get("source") == Source.REBUILD:
-                cost += min(billed * entered // total, max(0, billed - total * rates.read))
-            else:
-                cost += (billed + self._carried(event)) * entered // total
+                return cost + min(billed * entered // total, max(0, billed - total * price.rates.read))
+            cost += (billed + self._carried.get(event.id, 0)) * entered // total
         return cost
 
-    @property
-    def walk(self) -> ContextWalk:
-        """The session's contexts, followed to the end."""
-        return self._walk or self.follow()
-
-    @property
-    def bill(self) -> Data:
-        """The session's bill, as `bill_of` gives it."""
-        return self._bill if self.walk else {}
-
-    def follow(self, *watchers: Callable[[Step, Optional[Data]], Any]) -> ContextWalk:
-        """Follow the contexts and make out the bill. The watchers are called with every step, and
-        the rebuild where it is one."""
-        session, bill = self.session, empty_bill()
-        walk, cells = ContextWalk(session), _add_usage(bill, session)
-        self._walk, self._bill = walk, bill
+    def follow(self, *watchers: Callable[[Step, Optional[Data]], Any]) -> Analysis:
+        """Follow the contexts and make out the bill. The watchers are called with every step, and the
+        rebuild where it is one."""
+        session = self.session
+        self.walk, self.bill = walk, bill = ContextWalk(session), empty_bill()
+        cells = _add_usage(bill, session)
         hidden, small = bill["hidden_output"], bill["small_rebuilds"]
         hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
         for step in walk:
@@ -2387,33 +2386,27 @@ class Analysis:
             for watch in watchers:
                 watch(step, rebuild)
         for piece in walk.pieces:
-            for key in zip((piece.content,) * 3, HOW_PAID, piece.sums):
-                cells[key[:2]] = cells.get(key[:2], 0) + key[2]
+            for how, paid in zip(HOW_PAID, piece.sums):
+                if paid:
+                    cells[piece.content, how] = cells.get((piece.content, how), 0) + paid
         bill["cells"] = _cell_rows(cells)
-        return walk
-
-    def _carried(self, event: SessionEvent) -> int:
-        if self._carry is None:
-            self._carry = {}
-            for piece in self.walk.pieces if any(e.tokens_cache_read for e in self.events) else ():
-                if piece.event is not None:
-                    carried = piece.sums[CARRIED] // _PAIRED
-                    self._carry[piece.event.id] = self._carry.get(piece.event.id, 0) + carried
-        return self._carry.get(event.id, 0)
-
+        return self
 
 
 # What a context holds; what other tools return goes by the tool's name.
-START_LOAD, PROMPTS, FILE_READS, SEARCHES, SHELL = "start load", "prompts", "file reads", "searches", "shell"
+START_LOAD, PROMPTS, FILE_READS = "start load", "prompts", "file reads"
+SEARCHES, SHELL, NOT_ATTRIBUTED = "searches", "shell", "unattributed"
 ANSWERS, ATTACHMENTS = "answers kept in the context", "attachments and injected text"
-RELOAD, NOT_ATTRIBUTED = "reload after a compaction", "unattributed"
+RELOAD = "reload after a compaction"
 _LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD, Source.CLEAR: RELOAD,
            Source.UNATTRIBUTED: NOT_ATTRIBUTED, Source.RESUME: ANSWERS}
 _CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
-             EventType.THINKING: ANSWERS, EventType.FILE_READ: FILE_READS, EventType.SEARCH: SEARCHES}
-_NOT_RETURNED = frozenset(_LOADED.values()) | {PROMPTS, ANSWERS, ATTACHMENTS}
+             EventType.THINKING: ANSWERS, EventType.FILE_READ: FILE_READS,
+             EventType.SEARCH: SEARCHES}
+_NOT_RETURNED = {PROMPTS, ATTACHMENTS, *_LOADED.values()}
 
-FIRST, CARRIED, AGAIN = 0, 1, 2  # how the tokens of a context are paid
+HOW_PAID = ("first", "carried", "again")
+FIRST, CARRIED, AGAIN = range(3)
 _PAIRED = 1 << 64  # tokens and their cost in one number: cost * _PAIRED + tokens
 SHORT_TTL, HOUR_TTL = 300, 3_600  # seconds that a cache lives
 _LAID_OUT = (Source.REBUILD, Source.UNATTRIBUTED)  # loads that stand for no moment of their own
@@ -2421,25 +2414,25 @@ _LAID_OUT = (Source.REBUILD, Source.UNATTRIBUTED)  # loads that stand for no mom
 
 def content_of(event: SessionEvent) -> str:
     """What an event's input tokens are, in the bill's words."""
-    if event.event_type is EventType.CONTEXT_LOAD:
-        return _LOADED.get(event.data.get("source") or "", ATTACHMENTS)
-    known = _CONTENTS.get(event.event_type)
-    if known:
-        return known
-    return SHELL if event.data.get("command") else str(
-        event.data.get("tool") or event.event_type.value.lower().replace("_", " "))
+    data, kind = event.data, event.event_type
+    if kind is EventType.CONTEXT_LOAD:
+        return _LOADED.get(data.get("source") or "", ATTACHMENTS)
+    if kind in _CONTENTS:
+        return _CONTENTS[kind]
+    return SHELL if data.get("command") else str(
+        data.get("tool") or kind.value.lower().replace("_", " "))
 
 
 class Piece:
-    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands
-    for several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED +
-    tokens."""
+    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands for
+    several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED + tokens;
+    ``notes``: what is paid for every token up to its end and not summed up yet."""
 
-    __slots__ = ("serial", "content", "event", "sums")
+    __slots__ = ("serial", "content", "event", "sums", "notes")
 
     def __init__(self, serial: int, content: str, event: Optional[SessionEvent] = None):
         self.serial, self.content, self.event = serial, content, event
-        self.sums = [0, 0, 0]
+        self.sums, self.notes = [0, 0, 0], [0, 0, 0]
 
     def __lt__(self, other: Piece) -> bool:
         return self.serial < other.serial
@@ -2455,7 +2448,6 @@ class HeldContext:
     def __init__(self) -> None:
         self.pieces: List[Piece] = []
         self.ends: List[int] = []
-        self._notes: List[List[int]] = [[], [], []]
 
     @property
     def length(self) -> int:
@@ -2466,8 +2458,6 @@ class HeldContext:
         """A piece enters at the end."""
         self.ends.append(self.length + tokens)
         self.pieces.append(piece)
-        for notes in self._notes:
-            notes.append(0)
 
     def size(self, index: int) -> int:
         """Tokens of a piece."""
@@ -2484,50 +2474,53 @@ class HeldContext:
         for position, paid in ((end, unit), (start, -unit)):
             index, inside = self.find(position)
             if index:
-                self._notes[how][index - 1] += paid
+                self.pieces[index - 1].notes[how] += paid
             if inside:
                 self.pieces[index].sums[how] += paid * inside
 
     def settle(self) -> List[int]:
         """Sum up what was noted; the sizes of the pieces."""
         sizes = [end - start for start, end in zip([0] + self.ends, self.ends)]
-        for how, notes in enumerate(self._notes):
+        for how in (CARRIED, AGAIN):
             running = 0
-            for index in range(len(notes) - 1, -1, -1):
-                running += notes[index]
-                if running:
-                    self.pieces[index].sums[how] += running * sizes[index]
-                notes[index] = 0
+            for piece, size in zip(reversed(self.pieces), reversed(sizes)):
+                running += piece.notes[how]
+                piece.notes[how] = 0
+                piece.sums[how] += running * size
         return sizes
 
     def lose(self, tokens: int) -> Dict[int, int]:
-        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What
-        stays of the pieces that lost some, by serial number."""
+        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What stays
+        of the pieces that lost some, by serial number."""
         sizes, stays = self.settle(), {}
-        results = [i for i, piece in enumerate(self.pieces) if piece.content not in _NOT_RETURNED]
-        others = [i for i, piece in enumerate(self.pieces) if piece.content in _NOT_RETURNED]
-        for index in itertools.chain(results, reversed(others)):
+        results = [i for i, piece in enumerate(self.pieces) if is_result(piece)]
+        others = [i for i, piece in enumerate(self.pieces) if not is_result(piece)]
+        for index in results + others[::-1]:
             part = min(tokens, sizes[index])
             sizes[index] -= part
             stays[self.pieces[index].serial] = sizes[index]
             tokens -= part
             if not tokens:
                 break
-        self.pieces = [piece for piece, size in zip(self.pieces, sizes) if size]
+        self.pieces = list(itertools.compress(self.pieces, sizes))
         self.ends = list(itertools.accumulate(filter(None, sizes)))
-        self._notes = [[0] * len(self.ends) for _ in self._notes]
         return stays
+
+
+def is_result(piece: Piece) -> bool:
+    """Whether a tool returned a piece."""
+    return piece.content not in _NOT_RETURNED
 
 
 class Step:
     """A model call as its context shows it.
 
-    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``:
-    the call before in this window; ``events``: what came since, the answer of ``last`` first.
-    ``held`` is the context with all that; ``before``: its length at ``last``; ``stays``: what is
-    left of the pieces that lost tokens since, by serial number. The call read the positions up to
-    ``read`` from the cache and wrote those up to ``kept`` again for ``rebuild_cost``
-    (pico-dollars); there begins what entered. ``fresh_cost``: pico-dollars of all that it wrote.
+    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``: the
+    call before in this window; ``events``: what came since, the answer of ``last`` first. ``held`` is the
+    context with all that; ``before``: its length at ``last``; ``stays``: what is left of the pieces that
+    lost tokens since, by serial number. The call read the positions up to ``read`` from the cache and
+    wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins what entered.
+    ``fresh_cost``: pico-dollars of all that it wrote.
     ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
     """
 
@@ -2544,15 +2537,14 @@ class Step:
 
     @property
     def began(self) -> Optional[float]:
-        """When the call was sent (seconds since 1970): when the last thing that it answers had
-        come."""
+        """When the call was sent (seconds since 1970): when the last thing that it answers had come."""
         answered = seconds_of(self.call.timestamp) if self.call else None
         if answered is None:
             return None
-        came = [event for event in self.events if event.event_type not in (
-            EventType.AI_RESPONSE, EventType.THINKING) and event.data.get("source") not in _LAID_OUT]
-        times = [(seconds_of(event.timestamp) or 0.0) + event.duration_ms / 1000 for event in came]
-        return min(answered, max(times)) if times else answered
+        came = [(seconds_of(event.timestamp) or 0.0) + event.duration_ms / 1000 for event in self.events
+                if event.event_type not in (EventType.AI_RESPONSE, EventType.THINKING)
+                and event.data.get("source") not in _LAID_OUT]
+        return min(answered, max(came, default=answered))
 
     @property
     def gap(self) -> Optional[float]:
@@ -2563,9 +2555,9 @@ class Step:
 
 
 class ContextWalk:
-    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all
-    that entered; what was paid for them is complete when the walk is over. ``starts``: the start
-    load of each agent's first window (tokens)."""
+    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all that
+    entered; what was paid for them is complete when the walk is over. ``starts``: the start load of each
+    agent's first window (tokens)."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -2574,8 +2566,7 @@ class ContextWalk:
 
     def __iter__(self) -> Iterator[Step]:
         """The steps, every event in one; the last of a window may be without a call."""
-        session = self.session
-        for window in session.windows() if session.events else [session._counted()]:
+        for window in self.session.windows():
             held, ttl, step = HeldContext(), 0, None
             events: List[SessionEvent] = []
             for event in window:
@@ -2596,68 +2587,59 @@ class ContextWalk:
                 yield self._taken(Step(None, step, events, held, ttl))
             held.settle()
 
-    def input_cost(self, event: SessionEvent) -> int:
-        """Pico-dollars of what entered with an event."""
-        return self.session.price_of(event).cost(event.usage._replace(read=0, output=0))
-
     def _taken(self, step: Step) -> Step:
         """Bring the held context to what the call saw, and pay."""
-        held, rebuilt, loads, entering = step.held, 0, [], []
+        held, session, rebuilt, loads, entering = step.held, self.session, 0, [], []
         for event in step.events:
             source = event.data.get("source")
-            if not event.tokens_input:
-                if source == Source.HISTORY:
-                    loads.append(event)
-            elif source == Source.REBUILD:
+            if source == Source.REBUILD:
                 rebuilt += event.tokens_input
-                step.rebuild_cost += self.input_cost(event)
-            elif step.last is None and event.event_type is EventType.CONTEXT_LOAD \
-                    and content_of(event) in (START_LOAD, RELOAD):
+                step.rebuild_cost += session.entry_cost(event)
+            elif source == Source.HISTORY or step.last is None and content_of(event) in _FILLING:
                 loads.append(event)
-            else:
+            elif event.tokens_input:
                 entering.append(event)
         step.kept += rebuilt
         if step.before > step.kept:
             step.stays = held.lose(step.before - step.kept)
+        step.fresh_cost = step.rebuild_cost
         self._fill(step, loads)
         if step.call and step.read:
-            held.pay(CARRIED, 0, step.read, self.session.price_of(step.call).rates.read)
+            held.pay(CARRIED, 0, step.read, session.price_of(step.call).rates.read)
         if rebuilt:
             price, rest = divmod(step.rebuild_cost, rebuilt)
             held.pay(AGAIN, step.read, step.kept, price)
             held.pieces[held.find(step.read)[0]].sums[AGAIN] += rest * _PAIRED
         for event in entering:
-            cost = self.input_cost(event)
+            cost = session.entry_cost(event)
             self._enter(held, content_of(event), event.tokens_input, event, cost)
             step.fresh_cost += cost
-        step.fresh_cost += step.rebuild_cost
         return step
 
     def _fill(self, step: Step, loads: List[SessionEvent]) -> None:
-        """Name what the context holds beyond what was seen to enter: a window's loads, what other
-        files tell (history), else unattributed."""
-        held, told = step.held, {}  # type: Tuple[HeldContext, Dict[str, int]]
+        """Name what the context holds beyond what was seen to enter: a window's loads, what other files
+        tell (history), else unattributed."""
+        held, rest = step.held, NOT_ATTRIBUTED
         missing = step.kept + sum(event.tokens_input for event in loads) - held.length
+        told: Dict[str, int] = {}
         for event in loads:
-            if event.data.get("source") == Source.HISTORY:
-                told.update(event.data.get("contents") or {})
-        rest = NOT_ATTRIBUTED
+            told.update(event.data.get("contents") or {})
         if step.last is None and missing:
             rest = rest if told else RELOAD
             start = told.pop(START_LOAD, max(0, missing - sum(told.values())))
             agent = (step.call or step.events[0]).agent_id
             start = min(start, self.starts.setdefault(agent, start))
-            told = dict({START_LOAD: start}, **told)
+            told = {START_LOAD: start, **told}
         spans = [*told.items(), (rest, missing)]
-        counted: List[Tuple[Any, int]] = [(event, event.tokens_input) for event in loads]
-        for event, tokens in [(None, step.kept - held.length)] + counted:
-            cost = self.input_cost(event) if event else 0
+        for load in (None, *loads):
+            tokens = load.tokens_input if load else step.kept - held.length
+            cost = self.session.entry_cost(load) if load else 0
             step.fresh_cost += cost
             while tokens:
                 content, room = spans[0]
                 part = min(tokens, room)
                 share = cost * part // tokens
-                self._enter(held, content, part, event, share)
+                self._enter(held, content, part, load, share)
                 tokens, cost = tokens - part, cost - share
                 spans[:1] = [(content, room - part)] if room > part else []
 
@@ -2665,27 +2647,25 @@ class ContextWalk:
                cost: int) -> None:
         if tokens:
             piece = Piece(len(self.pieces), content, event)
-            if event is not None:
-                piece.sums[FIRST] = cost * _PAIRED + tokens
+            piece.sums[FIRST] = cost * _PAIRED + tokens if event else 0
             self.pieces.append(piece)
             held.enter(piece, tokens)
 
 
+_FILLING = (START_LOAD, RELOAD)
+
+
 def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
-    """The issue's claims by event id, cut to what each event has. A bare number is split in the
-    event's own proportion; without claims the waste is shared by the events involved, or by all
-    where none is named."""
+    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's
+    own proportion; without claims the waste is shared by the events involved, or by all where none is
+    named."""
+    keys = dict.fromkeys(issue.claims or issue.events_involved or analysis.by_id)
+    named = [analysis.by_id[key] for key in keys if key in analysis.by_id]
+    named = [event for event in named if event.data.get("source") != Source.UNATTRIBUTED]
     if issue.claims:
-        pairs = [(analysis.by_id[key], claim) for key, claim in issue.claims.items()
-                 if key in analysis.by_id]
-        return {event.id: _cut(event, claim) for event, claim in pairs if _claimable(event)}
-    if not issue.estimated_waste_tokens:
-        return {}
-    involved = set(issue.events_involved)
-    named = [event for event in analysis.events
-             if _claimable(event) and (not involved or event.id in involved)]
-    tokens = min(int(issue.estimated_waste_tokens), sum(event.tokens for event in named))
-    shares = share_out(tokens, [event.tokens for event in named])
+        return {event.id: _cut(event, issue.claims[event.id]) for event in named}
+    weights = [event.tokens for event in named]
+    shares = share_out(min(int(issue.estimated_waste_tokens), sum(weights)), weights)
     return {event.id: split_like(event, share) for event, share in zip(named, shares) if share}
 
 
@@ -2698,8 +2678,7 @@ def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
 
 
 def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
-    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set
-    stays."""
+    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
     claims = claims_of(analysis, issue)
     if issue.claims:
         issue.estimated_waste_tokens = sum(map(sum, claims.values()))
@@ -2709,102 +2688,82 @@ def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
 
 
 class ClaimsLedger:
-    """Charges every token once: an event pays its largest measured claim, then only what its
-    largest estimated claim adds, never more than it has; of equal claims the first in registry
-    order wins. ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the
-    issues carry their part, and the parts add up. ``by_event``: tokens charged, by event id."""
+    """Charges every token once: an event pays its largest measured claim, then only what its largest
+    estimated claim adds, never more than it has; of equal claims the first in registry order wins.
+    ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the issues carry their
+    part, and the parts add up. ``by_event``: tokens charged, by event id."""
 
     def __init__(self, analysis: Analysis, issues: List[EfficiencyIssue]):
-        self.tokens = {True: 0, False: 0}
-        self.cost = {True: 0, False: 0}
+        self.tokens, self.cost = {True: 0, False: 0}, {True: 0, False: 0}
         self.by_event: Dict[str, int] = {}
-        best: Dict[str, Dict[bool, Any]] = {}
+        largest: Dict[Tuple[str, bool], Tuple[Tuple[int, int], EfficiencyIssue]] = {}
         for issue in issues:
             issue.charged_tokens, issue.charged_cost = 0, 0.0
-            for key, claim in claims_of(analysis, issue).items():
-                held = best.setdefault(key, {}).get(issue.measured)
-                if sum(claim) > (sum(held[0]) if held else 0):
-                    best[key][issue.measured] = (claim, issue)
+            for event_id, claim in claims_of(analysis, issue).items():
+                key = event_id, issue.measured
+                if key not in largest or sum(claim) > sum(largest[key][0]):
+                    largest[key] = claim, issue
         costs: Dict[int, int] = {}
-        for event in analysis.events:
-            if event.id in best:
-                claims = best.pop(event.id)
-                self.by_event[event.id] = self._charge(analysis, event, claims, costs)
+        for event_id, measured in largest:
+            claim, issue = largest[event_id, measured]
+            entered, written = claim
+            if not measured and (event_id, True) in largest:
+                paid = largest[event_id, True][0]
+                entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
+            cost = analysis.cost(analysis.by_id[event_id], entered, written)
+            costs[id(issue)] = costs.get(id(issue), 0) + cost
+            issue.charged_tokens += entered + written
+            self.tokens[measured] += entered + written
+            self.cost[measured] += cost
+            self.by_event[event_id] = self.by_event.get(event_id, 0) + entered + written
         for issue in issues:
             issue.charged_cost = costs.get(id(issue), 0) / PICO
-
-    def _charge(self, analysis: Analysis, event: SessionEvent, claims: Dict[bool, Any],
-                costs: Dict[int, int]) -> int:
-        paid, total = (0, 0), 0
-        for measured in (True, False):
-            if measured in claims:
-                (entered, written), issue = claims[measured]
-                entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
-                cost = analysis.cost(event, entered, written)
-                issue.charged_tokens += entered + written
-                costs[id(issue)] = costs.get(id(issue), 0) + cost
-                self.tokens[measured] += entered + written
-                self.cost[measured] += cost
-                paid, total = (entered, written), total + entered + written
-        return total
 
 
 LEAST_FINDING = 50  # tokens of a measured finding that the report of a transcript lists
 
 
-def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
-                 analysis: Optional[Analysis] = None) -> OptimizationReport:
-    """Run the analyzers and charge what they claim. One that raises is named in the report, the
-    others count."""
-    analysis = analysis or Analysis(session)
-    report = charged_report(session, analyzers, analysis)
-    report.bill = in_usd(analysis.bill)
-    report.token_breakdown, report.token_use = token_breakdown(session), token_use(session)
-    report.notes, report.recommendations = report_notes(session) + report.notes, recommendations(report)
-    return report
-
-
-def charged_report(session: Session, analyzers: Iterable[BaseAnalyzer],
-                   analysis: Optional[Analysis] = None) -> OptimizationReport:
-    """The findings of a report and its figures, without what only a reader wants: all that a
-    summary needs."""
-    analysis = analysis or Analysis(session)
-    issues, failures = [], []
+def charged_report(analysis: Analysis, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+    """What the analyzers find, charged: a report but for the bill and the advice. An analyzer that
+    raises is named in it, the others count."""
+    session, issues, failures = analysis.session, [], []
     for analyzer in analyzers:
         try:
             issues += _found_by(analyzer, analysis)
-        except Exception as error:  # a user's analyzer may raise anything, and must not take the report with it
+        except Exception as error:  # a user's analyzer may raise anything: it costs no other its findings
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
-    small = [issue for issue in issues if session.imported and issue.measured
-             and issue.estimated_waste_tokens < LEAST_FINDING]
-    issues = [issue for issue in issues if issue not in small]
+    least = LEAST_FINDING if session.imported else 0
+    small = [issue.estimated_waste_tokens for issue in issues if issue.measured]
+    small = [tokens for tokens in small if tokens < least]
+    issues = [issue for issue in issues
+              if not issue.measured or issue.estimated_waste_tokens >= least]
     ledger = ClaimsLedger(analysis, issues)
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
     waste, total = sum(ledger.tokens.values()), sum(event.tokens for event in analysis.events)
-    cost = session.cost_in_pico
-    return OptimizationReport(
+    cost, notes = session.cost_in_pico, report_notes(session)
+    if any(small):
+        notes.append(f"{len(small)} small repeats, {sum(small):,} tokens in all, are not listed")
+    report = OptimizationReport(
         session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost) / PICO,
-        100.0 * (1 - waste / total) if total else 100.0, measured_waste_tokens=ledger.tokens[True],
+        100.0 * (1 - waste / total) if total else 100.0,
+        token_breakdown=token_breakdown(session), measured_waste_tokens=ledger.tokens[True],
         measured_waste_cost=min(ledger.cost[True], cost) / PICO, total_tokens=total,
-        estimated_cost=cost / PICO, analyzer_errors=failures, notes=_small_note(small))
-
-
-def _small_note(issues: List[EfficiencyIssue]) -> List[str]:
-    tokens = sum(issue.estimated_waste_tokens for issue in issues)
-    return [f"{len(issues)} small repeats, {tokens:,} tokens in all, are not listed"] if tokens else []
+        estimated_cost=cost / PICO, analyzer_errors=failures, notes=notes,
+        token_use=token_use(session))
+    report.recommendations = recommendations(report)
+    return report
 
 
 def _found_by(analyzer: Any, analysis: Analysis) -> List[EfficiencyIssue]:
     """The issues of one analyzer. Those of one that overrides ``analyze`` are priced here."""
-    own = getattr(type(analyzer), "analyzes_alone", True)
-    found = analyzer.analyze(analysis.session) if own else analyzer.analyze(analysis.session, analysis)
-    issues = [_sound(issue) for issue in found or []]
-    if own:
-        issues = list({id(issue): issue for issue in issues}.values())
-        total = analysis.session.total_tokens
-        for issue in issues:
-            price_issue(analysis, issue)
-            issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, total or MAX_TOKENS)
+    if not getattr(type(analyzer), "analyzes_alone", True):
+        return list(map(_sound, analyzer.analyze(analysis.session, analysis)))
+    found = map(_sound, analyzer.analyze(analysis.session) or ())
+    issues = list({id(issue): issue for issue in found}.values())
+    for issue in issues:
+        price_issue(analysis, issue)
+        most = analysis.session.total_tokens or MAX_TOKENS
+        issue.estimated_waste_tokens = min(issue.estimated_waste_tokens, most)
     return issues
 
 
@@ -2817,7 +2776,8 @@ def _sound(issue: Any) -> EfficiencyIssue:
     issue.description, issue.suggestion = str(issue.description), str(issue.suggestion)
     issue.estimated_waste_tokens = max(0, int(issue.estimated_waste_tokens or 0))
     issue.estimated_waste_cost = max(0.0, float(issue.estimated_waste_cost or 0.0))
-    issue.events_involved, issue.claims = list(issue.events_involved or []), dict(issue.claims or {})
+    issue.events_involved = list(issue.events_involved or [])
+    issue.claims = dict(issue.claims or {})
     return issue
 
 
@@ -2826,13 +2786,16 @@ def token_breakdown(session: Session) -> Dict[str, int]:
     breakdown: Dict[str, int] = {}
     for event in session.events:
         name = event.event_type._value_  # `value` is a property, and this loop is over all events
-        breakdown[name] = breakdown.get(name, 0) + event.tokens_input + event.tokens_output
-    breakdown.update(TOTAL_INPUT=session.total_tokens_input, TOTAL_OUTPUT=session.total_tokens_output,
-                     TOTAL=session.total_tokens)
-    return breakdown
+        breakdown[name] = breakdown.get(name, 0) + event.tokens
+    return dict(breakdown, TOTAL_INPUT=session.total_tokens_input,
+                TOTAL_OUTPUT=session.total_tokens_output, TOTAL=session.total_tokens)
 
 
-_CONTEXT_NAMES = {"system": "context load", "": "context load", "compaction": "context after compaction"}
+_CONTEXT_NAMES = {"system": "context load", "": "context load",
+                  "compaction": "context after compaction"}
+_PURPOSES = {EventType.USER_MESSAGE: ("prompts", "other output"),
+             EventType.AI_RESPONSE: ("answers kept in context", "answers written"),
+             EventType.THINKING: ("thinking kept in context", "thinking")}
 
 
 def token_use(session: Session) -> Dict[str, int]:
@@ -2841,30 +2804,32 @@ def token_use(session: Session) -> Dict[str, int]:
     use: Dict[str, int] = {}
     for event in session.events:
         data, kind = event.data, event.event_type
+        tool = str(data.get("tool") or kind._value_.lower())
+        names = _PURPOSES.get(kind) or (f"results of {tool}", "tool calls written")
         if kind is EventType.CONTEXT_LOAD:
             source = str(data.get("source") or "")
-            entered, written = _CONTEXT_NAMES.get(source, source), "other output"
-        elif kind is EventType.USER_MESSAGE:
-            entered, written = "prompts", "other output"
-        elif kind is EventType.AI_RESPONSE:
-            entered, written = "answers kept in context", "answers written"
-        elif kind is EventType.THINKING:
-            entered, written = "thinking kept in context", "thinking"
-        else:
-            tool = str(data.get("tool") or kind.value.lower())
-            entered, written = f"results of {tool}", "tool calls written"
-        if event.tokens_input:
-            use[entered] = use.get(entered, 0) + event.tokens_input
-        if event.tokens_output:
-            use[written] = use.get(written, 0) + event.tokens_output
-    return dict(sorted(use.items(), key=lambda item: -item[1]))
+            names = _CONTEXT_NAMES.get(source, source), "other output"
+        for name, tokens in zip(names, (event.tokens_input, event.tokens_output)):
+            use[name] = use.get(name, 0) + tokens
+    ranked = sorted(use.items(), key=lambda item: -item[1])
+    return {name: tokens for name, tokens in ranked if tokens}
+
+
+_NOTES = {
+    "output_lower_bound_calls": "responses have only a placeholder for their output: output tokens and "
+                                "cost are a lower bound",
+    "redacted_thinking_calls": "responses hide the size of their thinking: it counts as their visible "
+                               "output",
+    "damaged_lines": "damaged transcript lines were skipped",
+    "estimated": "events were logged live with tokens estimated from their size: scan replaces them by "
+                 "the real counts",
+    "calls_elsewhere": "responses repeat an earlier session and are counted there"}
 
 
 def report_notes(session: Session) -> List[str]:
     """What limits the figures of this session, in words."""
     notes = []
-    models = sorted({event.model or session.model for event in session.events} or {session.model})
-    for model in models:
+    for model in sorted({model for model, _ in session.usages()}):
         price = session.prices.lookup(model)
         if not price.exact:
             notes.append(f"no price for model {model!r}: priced as {price.model}")
@@ -2872,39 +2837,28 @@ def report_notes(session: Session) -> List[str]:
             notes.append("no price for a model that the transcript does not name: not priced")
         elif model == "default" and session.imported and session.total_tokens:
             notes.append("no price for a model that the transcript does not name: priced as default")
-    for count, text in ((session.metadata.get("output_lower_bound_calls"),
-                         "responses have only a placeholder for their output: output tokens and cost are a lower bound"),
-                        (session.metadata.get("redacted_thinking_calls"),
-                         "responses hide the size of their thinking: it counts as their visible output"),
-                        (session.metadata.get("damaged_lines"), "damaged transcript lines were skipped"),
-                        (sum(event.data.get("estimated") is True for event in session.events),
-                         "events were logged live with tokens estimated from their size: scan replaces them by the real counts"),
-                        (session.metadata.get("calls_elsewhere"),
-                         "responses repeat an earlier session and are counted there")):
-        if count:
-            notes.append(f"{count} {text}")
-    return notes
+    estimated = sum(event.data.get("estimated") is True for event in session.events)
+    counts = dict(session.metadata, estimated=estimated)
+    return notes + [f"{counts[name]} {text}" for name, text in _NOTES.items() if counts.get(name)]
 
 
-_LABELS = {Severity.CRITICAL: "CRITICAL", Severity.HIGH: "HIGH PRIORITY", Severity.MEDIUM: "RECOMMENDED",
-           Severity.LOW: "OPTIONAL"}
+_LABELS = ("OPTIONAL", "RECOMMENDED", "HIGH PRIORITY", "CRITICAL")  # by the rank of the severity
 
 
 def recommendations(report: OptimizationReport) -> List[str]:
     """What to do, one line per suggestion, the one with most waste charged first."""
-    by_advice: Dict[str, List[EfficiencyIssue]] = {}
+    ranks: Dict[str, List[int]] = {}
     for issue in report.issues:
-        by_advice.setdefault(issue.suggestion, []).append(issue)
-    ranked = sorted(by_advice.items(), key=lambda item: (-max(i.severity.rank for i in item[1]),
-                                                         -sum(i.charged_tokens for i in item[1])))
-    lines = [f"[{_LABELS[max(i.severity for i in issues)]}] {advice}" for advice, issues in ranked]
+        rank = ranks.setdefault(issue.suggestion, [0, 0])
+        rank[:] = max(rank[0], issue.severity.rank), rank[1] + issue.charged_tokens
+    ranked = sorted(ranks.items(), key=lambda item: item[1], reverse=True)
     return [f"[INCOMPLETE] An analyzer failed, so its waste is missing: {failure}"
-            for failure in report.analyzer_errors] + lines
+            for failure in report.analyzer_errors] + [
+                f"[{_LABELS[rank]}] {advice}" for advice, (rank, _) in ranked]
 
 
 # ---- the bill: every dollar in one cell, and why caches were lost (docs/bill.md) ----
 
-HOW_PAID = ("first", "carried", "again")
 CLASSES = ("uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output")
 ROUNDING = 500     # tokens of a rebuild below which it is the provider's rounding
 SMALL = 2_000      # tokens of a rebuild below which no cause is looked for
@@ -2918,32 +2872,27 @@ _SETTINGS = ("/mcp", "/plugin", "/agents", "/config")
 
 
 def cause_of(step: Step, session: Session) -> Tuple[str, str]:
-    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock",
-    "none"). Meaningful for rebuilds of SMALL tokens and more."""
-    call, last = step.call, step.last
-    assert call is not None
-    told = str(call.data.get(CACHE_MISS) or "")
-    if told == "model_changed":
-        return told, "provider"
-    if last is not None and (last.model or session.model) != (call.model or session.model):
-        return "model_switch", "transcript"
-    if told in _PREFIX_CHANGED:
-        return told, "provider"
-    if expired(step, session):
-        return "expired", "clock"
-    between = {event.data.get("source") for event in step.events}
-    if Source.RESUME in between:
-        return "resume", "transcript"
-    if step.before - step.kept >= ROUNDING:
-        return "shortened", "transcript"
-    commands = {event.data.get(COMMAND) for event in step.events
-                if event.event_type is EventType.CONTEXT_LOAD}
-    changed = last is not None and any(
-        last.data.get(name) and call.data.get(name) not in (None, last.data[name])
-        for name in (VERSION, EFFORT, MODE))
-    if changed or commands.intersection(_SETTINGS):
-        return "settings", "transcript"
-    return (told, "provider") if told in _PROVIDER_SAYS else ("not_explained", "none")
+    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock", "none").
+    Meaningful for rebuilds of SMALL tokens and more."""
+    assert step.call is not None
+    call, last = step.call.data, step.last or step.call
+    told = str(call.get(CACHE_MISS) or "")
+    sources = [event.data.get("source") for event in step.events]
+    commands = [event.data.get(COMMAND) for event in step.events
+                if event.event_type is EventType.CONTEXT_LOAD]
+    changed = any(last.data.get(name) and call.get(name) not in (None, last.data[name])
+                  for name in (VERSION, EFFORT, MODE))
+    causes = (
+        (told == "model_changed", told, "provider"),
+        ((last.model or session.model) != (step.call.model or session.model), "model_switch",
+         "transcript"),
+        (told in _PREFIX_CHANGED, told, "provider"),
+        (expired(step, session), "expired", "clock"),
+        (Source.RESUME in sources, "resume", "transcript"),
+        (step.before - step.kept >= ROUNDING, "shortened", "transcript"),
+        (changed or any(command in _SETTINGS for command in commands), "settings", "transcript"),
+        (told in _PROVIDER_SAYS, told, "provider"))
+    return next(((cause, source) for holds, cause, source in causes if holds), ("not_explained", "none"))
 
 
 def expired(step: Step, session: Session) -> bool:
@@ -2955,16 +2904,15 @@ def expired(step: Step, session: Session) -> bool:
 
 def _rebuild(step: Step, session: Session) -> Data:
     """One rebuild in the words of the bill, in pico-dollars."""
-    call, tokens = step.call, step.kept - step.read
+    call, tokens, gap = step.call, step.kept - step.read, step.gap
     assert call is not None
     cause, said_by = cause_of(step, session)
-    gap, read_price = step.gap, session.price_of(call).rates.read
     loaded = next(event for event in step.events if event.data.get("source") == Source.REBUILD)
-    path = call.data.get("path") or session.source.get("path", "")
-    return {"session": session.id, "path": path, "line": call.data.get("line", 0),
-            "at": call.timestamp, "cause": cause, "source": said_by,
+    return {"session": session.id, "path": call.data.get("path") or session.source.get("path", ""),
+            "line": call.data.get("line", 0), "at": call.timestamp, "cause": cause, "source": said_by,
             "gap_seconds": None if gap is None else round(gap, 3), "tokens": tokens,
-            "cost": step.rebuild_cost, "net_cost": step.rebuild_cost - tokens * read_price,
+            "cost": step.rebuild_cost,
+            "net_cost": step.rebuild_cost - session.price_of(call).cost(Usage(read=tokens)),
             "model": call.model or session.model, "context": step.before, "event": loaded.id,
             "after": _came_before(step)}
 
@@ -2989,32 +2937,31 @@ def empty_bill() -> Data:
 
 
 def bill_of(session: Session) -> Data:
-    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content
-    x how it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``:
-    calls whose output is a placeholder, of all, and what the output of those would cost at its
-    visible size."""
+    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content x how
+    it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``: calls whose
+    output is a placeholder, of all, and what the output of those would cost at its visible size."""
     return Analysis(session).bill
 
 
 def _add_usage(bill: Data, session: Session) -> Dict[Tuple[str, str], int]:
     """Add what the sums of the usage tell; the cells of the output."""
-    cells: Dict[Tuple[str, str], int] = {}
+    output = 0
     for (model, rate), usage in session.usages().items():
         price = session.prices.lookup(model, rate)
-        cost = price.cost(usage)
+        parts, cost = price.parts(usage), price.cost(usage)
         bill["total"] += cost
         if not price.exact or model == "default" and session.imported:
             bill["guessed"] += cost
+        if price.model == UNPRICED:
+            bill["unpriced"]["tokens"] += sum(usage)
         bill["models"][model] = bill["models"].get(model, 0) + cost
-        for name, billed_as, tokens in zip(CLASSES, Usage._fields, usage):
-            bill["classes"][name] += price.cost(Usage(**{billed_as: tokens}))
-        bill["unpriced"]["tokens"] += sum(usage) if price.model == UNPRICED else 0
-    output = sum(usage.output for usage in session.usages().values())
-    cells["output", "output"] = bill["classes"]["output"] * _PAIRED + output
-    return cells
+        for name, part in zip(CLASSES, parts):
+            bill["classes"][name] += part
+        output += parts[-1] * _PAIRED + usage.output
+    return {("output", "output"): output}
 
 
-def _cell_rows(cells: Dict[Tuple[str, str], int]) -> List[Data]:
+def _cell_rows(cells: Dict[Tuple[str, str], int]) -> Rows:
     """The cells that hold something, the dearest first."""
     ranked = sorted((-(paid // _PAIRED), key, paid % _PAIRED) for key, paid in cells.items() if paid)
     return [{"content": content, "how": how, "tokens": tokens, "cost": -cost}
@@ -3025,34 +2972,49 @@ def add_bills(bills: Iterable[Data]) -> Data:
     """The sum of bills, in any order the same."""
     total, cells = empty_bill(), {}  # type: Tuple[Data, Dict[Tuple[str, str], int]]
     for bill in bills:
-        for name, part in bill.items():
-            if part.__class__ is int:
-                total[name] += part
-            elif part.__class__ is dict:
-                for key, value in part.items():
-                    total[name][key] = total[name].get(key, 0) + value
+        _add(total, bill)
         for cell in bill["cells"]:
-            place = cell["content"], cell["how"]
-            cells[place] = cells.get(place, 0) + cell["cost"] * _PAIRED + cell["tokens"]
-        total["rebuilds"] += bill["rebuilds"]
+            key = cell["content"], cell["how"]
+            cells[key] = cells.get(key, 0) + cell["cost"] * _PAIRED + cell["tokens"]
     total["cells"] = _cell_rows(cells)
-    total["rebuilds"].sort(key=lambda rebuild: (-rebuild["net_cost"], rebuild["session"], rebuild["event"]))
+    total["rebuilds"].sort(
+        key=lambda rebuild: (-rebuild["net_cost"], rebuild["session"], rebuild["event"]))
     return total
 
 
-_MONEY = frozenset(("total", "recorded", "replayed", "guessed", "classes", "models", "cost", "net_cost", "cost_if_visible",
-                    "saves", "replay", "without_largest", "worst"))
+def _add(total: Data, more: Data) -> None:
+    """Add the numbers and lists of an object to those of another one."""
+    for name, value in more.items():
+        if value.__class__ is dict:
+            _add(total.setdefault(name, {}), value)
+        elif name in total:
+            total[name] += value
+        else:
+            total[name] = value
+
+
+_MONEY = frozenset((
+    "total", "recorded", "replayed", "guessed", "classes", "models", "cost", "net_cost",
+    "cost_if_visible", "saves", "replay", "without_largest", "worst"))
 
 
 def in_usd(part: Any, money: bool = False) -> Any:
     """A bill or advice with its money in USD, rounded once to whole pico-dollars."""
     if part.__class__ is dict:
-        return {name: in_usd(value, money or name in _MONEY)
-                if money or name in _MONEY or value.__class__ in (dict, list) else value
-                for name, value in part.items()}
+        return {name: in_usd(value, money or name in _MONEY) for name, value in part.items()}
     if part.__class__ is list:
         return [in_usd(value, money) for value in part]
     return round(part / PICO, 12) if money and part.__class__ is int else part
+
+
+def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
+                 analysis: Optional[Analysis] = None) -> OptimizationReport:
+    """Run the analyzers and charge what they claim. One that raises is named in the report, the others
+    count."""
+    analysis = analysis or Analysis(session)
+    report = charged_report(analysis, analyzers)
+    report.bill = in_usd(analysis.bill)
+    return report
 
 
 # What to do about a prefix that was lost: what happened, and the line to paste.
@@ -3827,11 +3789,6 @@ def _written(step: Step, tokens: int, rates: Usage) -> int:
     if fresh:
         return tokens * step.fresh_cost // fresh
     return tokens * (rates.write_1h if step.ttl == HOUR_TTL else rates.write_5m if step.ttl else rates.uncached)
-
-
-def is_result(piece: Piece) -> bool:
-    """Whether a tool returned a piece."""
-    return piece.content not in _NOT_RETURNED
 
 
 def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
@@ -10002,10 +9959,8 @@ def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *,
     """The row of a session with its bill; ``short``: as ``summaries()`` keeps it."""
     session.prices = prices or session.prices
     analysis = Analysis(session)
-    columns = bill_columns(analysis)
-    if short:
-        return dict(summary_row(session, charged_report(session, analyzers, analysis)), **columns)
-    return dict(session_row(session, build_report(session, analyzers, analysis)), **columns)
+    columns, report = bill_columns(analysis), charged_report(analysis, analyzers)
+    return dict((summary_row if short else session_row)(session, report), **columns)
 
 
 def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
