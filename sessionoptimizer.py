@@ -857,7 +857,7 @@ class Session(_Record):
         compaction (a CONTEXT_LOAD event whose ``data["source"]`` is "compaction" begins a new
         one)."""
         current: Dict[str, List[SessionEvent]] = {}
-        for event in self._counted():
+        for event in self.events:
             if is_compaction(event) and current.get(event.agent_id):
                 yield current.pop(event.agent_id)
             current.setdefault(event.agent_id, []).append(event)
@@ -2289,8 +2289,8 @@ def repeats_in(session: Session) -> List[Tuple[SessionEvent, Repeat]]:
 # ==================================================================================================
 
 def share_out(total: int, weights: List[int]) -> List[int]:
-    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder, then
-    order)."""
+    """Whole parts of ``total`` in proportion to ``weights`` that add up to it (largest remainder,
+    then order)."""
     if len(weights) == 1:
         return [total]
     whole = sum(weights) or 1
@@ -2304,19 +2304,21 @@ def share_out(total: int, weights: List[int]) -> List[int]:
 
 
 def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
-    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it has."""
+    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it
+    has."""
     tokens = max(0, min(tokens, event.tokens))
     entered, written = share_out(tokens, [event.tokens_input, event.tokens_output])
     return entered, written
 
 
 class Analysis:
-    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It is
-    made for every analysis and forgotten with it, since events may be changed in place.
+    """What one analysis knows of a session: its events by id, what they repeat, what they cost. It
+    is made for every analysis and forgotten with it, since events may be changed in place.
 
-    A wasted input token costs the price class it was billed at, plus its carry: it is sent again with
-    every later call of its window, at the cache-read price, while that call's cache read reaches its
-    position in the context. A cache rebuild costs what it was billed beyond a cache read, and no carry.
+    A wasted input token costs the price class it was billed at, plus its carry: it is sent again
+    with every later call of its window, at the cache-read price, while that call's cache read
+    reaches its position in the context. A cache rebuild costs what it was billed beyond a cache
+    read, and no carry.
     """
 
     def __init__(self, session: Session):
@@ -2356,13 +2358,14 @@ class Analysis:
         if entered and total:
             billed = self.session.entry_cost(event)
             if event.data.get("source") == Source.REBUILD:
-                return cost + min(billed * entered // total, max(0, billed - total * price.rates.read))
+                read = total * price.rates.read
+                return cost + min(billed * entered // total, max(0, billed - read))
             cost += (billed + self._carried.get(event.id, 0)) * entered // total
         return cost
 
     def follow(self, *watchers: Callable[[Step, Optional[Data]], Any]) -> Analysis:
-        """Follow the contexts and make out the bill. The watchers are called with every step, and the
-        rebuild where it is one."""
+        """Follow the contexts and make out the bill. The watchers are called with every step, and
+        the rebuild where it is one."""
         session = self.session
         self.walk, self.bill = walk, bill = ContextWalk(session), empty_bill()
         cells = _add_usage(bill, session)
@@ -2398,8 +2401,8 @@ START_LOAD, PROMPTS, FILE_READS = "start load", "prompts", "file reads"
 SEARCHES, SHELL, NOT_ATTRIBUTED = "searches", "shell", "unattributed"
 ANSWERS, ATTACHMENTS = "answers kept in the context", "attachments and injected text"
 RELOAD = "reload after a compaction"
-_LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD, Source.CLEAR: RELOAD,
-           Source.UNATTRIBUTED: NOT_ATTRIBUTED, Source.RESUME: ANSWERS}
+_LOADED = {"": START_LOAD, Source.SYSTEM: START_LOAD, Source.COMPACTION: RELOAD,
+           Source.CLEAR: RELOAD, Source.UNATTRIBUTED: NOT_ATTRIBUTED, Source.RESUME: ANSWERS}
 _CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
              EventType.THINKING: ANSWERS, EventType.FILE_READ: FILE_READS,
              EventType.SEARCH: SEARCHES}
@@ -2424,9 +2427,9 @@ def content_of(event: SessionEvent) -> str:
 
 
 class Piece:
-    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands for
-    several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED + tokens;
-    ``notes``: what is paid for every token up to its end and not summed up yet."""
+    """What entered a context in one go. ``event``: None for what was counted elsewhere or stands
+    for several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED +
+    tokens; ``notes``: what is paid for every token up to its end and not summed up yet."""
 
     __slots__ = ("serial", "content", "event", "sums", "notes")
 
@@ -2490,8 +2493,8 @@ class HeldContext:
         return sizes
 
     def lose(self, tokens: int) -> Dict[int, int]:
-        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What stays
-        of the pieces that lost some, by serial number."""
+        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What
+        stays of the pieces that lost some, by serial number."""
         sizes, stays = self.settle(), {}
         results = [i for i, piece in enumerate(self.pieces) if is_result(piece)]
         others = [i for i, piece in enumerate(self.pieces) if not is_result(piece)]
@@ -2515,12 +2518,12 @@ def is_result(piece: Piece) -> bool:
 class Step:
     """A model call as its context shows it.
 
-    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``: the
-    call before in this window; ``events``: what came since, the answer of ``last`` first. ``held`` is the
-    context with all that; ``before``: its length at ``last``; ``stays``: what is left of the pieces that
-    lost tokens since, by serial number. The call read the positions up to ``read`` from the cache and
-    wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins what entered.
-    ``fresh_cost``: pico-dollars of all that it wrote.
+    ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``:
+    the call before in this window; ``events``: what came since, the answer of ``last`` first.
+    ``held`` is the context with all that; ``before``: its length at ``last``; ``stays``: what is
+    left of the pieces that lost tokens since, by serial number. The call read the positions up to
+    ``read`` from the cache and wrote those up to ``kept`` again for ``rebuild_cost``
+    (pico-dollars); there begins what entered. ``fresh_cost``: pico-dollars of all that it wrote.
     ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
     """
 
@@ -2529,7 +2532,8 @@ class Step:
 
     def __init__(self, call: Optional[SessionEvent], previous: Optional[Step],
                  events: List[SessionEvent], held: HeldContext, ttl: int):
-        self.call, self.previous, self.events, self.held, self.ttl = call, previous, events, held, ttl
+        self.call, self.previous, self.events = call, previous, events
+        self.held, self.ttl = held, ttl
         self.last = previous.call if previous else None
         self.before, self.rebuild_cost, self.fresh_cost = held.length, 0, 0
         self.read = self.kept = call.tokens_cache_read if call else held.length
@@ -2537,13 +2541,14 @@ class Step:
 
     @property
     def began(self) -> Optional[float]:
-        """When the call was sent (seconds since 1970): when the last thing that it answers had come."""
+        """When the call was sent (seconds since 1970): when the last thing that it answers had
+        come."""
         answered = seconds_of(self.call.timestamp) if self.call else None
         if answered is None:
             return None
-        came = [(seconds_of(event.timestamp) or 0.0) + event.duration_ms / 1000 for event in self.events
-                if event.event_type not in (EventType.AI_RESPONSE, EventType.THINKING)
-                and event.data.get("source") not in _LAID_OUT]
+        came = [(seconds_of(event.timestamp) or 0.0) + event.duration_ms / 1000
+                for event in self.events if event.data.get("source") not in _LAID_OUT
+                and event.event_type not in (EventType.AI_RESPONSE, EventType.THINKING)]
         return min(answered, max(came, default=answered))
 
     @property
@@ -2555,9 +2560,9 @@ class Step:
 
 
 class ContextWalk:
-    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all that
-    entered; what was paid for them is complete when the walk is over. ``starts``: the start load of each
-    agent's first window (tokens)."""
+    """Follows the contexts of a session call by call, one window after the other. ``pieces``: all
+    that entered; what was paid for them is complete when the walk is over. ``starts``: the start
+    load of each agent's first window (tokens)."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -2566,7 +2571,8 @@ class ContextWalk:
 
     def __iter__(self) -> Iterator[Step]:
         """The steps, every event in one; the last of a window may be without a call."""
-        for window in self.session.windows():
+        session = self.session
+        for window in session.windows() if session.events else [session._counted()]:
             held, ttl, step = HeldContext(), 0, None
             events: List[SessionEvent] = []
             for event in window:
@@ -2617,8 +2623,8 @@ class ContextWalk:
         return step
 
     def _fill(self, step: Step, loads: List[SessionEvent]) -> None:
-        """Name what the context holds beyond what was seen to enter: a window's loads, what other files
-        tell (history), else unattributed."""
+        """Name what the context holds beyond what was seen to enter: a window's loads, what other
+        files tell (history), else unattributed."""
         held, rest = step.held, NOT_ATTRIBUTED
         missing = step.kept + sum(event.tokens_input for event in loads) - held.length
         told: Dict[str, int] = {}
@@ -2656,9 +2662,9 @@ _FILLING = (START_LOAD, RELOAD)
 
 
 def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
-    """The issue's claims by event id, cut to what each event has. A bare number is split in the event's
-    own proportion; without claims the waste is shared by the events involved, or by all where none is
-    named."""
+    """The issue's claims by event id, cut to what each event has. A bare number is split in the
+    event's own proportion; without claims the waste is shared by the events involved, or by all
+    where none is named."""
     keys = dict.fromkeys(issue.claims or issue.events_involved or analysis.by_id)
     named = [analysis.by_id[key] for key in keys if key in analysis.by_id]
     named = [event for event in named if event.data.get("source") != Source.UNATTRIBUTED]
@@ -2678,7 +2684,8 @@ def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
 
 
 def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
-    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set stays."""
+    """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set
+    stays."""
     claims = claims_of(analysis, issue)
     if issue.claims:
         issue.estimated_waste_tokens = sum(map(sum, claims.values()))
@@ -2688,10 +2695,10 @@ def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
 
 
 class ClaimsLedger:
-    """Charges every token once: an event pays its largest measured claim, then only what its largest
-    estimated claim adds, never more than it has; of equal claims the first in registry order wins.
-    ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the issues carry their
-    part, and the parts add up. ``by_event``: tokens charged, by event id."""
+    """Charges every token once: an event pays its largest measured claim, then only what its
+    largest estimated claim adds, never more than it has; of equal claims the first in registry
+    order wins. ``tokens`` and ``cost`` (pico-dollars) are {True: measured, False: estimated}; the
+    issues carry their part, and the parts add up. ``by_event``: tokens charged, by event id."""
 
     def __init__(self, analysis: Analysis, issues: List[EfficiencyIssue]):
         self.tokens, self.cost = {True: 0, False: 0}, {True: 0, False: 0}
@@ -2730,7 +2737,7 @@ def charged_report(analysis: Analysis, analyzers: Iterable[BaseAnalyzer]) -> Opt
     for analyzer in analyzers:
         try:
             issues += _found_by(analyzer, analysis)
-        except Exception as error:  # a user's analyzer may raise anything: it costs no other its findings
+        except Exception as error:  # a user's analyzer may raise anything; the others count
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
     least = LEAST_FINDING if session.imported else 0
     small = [issue.estimated_waste_tokens for issue in issues if issue.measured]
@@ -2816,27 +2823,28 @@ def token_use(session: Session) -> Dict[str, int]:
 
 
 _NOTES = {
-    "output_lower_bound_calls": "responses have only a placeholder for their output: output tokens and "
-                                "cost are a lower bound",
-    "redacted_thinking_calls": "responses hide the size of their thinking: it counts as their visible "
-                               "output",
+    "output_lower_bound_calls": "responses have only a placeholder for their output: output tokens "
+                                "and cost are a lower bound",
+    "redacted_thinking_calls": "responses hide the size of their thinking: it counts as their "
+                               "visible output",
     "damaged_lines": "damaged transcript lines were skipped",
-    "estimated": "events were logged live with tokens estimated from their size: scan replaces them by "
-                 "the real counts",
+    "estimated": "events were logged live with tokens estimated from their size: scan replaces "
+                 "them by the real counts",
     "calls_elsewhere": "responses repeat an earlier session and are counted there"}
 
 
 def report_notes(session: Session) -> List[str]:
     """What limits the figures of this session, in words."""
     notes = []
+    unnamed = "no price for a model that the transcript does not name:"
     for model in sorted({model for model, _ in session.usages()}):
         price = session.prices.lookup(model)
         if not price.exact:
             notes.append(f"no price for model {model!r}: priced as {price.model}")
         elif model == UNPRICED:
-            notes.append("no price for a model that the transcript does not name: not priced")
+            notes.append(f"{unnamed} not priced")
         elif model == "default" and session.imported and session.total_tokens:
-            notes.append("no price for a model that the transcript does not name: priced as default")
+            notes.append(f"{unnamed} priced as default")
     estimated = sum(event.data.get("estimated") is True for event in session.events)
     counts = dict(session.metadata, estimated=estimated)
     return notes + [f"{counts[name]} {text}" for name, text in _NOTES.items() if counts.get(name)]
@@ -2872,8 +2880,8 @@ _SETTINGS = ("/mcp", "/plugin", "/agents", "/config")
 
 
 def cause_of(step: Step, session: Session) -> Tuple[str, str]:
-    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock", "none").
-    Meaningful for rebuilds of SMALL tokens and more."""
+    """Why the cache was lost before a call, and who says so ("provider", "transcript", "clock",
+    "none"). Meaningful for rebuilds of SMALL tokens and more."""
     assert step.call is not None
     call, last = step.call.data, step.last or step.call
     told = str(call.get(CACHE_MISS) or "")
@@ -2891,8 +2899,9 @@ def cause_of(step: Step, session: Session) -> Tuple[str, str]:
         (Source.RESUME in sources, "resume", "transcript"),
         (step.before - step.kept >= ROUNDING, "shortened", "transcript"),
         (changed or any(command in _SETTINGS for command in commands), "settings", "transcript"),
-        (told in _PROVIDER_SAYS, told, "provider"))
-    return next(((cause, source) for holds, cause, source in causes if holds), ("not_explained", "none"))
+        (told in _PROVIDER_SAYS, told, "provider"),
+        (True, "not_explained", "none"))
+    return next((cause, source) for holds, cause, source in causes if holds)
 
 
 def expired(step: Step, session: Session) -> bool:
@@ -2909,9 +2918,9 @@ def _rebuild(step: Step, session: Session) -> Data:
     cause, said_by = cause_of(step, session)
     loaded = next(event for event in step.events if event.data.get("source") == Source.REBUILD)
     return {"session": session.id, "path": call.data.get("path") or session.source.get("path", ""),
-            "line": call.data.get("line", 0), "at": call.timestamp, "cause": cause, "source": said_by,
-            "gap_seconds": None if gap is None else round(gap, 3), "tokens": tokens,
-            "cost": step.rebuild_cost,
+            "line": call.data.get("line", 0), "at": call.timestamp, "cause": cause,
+            "source": said_by, "gap_seconds": None if gap is None else round(gap, 3),
+            "tokens": tokens, "cost": step.rebuild_cost,
             "net_cost": step.rebuild_cost - session.price_of(call).cost(Usage(read=tokens)),
             "model": call.model or session.model, "context": step.before, "event": loaded.id,
             "after": _came_before(step)}
@@ -2937,9 +2946,10 @@ def empty_bill() -> Data:
 
 
 def bill_of(session: Session) -> Data:
-    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content x how
-    it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``: calls whose
-    output is a placeholder, of all, and what the output of those would cost at its visible size."""
+    """The bill of a session as `empty_bill` has it, money in whole pico-dollars. The cells (content
+    x how it was paid) add up to the total, which is `Session.cost_in_pico`; ``hidden_output``:
+    calls whose output is a placeholder, of all, and what the output of those would cost at its
+    visible size."""
     return Analysis(session).bill
 
 
@@ -2963,7 +2973,8 @@ def _add_usage(bill: Data, session: Session) -> Dict[Tuple[str, str], int]:
 
 def _cell_rows(cells: Dict[Tuple[str, str], int]) -> Rows:
     """The cells that hold something, the dearest first."""
-    ranked = sorted((-(paid // _PAIRED), key, paid % _PAIRED) for key, paid in cells.items() if paid)
+    ranked = sorted((-(paid // _PAIRED), key, paid % _PAIRED)
+                    for key, paid in cells.items() if paid)
     return [{"content": content, "how": how, "tokens": tokens, "cost": -cost}
             for cost, (content, how), tokens in ranked]
 
@@ -3005,150 +3016,6 @@ def in_usd(part: Any, money: bool = False) -> Any:
     if part.__class__ is list:
         return [in_usd(value, money) for value in part]
     return round(part / PICO, 12) if money and part.__class__ is int else part
-
-
-def build_report(session: Session, analyzers: Iterable[BaseAnalyzer],
-                 analysis: Optional[Analysis] = None) -> OptimizationReport:
-    """Run the analyzers and charge what they claim. One that raises is named in the report, the others
-    count."""
-    analysis = analysis or Analysis(session)
-    report = charged_report(analysis, analyzers)
-    report.bill = in_usd(analysis.bill)
-    return report
-
-
-# What to do about a prefix that was lost: what happened, and the line to paste.
-_PREFIX_ADVICE = {
-    "system_changed": ("the system prompt changed in mid-session (instruction file, output style or "
-                       "client update)", "Edit CLAUDE.md, output styles and settings between sessions, "
-                       "not during one."),
-    "tools_changed": ("a tool server came or went in mid-session", "Connect MCP servers before the "
-                      "first prompt, and leave them connected."),
-    "messages_changed": ("the client rewrote earlier messages", "claude update"),
-    "model_switch": ("the model was changed in mid-session", "Switch models with a new session or right "
-                     "after /compact."),
-    "settings": ("settings were changed in mid-session", "Change settings before the first prompt.")}
-_LONG_ADVICE = {
-    "return 80000": ("return", "Leave a session above 80k tokens for longer than its cache lives? "
-                     "`/compact` before you leave."),
-    "compact 200000": ("context", "Keep the context below 200k tokens: `/compact` when it gets there."),
-    "compact 150000": ("context", "Keep the context below 150k tokens: `/compact` when it gets there.")}
-_READ_IN_PARTS = "Read files of more than 10,000 tokens in parts: search first, then read those lines."
-
-
-def advice_of(rows: List[Data]) -> List[Data]:
-    """What to do tomorrow, the largest saving first, from rows of sessions (`bill_columns`):
-    ``{"kind", "text", "paste", "saves": {"low", "middle", "high"}, "sessions": [ids], "project"}``,
-    in pico-dollars. ``"point": False`` says that of the saving the range alone is known."""
-    found = _long_advice(rows) + _start_advice(rows) + _read_advice(rows) + _prefix_advice(rows)
-    found = [entry for entry in found if entry["saves"]["high"] > 0]
-    return sorted(found, key=lambda entry: (-entry["saves"]["middle"], entry["text"]))
-
-
-def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session: Dict[str, int],
-            **more: Any) -> Data:
-    """``by_session``: the middle saving by session."""
-    helped = sorted((-value, key) for key, value in by_session.items() if value > 0)
-    low, middle, high = saves
-    largest = -helped[0][0] if helped else 0
-    return dict({"kind": kind, "text": text, "paste": paste,
-                 "saves": {"low": low, "middle": middle, "high": high},
-                 "without_largest": middle - middle * largest // (sum(by_session.values()) or 1),
-                 "sessions": [key for _, key in helped], "project": ""}, **more)
-
-
-def _long_advice(rows: List[Data]) -> List[Data]:
-    """What a replay of the sessions themselves recommends."""
-    best: Dict[str, Data] = {}
-    recorded = sum(row["bill"]["total"] for row in rows)
-    for policy, (kind, text) in _LONG_ADVICE.items():
-        saves = {row["id"]: row["replay"][policy] for row in rows if policy in row["replay"]}
-        totals = [sum(each[case] for each in saves.values()) for case in range(3)]
-        middle = {key: each[1] for key, each in saves.items()}
-        worse = [value for value in middle.values() if value < 0]
-        if is_recommended(recorded, totals) and (
-                kind not in best or best[kind]["saves"]["middle"] < totals[1]):
-            best[kind] = _advised(kind, text, "/compact", totals, middle, point=False,
-                                  worse=len(worse), worst=-min(worse, default=0))
-    return list(best.values())
-
-
-def is_recommended(recorded: int, saves: List[int]) -> bool:
-    """Whether a saving (worst, middle, best) is worth advising: the worst case saves, the middle
-    one at least 1% of what was ``recorded``."""
-    return saves[0] > 0 and 100 * saves[1] >= recorded
-
-
-def _start_advice(rows: List[Data]) -> List[Data]:
-    """The start load of a project against the smallest seen with the same client and model."""
-    least: Dict[Tuple[str, str], int] = {}
-    projects: Dict[str, List[Data]] = {}
-    for row in rows:
-        if row["start_load"] and row["project"]:
-            client = row["agent"], row["model"]
-            least[client] = min(least.get(client, row["start_load"]), row["start_load"])
-            projects.setdefault(row["project"], []).append(row)
-    found = []
-    for project, its_rows in projects.items():
-        paid = {row["id"]: paid_for(row["bill"], START_LOAD) for row in its_rows}
-        total, bill = sum(paid.values()), sum(row["bill"]["total"] for row in its_rows)
-        above = {row["id"]: paid[row["id"]] * (row["start_load"] - least[row["agent"], row["model"]])
-                 // row["start_load"] for row in its_rows}
-        tokens = sorted(row["start_load"] for row in its_rows)[len(its_rows) // 2]
-        per_1000, most = total * 1000 // tokens, sum(above.values())
-        if bill:
-            found.append(_advised(
-                "start_load", f"{_last_name(project)} loads {tokens // 1000}k tokens before the first "
-                f"prompt: ${total / PICO:,.2f}, {100 * total // bill}% of its bill.", "/context",
-                sorted((min(per_1000, most), most // 2, most)), above, project=project,
-                per_1000_tokens={"cost": per_1000}))
-    return found
-
-
-def _last_name(path: str) -> str:
-    return re.split(r"[/\\]", path)[-1] or path
-
-
-def paid_for(bill: Data, content: str) -> int:
-    """Pico-dollars paid for a content, first, carried and again."""
-    return sum(cell["cost"] for cell in bill["cells"] if cell["content"] == content)
-
-
-def _read_advice(rows: List[Data]) -> List[Data]:
-    """Large reads with all that was paid for them: a part of each would have done, often but not
-    always."""
-    paid = {row["id"]: sum(read["cost"] for read in row["large_reads"]) for row in rows}
-    files: Dict[str, int] = {}
-    for row in rows:
-        for read in row["large_reads"]:
-            files[read["file"]] = files.get(read["file"], 0) + read["cost"]
-    total = sum(paid.values())
-    most = sorted(files, key=lambda name: (-files[name], name))[:5]
-    names = ", ".join(dict.fromkeys(map(_last_name, most)))
-    share = LARGE_READ_SAVING * total // 100
-    return [_advised("large_reads", f"Large files read whole cost ${total / PICO:,.2f}: {names}.",
-                    _READ_IN_PARTS, (0, share // 2, share), paid, files=most)] if total else []
-
-
-def _prefix_advice(rows: List[Data]) -> List[Data]:
-    """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of
-    them."""
-    found = []
-    for cause, (what, paste) in _PREFIX_ADVICE.items():
-        net: Dict[str, int] = {}
-        for row in rows:
-            for rebuild in row["bill"]["rebuilds"]:
-                if rebuild["cause"] == cause:
-                    net[row["id"]] = net.get(row["id"], 0) + rebuild["net_cost"]
-        total = sum(net.values())
-        if total > 0:
-            versions = sorted({row["version"] for row in rows if row["id"] in net and row["version"]})
-            text = f"The cache was lost because {what}"
-            if cause == "messages_changed" and versions:
-                text += f" (version {', '.join(versions)})"
-            found.append(_advised("broken_prefix", f"{text}: ${total / PICO:,.2f}.", paste,
-                                 (total - max(net.values()), total, total), net, cause=cause))
-    return found
 
 
 # ==================================================================================================
@@ -3591,11 +3458,12 @@ REQUEST_OUTPUT = 2_500    # written by the call that compacts
 CALLS_BETWEEN = 10        # calls from one compaction to the next, at least
 CLEARED_RESULT = 60       # left of a tool's result that is cleared
 ENOUGH_COMPACTIONS = 5    # of the user's own, that their median stands in for SUMMARY
-MISSES = (0, 13, 25)      # percent of the caches within their time to live that are lost all the same
+MISSES = (0, 13, 25)      # percent of the caches within their time to live that are lost even so
 LOST = 95                 # percent of the caches beyond it that are lost
 CALIBRATED_CALLS = 20     # calls after a real compaction that are predicted
 POOR = 0.5                # error (p90) above which a range is all that can be said
-BEST, MIDDLE, WORST = range(3)
+CASES = BEST, MIDDLE, WORST = range(3)
+RANGE = ("low", "middle", "high")
 
 # Policies and their options, with the values they have when not given; None must be given.
 POLICIES: Dict[str, Data] = {
@@ -3613,60 +3481,56 @@ class Replay:
     ``saved``: pico-dollars against the recorded bill; 0 where the policy changes nothing.
     """
 
-    def __init__(self, analysis: Analysis, name: str, options: Data, case: int,
-                 summary: int = 0):
+    def __init__(self, analysis: Analysis, name: str, options: Data, case: int, summary: int = 0):
         self.session, self.name, self.options, self.case = analysis.session, name, options, case
         self.summary = summary or SUMMARIES.get(self.session.agent, SUMMARY)
         self.saved = 0
-        self.limits = {"return": 0, "compact": 0}  # context above which it is compacted; 0: never
-        if name in self.limits:
-            self.limits[name] = options["above"]
-        elif name == "all":
-            self.limits.update(options)
-        self._idle = options["above"] if name in self.limits else 0  # nothing is done up to this length
+        # The context above which it is compacted when coming back, and at any time.
+        limits = options if name == "all" else {name: options.get("above")}
+        self._back, self._any = (limits.get(key) or MAX_TOKENS for key in ("return", "compact"))
+        self._idle = limits.get(name) or 0  # nothing is done up to this length
         self.repeated = repeated_tokens(analysis) if name in ("no-repeats", "all") else {}
         self._firsts: Dict[str, Tuple[int, int]] = {}  # by agent: first context, system prefix
-        self._since = self._due = self._calls = self._length = 0
+        # Calls since a compaction, tokens to be read again, calls, length, the last piece seen.
+        self._since = self._due = self._calls = self._length = self._seen = 0
 
     def __call__(self, step: Step, rebuild: Optional[Data]) -> None:
         if step.call is None:
             return
         if step.last is None:
             self._open(step)
+        held, rates = step.held, self.session.price_of(step.call).rates
         if self.name == "ttl":
-            self._keep_for(step, rebuild)
+            self._keep_for(step, rebuild, rates)
             return
+        self._since += 1
         if self._idle and self._length <= self._idle and not (self._cut or self._inserted):
-            self._since += 1
-            self._length, self._seen = step.held.length, step.held.pieces[-1].serial
+            self._length, self._seen = held.length, held.pieces[-1].serial
             return
         for serial, stays in step.stays.items():
             self._cut_to(serial, min(stays, self._cuts.get(serial, 0)))
-        rates, held = self.session.price_of(step.call).rates, step.held
-        self._since += 1
         read_again, self._due = self._due, 0
         changed_from, extra = self._compact(step, rebuild, rates)
-        self._enter(step)
+        self._enter(held)
         changed_from = min(changed_from, self._clear(step, rebuild))
         read = min(self._place(held, step.read), changed_from)
         self._inserted += read_again
         self._length = held.length - self._cut + self._inserted
-        recorded = step.read * rates.read + step.fresh_cost
-        written = self._length - read
-        self.saved += recorded - read * rates.read - _written(step, written, rates) - extra
+        written = _written(step, self._length - read, rates)
+        self.saved += (step.read - read) * rates.read + step.fresh_cost - written - extra
 
     def _open(self, step: Step) -> None:
         """A window begins."""
-        self._cuts: Dict[int, int] = {}  # by serial number of a piece: tokens that the policy keeps out
+        self._cuts: Dict[int, int] = {}  # by serial number of a piece: tokens that are kept out
         self._results: List[Tuple[int, Piece, int]] = []  # that may be cleared: call, piece, tokens
-        self._cut: int = 0         # their sum
-        self._inserted: int = 0    # tokens of a summary, and of what was read again after it
-        self._folded: int = 0      # pieces before this serial number stand in that summary
+        self._cut = 0       # their sum
+        self._inserted = 0  # tokens of a summary, and of what was read again after it
+        self._folded = 0    # pieces before this serial number stand in that summary
         self._calls = self._due = self._length = 0
         self._since, self._seen = CALLS_BETWEEN, -1
         agent = step.call.agent_id if step.call else ""
-        prefix = step.read or step.held.length
-        self._first, self._prefix = self._firsts.setdefault(agent, (step.held.length, prefix))
+        self._first, self._prefix = self._firsts.setdefault(
+            agent, (step.held.length, step.read or step.held.length))
 
     def _cut_to(self, serial: int, tokens: int) -> None:
         self._cut += tokens - self._cuts.pop(serial, 0)
@@ -3677,8 +3541,8 @@ class Replay:
         """Where a recorded position is in the replayed context."""
         if not (self._cut or self._inserted):
             return position
-        index, inside = held.find(position)
-        pieces, cuts = held.pieces, self._cuts
+        (index, inside), pieces, cuts = held.find(position), held.pieces, self._cuts
+        beyond = index == len(pieces) or pieces[index].serial >= self._folded
         if inside:
             inside = min(inside, held.size(index) - cuts.get(pieces[index].serial, 0))
         if 2 * index > len(pieces):  # sum up the shorter side
@@ -3686,42 +3550,38 @@ class Replay:
         else:
             removed = sum(cuts.get(piece.serial, 0) for piece in pieces[:index])
         begins = held.ends[index - 1] if index else 0
-        beyond = index == len(pieces) or pieces[index].serial >= self._folded
         return begins - removed + inside + (self._inserted if beyond else 0)
 
     def _compact(self, step: Step, rebuild: Optional[Data], rates: Usage) -> Tuple[int, int]:
         """Compact where the policy does: from where on the context is new, and the request's
         cost."""
-        base = self._first + self.summary
-        back = rebuild is not None and rebuild["cause"] == "expired" \
-            and self._length > max(base, self.limits["return"] or MAX_TOKENS)
-        if not back and (self._since < CALLS_BETWEEN
-                         or self._length <= max(base, self.limits["compact"] or MAX_TOKENS)):
+        base, held = self._first + self.summary, step.held
+        back = self._length > max(base, self._back) and _is_expired(rebuild)
+        due = self._length > max(base, self._any) and self._since >= CALLS_BETWEEN
+        if not (back or due):
             return MAX_TOKENS, 0
         read = min(step.read, self._length) if back and self.case == WORST else self._length
-        cost = read * rates.read + _written(step, self._length - read, rates) \
-            + REQUEST_OUTPUT * rates.output
-        held, start = step.held, 0
+        cost = (read * rates.read + _written(step, self._length - read, rates)
+                + REQUEST_OUTPUT * rates.output)
+        start = 0
         for index, piece in enumerate(held.pieces):
             if piece.content != START_LOAD:
                 break
             start += held.size(index) - self._cuts.get(piece.serial, 0)
-        for index in range(bisect_left(held.pieces, Piece(self._folded, "")), len(held.pieces)):
-            piece = held.pieces[index]
+        first = bisect_left(held.pieces, Piece(self._folded, ""))
+        for index, piece in enumerate(held.pieces[first:], first):
             if piece.content != START_LOAD and piece.serial <= self._seen:
                 self._cut_to(piece.serial, held.size(index))
         self._inserted, self._folded, self._since = max(0, base - start), self._seen + 1, 0
         self._due = REREAD if back else (0, REREAD, WORST_REREAD)[self.case]
         return min(self._prefix, start), 0 if back and self.case == BEST else cost
 
-    def _enter(self, step: Step) -> None:
+    def _enter(self, held: HeldContext) -> None:
         """Cut what enters."""
-        held, self._calls = step.held, self._calls + 1
-        index, start = len(held.pieces), 0
-        while index and held.pieces[index - 1].serial > self._seen:
-            index -= 1
-        for number in range(index, len(held.pieces)):
-            piece, size = held.pieces[number], held.size(number)
+        self._calls += 1
+        start, first = 0, bisect_left(held.pieces, Piece(self._seen + 1, ""))
+        for index, piece in enumerate(held.pieces[first:], first):
+            size, self._seen = held.size(index), piece.serial
             if piece.content == START_LOAD and self.name == "start":
                 self._cut_to(piece.serial, size - max(0, min(size, self.options["tokens"] - start)))
                 start += size
@@ -3732,15 +3592,11 @@ class Replay:
                 self._cut_to(piece.serial, over * (WORST - self.case) // 2)
             elif self.name == "clear" and is_result(piece) and size > CLEARED_RESULT:
                 self._results.append((self._calls, piece, size))
-        if held.pieces:
-            self._seen = max(self._seen, held.pieces[-1].serial)
 
     def _named(self, piece: Piece) -> bool:
         """Whether the policy is for the tool that returned a piece."""
-        tool = self.options["tool"].lower()
-        event = piece.event
-        return not tool or event is not None and tool in (
-            str(event.data.get("tool") or "").lower(), piece.content.lower())
+        tool = str(piece.event.data.get("tool") or "") if piece.event else ""
+        return self.options["tool"].lower() in ("", tool.lower(), piece.content.lower())
 
     def _clear(self, step: Step, rebuild: Optional[Data]) -> int:
         """Clear old results where the policy does; the position from which on the context is
@@ -3752,29 +3608,25 @@ class Replay:
                 self.options["when_rebuilding"] and rebuild is None:
             return MAX_TOKENS
         del self._results[:len(old)]
-        changed_from = MAX_TOKENS
+        held, changed_from = step.held, MAX_TOKENS
         for _, piece, _ in old:
-            index = bisect_left(step.held.pieces, piece)
-            if step.held.pieces[index:index + 1] == [piece] and step.held.size(index) > CLEARED_RESULT:
-                begins = step.held.ends[index] - step.held.size(index)
-                changed_from = min(changed_from, self._place(step.held, begins))
-                self._cut_to(piece.serial, step.held.size(index) - CLEARED_RESULT)
+            index = bisect_left(held.pieces, piece)
+            if held.pieces[index:index + 1] == [piece] and held.size(index) > CLEARED_RESULT:
+                begins = held.ends[index] - held.size(index)
+                changed_from = min(changed_from, self._place(held, begins))
+                self._cut_to(piece.serial, held.size(index) - CLEARED_RESULT)
         return changed_from
 
-    def _keep_for(self, step: Step, rebuild: Optional[Data]) -> None:
+    def _keep_for(self, step: Step, rebuild: Optional[Data], rates: Usage) -> None:
         """Price a call as if what is written lived for another time."""
-        assert step.call is not None
-        ttl, rates = self.options["ttl"], self.session.price_of(step.call).rates
+        ttl, gap = self.options["ttl"], step.gap or 0.0
         price = rates.write_1h if ttl == HOUR_TTL else rates.write_5m
-        written = hour = 0
         for event in step.events:
-            written += event.tokens_cache_write
-            hour += event.tokens_cache_write_1h
-        self.saved += (written - hour) * rates.write_5m + hour * rates.write_1h - written * price
-        gap = step.gap or 0.0
+            _, short, hour, *_ = event.usage
+            self.saved += short * (rates.write_5m - price) + hour * (rates.write_1h - price)
         if not step.ttl or step.last is None:
             return
-        if rebuild is not None and rebuild["cause"] == "expired":
+        if rebuild is not None and _is_expired(rebuild):
             if gap <= ttl + GRACE:
                 hits = 100 - MISSES[self.case]
                 self.saved += rebuild["tokens"] * (price - rates.read) * hits // 100
@@ -3783,12 +3635,16 @@ class Replay:
             self.saved -= missed * (price - rates.read) * LOST // 100
 
 
+def _is_expired(rebuild: Optional[Data]) -> bool:
+    return rebuild is not None and rebuild["cause"] == "expired"
+
+
 def _written(step: Step, tokens: int, rates: Usage) -> int:
     """Pico-dollars of tokens at a call's own write price; at the cache's where it wrote nothing."""
     fresh = step.held.length - step.read
     if fresh:
         return tokens * step.fresh_cost // fresh
-    return tokens * (rates.write_1h if step.ttl == HOUR_TTL else rates.write_5m if step.ttl else rates.uncached)
+    return tokens * {0: rates.uncached, HOUR_TTL: rates.write_1h}.get(step.ttl, rates.write_5m)
 
 
 def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
@@ -3801,17 +3657,9 @@ def replayed(analysis: Analysis, *policies: Tuple[str, Data],
              summary: int = 0) -> List[List[int]]:
     """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best
     case. ``summary``: tokens that stand in for SUMMARY."""
-    cases = [[Replay(analysis, name, options, case, summary) for case in (BEST, MIDDLE, WORST)]
-             for name, options in policies]
-    analysis.follow(*itertools.chain(*cases))
-    return [sorted(replay.saved for replay in replays) for replays in cases]
-
-
-# Replayed when a session is read, with the shipped medians, for the advice of `scan` and `stats`.
-FIXED_POLICIES: Dict[str, Tuple[str, Data]] = {
-    "return 80000": ("return", {"above": 80_000}),
-    "compact 200000": ("compact", {"above": 200_000}),
-    "compact 150000": ("compact", {"above": 150_000})}
+    replays = [[Replay(analysis, *policy, case, summary) for case in CASES] for policy in policies]
+    analysis.follow(*itertools.chain(*replays))
+    return [sorted(replay.saved for replay in cases) for cases in replays]
 
 
 def parse_policy(text: str) -> Tuple[str, Data]:
@@ -3829,10 +3677,12 @@ def parse_policy(text: str) -> Tuple[str, Data]:
         else:
             value = _policy_value(key, word)
         if key not in options or name == "all":
-            raise InvalidValue(f"{name} has no option {word!r}: it has {', '.join(options) or 'none'}")
+            known = ", ".join(options) or "none"
+            raise InvalidValue(f"{name} has no option {word!r}: it has {known}")
         options[key] = value
     for key in [key for key, value in options.items() if value is None]:
-        raise InvalidValue(f"{text!r} needs {key}: {'5m or 1h' if key == 'ttl' else 'a number such as 60k'}")
+        wanted = "5m or 1h" if key == "ttl" else "a number such as 60k"
+        raise InvalidValue(f"{text!r} needs {key}: {wanted}")
     return name, options
 
 
@@ -3843,7 +3693,7 @@ def _policy_value(key: str, word: str) -> Any:
     if key == "ttl":
         return {"5m": SHORT_TTL, "1h": HOUR_TTL}.get(word)
     number = re.match(r"(\d{1,9})([km]?)$", word.lower())
-    return int(number.group(1)) * {"": 1, "k": 1_000, "m": 1_000_000}[number.group(2)] if number else None
+    return int(number[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[number[2]] if number else None
 
 
 class Compactions:
@@ -3851,30 +3701,32 @@ class Compactions:
     the context held beyond the session's first one, and the calls after it."""
 
     def __init__(self) -> None:
-        self.by_agent: Dict[str, List[Data]] = {}
+        self.by_agent: Dict[str, Rows] = {}
 
     def look_at(self, session: Session) -> None:
         """Take in those of a session."""
         firsts: Dict[str, Tuple[int, int]] = {}
-        open_one: Data = {}
+        calls: List[Any] = []
         for step in ContextWalk(session):
             if step.call is None:
                 continue
             length, agent = step.held.length, step.call.agent_id
             if step.last is None:
-                first, prefix = firsts.setdefault(agent, (length, step.read))
-                open_one = {"beyond": length - first, "prefix": prefix, "calls": []}
-                if any(map(is_compaction, step.events)) and firsts[agent] != (length, step.read):
-                    self.by_agent.setdefault(session.agent, []).append(open_one)
-            if len(open_one["calls"]) < CALIBRATED_CALLS:
+                calls = []
+                if agent in firsts and any(map(is_compaction, step.events)):
+                    first, prefix = firsts[agent]
+                    self.by_agent.setdefault(session.agent, []).append(
+                        {"beyond": length - first, "prefix": prefix, "calls": calls})
+                firsts.setdefault(agent, (length, step.read))
+            if len(calls) < CALIBRATED_CALLS:
                 hit = step.read > step.before // 2
-                open_one["calls"].append((length, step.read, hit, step.fresh_cost,
-                                          session.price_of(step.call).rates.read))
+                price = session.price_of(step.call).rates.read
+                calls.append((length, step.read, hit, step.fresh_cost, price))
 
     def summary(self, agent: str) -> int:
         """Tokens of a context beyond the first one, after a compaction of this agent's; 0 where
         there are too few."""
-        beyond = sorted(found["beyond"] for found in self.by_agent.get(agent, ()))
+        beyond = [found["beyond"] for found in self.by_agent.get(agent, ())]
         return _median(beyond) if len(beyond) >= ENOUGH_COMPACTIONS else 0
 
     def errors(self) -> List[int]:
@@ -3883,20 +3735,21 @@ class Compactions:
         errors = []
         for all_of_them in self.by_agent.values():
             for found in all_of_them if len(all_of_them) >= ENOUGH_COMPACTIONS else ():
-                others = sorted(other["beyond"] for other in all_of_them if other is not found)
-                more = _median(others) - found["beyond"]
+                more = _median([other["beyond"] for other in all_of_them if other is not found])
+                more -= found["beyond"]
                 paid = predicted = 0
                 for number, (length, read, hit, cost, price) in enumerate(found["calls"]):
                     paid += read * price + cost
-                    moved = found["prefix"] if not number else read + more * hit
+                    moved = read + more * hit if number else found["prefix"]
                     fresh = max(0, length + more - moved)
                     predicted += moved * price + cost * fresh // max(1, length - read)
                 errors.append(1_000 * abs(predicted - paid) // max(1, paid))
         return sorted(errors)
 
 
-def _median(values: List[Any]) -> Any:
-    return values[(len(values) - 1) // 2]
+def _median(values: Iterable[int]) -> int:
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]
 
 
 # Errors (median, 90th percentile) of the cost of the calls after a compaction, predicted with the
@@ -3905,11 +3758,13 @@ SHIPPED_ERRORS = {"CODEX": (37, 82), "": (118, 630)}  # by agent; tenths of a pe
 _ASSUMED = {
     "compact": "what is lost in a compaction is read again: nothing, 10.7k or 42.1k tokens",
     "return": "the summary is made by hand, before the pause, or on coming back",
-    "ttl": "0, 13 or 25% of the caches within their time are lost all the same, 95% of those beyond it",
+    "ttl": "0, 13 or 25% of the caches within their time are lost all the same, 95% of those "
+           "beyond it",
     "cap": "the rest of a result was needed never, half of the time, or always",
     "clear": "what was cleared is not read again",
     "start": "what is left out of the start load is not asked for"}
-_SAME = "the same calls with the same answers; what another context would have led to cannot be known"
+_SAME = ("the same calls with the same answers; what another context would have led to cannot be "
+         "known")
 
 
 def what_if(sessions: Any, policy: str,
@@ -3926,53 +3781,215 @@ def what_if(sessions: Any, policy: str,
     case, ``saves`` from the worst; where ``point`` is False the range alone is known. InvalidValue
     for a policy that is none."""
     name, options = parse_policy(policy)
-    compactions, rows, agents = Compactions(), [], set()
     compacts = name in ("compact", "return", "all")
+    compactions, rows = Compactions(), []
     load = sessions if callable(sessions) else lambda: sessions
     for session in filter(None, load() if compacts else ()):
         compactions.look_at(session)
     for session in filter(None, load()):
-        saves, = replayed(Analysis(session), (name, options), summary=compactions.summary(session.agent))
-        rows.append((session.id, session.cost_in_pico, saves))
-        agents.add(session.agent)
+        summary = compactions.summary(session.agent)
+        saves, = replayed(Analysis(session), (name, options), summary=summary)
+        rows.append((saves[MIDDLE], session.id, saves, session.cost_in_pico, session.agent))
         if progress:
             progress(len(rows))
-    calibration: Data = _calibration(compactions.errors(), agents) if compacts else {
-        "n": 0, "source": "shipped", "median_error": 0.0, "p90_error": 0.0}
-    figures = _replay_sums(rows)
-    largest = max(rows, key=lambda row: (abs(row[2][1]), row[0]), default=("",))[0]
-    worst = min(rows, key=lambda row: (row[2][1], row[0]), default=("", 0, [0, 0, 0]))
-    middles = [saves[1] for _, _, saves in rows]
-    return dict(figures, policy=name, parameters=options, calibration=calibration,
-                sessions={"better": sum(middle > 0 for middle in middles),
-                          "worse": sum(middle < 0 for middle in middles),
-                          "same": middles.count(0),
-                          "worst": {"session": worst[0], "costs": -worst[2][1] / PICO}
-                          if worst[2][1] < 0 else None},
-                without_largest=dict(_replay_sums([row for row in rows if row[0] != largest]),
-                                     session=largest),
-                point=calibration["p90_error"] <= POOR,
-                assumptions=[_SAME] + [text for key, text in _ASSUMED.items()
-                                       if key == name or name == "all" and key in options])
-
-
-def _replay_sums(rows: List[Tuple[str, int, List[int]]]) -> Data:
-    recorded = sum(cost for _, cost, _ in rows)
-    saves = [sum(row[2][case] for row in rows) for case in range(3)]
-    names = ("low", "middle", "high")
-    replayed_costs = [recorded - saved for saved in reversed(saves)]
-    return in_usd({"recorded": recorded, "replayed": dict(zip(names, replayed_costs)),
-                   "saves": dict(zip(names, saves)), "recommended": is_recommended(recorded, saves)})
-
-
-def _calibration(errors: List[int], agents: Iterable[str]) -> Data:
-    """``n``: how many compactions of the user's own the errors (shares) are from; 0: the shipped
-    ones."""
-    median, high = max(SHIPPED_ERRORS.get(agent, SHIPPED_ERRORS[""]) for agent in agents or [""])
+    shipped = [SHIPPED_ERRORS.get(row[-1], SHIPPED_ERRORS[""]) for row in rows if compacts]
+    median, high = max(shipped, default=(0, 0))
+    errors = compactions.errors()
     if errors:
         median, high = _median(errors), errors[9 * (len(errors) - 1) // 10]
-    return {"n": len(errors), "source": "own" if errors else "shipped", "median_error": median / 1_000,
-            "p90_error": high / 1_000}
+    middles = [row[0] for row in rows]
+    largest = max(rows, key=lambda row: (abs(row[0]), row[1]), default=(0, ""))[1]
+    worst, its_id, *_ = min(rows, default=(0, ""))
+    return dict(
+        _replay_sums(rows), policy=name, parameters=options, point=high <= POOR * 1_000,
+        calibration={"n": len(errors), "source": "own" if errors else "shipped",
+                     "median_error": median / 1_000, "p90_error": high / 1_000},
+        sessions={"better": sum(middle > 0 for middle in middles),
+                  "worse": sum(middle < 0 for middle in middles), "same": middles.count(0),
+                  "worst": {"session": its_id, "costs": -worst / PICO} if worst < 0 else None},
+        without_largest=dict(_replay_sums([row for row in rows if row[1] != largest]),
+                             session=largest),
+        assumptions=[_SAME] + [text for key, text in _ASSUMED.items()
+                               if key == name or name == "all" and key in options])
+
+
+def _replay_sums(rows: Iterable[Tuple[Any, ...]]) -> Data:
+    recorded, saves = 0, [0, 0, 0]
+    for _, _, saved, cost, _ in rows:
+        recorded += cost
+        saves = [sum(pair) for pair in zip(saves, saved)]
+    replayed_costs = [recorded - saved for saved in reversed(saves)]
+    return in_usd({"recorded": recorded, "replayed": dict(zip(RANGE, replayed_costs)),
+                   "saves": dict(zip(RANGE, saves)),
+                   "recommended": is_recommended(recorded, saves)})
+
+
+def is_recommended(recorded: int, saves: Sequence[int]) -> bool:
+    """Whether a saving (worst, middle, best) is worth advising: the worst case saves, the middle
+    one at least 1% of what was ``recorded``."""
+    return saves[0] > 0 and 100 * saves[1] >= recorded
+
+
+# ---- what to do tomorrow (docs/bill.md) ----
+
+# Replayed when a session is read, with the shipped medians: the policy, and what to say.
+FIXED_POLICIES: Dict[str, Tuple[str, Data]] = {
+    "return 80000": ("return", {"above": 80_000}),
+    "compact 200000": ("compact", {"above": 200_000}),
+    "compact 150000": ("compact", {"above": 150_000})}
+_GETS_THERE = "Keep the context below %s tokens: `/compact` when it gets there."
+_LONG_ADVICE = {
+    "return 80000": ("return", "Leave a session above 80k tokens for longer than its cache lives? "
+                     "`/compact` before you leave."),
+    "compact 200000": ("context", _GETS_THERE % "200k"),
+    "compact 150000": ("context", _GETS_THERE % "150k")}
+# What to do about a prefix that was lost: what happened, and the line to paste.
+_PREFIX_ADVICE = {
+    "system_changed": (
+        "the system prompt changed in mid-session (instruction file, output style or client "
+        "update)",
+        "Edit CLAUDE.md, output styles and settings between sessions, not during one."),
+    "tools_changed": (
+        "a tool server came or went in mid-session",
+        "Connect MCP servers before the first prompt, and leave them connected."),
+    "messages_changed": ("the client rewrote earlier messages", "claude update"),
+    "model_switch": ("the model was changed in mid-session",
+                     "Switch models with a new session or right after /compact."),
+    "settings": ("settings were changed in mid-session",
+                 "Change settings before the first prompt.")}
+_READ_IN_PARTS = (
+    "Read files of more than 10,000 tokens in parts: search first, then read those lines.")
+
+
+def bill_columns(analysis: Analysis) -> Data:
+    """What a row of a session has for the bill and the advice: ``bill`` (pico-dollars), ``replay``
+    (policy: savings worst, middle and best), ``start_load`` (tokens of the main agent's first
+    window), ``version`` of the client, ``large_reads``."""
+    saves, session = replayed(analysis, *FIXED_POLICIES.values()), analysis.session
+    reads = [{"file": str(event.data.get("file_path") or ""), "tokens": event.tokens_input,
+              "cost": sum(piece.sums) // _PAIRED}
+             for piece in analysis.walk.pieces for event in [piece.event] if event is not None
+             and event.event_type is EventType.FILE_READ and event.tokens_input >= LARGE_READ]
+    return {"bill": analysis.bill, "large_reads": reads, "project": _cwd_of(session),
+            "replay": {name: each for name, each in zip(FIXED_POLICIES, saves) if any(each)},
+            "start_load": analysis.walk.starts.get("", 0),
+            "version": str(session.source.get("version", ""))}
+
+
+def advice_of(rows: Rows) -> Rows:
+    """What to do tomorrow, the largest saving first, from rows of sessions (`bill_columns`):
+    ``{"kind", "text", "paste", "saves": {"low", "middle", "high"}, "sessions": [ids], "project"}``,
+    in pico-dollars. ``"point": False`` says that of the saving the range alone is known."""
+    found = itertools.chain(_long_advice(rows), _start_advice(rows), _read_advice(rows),
+                            _prefix_advice(rows))
+    return sorted((entry for entry in found if entry["saves"]["high"] > 0),
+                  key=lambda entry: (-entry["saves"]["middle"], entry["text"]))
+
+
+def _advised(kind: str, text: str, paste: str, saves: Iterable[int], by_session: Dict[str, int],
+             **more: Any) -> Data:
+    """``saves``: worst, middle and best; ``by_session``: the middle saving by session."""
+    helped = sorted((-value, key) for key, value in by_session.items() if value > 0)
+    entry = {"kind": kind, "text": text, "paste": paste, "saves": dict(zip(RANGE, saves)),
+             "sessions": [key for _, key in helped], "project": "", **more}
+    middle, largest = entry["saves"]["middle"], -helped[0][0] if helped else 0
+    entry["without_largest"] = middle - middle * largest // (sum(by_session.values()) or 1)
+    return entry
+
+
+def _long_advice(rows: Rows) -> Iterable[Data]:
+    """What a replay of the sessions themselves recommends."""
+    best: Dict[str, Data] = {}
+    recorded = sum(row["bill"]["total"] for row in rows)
+    for policy, (kind, text) in _LONG_ADVICE.items():
+        saves = {row["id"]: row["replay"].get(policy, (0, 0, 0)) for row in rows}
+        totals = [sum(case) for case in zip((0, 0, 0), *saves.values())]
+        middle = {key: each[MIDDLE] for key, each in saves.items()}
+        worse = [value for value in middle.values() if value < 0]
+        if is_recommended(recorded, totals) and (
+                kind not in best or best[kind]["saves"]["middle"] < totals[MIDDLE]):
+            best[kind] = _advised(kind, text, "/compact", totals, middle, point=False,
+                                  worse=len(worse), worst=-min(worse, default=0))
+    return best.values()
+
+
+def _start_advice(rows: Rows) -> Iterator[Data]:
+    """The start load of a project against the smallest seen with the same client and model."""
+    least: Dict[Tuple[str, str], int] = {}
+    projects: Dict[str, Rows] = {}
+    for row in rows:
+        if row["start_load"] and row["project"]:
+            client = row["agent"], row["model"]
+            least[client] = min(least.get(client, MAX_TOKENS), row["start_load"])
+            projects.setdefault(row["project"], []).append(row)
+    for project, its_rows in projects.items():
+        total = bill = 0
+        above = {}
+        for row in its_rows:
+            paid = sum(cell["cost"] for cell in row["bill"]["cells"]
+                       if cell["content"] == START_LOAD)
+            more = row["start_load"] - least[row["agent"], row["model"]]
+            above[row["id"]] = paid * more // row["start_load"]
+            total, bill = total + paid, bill + row["bill"]["total"]
+        tokens = sorted(row["start_load"] for row in its_rows)[len(its_rows) // 2]
+        per_1000, most = total * 1000 // tokens, sum(above.values())
+        if bill:
+            yield _advised(
+                "start_load", f"{_last_name(project)} loads {tokens // 1000}k tokens before the "
+                f"first prompt: ${total / PICO:,.2f}, {100 * total // bill}% of its bill.",
+                "/context", sorted((min(per_1000, most), most // 2, most)), above, project=project,
+                per_1000_tokens={"cost": per_1000})
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1] or path
+
+
+def _read_advice(rows: Rows) -> Iterator[Data]:
+    """Large reads with all that was paid for them: a part of each would have done, often but not
+    always."""
+    paid: Dict[str, int] = {}
+    files: Dict[str, int] = {}
+    for row in rows:
+        for read in row["large_reads"]:
+            paid[row["id"]] = paid.get(row["id"], 0) + read["cost"]
+            files[read["file"]] = files.get(read["file"], 0) + read["cost"]
+    total = sum(paid.values())
+    most = sorted(files, key=lambda name: (-files[name], name))[:5]
+    names = ", ".join(dict.fromkeys(map(_last_name, most)))
+    share = LARGE_READ_SAVING * total // 100
+    if total:
+        yield _advised("large_reads", f"Large files read whole cost ${total / PICO:,.2f}: {names}.",
+                       _READ_IN_PARTS, (0, share // 2, share), paid, files=most)
+
+
+def _prefix_advice(rows: Rows) -> Iterator[Data]:
+    """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of
+    them."""
+    for cause, (what, paste) in _PREFIX_ADVICE.items():
+        net: Dict[str, int] = {}
+        versions = set()
+        for row in rows:
+            for rebuild in row["bill"]["rebuilds"]:
+                if rebuild["cause"] == cause:
+                    net[row["id"]] = net.get(row["id"], 0) + rebuild["net_cost"]
+                    versions.add(row["version"])
+        total, text = sum(net.values()), f"The cache was lost because {what}"
+        if cause == "messages_changed" and any(versions):
+            text += f" (version {', '.join(sorted(filter(None, versions)))})"
+        if total > 0:
+            yield _advised("broken_prefix", f"{text}: ${total / PICO:,.2f}.", paste,
+                           (total - max(net.values()), total, total), net, cause=cause)
+
+
+def build_report(session: Session, analyzers: Iterable[BaseAnalyzer]) -> OptimizationReport:
+    """What the analyzers find, charged once, with the session's bill and the advice that follows
+    from it (USD). An analyzer that raises is named in the report, the others count."""
+    analysis = Analysis(session)
+    row = dict(bill_columns(analysis), id=session.id, agent=session.agent, model=session.model)
+    report = charged_report(analysis, analyzers)
+    report.bill, report.advice = in_usd(row["bill"]), in_usd(advice_of([row]))
+    return report
 
 
 # ==================================================================================================
@@ -9904,22 +9921,6 @@ def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]]) -> Data:
             "totals": scan_totals(rows), **billed(rows),
             "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in sorted(skipped)],
             "changes": "", "found": selection(rows)}
-
-
-def bill_columns(analysis: Analysis) -> Data:
-    """What a row of a session has for the bill and the advice: ``bill`` (pico-dollars), ``replay``
-    (policy: savings worst, middle and best), ``start_load`` (tokens of the main agent's first window),
-    ``version`` of the client, ``large_reads``."""
-    saves = replayed(analysis, *FIXED_POLICIES.values())
-    session = analysis.session
-    replay = {name: each for name, each in zip(FIXED_POLICIES, saves) if any(each)}
-    reads = [{"file": str(piece.event.data.get("file_path") or ""), "tokens": piece.event.tokens_input,
-              "cost": sum(piece.sums) // _PAIRED}
-             for piece in analysis.walk.pieces if piece.event is not None
-             and piece.event.event_type is EventType.FILE_READ and piece.event.tokens_input >= LARGE_READ]
-    return {"bill": analysis.bill, "replay": replay, "start_load": analysis.walk.starts.get("", 0),
-            "version": str(session.source.get("version", "")), "project": _cwd_of(session),
-            "large_reads": reads}
 
 
 def usage_rows(session: Session) -> List[Data]:
