@@ -7866,12 +7866,12 @@ class _ClaudeSession:
         """Tell the responses that only progress lines hold, and what their agents were told in
         between."""
         told, agents = self.told, self.told.agents
-        known = {echo[3]["message"].get("id") for echo in self.echoes
-                 if told.knows(_text(echo[3], "message", "id"))}
+        ids = {_text(echo[3], "message", "id") for echo in self.echoes}
+        known = set(filter(told.knows, ids))
         for path, line, agent, inner in self.echoes:
             told.at(path=path)
             self._at(inner, line, agent)
-            if inner.get("type") == "assistant" and inner["message"].get("id") not in known:
+            if inner.get("type") == "assistant" and _text(inner, "message", "id") not in known:
                 self._assistant(inner)
             elif inner.get("type") == "user" and agent not in agents:
                 self._user(inner)

@@ -6199,6 +6199,20 @@ def test_a_span_cannot_tell_of_fewer_tokens_than_none(tmp_path, said, tokens):
     assert so.Session.from_dict(json.loads(json.dumps(session.to_dict()))) == session
 
 
+@pytest.mark.parametrize("identity", [[], {}, [["msg_1"]], 5, True, None, "msg_9"], ids=repr)
+def test_an_odd_id_in_a_progress_line_costs_no_session(tmp_path, identity):
+    transcript = tiny(tmp_path)
+    before = so.read_session_files([so.describe_transcript(transcript.save())])
+    inner = {"type": "assistant", "message": {"id": identity, "role": "assistant", "model": "claude-sonnet-4-5", "content": [],
+                                              "usage": {"input_tokens": 5, "output_tokens": 7}}}
+    transcript.lines.append(json.dumps({"type": "progress", "sessionId": transcript.session, "uuid": "p", "timestamp": "2026-03-01T10:00:09.000Z",
+                                        "data": {"agentId": "a1", "message": inner}}).encode() + b"\n")
+    after = so.read_session_files([so.describe_transcript(transcript.save())])
+    assert before["skipped"] == after["skipped"] == []
+    told = after["rows"][0]["tokens"]["output"] - before["rows"][0]["tokens"]["output"]
+    assert told == (7 if identity == "msg_9" else 0)  # nothing says which response it is of
+
+
 def test_deleting_one_of_a_files_sessions_leaves_the_others(tmp_path, optimizer):
     spans = [{"traceId": "t%d" % n, "spanId": "s%d" % n, "name": "chat m", "startTimeUnixNano": str(10**18 + n),
               "endTimeUnixNano": str(10**18 + n + 5), "attributes": [
