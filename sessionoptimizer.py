@@ -8893,9 +8893,9 @@ def _opencode_database(path: str, skip: Callable[[str, int, str], None]) -> List
 
 
 def _opencode_row(row: Any) -> Data:
-    """A row's columns, and what its JSON in ``data`` says."""
+    """A row's columns, and what its JSON in ``data`` says besides its id."""
     values = dict(row)
-    values.update(_arguments(values.pop("data", "{}") or "{}"))
+    values.update(_arguments(values.pop("data", "{}") or "{}"), id=values["id"])
     values.setdefault("parentID", values.get("parent_id"))
     values.setdefault("time", {"created": values.get("time_created"),
                                "updated": values.get("time_updated")})

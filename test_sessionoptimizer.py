@@ -5394,6 +5394,20 @@ def test_opencode_says_the_same_in_exports_database_and_files(optimizer, tmp_pat
     open_base.close()
 
 
+@pytest.mark.parametrize("odd", ["[]", "{}", "5", "null", '"other"'])
+@pytest.mark.parametrize("table", ["session", "message", "part"])
+def test_an_odd_id_within_a_row_of_the_database_costs_nothing(optimizer, tmp_path, table, odd):
+    exports = opencode_exports("opencode-read-twice")
+    base = opencode_database(tmp_path / "opencode.db", exports)
+    expected = told_by(optimizer, tmp_path)
+    if table == "session":
+        base.execute("ALTER TABLE session ADD COLUMN data text")
+    base.execute("UPDATE %s SET data = '{\"id\": %s' || CASE WHEN data IS NULL THEN '}' ELSE ', ' || substr(data, 2) END" % (table, odd))
+    base.commit()
+    assert told_by(optimizer, tmp_path) == expected and len(expected) == 1
+    base.close()
+
+
 def test_a_new_row_in_the_write_ahead_log_is_a_change(optimizer, tmp_path):
     first, second = (opencode_exports(case) for case in ("opencode-read-twice", "opencode-search-twice"))
     base = opencode_database(tmp_path / "opencode.db", first)
