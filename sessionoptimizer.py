@@ -703,6 +703,12 @@ class SessionEvent(_Record):
         return Usage(self.tokens_input - write, write - hour, hour, self.tokens_cache_read,
                      self.tokens_output)
 
+    @usage.setter
+    def usage(self, usage: Usage) -> None:
+        uncached, short, hour, self.tokens_cache_read, self.tokens_output = usage
+        self.tokens_cache_write, self.tokens_cache_write_1h = short + hour, hour
+        self.tokens_input = uncached + short + hour
+
     def to_dict(self) -> Data:
         """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
         result = dict(vars(self), event_type=self.event_type._value_)
@@ -10342,16 +10348,21 @@ class SessionOptimizer:
                 session.events[0].id = f"{session.id}_start"
 
     def log_event(self, session_id: str, event_type: Union[EventType, str],
-                  data: Optional[Data] = None, tokens_input: int = 0,
-                  tokens_output: int = 0, duration_ms: int = 0) -> Optional[SessionEvent]:
-        """Append an event (``event_type`` or its name; tokens; milliseconds) and return it. None,
+                  data: Optional[Data] = None, tokens_input: int = 0, tokens_output: int = 0,
+                  duration_ms: int = 0, *, usage: Optional[Usage] = None, model: str = "",
+                  rate: str = "") -> Optional[SessionEvent]:
+        """Append an event (``event_type`` or its name; tokens; milliseconds) and return it.
+        ``usage``: a model call's tokens by how they are billed, in place of the two counts;
+        ``model`` where it is not the session's; ``rate`` "fast" or "long" where billed so. None,
         with a warning, when there is no such session; one that has ended takes the event with a
         warning. InvalidValue for an unknown type, a count that is not a whole number >= 0, or data
         that JSON cannot hold."""
         if data is not None and not isinstance(data, dict):
             raise InvalidValue(f"data is a {type(data).__name__}: give an object")
         event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {},
-                             tokens_input, tokens_output, duration_ms)
+                             tokens_input, tokens_output, duration_ms, model=model.lower(), rate=rate)
+        if usage is not None:
+            event.usage = usage
         event._check()
 
         def make(footer: Data) -> Tuple[Data, Data]:
