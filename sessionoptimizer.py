@@ -62,6 +62,7 @@ import warnings
 from _thread import RLock
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -4062,6 +4063,7 @@ def waste_text(measured: float, most: float, whole: float, show: Callable[[float
 # -- one shape of a session row for every command, and their sums
 
 HEAD = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens")
+_JUDGED = ("total_tokens", "estimated_cost", "efficiency_score", "token_use")
 _CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
 _WASTE = ("waste_tokens", "measured_waste_tokens", "waste_cost", "measured_waste_cost")
 
@@ -4092,10 +4094,8 @@ def session_row(session: Session, report: OptimizationReport) -> Data:
         "model_calls": sum(not call.data.get("unmetered") for call in calls),
         "tokens": dict(zip(_CLASSES, (used.uncached, used.write_5m + used.write_1h, used.read,
                                       used.output))),
-        "total_tokens": report.total_tokens, "estimated_cost": report.estimated_cost,
-        "efficiency_score": report.efficiency_score,
+        **{name: getattr(report, name) for name in _JUDGED},
         "issues": [issue.to_dict() for issue in report.issues], "issue_count": len(report.issues),
-        "token_use": report.token_use,
         "unattributed_tokens": sum(event.tokens_input for event in events
                                    if event.data.get("source") == Source.UNATTRIBUTED),
         "events": len(events), "errors": len(errors),
@@ -4304,15 +4304,16 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int =
         widest = max(texts, key=lambda at: widths[at])
         widths[widest] = max(8, widths[widest] - 1)
 
-    lines, indent = [], " " * (sum(widths[:-1]) + 2 * len(widths) - 2)
+    lines = []
     for row in cells:
         rest = textwrap.wrap(row[-1], widths[-1] or 1) if heads[-1][:1] == "+" else []
-        fitted = []
-        for head, cell, size in zip(heads, [*row[:-1], *(rest[:1] or row[-1:])], widths):
-            text = cut(cell, size, middle=head[:1] == "~")
-            fitted.append(text.rjust(size) if head[:1] == ">" else text.ljust(size))
-        lines.append("  ".join(fitted)[:width].rstrip())
-        lines += [indent + more for more in rest[1:]]
+        for last in rest or row[-1:]:
+            fitted = []
+            for head, cell, size in zip(heads, [*row[:-1], last], widths):
+                text = cut(cell, size, middle=head[:1] == "~")
+                fitted.append(text.rjust(size) if head[:1] == ">" else text.ljust(size))
+            lines.append("  ".join(fitted)[:width].rstrip())
+            row = [""] * len(row)
     return lines
 
 
@@ -4638,12 +4639,19 @@ def _worst_section(rows: Rows, most: int) -> Section:
 
 
 def _scan_notes(rows: Rows) -> List[str]:
-    notes: Dict[str, int] = {}
+    """The notes of all sessions: those that begin with a number once, with their numbers added
+    up."""
+    told: Dict[str, List[List[int]]] = {}
     for note in (note for row in rows for note in row["notes"]):
-        count, text = re.match(r"(?:(\d+) )?(.*)", note, re.S).groups()  # type: ignore[union-attr]
-        notes[text] = notes.get(text, 0) + int(count or 1)
-    return [f"{plain(text)} ({count} sessions)" if text.startswith(("no price", "analyzer"))
-            else f"{count:,} {plain(text)}" for text, count in notes.items()]
+        numbers = re.findall(r"\b\d[\d,]*\b", note) if note[:1].isdigit() else []
+        text = re.sub(r"\b\d[\d,]*\b", "\0", note) if numbers else note
+        told.setdefault(text, []).append([int(number.replace(",", "")) for number in numbers])
+    lines = []
+    for text, found in told.items():
+        for count in map(sum, zip(*found)):
+            text = text.replace("\0", f"{count:,}", 1)
+        lines.append(text if found[0] else f"{plain(text)} ({len(found):,} sessions)")
+    return lines
 
 
 def _skipped_lines(skipped: Rows) -> List[str]:
@@ -5086,15 +5094,14 @@ def comparison_sections(result: Data) -> List[Section]:
 def _lessons(best: Session, good: OptimizationReport, worst: Session,
              bad: OptimizationReport) -> List[str]:
     """What the better session did without, from the issues of both."""
-    avoided = {issue.issue_type for issue in good.issues}
-    lessons: Dict[str, List[EfficiencyIssue]] = {}
-    for issue in bad.issues:
-        if issue.issue_type not in avoided:
-            lessons.setdefault(issue.issue_type.value, []).append(issue)
-    weighed = sorted(((sum(issue.charged_tokens for issue in issues), kind, issues)
-                      for kind, issues in lessons.items()), key=lambda item: -item[0])
-    return [f"{best.id} had no {kind}, {worst.id} had {len(issues)} ({tokens:,} tokens): "
-            f"{issues[0].suggestion}" for tokens, kind, issues in weighed]
+    lessons = []
+    kinds = {issue.issue_type for issue in bad.issues} - {issue.issue_type for issue in good.issues}
+    for kind in kinds:
+        issues = [issue for issue in bad.issues if issue.issue_type is kind]
+        tokens = sum(issue.charged_tokens for issue in issues)
+        lessons.append((-tokens, f"{best.id} had no {kind.value}, {worst.id} had {len(issues)} "
+                                 f"({tokens:,} tokens): {issues[0].suggestion}"))
+    return [lesson for _, lesson in sorted(lessons)]
 
 
 # ==================================================================================================
@@ -10058,6 +10065,9 @@ class _ListedSession(Session):
         self.__dict__["_events"] = events
 
 
+_TAKING_IN = RLock()  # for all of them: a lock of their own would keep them from being pickled
+
+
 class _LiveSessions:
     """The sessions handed out, one object per id, which take in what was logged since; safe from
     several threads."""
@@ -10067,25 +10077,15 @@ class _LiveSessions:
         self.sessions: Dict[str, Session] = {}
         self.found: Data = {}  # summaries of what a scan has stored
         self.marks: Data = {}  # how far each has been read
-        self._prices: Optional[PriceList] = None
-        self._lock = RLock()
 
-    def __getstate__(self) -> Data:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: Data) -> None:
-        self.__dict__.update(state, _lock=RLock())
-
-    @property
+    @functools.cached_property
     def prices(self) -> PriceList:
         """See ``SessionOptimizer.prices``."""
-        if self._prices is None:
-            self._prices = PriceList(own_prices(self.store.root))
-        return self._prices
+        return PriceList(own_prices(self.store.root))
 
     def refreshed(self, session_id: str) -> Optional[Session]:
         """The session with what was logged since; None when there is none."""
-        with self._lock:
+        with _TAKING_IN:
             session, mark = self.sessions.get(session_id), self.marks.get(session_id)
             try:
                 news = self.store.tail(session_id, mark) if session is not None and mark else None
@@ -10113,7 +10113,7 @@ class _LiveSessions:
 
     def take_own(self, session_id: str, event: SessionEvent, mark: Any) -> None:
         """Add an event just logged; read the session anew where others logged in between."""
-        with self._lock:
+        with _TAKING_IN:
             session, old = self.sessions.get(session_id), self.marks.get(session_id)
             if session is None:
                 return
@@ -10133,18 +10133,11 @@ class _LiveSessions:
             return True
         return old is not None and old.to_dict() != session.to_dict()
 
-    def readable(self, session_id: str) -> Optional[Session]:
-        """The session; None also when it is damaged."""
-        try:
-            return self.refreshed(session_id)
-        except (StorageError, InvalidValue):
-            return None
-
     def glimpse(self, session_id: str) -> Optional[Session]:
         """The session, not handed out; None, with a warning, when it is damaged."""
-        if session_id in self.marks:
-            return self.readable(session_id)
         try:
+            if session_id in self.marks:
+                return self.refreshed(session_id)
             with _CollectorPaused():
                 document, _ = self.store.load_marked(
                     session_id, SessionEvent.from_dict, shown=False)
@@ -10169,7 +10162,7 @@ class _LiveSessions:
 
     def listed(self, session_id: str, head: Data) -> Session:
         """The session by its header and footer, its events not read yet."""
-        with self._lock:
+        with _TAKING_IN:
             live = self.sessions.get(session_id)
             if live is not None and session_id in self.marks:
                 return self.refreshed(session_id) or live
@@ -10240,25 +10233,9 @@ class _LiveSessions:
 
     def forget(self, session_id: str) -> None:
         """Hand the object out no more."""
-        with self._lock:
+        with _TAKING_IN:
             self.sessions.pop(session_id, None)
             self.marks.pop(session_id, None)
-
-
-class _Running:
-    """Context of a session that ends with it."""
-
-    def __init__(self, optimizer: SessionOptimizer, session: Session):
-        self.optimizer, self.session = optimizer, session
-
-    def __enter__(self) -> Session:
-        return self.session
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        session = self.optimizer.get_session(self.session.id)
-        if session is not None and session.status is SessionStatus.ACTIVE:
-            status = SessionStatus.COMPLETED if kind is None else SessionStatus.FAILED
-            self.optimizer.end_session(session.id, status)
 
 
 class SessionOptimizer:
@@ -10291,13 +10268,14 @@ class SessionOptimizer:
                 f"in use: {len(self._sessions):,}>")
 
     def __eq__(self, other: Any) -> bool:
-        return type(other) is type(self) and self._settings() == other._settings()
+        return type(other) is type(self) and (
+            self.store.root, self._settings()) == (other.store.root, other._settings())
 
     def __hash__(self) -> int:
         return hash(self.store.root)
 
-    def _settings(self) -> Tuple[str, str]:
-        return self.store.root, settings_of(self.analyzers, self.prices)
+    def _settings(self) -> str:
+        return settings_of(self.analyzers, self.prices)
 
     @property
     def storage_path(self) -> Any:
@@ -10375,8 +10353,8 @@ class SessionOptimizer:
         except SessionNotFound:
             _warn(f"there is no session {session_id!r}: the event was not logged; start it first")
             return None
-        except StorageError:
-            raise
+        except InvalidValue:
+            raise  # of the id
         except (TypeError, ValueError, RecursionError) as error:
             raise _not_json(error, "data") from None
         if footer["status"] != SessionStatus.ACTIVE.value:
@@ -10409,13 +10387,22 @@ class SessionOptimizer:
             return None
         return self._live.refreshed(session_id)
 
+    @contextmanager
     def session(self, agent: str, task: str, model: str = "default",
                 session_id: Optional[str] = None,
-                metadata: Optional[Data] = None) -> _Running:
+                metadata: Optional[Data] = None) -> Iterator[Session]:
         """``with optimizer.session("forge", "Fix it") as session:`` starts a session and ends it:
         COMPLETED, or FAILED on an exception, which goes on. One that was ended inside stays as it
         is. Parameters and errors: ``start_session``."""
-        return _Running(self, self.start_session(agent, task, model, session_id, metadata))
+        session = self.start_session(agent, task, model, session_id, metadata)
+        status = SessionStatus.FAILED
+        try:
+            yield session
+            status = SessionStatus.COMPLETED
+        finally:
+            now = self.get_session(session.id)
+            if now is not None and now.status is SessionStatus.ACTIVE:
+                self.end_session(session.id, status)
 
     def get_session(self, session_id: str) -> Optional[Session]:
         """The session with everything logged so far by any process; None when there is none.
@@ -10445,19 +10432,22 @@ class SessionOptimizer:
             if len(found) >= limit or after is not None and started < after:
                 break
             head = self.store.readable_head(session_id)
-            if head and head.get("status") == SessionStatus.ACTIVE.value:
-                if LiveHooks(self).closed(session_id, head.get("metadata") or {}):
-                    head = self.store.readable_head(session_id)
+            if self._closed(session_id, head):
+                head = self.store.readable_head(session_id)
             if head and wanted in (None, head.get("status")):
                 found.append(self._live.listed(session_id, head))
         return found
 
+    def _closed(self, session_id: str, head: Optional[Data]) -> bool:
+        """Whether a session is active no more, since its agent has gone."""
+        if not head or head.get("status") != SessionStatus.ACTIVE.value:
+            return False
+        return LiveHooks(self).closed(session_id, head.get("metadata") or {})
+
     def delete_session(self, session_id: str) -> bool:
         """Remove a session and its report; False when there is none. An imported one stays away
         from later scans until they are told otherwise (``scan(again=True)``)."""
-        if not isinstance(session_id, str):
-            return False
-        return self._live.erase(session_id)
+        return isinstance(session_id, str) and self._live.erase(session_id)
 
     def repair(self, *, discard: bool = False) -> Data:
         """Mend every stored session that can be mended, and remove what crashes left behind:
@@ -10510,7 +10500,7 @@ class SessionOptimizer:
 
         if store:
             mask_older(self.store)
-        settings = settings_of(self.analyzers, self.prices)
+        settings = self._settings()
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else paths and list(paths)
         scan = look()
         before, lock = scan.all_rows(), None
@@ -10578,7 +10568,7 @@ class SessionOptimizer:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
         try:
             info = os.stat(self.store.find(session_id))
-            stamp = [info.st_size, info.st_mtime_ns, self._settings()[1]]
+            stamp = [info.st_size, info.st_mtime_ns, self._settings()]
             self.store.write_report(session_id, dict(report.to_dict(), fingerprint=stamp))
         except FileNotFoundError:
             pass  # deleted meanwhile
@@ -10623,7 +10613,7 @@ class SessionOptimizer:
     def summaries(self, days: Optional[float] = None) -> List[Data]:
         """One ``summary_row`` per session, oldest first; of the last ``days``. Rows of unchanged
         sessions come from the store; a damaged session is named in a warning and left out."""
-        settings = settings_of(self.analyzers, self.prices)
+        settings = self._settings()
         known = self.store.state.summaries(settings)
         rows, news = {}, {}
         for session_id, info in self.store.files():
@@ -10639,8 +10629,7 @@ class SessionOptimizer:
         if news or gone:
             self._save_summaries(settings, news, gone)
         active = [name for name, row in rows.items() if row["status"] == SessionStatus.ACTIVE.value]
-        heads = [(name, self.store.readable_head(name) or {}) for name in active]
-        if any([LiveHooks(self).closed(name, head.get("metadata") or {}) for name, head in heads]):
+        if any([self._closed(name, self.store.readable_head(name)) for name in active]):
             return self.summaries(days)
         since = time.time() - days * 86400 if days is not None else float("-inf")
         kept = [row for row in rows.values() if row["started"] >= since]
@@ -10874,14 +10863,19 @@ def _known_agent(options: Any, agents: Iterable[str]) -> None:
                          f"(agents: {', '.join(sorted(known))})")
 
 
-def _judged(options: Any, score: float, count: int = 1) -> int:
-    """The status of --fail-under: missed by too low a score, and where nothing was judged."""
-    if options.fail_under is None or count and score >= options.fail_under:
+def _judged(missed: bool, count: int, why: str) -> int:
+    """The status of --fail-under and --fail-on: a limit was missed, or nothing was judged."""
+    if count and not missed:
         return EXIT_DONE
-    why = f"the score {score:.1f} is below {options.fail_under:g}"
-    why = why if count else "nothing to judge: no session was selected"
-    print(f"sessionoptimizer: {why}", file=sys.stderr)
+    print("sessionoptimizer: " + (why if count else "nothing to judge: no session was selected"),
+          file=sys.stderr)
     return EXIT_LIMIT
+
+
+def _judged_score(options: Any, score: float, count: int = 1) -> int:
+    least = options.fail_under
+    return EXIT_DONE if least is None else _judged(
+        score < least, count, f"the score {score:.1f} is below {least:g}")
 
 
 # -- the commands
@@ -11035,7 +11029,7 @@ def _analyze(options: Any) -> int:
         _say(_painted(text_report(session, report, width=_width()) + evidence, options.color))
     else:
         _say(FORMATS[options.format](session, report))
-    return _judged(options, report.efficiency_score)
+    return _judged_score(options, report.efficiency_score)
 
 
 def _stats(options: Any) -> int:
@@ -11110,12 +11104,10 @@ def _alerts(options: Any) -> int:
     _show(options, alerts, *sections)
     if options.fail_on is None:
         return EXIT_DONE
-    since = options.since.timestamp() if options.since else 0.0
+    since, level = since_seconds(options.since) or 0.0, options.fail_on
     chosen = [row for row in rows if (seconds_of(row["last_at"]) or 0.0) >= since]
-    if not chosen:
-        print("sessionoptimizer: nothing to judge: no session was selected", file=sys.stderr)
-    missed = any(Severity(alert["level"]) >= options.fail_on for alert in alerts)
-    return EXIT_LIMIT if missed or not chosen else EXIT_DONE
+    return _judged(any(Severity(alert["level"]) >= level for alert in alerts), len(chosen),
+                   f"an alert is {level.value} or above")
 
 
 def _compare(options: Any) -> int:
@@ -11153,20 +11145,22 @@ def _scan(options: Any) -> int:
     else:
         text = _scan_text(options, result)
     _write_out(text, options.output)
-    return _judged(options, result["totals"]["efficiency_score"], len(result["sessions"]))
+    return _judged_score(
+        options, result["totals"]["efficiency_score"], len(result["sessions"]))
 
 
 def _scan_text(options: Any, result: Data) -> str:
     width = 80 if options.output else _width()
+    sections = _scan_sections(result, 8, [options.by] * bool(options.by))
     if not result["found"]["sessions"] and not options.paths:
-        places = ", ".join(root for reader in READERS for root in reader.roots())
-        return f"No transcripts found. Looked in: {places}\nGive a path: sessionoptimizer scan PATH"
-    text = scan_report(result, by=[options.by] if options.by else [], width=width)
-    if result["sessions"] and not result["changes"] and not options.no_store:
-        place = plain(options.optimizer.store.root)
-        text += "\n\n" + "\n".join(_wrapped(
-            f"Kept in {place}, also when the agent deletes its transcripts (Claude Code: after 30 "
-            "days).", width))
+        places = (root for reader in READERS for root in reader.roots())
+        sections = [Section("No transcripts found", [("Looked in", ", ".join(places))], lines=[
+            "Give a path: sessionoptimizer scan PATH"])]
+    elif result["sessions"] and not result["changes"] and not options.no_store:
+        place = cut(options.optimizer.store.root, width - 4, middle=True)
+        sections.append(Section("Kept, also when the agent deletes its transcripts", lines=[place],
+                                hint="Claude Code does after 30 days"))
+    text = text_sections(sections, width)
     return text if options.output else _painted(text, options.color)
 
 

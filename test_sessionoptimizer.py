@@ -6327,6 +6327,8 @@ def test_the_id_of_an_active_session_is_refused_with_the_way_out(optimizer):
 def test_ids_that_could_leave_the_store_are_refused(optimizer, bad, tmp_path):
     with pytest.raises(InvalidSessionId, match="A-Z"):
         optimizer.start_session("a", "t", session_id=bad)
+    with pytest.raises(InvalidSessionId, match="invalid session id"):
+        optimizer.log_event(bad, "CUSTOM")
     assert optimizer.get_session(bad) is None and optimizer.analyze(bad) is None and optimizer.delete_session(bad) is False
     assert os.listdir(str(tmp_path)) == ["store"] and stored_bytes(optimizer.store.root) == b""
 
@@ -6926,7 +6928,8 @@ def test_the_alerts_command(optimizer):
     assert status == 0 and re.search(r"\$0\.0200  wasteful  HIGH +Low efficiency: 50\.0% +See analyze --evidence", out)
     status, out, _ = run(optimizer, "alerts", "--limit", "1", "--dollars", "0")
     assert len(out.splitlines()) == 4 and "and 1 more" in out
-    assert run(optimizer, "alerts", "--fail-on", "high")[0] == 3
+    status, _, err = run(optimizer, "alerts", "--fail-on", "high")
+    assert (status, err) == (3, "sessionoptimizer: an alert is HIGH or above\n")
     assert run(optimizer, "alerts", "--fail-on", "critical")[0] == 0
     assert run(optimizer, "alerts", "--agent", "atlas", "--dollars", "0", "--fail-on", "HIGH")[0] == 0
     assert run(optimizer, "alerts", "--agent", "atlas", "--dollars", "0", "--fail-on", "MEDIUM")[0] == 3
@@ -7528,6 +7531,31 @@ def crowded(optimizer):
     store_session(optimizer, "short", [READ, READ, ANSWER])
     optimizer.scan([SAMPLES])
     return optimizer
+
+
+def test_notes_of_many_sessions_are_added_up():
+    rows = [{"notes": notes} for notes in (
+        ["2 responses hide 5", "3 small repeats, 1,250 tokens in all", "no price for model 'x 5'"],
+        ["1 responses hide 7", "1 small repeats, 50 tokens in all", "no price for model 'x 5'"], ["no price for model 'x 6'"])]
+    assert so._scan_notes(rows) == ["3 responses hide 12", "4 small repeats, 1,300 tokens in all",
+                                    "no price for model 'x 5' (2 sessions)", "no price for model 'x 6' (1 sessions)"]
+
+
+@pytest.mark.parametrize("width", [None, 60, 80, 120, 200])
+def test_the_first_screen_fits_whatever_the_paths(width, tmp_path, monkeypatch, capsys):
+    """Where there is no terminal and no COLUMNS, a line has 80."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    place = tmp_path / ("a-folder-with-a-long-name/" * 5) / ("p" * 90)
+    shutil.copytree(os.path.join(TRANSCRIPTS, "story-checkout"), str(place))
+    store = os.path.join(str(tmp_path), "another-folder/" * 6, "store")
+    for by in ("project", "session"):
+        assert so.main(["scan", str(place), "--by", by, "--store", store]) == 0
+        shown = capsys.readouterr().out
+        assert ("KEPT, ALSO WHEN" in shown) is (by == "project") and "a-folder" not in shown
+        assert [line for line in shown.splitlines() if len(line) > (width or 80)] == []
+        assert by != "project" or "/store" in shown and ("…" in shown or (width or 80) >= 200)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
