@@ -915,12 +915,13 @@ def test_200_slow_clients_do_not_hold_up_another(client, slow):
     """A silent, a half-sent, a never-reading client and event streams, closed and open: more than there is
     room for."""
     log_some(client.optimizer)
-    held = []
+    paths, held = ("/health", "/", "/api/sessions", "/api/stats/current") * 3, []
+    alone = sorted(quick(client, path) for path in paths)
     try:
         for _ in range(200):
             held.append(slow(client))
-        times = [quick(client, path) for path in ("/health", "/", "/api/sessions", "/api/stats/current") * 3]
-        assert sorted(times)[6] < 0.5 and max(times) < 3, times  # the machine may be busy for a moment
+        times = sorted(quick(client, path) for path in paths)
+        assert times[6] < alone[6] + 0.5 and times[-1] < alone[-1] + 5, (alone, times)  # one moment may be a busy one
         assert len(client.server.connections) <= local_server.MAX_CONNECTIONS
         assert len(client.server.streams) <= local_server.MAX_STREAMS
         stream = http.client.HTTPConnection("127.0.0.1", client.port, timeout=5)
@@ -950,7 +951,7 @@ def test_a_long_answer_holds_up_no_other(client, monkeypatch):
         for connection in held:
             connection.sendall(asked)
         assert begun.wait(10)
-        assert sorted(quick(client, path) for path in ("/health", "/api/sessions") * 3)[3] < 0.5
+        assert sorted(quick(client, path) for path in ("/health", "/api/overview") * 3)[3] < 1
         refused = client.ask(f"/api/reports/{session.id}")
         assert refused[0] == 503 and "Retry-After" in refused[1]
     finally:
@@ -1123,7 +1124,7 @@ in_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def browser():
+def chromium():
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -1152,6 +1153,15 @@ def browser():
         driver.quit()
 
 
+@pytest.fixture
+def browser(chromium):
+    """The browser on an empty page, without what earlier tests left in its log."""
+    chromium.get("about:blank")
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    complaints(chromium)
+    return chromium
+
+
 def resize(browser, width, height, *, mode="light"):
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -1168,7 +1178,7 @@ def resize(browser, width, height, *, mode="light"):
     )
 
 
-def wait_for(browser, script, *arguments, seconds=15):
+def wait_for(browser, script, *arguments, seconds=40):
     """What the script returns, once that is true."""
     deadline, last = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
