@@ -1226,11 +1226,12 @@ class ShellEffects:
     reads: (path, first, last) of file lines in the output, 1-based and inclusive; last None = to
     the end, first negative = that many lines from the end. searches: (query, scope). writes: the
     paths it names (a directory stands for all below it). changes: [] nothing, paths, ["*"] any,
-    ["?"] not known. pure: True when the output is the lines of `reads` (numbered or under echoed
-    headings) and no more. In one command line changes come before reads.
+    ["?"] not known. acts: True when it changes what other commands tell, though no file (`git add`).
+    pure: True when the output is the lines of `reads` (numbered or under echoed headings) and no
+    more. In one command line changes come before reads.
     """
 
-    __slots__ = ("reads", "searches", "writes", "changes", "pure")
+    __slots__ = ("reads", "searches", "writes", "changes", "pure", "acts")
 
     def __init__(self) -> None:
         self.reads: List[Tuple[str, int, Optional[int]]] = []
@@ -1238,6 +1239,7 @@ class ShellEffects:
         self.writes: Words = []
         self.changes: Words = []
         self.pure = True
+        self.acts = False
 
     @property
     def kind(self) -> str:
@@ -1559,9 +1561,10 @@ class _Shell:
         row = _WORDS.get(name) or _WORDS.get(family) or _WORDS["*"]
         flags, operands = _options(args, row.takes)
         given = {flag for flag, _ in flags}.union(map(posixpath.basename, operands[:2]))
-        harmless = row.needs and not row.needs & given or row.idle & given
-        if harmless or len(args) < 4 and _HELP & set(args[-1:]):
+        if len(args) < 4 and _HELP & set(args[-1:]):
             row = row._replace(effect="harmless")
+        elif row.needs and not row.needs & given or row.idle & given:
+            row = row._replace(effect=row.otherwise)
         self.budget.depth -= 1
         self.budget.spend(20 * len(words))
         flow = getattr(self, row.effect)(_Step(name, args, row.takes, flags, operands, flow))
@@ -1635,6 +1638,11 @@ class _Shell:
         scope = _plain(" ".join([scope, "|", call.name] + call.args))
         self.budget.spend(len(scope))
         return query, scope
+
+    def act(self, call: _Step) -> Any:
+        """A command that changes what others tell, though no file."""
+        self.effects.acts = True
+        return [] if call.name == "git add" else self.harmless(call)
 
     def anything(self, call: Optional[_Step] = None) -> Any:
         self.effects.changes.append("*")
@@ -1790,7 +1798,7 @@ class _Shell:
             verb = script
         given = {flag for flag, _ in call.flags}.union(re.split("[-_:]", verb), call.operands)
         fixes = _FIXING & given
-        if managed and (fixes or verb in _CHANGE_VERBS or call.name == "yarn" and not verb):
+        if managed and (fixes or verb in _CREATING):
             self.effects.changes += [] if _CHECKING & given else ["*"]
             return self.harmless(call)
         tests = managed and re.match(_TEST_TASK, verb)
@@ -1811,10 +1819,7 @@ _COUNTS = ("-n", "--lines", "-#", "-totalcount", "-head", "-first", "-tail", "-l
 _LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect
     |describe|config|doctor|outdated|why|query|diff|check|ready|whoami|history|audit|capture|display
     |has|read|wait|count|where|activate|freeze|tree)(?:-[\w-]+)?$"""
-_CHANGE_VERBS = frozenset("""
-    install i ci add remove rm uninstall update upgrade up get tidy generate sync lock
-    link dedupe create init tap mod reinstall cleanup deps.get deps.update
-""".split())
+_CREATING = frozenset("generate create init".split())
 _FIXING = frozenset("fmt format fix autofix write reformat --fix --write --apply -u".split())
 _CHECKING = frozenset("check dry --check --check-formatted --dry-run".split())
 _TEST_TASK = r"""(?x)(?:unit|run|cargo)?[-_:]?(?:t|tst|tests?|lint|type-?check|tsc|check|clippy|vet
@@ -1825,14 +1830,15 @@ _MANAGERS = _RUNNERS | frozenset("""
     gem cargo go mix dotnet swift make just task rake gradle gradlew mvn mvnw composer terraform
     npm-check-updates flutter dart nx turbo lerna
 """.split())
-# effect | words (+ joins a sub-command) | options with a value | changes only with | never with
+# effect, or what it is where it has none | words (+ joins a sub-command) | options with a value
+# | only with | never with
 _ROWS = """
 tool | * | -C -w -p -F --prefix --filter --workspace --project |  |
 tool | bun deno |  |  | --check --test
 quiet | echo printf mktemp : true false export unset set shopt alias ulimit umask trap wait break \
     continue exit return local declare readonly sleep chmod chown chgrp test [ read shift \
     write-host write-output start-sleep write-error write-warning setlocal pwd esac ] ;; param \
-    clear cls git+add git+config git+init |  |  |
+    clear cls git+config git+init |  |  |
 harmless | date ps env printenv which whereis where wc du df stat file uniq cut tr jq yq diff cmp \
     comm join md5sum sha1sum sha256sum shasum md5 ping id whoami uname hostname uptime free top \
     htop lsof netstat ss dig nslookup host ip ifconfig ipconfig nc kill pkill killall pgrep man \
@@ -1847,11 +1853,11 @@ harmless | date ps env printenv which whereis where wc du df stat file uniq cut 
     py_compile compileall timeit doctest coverage site http.server json.tool get-* test-* \
     select-* where-* sort-* format-* measure-* out-* write-* convertto-* convertfrom-* resolve-* \
     find-* show-* compare-* group-* join-* split-* read-* wait-* foreach-* start-* stop-* \
-    git+status git+log git+diff git+show git+branch git+blame git+remote git+rev-parse git+fetch \
-    git+commit git+push git+tag git+describe git+reflog git+shortlog git+bundle git+merge-base \
+    git+status git+log git+diff git+show git+blame git+rev-parse git+describe git+reflog \
+    git+shortlog git+bundle git+merge-base \
     git+cat-file git+for-each-ref git+ls-remote git+rev-list git+name-rev git+symbolic-ref \
     git+show-ref git+check-ignore git+check-attr git+count-objects git+fsck git+gc git+notes \
-    git+worktree git+diff-tree git+diff-index git+hash-object git+var git+version git+help \
+    git+diff-tree git+diff-index git+hash-object git+var git+version git+help \
     git+range-diff git+cherry git+whatchanged git+update-index git+write-tree git+archive \
     git+show-branch git+update-ref findstr |  |  |
 read | cat less more bat batcat tac zcat type view | -r --line-range -l --style |  |
@@ -1880,14 +1886,17 @@ verb | ruff biome dprint | --config |  |
 checkout | git+checkout git+switch | -b -B -c -C |  |
 anything | git+merge git+rebase git+pull git+revert git+cherry-pick git+am git+filter-branch \
     git+filter-repo git+sparse-checkout git+read-tree git+checkout-index git+lfs wget dd |  |  |
-anything | git+stash git+bisect git+submodule |  |  | list show status log drop
-anything | git+reset |  | --hard --merge --keep |
+act | git+add git+commit git+push git+fetch git+tag |  |  | -l --list
+act | git+branch |  | -d -D -m -M -f --delete --move --set-upstream-to -u |
+act | git+remote git+worktree |  | add remove rm rename set-url prune update move |
+anything/act | git+stash git+bisect git+submodule |  |  | list show status log drop
+anything/act | git+reset |  | --hard --merge --keep |
 anything | git+clean |  |  | -n --dry-run
 anything | tar unzip gunzip gzip 7z zip |  |  | -t -l tf tvf tzf --list
 write | rm rmdir unlink md rd del erase mv move ren tee touch mkdir | -m -d |  |
 write | truncate shred | -s -r |  |
-write | git+rm git+mv |  |  | --cached
-write | git+restore | -s --source |  | --staged -S
+write/act | git+rm git+mv |  |  | --cached
+write/act | git+restore | -s --source |  | --staged -S
 write | set-content add-content out-file new-item remove-item clear-content move-item rename-item \
     ni ri | >-path >-literalpath >-filepath >-destination -value -encoding -itemtype -name \
     -newname -width -erroraction -filter -include -exclude |  |
@@ -1916,10 +1925,11 @@ unknown | gh |  | checkout clone download |
 unknown | ssh eval invoke-expression iex |  |  |
 unknown | source . |  |  | activate .bashrc .zshrc .profile .bash_profile .env .envrc nvm.sh env
 """
-_Word = namedtuple("_Word", "effect takes needs idle")
+_Word = namedtuple("_Word", "effect otherwise takes needs idle")
 _WORDS = {
     word.replace("+", " "): _Word(
-        effect.strip(), {option.lstrip("<>"): option[0] for option in valued.split()},
+        effect.split("/")[0].strip(), (effect.strip() + "/harmless").split("/")[1],
+        {option.lstrip("<>"): option[0] for option in valued.split()},
         set(needs.split()), set(idle.split()))
     for effect, words, valued, needs, idle in (row.split("|") for row in _ROWS.strip().split("\n"))
     for word in words.split()
@@ -1968,7 +1978,7 @@ def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
     if kind in (EventType.TOOL_CALL, EventType.ERROR):
         command = _command_of(data)
         if command:
-            return _changes_by_command(command, cwd)
+            return _effects_of(command, cwd).changes
         tool = str(data.get("tool") or data.get("name") or "").lower()
         effect = TOOL_KINDS.get(tool, "?" if tool else "")
     elif kind is not EventType.FILE_WRITE:
@@ -1978,9 +1988,8 @@ def changes_of(event: SessionEvent, cwd: str = "") -> List[str]:
     return ["?"] if effect in ("?", "shell") else []
 
 
-@functools.lru_cache(maxsize=2_000)  # agents run few commands many times
-def _changes_by_command(command: str, cwd: str) -> List[str]:
-    return shell_effects(command, cwd).changes
+# Agents run few commands many times.
+_effects_of = functools.lru_cache(maxsize=2_000)(shell_effects)
 
 
 def _command_of(data: Data) -> str:
@@ -2034,16 +2043,20 @@ first, how many of how many lines or characters, further events that brought som
 whether all of it is known to be the same (False: nearly all lines of an answer are)."""
 
 _ANSWERING = (EventType.SEARCH, EventType.TOOL_CALL)  # what they bring is compared as a whole
-_GIT_ACTS = _Pattern(
-    r"\bgit\s+(?:-\S+\s+\S+\s+){0,3}(?:add|commit|push|reset|restore|rm|mv|tag|fetch|"
-    r"stash|branch\s+-|remote\s+\w|config\s+\S+\s+\S|init|worktree\s+\w)")
 LEAST_ANSWER = 50  # tokens of a result that counts as given before when another call gave it
 LEAST_POLL = 500   # tokens of a result whose unchanged lines count where nine in ten are
 
 
-def _acts(event: SessionEvent) -> bool:
-    """Whether a command changes what git tells, though no file: what it answers is news."""
-    return bool(_GIT_ACTS.search(_command_of(event.data)))
+# Tools that wait for a process of the agent's, which may write meanwhile.
+_WAITING = ("write_stdin", "wait", "bashoutput", "taskoutput", "monitor")
+_JOINED = _Pattern(r"&&|\|\||[;\n]")
+_SILENT = ("", "cd", "echo", "sleep", "export")  # commands that ask nothing
+
+
+def _questions(command: str) -> int:
+    """How many things a command line asks, one after the other."""
+    first_words = [part.strip().split(" ")[0] for part in _JOINED.split(command)]
+    return sum(word not in _SILENT for word in first_words)
 
 
 _Held = namedtuple("_Held", "first last digest clock event")  # lines that a read brought
@@ -2094,7 +2107,7 @@ class ContextMemory:
         repeat, window = self.repeats(event), self._window(event)
         if kind is EventType.FILE_READ:
             self._keep(window, event)
-        elif kind in _ANSWERING and _acts(event):
+        elif kind in _ANSWERING and self._acts(event):
             window.answers.clear()
         elif kind in _ANSWERING:
             self._keep_answer(window, event)
@@ -2197,7 +2210,7 @@ class ContextMemory:
         window, data = self._window(event), event.data
         held, answer = window.answers, data.get("content_hash")
         searched = event.event_type is EventType.SEARCH
-        if _acts(event):
+        if self._acts(event):
             return None
         earlier = held.get(search_key(data)) if searched else None
         if earlier:
@@ -2210,16 +2223,29 @@ class ContextMemory:
         if given and response and given.data.get("response_id") == response:
             return None  # asked in one breath: the first answer was not known yet
         if given and event.tokens_input >= LEAST_ANSWER:
-            # A command looks at the world outside, where a person may have changed something.
-            return Repeat(given, 1, 1, (), searched or given.id not in window.before)
+            # A command looks at the world outside, where a person may have changed something; one
+            # of several questions may have no answer, which is news.
+            sure = searched or given.id not in window.before
+            alike = data.get("operation") == given.data.get("operation")
+            return Repeat(given, 1, 1, (), sure and (
+                alike or _questions(_command_of(data)) < 2))
         last = held.get(("last", data.get("operation")))
         if last and event.tokens_input >= LEAST_POLL and data.get("same_lines"):
             same, total = data["same_lines"]
             return Repeat(last, same, total, (), False)
         return None
 
+    def _acts(self, event: SessionEvent) -> bool:
+        """Whether what other commands tell is another thing after this one, though no file is."""
+        command = "" if "changes" in event.data else _command_of(event.data)
+        return bool(event.data.get("acts") or command and _effects_of(command, self.cwd).acts)
+
     def _keep_answer(self, window: _Holding, event: SessionEvent) -> None:
-        data = event.data
+        data, tool = event.data, event.data.get("tool")
+        if str(tool).lower() in _WAITING:  # others tell news after it, but for what is polled
+            window.answers = {key: old for key, old in window.answers.items()
+                              if isinstance(key, tuple) and key[0] == "last"
+                              or old.data.get("tool") == tool}
         key = search_key(data) if event.event_type is EventType.SEARCH else None
         if data.get("truncated"):
             return
@@ -3166,6 +3192,8 @@ class RepeatedSearchAnalyzer(BaseAnalyzer):
         events = [event for event, _ in run]
         data = events[0].data
         what = data.get("query") or data.get("pattern") or data.get("command") or data.get("tool")
+        if what == "*":  # a listing is known by its directory
+            what = data.get("command") or data.get("scope") or what
         query = " ".join(str(what or "").split())
         verb = "Search run" if data.get("query") or data.get("pattern") else "The same answer came"
         claims = _all_of(events[1:]) if exact else {
@@ -6507,6 +6535,7 @@ SHARP_DROP = 10_000        # tokens, and half of itself, a context must lose to 
 SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
 HIDDEN_THINKING = 4_000    # tokens of thinking that nine of ten steps stay below
 SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, always more than thinking; else 12%
+GUESSABLE = 500            # characters of a text whose hash could tell a secret in it
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
@@ -6555,6 +6584,12 @@ def digest_of(text: Any) -> str:
     return blake2b(raw, digest_size=8).hexdigest()
 
 
+def _hash_of(text: Any) -> str:
+    """`digest_of` a text, secrets masked where it is so short that they could be guessed by it."""
+    text = str(text)
+    return digest_of(mask_secrets(text) if len(text) <= GUESSABLE else text)
+
+
 def _count_of(value: Any) -> int:
     """A token count in a transcript; anything but a whole number from 0 to MAX_TOKENS / 1000 counts
     as 0."""
@@ -6598,6 +6633,7 @@ _SERVICE = _Pattern(  # a signing agent, a name server, a gateway; not one's own
     r"name resolution|\b(?:EAI_AGAIN|ENOTFOUND|ETIMEDOUT)\b|connection timed out|"
     r"50[234] (?:bad gateway|service|gateway)|"
     r"\b(?:ECONNRESET|connection reset)\b(?!.{0,80}(?:localhost|127\.0\.0\.1))", re.I)
+_SHELL_LINE = _Pattern(r"!|\$ |[^\n]*(?:&&|[|>;])[^\n]*\Z")
 _OF_OUTPUT = ("declined", "transient")  # may be said by what a command printed
 _COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
 
@@ -6971,10 +7007,12 @@ class _Tool:
         effects = shell_effects(command, cwd)
         text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
-        operation = digest_of(f"{' '.join(text.split())} {cwd} {rights}")
+        known = mask_secrets(text[:GUESSABLE]) + text[GUESSABLE:]
+        operation = digest_of(f"{' '.join(known.split())} {cwd} {rights}")
         reads = list(map(list, effects.reads))
-        self.data.update(command=mask_secrets(_HERE.split(text[:1000], 1)[0])[:300],
+        self.data.update(command=_HERE.split(mask_secrets(text[:GUESSABLE]), 1)[0][:300],
                          operation=operation, changes=effects.changes)
+        self.keep(acts=effects.acts)
         if effects.kind == "read" and effects.pure:  # of other output the file's share is not known
             path, *part = reads[0]
             several = reads if reads[1:] else []
@@ -6991,7 +7029,7 @@ class _Tool:
         given = self.given
         query = next((given[key] for key in ("pattern", "query", "url") if given.get(key)), path)
         if not query and given.get("prompt"):
-            query = f"prompt {digest_of(given['prompt'])}"
+            query = f"prompt {_hash_of(given['prompt'])}"
         place = "" if path == query else place
         scope = {key: place if place and value == path else _scope(key, value)
                  for key, value in sorted(given.items())
@@ -7010,7 +7048,7 @@ class _Tool:
         elif not text:
             data["truncated"] = True  # an image, say: what it showed is not known
         else:
-            data["content_hash"] = digest_of(text)
+            data["content_hash"] = _hash_of(text)
             if _is_cut_off(text) or "command" in data and _COMPLAINT.match(text):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
@@ -7021,11 +7059,11 @@ class _Tool:
         data = self.data
         tells = data.get("command") or data["tool"].lower().startswith(_TELLING)
         if self.event.event_type is EventType.SEARCH or tells and len(text) >= 2 * LEAST_ANSWER:
-            data["content_hash"] = digest_of(text)
+            data["content_hash"] = _hash_of(text)
         if tells and len(text) >= 2 * LEAST_POLL:
-            operation = data.setdefault("operation", digest_of(data["tool"] + _as_json(self.given)))
+            operation = data.setdefault("operation", _hash_of(data["tool"] + _as_json(self.given)))
             same, total = self.window.seen.same_lines(operation, text)
-            if same < total <= same * 10 // 9:
+            if total <= same * 10 // 9:
                 data["same_lines"] = [same, total]
 
     def _lines(self, text: str, first: int, count: int, total: int) -> None:
@@ -7049,8 +7087,8 @@ class _Tool:
                 and not _STALE.search(message[:600]):
             self.data["changes"] = []  # where it asks for a new read, that is no repetition
         code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
-        self.data.setdefault("operation", digest_of(json.dumps(self.given, sort_keys=True)))
-        self._becomes(EventType.ERROR, error_hash=digest_of(normal_message(message)),
+        self.data.setdefault("operation", _hash_of(json.dumps(self.given, sort_keys=True)))
+        self._becomes(EventType.ERROR, error_hash=_hash_of(normal_message(message)),
                       exit_code=int(code.group(1)) if code else 0, kind=kind or _kind_of(message))
 
 
@@ -7061,7 +7099,7 @@ def _short(text: Any) -> str:
 def _scope(key: str, value: Any) -> Any:
     """An argument of a search as it is kept: a hash of what may be a prompt."""
     plain_value = not isinstance(value, (dict, list)) and len(str(value)) <= 80
-    return value if key in _SCOPE_KEYS and plain_value else digest_of(value)
+    return value if key in _SCOPE_KEYS and plain_value else _hash_of(value)
 
 
 def _kind_of(message: str) -> str:
@@ -7157,7 +7195,12 @@ class Recorder:
         """A person said something. The main agent's first prompt is the task."""
         if not self.task and not self._agent:
             self.task = task_line(text)
-        return self._enter(EventType.USER_MESSAGE, len(text) if size is None else size)
+        event = self._enter(EventType.USER_MESSAGE, len(text) if size is None else size)
+        line = text.strip()
+        if _SHELL_LINE.match(line):  # that the person has run
+            effects = shell_effects(line.lstrip("!$ "), self.cwd)
+            event.data["changes"] = effects.changes if line[0] in "!$" else effects.writes
+        return event
 
     def context(self, source: str, size: int, *, command: str = "", edited: str = "",
                 **data: Any) -> SessionEvent:
@@ -7186,7 +7229,7 @@ class Recorder:
     def call_failed(self, text: str = "", kind: str = "") -> SessionEvent:
         """A model call failed; ``kind`` where the text does not tell (`failure_kind`)."""
         kind = kind or failure_kind({"message": text}) or "interrupted"
-        data = {"error_hash": digest_of(normal_message(text))} if text else {}
+        data = {"error_hash": _hash_of(normal_message(text))} if text else {}
         return self._enter(EventType.ERROR, 0, tool="model call", kind=kind, changes=[], **data)
 
     def _enter(self, event_type: EventType, size: int, **data: Any) -> SessionEvent:

@@ -5488,6 +5488,13 @@ def told_twice(folder, first, second, between=(), name="Bash", again=None, **arg
     ("git was told something in between", {}, GIT_DIFF, GIT_DIFF, (use("e", "Bash", command="git push origin main"),), []),
     ("git was asked something in between", {}, GIT_DIFF, GIT_DIFF, (use("e", "Bash", command="git log -3"),), [True]),
     ("a command that acts, again", {"command": "git reset -q && git status"}, GIT_DIFF, GIT_DIFF, (), []),
+    ("a process was waited for in between", {}, GIT_DIFF[:400], GIT_DIFF[:400], (use("e", "BashOutput", bash_id="1"),), []),
+    ("a list was asked for in between", {}, GIT_DIFF[:400], GIT_DIFF[:400], (use("e", "TaskList"),), [True]),
+    ("what is polled while one waits", {}, GIT_DIFF, GIT_DIFF, (use("e", "BashOutput", bash_id="1"),), [False]),
+    ("one more question, without an answer", {"command": "git diff", "again": {"command": "git diff; git diff --cached"}},
+     GIT_DIFF, GIT_DIFF, (), [False]),
+    ("another directory first", {"command": "git diff", "again": {"command": "cd /w && git diff"}}, GIT_DIFF, GIT_DIFF, (), [True]),
+    ("two questions, both again", {"command": "git diff; git log"}, GIT_DIFF, GIT_DIFF, (), [True]),
     ("somebody spoke in between", {}, GIT_DIFF, GIT_DIFF, ("look again",), [False]),
     ("nine lines in ten are the same", {}, GIT_DIFF, GIT_DIFF.replace("line 7 ", "line seven "), (), [False]),
     ("half of it is the same", {}, GIT_DIFF, GIT_DIFF[:len(GIT_DIFF) // 2] + GIT_DIFF[len(GIT_DIFF) // 2:].upper(), (), []),
@@ -5507,6 +5514,58 @@ def test_an_answer_given_again(tmp_path, optimizer, name, arguments, first, seco
         assert 0 < issue["estimated_waste_tokens"] and len(issue["events_involved"]) == 2
         share = sum(map(sum, issue["claims"].values()))
         assert issue["estimated_waste_tokens"] == share
+
+
+@pytest.mark.parametrize("command, named", [
+    ("ls -la /w/docs", "ls -la /w/docs"), ("rg -n total /w/docs", "total")])
+def test_a_listing_is_known_by_its_directory(tmp_path, optimizer, command, named):
+    row, = optimizer.scan([told_twice(tmp_path, GIT_DIFF, GIT_DIFF, command=command)])["sessions"]
+    issue, = [issue for issue in row["issues"] if issue["issue_type"] == "REPEATED_SEARCH"]
+    assert issue["metadata"]["query"] == named and repr(named) in issue["description"]
+
+
+@pytest.mark.parametrize("prompt, repeated", [
+    ("and now?", True), ("is a > b; or not", True), ("a list:\n- cp /w/a.py > /w/a.py", True),
+    ("tr -d x < /w/a.py > /w/b && mv /w/b /w/a.py", False), ("! sed -i s/a/b/ /w/a.py", False),
+    ("$ make fmt", False), ("! git log", True)])
+def test_a_shell_line_that_the_user_ran_changes_its_files(prompt, repeated):
+    told = recorder()
+    for number in (1, 2):
+        told.call("r%d" % number, "m", so.Usage(100, read=1_000 * number, output=10))
+        told.tool("t%d" % number, "Read", {"file_path": "/w/a.py"}, 20)
+        told.returned("t%d" % number, "x = 1\n" * 40)
+        told.prompt(prompt, 10)
+    told.call("r3", "m", so.Usage(100, read=3_000, output=10))
+    assert bool(so.repeats_in(told.finish()[0])) == repeated
+
+
+@pytest.mark.parametrize("command, second, repeated", [
+    ("npm install", "x = 1", True), ("pip install -r requirements.txt", "x = 1", True), ("go mod download", "x = 1", True),
+    ("cargo fetch", "x = 1", True), ("npm install", "x = 2", False), ("npm run format", "x = 1", False),
+    ("npx prisma generate", "x = 1", True), ("rails generate model", "x = 1", True), ("npm create vite", "x = 1", False)])
+def test_an_install_changes_its_own_tree(command, second, repeated):
+    told = recorder()
+    for number, text in ((1, "x = 1"), (2, second)):
+        told.call("r%d" % number, "m", so.Usage(100, read=1_000 * number, output=10))
+        told.tool("t%d" % number, "Read", {"file_path": "/w/a.py"}, 20)
+        told.returned("t%d" % number, text)
+        told.tool("c%d" % number, "Bash", {"command": command}, 20)
+        told.returned("c%d" % number, "done")
+    told.call("r3", "m", so.Usage(100, read=3_000, output=10))
+    assert bool(so.repeats_in(told.finish()[0])) == repeated
+
+
+@pytest.mark.parametrize("field, tell", [
+    ("operation", lambda told, secret: told.tool("t", "Bash", {"command": "mysql -p%s shop" % secret})),
+    ("operation", lambda told, secret: told.tool("t", "Bash", {"command": "cat <<E\npassword=%s\nE" % secret})),
+    ("content_hash", lambda told, secret: (told.tool("t", "Read", {"file_path": "/w/.env"}),
+                                           told.returned("t", "DB_PASSWORD=%s\n" % secret))[1]),
+    ("error_hash", lambda told, secret: (told.tool("t", "Bash", {"command": "x"}),
+                                         told.returned("t", "refused: --password %s" % secret, failed=True))[1])])
+def test_no_secret_can_be_guessed_from_a_hash(field, tell):
+    hashes = {tell(recorder(), secret).data[field] for secret in ("hunter4711", "correcthorse9")}
+    assert len(hashes) == 1
+    assert tell(recorder(), "$PASS").data[field] not in hashes
 
 
 @pytest.mark.parametrize("second, between, found", [

@@ -37,6 +37,7 @@ def main():
     accounting.write_all()
     opencode.write_all()
     waste.long_but_innocent()
+    waste.what_happened_meanwhile()
     for recorder in labels.ALL:
         write_case(recorder)
     with open(os.path.join(HERE, "labels.json"), "w", encoding="utf-8", newline="\n") as stream:

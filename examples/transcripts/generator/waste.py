@@ -575,3 +575,47 @@ def long_but_innocent():
 def write_all():
     for group in (reads, searches, large_files, thinking, retries, errors, spikes, long_sessions):
         group()
+
+
+def what_happened_meanwhile():
+    """What others did between two equal answers: a process, a person, an installer."""
+    cart, report = "src/cart.py", "\n".join(" M src/%s.py" % word for word in WORDS[:14])
+    pair(
+        Codex, "RepeatedSearch", "build it, and tell me whether the build leaves the tree as it was",
+        ("codex-status-after-status", "git status twice with git log between: nothing can have changed."),
+        ("codex-status-after-waiting", "A build was waited for between the two looks at the tree."),
+        twice("REPEATED_SEARCH", lambda s: s.run("git status --short", report),
+              lambda s: s.use("write_stdin", {"session_id": 4711, "chars": "", "yield_time_ms": 30000},
+                              "Chunk ID: 5f1c\nWall time: 19.2890 seconds\nProcess exited with code 0\n"
+                              "Original token count: 9\nOutput:\nBuild finished in 22 s"),
+              lambda s: s.run("git log --oneline -1", "4f1c2aa Round once"),
+              query="git status --short"))
+
+    def asked(s, bad):
+        s.read(cart, 6)
+        s.browse(2, 6)
+        s.say("Run `tr` over it if the line ends are wrong.")
+        s.ask("and which revision is that now?" if bad else
+              "tr -d '\\r' < src/cart.py > src/cart.new && mv src/cart.new src/cart.py")
+        second = s.read(cart, 6)
+        s.say("It is as it should be.")
+        return [reread(cart, second)]
+
+    pair(Gemini, "RepeatedFileRead", "Has the cart module Windows line ends?",
+         ("gemini-read-after-a-question", "The user asks about a file that is in the context."),
+         ("gemini-read-after-a-shell-line", "The user's prompt is the shell line that rewrote the file."),
+         asked)
+
+    def installed(s, bad):
+        s.read(cart, 6)
+        s.browse(2, 6)
+        if not bad:
+            s.change(cart)
+        s.run("npm install", "added 212 packages in 9s")
+        second = s.read(cart, 6)
+        s.say("The cart is what it was." if bad else "The install script has bumped the revision.")
+        return [reread(cart, second)]
+
+    pair(Claude, "RepeatedFileRead", "Install the packages and check that the cart needs none of them.",
+         ("read-after-install", "An install changes its own tree: the same lines of a source came again."),
+         ("read-after-install-script", "The package's install script rewrote the file."), installed)
