@@ -1,5 +1,7 @@
 """The cluster programs say what `scan --format json` says: on a real Spark master with two workers and a bucket, with
 processes killed, and with files that come late, grow and go."""
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -347,3 +351,219 @@ def test_dask_says_what_a_scan_prints():
                          check=True, timeout=WAIT).stdout
     plain = subprocess.run([sys.executable, so.__file__, "scan", "--no-store", "--format", "json", *folders], stdout=subprocess.PIPE, check=True).stdout
     assert out == plain and len(json.loads(out)["sessions"]) > 10
+
+
+# ---- the same program without a cluster: what it does in what order, and what follows from which files are there ----
+
+class Stopped(Exception):
+    """The driver ends here."""
+
+
+class Here:
+    """Does at once, in this process, what `fleet_spark.run` asks of a SparkContext; ``stop``: after how many actions and objects
+    of its own the driver ends."""
+
+    defaultParallelism = 2
+
+    def __init__(self, stop=None):
+        self.done, self.stop = 0, stop
+
+    def count(self):
+        self.done += 1
+        if self.done == self.stop:
+            raise Stopped
+
+    def parallelize(self, values, parts=None):
+        return Rows(self, values)
+
+
+class Rows:
+    def __init__(self, context, values):
+        self.context, self.values = context, list(values)
+
+    def map(self, function):
+        return Rows(self.context, map(function, self.values))
+
+    def flatMap(self, function):
+        return Rows(self.context, (each for value in self.values for each in function(value)))
+
+    def filter(self, function):
+        return Rows(self.context, filter(function, self.values))
+
+    def mapValues(self, function):
+        return Rows(self.context, ((key, function(value)) for key, value in self.values))
+
+    def groupByKey(self, parts=None):
+        groups = {}
+        for key, value in self.values:
+            groups.setdefault(key, []).append(value)
+        return Rows(self.context, groups.items())
+
+    def reduceByKey(self, function, parts=None):
+        return self.groupByKey().mapValues(lambda values: functools.reduce(function, values))
+
+    def join(self, other, parts=None):
+        right = dict(other.groupByKey().values)
+        return Rows(self.context, ((key, (value, each)) for key, value in self.values for each in right.get(key, ())))
+
+    def collect(self):
+        self.context.count()
+        return self.values
+
+    def collectAsMap(self):
+        return dict(self.collect())
+
+    def foreach(self, function):
+        for value in self.values:
+            function(value)
+        self.context.count()
+
+
+@pytest.fixture
+def fleet(monkeypatch):
+    """run(folder, target, stop=None): the program on this machine; checked against a scan, in every figure."""
+    pytest.importorskip("pyarrow", reason="needs pip install 'sessionoptimizer[fleet]'")
+    pytest.importorskip("fsspec", reason="needs pip install 'sessionoptimizer[fleet]'")
+    monkeypatch.syspath_prepend(HERE)
+    import fleet_spark
+    put = fleet_spark.put
+
+    def run(folder, target, stop=None):
+        here, driver = Here(stop), os.getpid()
+
+        def counted(place, data):
+            put(place, data)
+            if os.getpid() == driver and not place.startswith(target + "/tables"):
+                here.count()
+
+        monkeypatch.setattr(fleet_spark, "put", counted)
+        fleet_spark.run(here, folder, target)
+        result, found = says(target, folder, folder)
+        assert result == dict(scanned(folder), changes="")
+        assert_adds_up(found, result)
+        return result, here.done
+
+    return run
+
+
+def hashes(target):
+    """{object: the hash of what it holds}."""
+    found = {}
+    for base, _, names in os.walk(target):
+        for name in names:
+            with open(os.path.join(base, name), "rb") as file:
+                found[os.path.relpath(os.path.join(base, name), target)] = hashlib.sha256(file.read()).hexdigest()
+    return found
+
+
+def copied(tmp_path, *names):
+    folder = str(tmp_path / "in")
+    for name in names:
+        shutil.copytree(os.path.join(SAMPLES, "codex" if name.startswith("codex") else "claude-code", name), os.path.join(folder, name))
+    return folder
+
+
+def test_a_run_that_ends_after_any_stage_is_made_up_for_by_the_next(fleet, tmp_path):
+    folder = copied(tmp_path, "forked-session", "resumed-session", "subagent-reads-twice", "read-twice", "codex-search-twice")
+    whole = str(tmp_path / "whole")
+    result, stages = fleet(folder, whole)
+    expected = hashes(whole)
+    assert stages > 6 and len(result["sessions"]) > 5
+    for stop in range(1, stages + 1):
+        target = str(tmp_path / ("stopped%d" % stop))
+        with pytest.raises(Stopped):
+            fleet(folder, target, stop)
+        assert os.path.exists(os.path.join(target, "current")) == (stop == stages)
+        left = hashes(target)
+        assert fleet(folder, target)[0] == result and hashes(target) == expected
+        assert {name: expected[name] for name in left} == left  # what was written before the end is used, and never written otherwise
+
+
+def codex_fork(path, at, identity, days):
+    """A fork of a rollout: its own head, then all lines of its parent up to a line, some days later."""
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file][:at]
+    head = json.loads(json.dumps(lines[0]))
+    head["payload"].update(id=identity, forked_from_id=head["payload"]["id"])
+    return "".join(json.dumps(dict(line, timestamp=line["timestamp"].replace("2026-02", "2026-%02d" % (2 + days)))) + "\n" for line in [head] + lines)
+
+
+def test_a_codex_fork_in_another_folder_counts_what_is_its_own(fleet, tmp_path):
+    folder = copied(tmp_path, "codex-one-file-four-spellings")
+    path, = (path for path, _, _ in so.find_transcripts([folder]))
+    alone = scanned(folder)["totals"]
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    identity = "11111111-2222-4333-8444-555555555555"
+    fork = os.path.join(folder, "laptop", "b", "rollout-2026-03-08T16-03-00-%s.jsonl" % identity)
+    os.makedirs(os.path.dirname(fork))
+    with open(fork, "w", encoding="utf-8") as file:
+        file.write(codex_fork(path, len(lines), identity, 1))
+    for kept in (len(lines), len(lines) // 2):  # the parent tells all that the fork does, or stopped half-way
+        with open(path, "wb") as file:
+            file.writelines(lines[:kept])
+        result, _ = fleet(folder, str(tmp_path / "out"))
+        calls = {row["id"]: row["model_calls"] for row in result["sessions"]}
+        assert result["totals"]["tokens"] == alone["tokens"] and sum(calls.values()) == alone["model_calls"]
+        assert (calls[identity] == 0) == (kept == len(lines))
+    os.remove(path)  # the parent is gone: what it counted falls to the fork
+    result, _ = fleet(folder, str(tmp_path / "out"))
+    assert [(row["id"], row["model_calls"]) for row in result["sessions"]] == [(identity, alone["model_calls"])]
+
+
+def test_of_two_sessions_that_want_one_id_the_earlier_has_it(fleet, tmp_path):
+    folder = copied(tmp_path, "read-twice")
+    path, = (path for path, _, _ in so.find_transcripts([folder]))
+    name = os.path.basename(path)[:-6]
+    with open(path, "rb") as file:
+        data = file.read()
+    for month, place in ((b"2026-03", "later"), (b"2026-01", "earlier")):
+        other = os.path.join(folder, place, os.path.basename(path))
+        os.makedirs(os.path.dirname(other))
+        with open(other, "wb") as file:  # the same id, other responses
+            file.write(data.replace(b"2026-02", month).replace(b'"id":"msg', b'"id":"%s' % place.encode()).replace(
+                b'"id": "msg', b'"id": "%s' % place.encode()))
+        rows = fleet(folder, str(tmp_path / "out"))[0]["sessions"]
+        assert [row["id"] for row in sorted(rows, key=lambda row: row["started_at"])] == [name] + ["%s-%d" % (name, n) for n in range(2, len(rows) + 1)]
+        assert len(rows) == (2 if place == "later" else 3) and len({row["path"] for row in rows}) == len(rows)
+
+
+def test_a_file_that_is_gone_and_an_earlier_twin_that_comes(fleet, tmp_path):
+    folder, target = copied(tmp_path, "read-twice", "search-twice"), str(tmp_path / "out")
+    path, = (path for path, _, _ in so.find_transcripts([os.path.join(folder, "read-twice")]))
+    first = fleet(folder, target)[0]
+    with open(path, "rb") as file:
+        data = file.read()
+    os.remove(path)
+    assert len(fleet(folder, target)[0]["sessions"]) == len(first["sessions"]) - 1
+    twin = os.path.join(folder, "a", os.path.basename(path))
+    os.makedirs(os.path.dirname(twin))
+    with open(twin, "wb") as file:  # the same responses, told a month earlier
+        file.write(data.replace(b"2026-02", b"2026-01"))
+    alone = fleet(folder, target)[0]
+    assert alone["totals"]["tokens"] == first["totals"]["tokens"]
+    with open(path, "wb") as file:  # and the first file is back: the twin keeps what it tells first
+        file.write(data)
+    both = fleet(folder, target)[0]
+    calls = {row["path"]: row["model_calls"] for row in both["sessions"]}
+    assert both["totals"]["tokens"] == alone["totals"]["tokens"] and calls[twin] > 0 and calls[path] == 0
+
+
+def test_a_pool_of_processes_gives_the_bytes_of_a_scan():
+    """Needs no package and no Java: on every Python the functions of the cluster say what the command prints."""
+    folders = [os.path.join(SAMPLES, name) for name in ("claude-code", "codex", "gemini", "opencode")]
+    paths = [path for path, _, _ in so.find_transcripts(folders)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        facts = list(pool.map(so.describe_transcript, reversed(paths), chunksize=16))
+        units = so.group_transcripts(facts)
+        found = dict(zip((unit[0]["path"] for unit in units), pool.map(so.read_session_files, units, chunksize=8)))
+        orders = {unit[0]["path"]: unit[0]["order"] for unit in units}
+        owners = so.owners_of((key, most, orders[name]) for name, its in found.items() for key, most in its["responses"].items())
+        lost = {name: {key for key in its["responses"] if owners[key] != orders[name]} for name, its in found.items()}
+        again = [unit for unit in units if lost[unit[0]["path"]]]
+        found.update(zip((unit[0]["path"] for unit in again), pool.map(so.read_session_files, again, [lost[unit[0]["path"]] for unit in again])))
+    ids = so.session_ids((name, [row["id"] for row in its["rows"]]) for name, its in found.items())
+    rows = [so.renamed(row, session) for name, its in found.items() for row, session in zip(its["rows"], ids[name])]
+    result = so.scan_result(rows[::-1], so.left_out(facts) + [entry for its in found.values() for entry in its["skipped"]])
+    out = subprocess.run([sys.executable, so.__file__, "scan", "--no-store", "--format", "json", *folders], stdout=subprocess.PIPE, check=True).stdout
+    assert (json.dumps(result, indent=2) + "\n").encode() == out and again and len(result["sessions"]) > 100
