@@ -7969,8 +7969,6 @@ def _claude_usage(usage: Data) -> Usage:
 
 _ROLLOUT = _Pattern(rb'^\{(?=[^\n]*"payload"\s*:)[^\n]*?"type"\s*:\s*'
                     rb'"(?:session_meta|turn_context|response_item|event_msg)"', re.M)
-_OLD_ROLLOUT = _Pattern(
-    rb'\s*\{"id"\s*:\s*"[^"]*",\s*"timestamp"\s*:\s*"[^"]*",\s*"instructions"\s*:')
 _OUTPUT_HEAD = _Pattern(
     r"(?:Chunk ID|Exit code|Wall time|Process exited|Process running|Command):? ?")
 _EXIT_CODE = _Pattern(r"(?:Exit code: |Process exited with code |\bexit code: )(-?\d{1,9})")
@@ -7986,16 +7984,19 @@ _INJECTED = _Pattern(r"\s*(?:<([a-z][\w -]{2,60})>[\s\S]*</\1>\s*$|# AGENTS\.md 
                      r"<[A-Z_]{4,40}>)")
 _IDE_CONTEXT = "## My request for Codex:"  # what an editor adds to a prompt ends with this heading
 _LAYOUT_GAP = 2  # seconds within which items that follow their token count are written
-_CODEX_USAGE = ("input", "cached_input", "cache_write_input", "output", "reasoning_output")
+_CODEX_TOOLS = {"tool_search_call": "toolsearch"}  # names of hosted tools
+_CODEX_USAGE = [f"{name}_tokens" for name in (
+    "input", "cached_input", "cache_write_input", "output", "reasoning_output")]
 
-Outcome = namedtuple("Outcome", "text size exit_code running failed")
-Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered, the exit
-code (None: not told), the id of a process that still runs, and whether the call failed."""
+Outcome = namedtuple("Outcome", "text size running failed")
+Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered, the id of a
+process that still runs, and whether the call failed."""
 
 
 class CodexReader(TranscriptReader):
     """Codex CLI: one rollout per thread. Usage is the growth of the running total in
-    ``token_count`` events, many of which only repeat it.
+    ``token_count`` events, many of which only repeat it. Rollouts from before 0.32 have no usage
+    and no times: they are not read.
 
     A sub-agent's rollout is a window of its parent's session where the parent is read with it.
     """
@@ -8008,39 +8009,25 @@ class CodexReader(TranscriptReader):
         return [os.path.join(home, "sessions"), os.path.join(home, "archived_sessions")]
 
     def detect(self, path: str, head: bytes) -> bool:
-        found = _ROLLOUT.search(head) or _OLD_ROLLOUT.match(head)
-        return b'"parentUuid"' not in head and bool(found)
+        return b'"parentUuid"' not in head and bool(_ROLLOUT.search(head))
 
     def kin(self, path: str, head: bytes) -> List[str]:
-        """The ids of its thread and of the thread that spawned it."""
-        return _thread_in(head)
+        """The ids of its thread and of the thread that spawned it, in the first line."""
+        first = head.partition(b"\n")[0]
+        return [_value_in(first, b"id"), _value_in(first, b"parent_thread_id")]
 
-    def read(self, paths: List[str], claim: Callable[..., bool],
-             skip: Callable[[str, int, str], None]) -> List[Session]:
-        copies: Dict[Any, str] = {}
+    def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
+        threads = {path: self.kin(path, _head_of(path))[0] for path in paths}
+        copies: Dict[Any, str] = {}  # an archived copy has the name of its original
         for path in paths:
-            copies.setdefault((os.path.basename(path), *_thread_of(path)), path)
+            copies.setdefault((os.path.basename(path), threads[path]), path)
         told = Recorder(self, list(copies.values()), claim, skip)
-        main = _thread_of(paths[0])[0]
-        for path in copies.values():
-            if not _Rollout(told, path, main).tell():
+        for path in told.paths:
+            own = threads[path] == threads[paths[0]]
+            told.at(path=path, agent="" if own else slug(threads[path]))
+            if not _Rollout(told, path).tell():
                 skip(path, 0, "holds no session")
         return told.finish()
-
-
-def _archived(path: str) -> bool:
-    return "archived_sessions" in path
-
-
-def _thread_of(path: str) -> List[str]:
-    return _thread_in(_head_of(path, _HEAD_SIZE))
-
-
-def _thread_in(head: bytes) -> List[str]:
-    """The thread id in a rollout's first line, and a sub-agent's parent's; "" where there is
-    none."""
-    first = head.split(b"\n", 1)[0]
-    return [_value_in(first, b"id"), _value_in(first, b"parent_thread_id")]
 
 
 class _Rollout:
@@ -8050,61 +8037,45 @@ class _Rollout:
     to about 0.40, right after it (then the metered call takes them).
     """
 
-    def __init__(self, told: Recorder, path: str, main: str):
-        self.told, self.path, self.main = told, path, main
-        self.own = self.lineage = self.turn = self.model = self.version = self.now = self.cwd = ""
-        self.effort = ""
-        self.line = 0
-        self.known = False        # a line of a rollout was seen
-        self.compacted = False    # a compaction since the last metered call
-        self.total: Optional[Tuple[int, ...]] = None
-        self.call, self.called_at = "", ""  # a metered call that takes what follows, its time
-        # Whether the model wrote it, time, line, verb.
-        self.waiting: List[Tuple[bool, str, int, Callable[[str], Any]]] = []
-        self.open: Dict[str, Tuple[str, Data]] = {}  # name and arguments by key of a call
-        self.running: Dict[str, str] = {}          # keys by id of a process
+    def __init__(self, told: Recorder, path: str):
+        self.told, self.path, self.line = told, path, 0
+        self.own = self.lineage = self.turn = self.model = self.version = self.effort = ""
+        self.now = ""
+        self.compacted = False  # since the last metered call
+        self.total: Tuple[int, ...] = ()
+        self.call = self.called_at = ""  # a metered call that takes what follows; its time
+        # Time, line, whether the model wrote it, item.
+        self.waiting: List[Tuple[str, int, bool, Data]] = []
+        self.open: Dict[str, Data] = {}    # tool calls by their key
+        self.running: Dict[str, str] = {}  # keys by id of a process
 
     def tell(self) -> bool:
         """Tell the file; False when it holds no line of a rollout."""
-        agent = "" if self.path == self.told.paths[0] else slug(_thread_of(self.path)[0])
-        self.told.at(path=self.path, agent="" if agent == slug(self.main) else agent)
+        known = False
+        verbs = {"session_meta": self._meta, "turn_context": self._turn, "event_msg": self._message,
+                 "response_item": self._item, "compacted": self._compaction}
         for line, entry in transcript_entries(self.path, self.told.skip):
             self.line, self.now = line, _time_text(entry.get("timestamp")) or self.now
             self.told.at(self.now, line)
-            self._entry(entry)
+            kind, payload = _text(entry, "type"), _as_dict(entry, "payload")
+            if kind in verbs and payload:
+                known = True
+                verbs[kind](payload)
         self._give_up()
-        return self.known
-
-    def _entry(self, entry: Data) -> None:
-        kind, payload = _text(entry, "type"), entry.get("payload")
-        if "payload" not in entry:  # before 0.32 items were not wrapped
-            if not kind and "record_type" not in entry and "instructions" in entry:
-                kind, payload = "session_meta", entry
-            elif kind in ("message", "reasoning") or "call_id" in entry and "_call" in kind:
-                kind, payload = "response_item", entry
-        handler = {"session_meta": self._meta, "turn_context": self._turn,
-                   "event_msg": self._message, "response_item": self._item,
-                   "compacted": self._compaction}.get(kind)
-        if handler and isinstance(payload, dict):
-            self.known = True
-            handler(payload)
+        return known
 
     def _meta(self, meta: Data) -> None:
-        if self.own:
-            return  # forks and spawned threads repeat their ancestors' after their own
-        self.own = _text(meta, "id")
-        self.version = _text(meta, "cli_version")
-        self.cwd = _text(meta, "cwd")
-        self.lineage = _text(meta, "forked_from_id") or self.own
-        self.told.at(_time_text(meta.get("timestamp")))
-        self.told.session(self.own, self.cwd, self.version)
+        if not self.own:  # forks and spawned threads repeat their ancestors' after their own
+            self.own, self.version = _text(meta, "id"), _text(meta, "cli_version")
+            self.lineage = _text(meta, "forked_from_id") or self.own
+            self.told.at(_text(meta, "timestamp"))
+            self.told.session(self.own, _text(meta, "cwd"), self.version)
 
     def _turn(self, turn: Data) -> None:
         self.model = _text(turn, "model").lower() or self.model
-        self.cwd = _text(turn, "cwd") or self.cwd
-        self.told.session(cwd=self.cwd)
         self.turn = _text(turn, "turn_id") or self.turn
         self.effort = _text(turn, "effort") or self.effort
+        self.told.session(cwd=_text(turn, "cwd"))
 
     def _message(self, message: Data) -> None:
         kind = message.get("type")
@@ -8115,29 +8086,23 @@ class _Rollout:
             self.turn = _text(message, "turn_id") or self.turn
         elif kind == "context_compacted" and not self.compacted or kind == "thread_rolled_back":
             self._compaction({})
-        elif kind == "mcp_tool_call_end":
-            result, key = _as_dict(message, "result"), self._key(message)
-            if key in self.open and (
-                    "Err" in result or _as_dict(result, "Ok").get("isError") is True):
-                self._enter(lambda _: self.told.failed(key, _as_json(result)))
-
-    def _key(self, item: Data) -> str:
-        identity = _text(item, "call_id")
-        return f"{self.path}:{identity}" if identity else ""
+        elif kind == "mcp_tool_call_end" and (
+                "Err" in _as_dict(message, "result")
+                or _under(message, ("result", "Ok", "isError")) is True):
+            self._item(message)
 
     # usage
 
     def _token_count(self, info: Data) -> None:
-        total, last = (_codex_usage(info.get(f"{name}_token_usage")) for name in ("total", "last"))
-        spent = last if total is None or self.total is None else None
-        if total is not None and self.total is not None:
-            if total == self.total:
+        total, last = (_codex_usage(info, f"{name}_token_usage") for name in ("total", "last"))
+        spent = last or total
+        if total and self.total:
+            growth = tuple(new - old for new, old in zip(total, self.total))
+            if not any(growth):
                 return  # said again; ``last`` may differ after a compaction
-            grew = all(new >= old for new, old in zip(total, self.total))
-            spent = tuple(new - old for new, old in zip(total, self.total)) if grew else last
-        spent = spent if spent is not None else total
-        self.total = total if total is not None else self.total
-        if spent and any(spent):
+            spent = growth if min(growth) >= 0 else spent
+        self.total = total or self.total
+        if any(spent):
             self._metered(*spent)
 
     def _metered(self, entered: int, cached: int, write: int, output: int, thoughts: int) -> None:
@@ -8148,184 +8113,159 @@ class _Rollout:
         cached = min(cached, entered)
         write = min(write, entered - cached)
         waiting, self.waiting = self.waiting, []
-        self.called_at = waiting[0][1] if waiting else self.now
-        self.told.at(self.called_at)
-        event = self.told.call(identity, self._priced_model(), Usage(
-            entered - cached - write, write, 0, cached, output), thoughts=thoughts)
-        event.data.update({EFFORT: self.effort} if self.effort else {})
+        self.called_at = waiting[0][0] if waiting else self.now
         self.call, self.compacted = "" if waiting else identity, False
-        for _, moment, line, verb in waiting:
-            self.told.at(moment, line)
-            verb(identity)
+        self.told.at(self.called_at)
+        self._called(identity, Usage(entered - cached - write, write, 0, cached, output), thoughts)
+        for now, line, _, item in waiting:
+            self.told.at(now, line)
+            self._tell(item, identity)
 
-    def _priced_model(self) -> str:
-        """The model; before 0.35 rollouts did not name it, and 0.34 had one default."""
-        return self.model or ("gpt-5-codex" if self.version.startswith("0.34.") else UNPRICED)
+    def _called(self, identity: str, usage: Optional[Usage], thoughts: Optional[int]) -> None:
+        """A call of the model; before 0.35 rollouts did not name it, and 0.34 had one default."""
+        default = "gpt-5-codex" if self.version.startswith("0.34.") else UNPRICED
+        event = self.told.call(identity, self.model or default, usage, thoughts=thoughts)
+        if self.effort and usage:
+            event.data[EFFORT] = self.effort
 
     def _give_up(self) -> None:
         """Responses whose usage never came (aborted, or a version that does not write it) have no
         tokens of their own; what they wrote enters the next call."""
         waiting, self.waiting, self.call = self.waiting, [], ""
         identity = ""
-        for by_model, moment, line, verb in waiting:
-            self.told.at(moment, line)
-            if by_model and not identity:
-                identity = f"{self.path}:{line}"
-                self.told.call(identity, self._priced_model(), None)
-            elif not by_model:
+        for now, line, by_model, item in waiting:
+            self.told.at(now, line)
+            if not by_model:
                 identity = ""
-            verb(identity)
+            elif not identity:
+                identity = f"{self.path}:{line}"
+                self._called(identity, None, None)
+            self._tell(item, identity)
 
     # items
 
     def _item(self, item: Data) -> None:
-        kind = _text(item, "type")
-        if kind == "message" and item.get("role") == "assistant":
-            size = _content(item.get("content"))[1]
-            self._wrote(lambda call: self.told.call(call, self.model, None, text=size))
-        elif kind in ("message", "agent_message"):
-            self._said(item, kind)
-        elif kind == "reasoning":
-            self._wrote(lambda call: None)
-        elif kind.endswith("_output"):
-            self._returned(item)
-        elif kind.endswith("_call"):
-            self._called(item, kind)
-
-    def _wrote(self, verb: Callable[[str], Any]) -> None:
-        """The model wrote something: it belongs to the call just metered, or to the next."""
+        """What the model wrote belongs to the call just metered, or to the next. What entered the
+        context stands behind what waits for its call."""
+        kind, key = _text(item, "type"), self._key(item)
+        wrote = kind == "reasoning" or kind.endswith("_call") or item.get("role") == "assistant"
+        if wrote and key:
+            self.open[key] = item
+        elif key not in self.open and kind.endswith(("_output", "_end")):
+            return  # of a call that is not told
         then, now = seconds_of(self.called_at), seconds_of(self.now)
-        if self.call and then is not None and now is not None and now - then > _LAYOUT_GAP:
+        late = then is not None and now is not None and now - then > _LAYOUT_GAP
+        if wrote and late or _is_prompt(item):
             self.call = ""
-        if self.call:
-            verb(self.call)
+        if self.call if wrote else not self.waiting:
+            self._tell(item, self.call)
         else:
-            self.waiting.append((True, self.now, self.line, verb))
+            self.waiting.append((self.now, self.line, wrote, item))
 
-    def _enter(self, verb: Callable[[str], Any]) -> None:
-        """Something entered the context, behind what waits for its call."""
-        if self.waiting:
-            self.waiting.append((False, self.now, self.line, verb))
-        else:
-            verb("")
+    def _key(self, item: Data) -> str:
+        identity = _text(item, "call_id")
+        return f"{self.path}:{identity}" if identity else ""
 
-    def _said(self, item: Data, kind: str) -> None:
-        text, size = _content(item.get("content"))
-        if item.get("role") == "user" and not _INJECTED.match(text):
-            self.call = ""
-            self._enter(lambda _: self.told.prompt(text.rpartition(_IDE_CONTEXT)[2], size))
-            return
-        source = Source.ATTACHMENT if kind == "message" else Source.AGENT_MESSAGE
-        self._enter(lambda _: self.told.context(source, size))
+    def _tell(self, item: Data, call: str) -> None:
+        kind, key = _text(item, "type"), self._key(item)
+        if kind in ("message", "agent_message"):
+            text, size = _content(item.get("content"))
+            if item.get("role") == "assistant":
+                self.told.call(call, self.model, None, text=size)
+            elif _is_prompt(item):
+                self.told.prompt(text.rpartition(_IDE_CONTEXT)[2], size)
+            else:
+                self.told.context(
+                    Source.ATTACHMENT if kind == "message" else Source.AGENT_MESSAGE, size)
+        elif kind.endswith("_call"):
+            self._tool(item, kind, key)
+        elif kind.endswith("_output"):
+            self._returned(item, key, self.open[key])
+        elif kind == "mcp_tool_call_end":
+            self.told.failed(key, _as_json(item["result"]))
 
-    def _called(self, item: Data, kind: str) -> None:
-        name, raw = _text(item, "name"), item.get("arguments")
-        action = _as_dict(item, "action")
+    def _tool(self, item: Data, kind: str, key: str) -> None:
+        name = _text(item, "name") or _CODEX_TOOLS.get(kind) or kind[:-len("_call")]
+        raw, action = item.get("arguments"), _as_dict(item, "action")
         if kind == "custom_tool_call":
             raw = {"input": _text(item, "input")}
         elif kind == "local_shell_call":
-            name = "local_shell"
             raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
         elif kind == "web_search_call":
-            raw = {key: _text(action, key) for key in ("pattern", "query", "url")
-                   if _text(action, key)}
-            queries = list(filter(None, map(_text, _as_list(action, "queries"))))
-            raw.update({"query": " | ".join(queries)} if queries else {})
-        name = name or {"tool_search_call": "toolsearch"}.get(kind, kind[:-len("_call")])
+            queries = " | ".join(filter(None, map(_text, _as_list(action, "queries"))))
+            raw = {"pattern": _text(action, "pattern"), "query": queries or _text(action, "query"),
+                   "url": _text(action, "url")}
+            raw = {name: text for name, text in raw.items() if text}
         if _text(item, "namespace"):
             name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")
-        arguments, key = _arguments(raw), self._key(item)
-        if key:
-            self.open[key] = name, arguments
-        size = len(name) + _json_size(raw)
-        self._wrote(lambda call: _codex_call(self.told, key, name, arguments, size))
+        arguments = _arguments(raw)
+        event = self.told.tool(key, name, arguments, len(name) + _json_size(raw))
+        if name == "write_stdin":
+            event.data["changes"] = ["?"] if arguments.get("chars") else []
+        elif event.event_type is EventType.FILE_WRITE and "*** Begin Patch" in _as_json(raw):
+            event.data.pop("command", None)  # the patch is file content
 
-    def _returned(self, item: Data) -> None:
-        key = self._key(item)
-        if key in self.open:
-            outcome = _codex_outcome(item.get("output"))
-            size = outcome.size or _json_size(item.get("tools"))
-            self._enter(lambda _: self._result(key, outcome, size))
-
-    def _result(self, key: str, outcome: Outcome, size: int) -> None:
-        told, (name, arguments) = self.told, self.open[key]
-        if name == "write_stdin":  # input for a running command, or a look at it: it may fail
-            command = key
-            if not outcome.running:
-                command = self.running.pop(str(arguments.get("session_id")), key)
+    def _returned(self, item: Data, key: str, call: Data) -> None:
+        told, outcome = self.told, _codex_outcome(item.get("output"))
+        size, name, command = outcome.size or _json_size(item.get("tools")), call.get("name"), key
+        if name == "write_stdin" and not outcome.running:
+            process = _arguments(call.get("arguments")).get("session_id")
+            command = self.running.pop(str(process), key)
+        # A search or a test that answers "no" with exit code 1 and no text has not failed.
+        failed = outcome.failed and not (
+            outcome.text.strip() == "Exit code 1" and not told.tool(command, "", None).data.get("changes"))
+        if name == "write_stdin":  # input for a running command, or a look at it
             told.returned(key, None, size)
-            if outcome.failed and not self._found_nothing(command, outcome):
+            if failed:
                 told.failed(command, outcome.text)
             return
         if outcome.running:
             self.running[outcome.running] = key
-        failed = outcome.failed and not self._found_nothing(key, outcome)
         seen = name == "view_image" and not failed  # what a picture shows is not known
         told.returned(key, None if seen else outcome.text, size,
                       failed=failed and not outcome.running,
                       cut=bool(outcome.running or _CODEX_CUT.search(outcome.text)))
 
-    def _found_nothing(self, key: str, outcome: Outcome) -> bool:
-        """A search or a test that answers "no" with exit code 1 and no text has not failed."""
-        return outcome.exit_code == 1 and outcome.text.strip() == "Exit code 1" \
-            and not self.told.tool(key, "", None).data.get("changes")
-
     def _compaction(self, compacted: Data) -> None:
         self._give_up()
-        kept = _as_list(compacted, "replacement_history")
-        size = sum(_content(_as_dict(item).get("content"))[1] for item in kept)
+        size = sum(_content(item.get("content"))[1]
+                   for item in _dicts(compacted, "replacement_history"))
         self.told.compaction(size or len(_text(compacted, "message")))
         self.compacted = True
 
 
-def _codex_usage(usage: Any) -> Optional[Tuple[int, ...]]:
-    """Input (cached included), cached, cache writes, output (reasoning included), reasoning; or
-    None."""
-    if not isinstance(usage, dict):
-        return None
-    return tuple(_counted(usage, f"{key}_tokens") for key in _CODEX_USAGE)
+def _is_prompt(item: Data) -> bool:
+    return item.get("type") == "message" and item.get("role") == "user" \
+        and not _INJECTED.match(_content(item.get("content"))[0])
 
 
-def _codex_call(told: Recorder, key: str, name: str, arguments: Data, size: int) -> None:
-    """Tell a tool call. A patch given to the shell is a write of the files it names."""
-    event = told.tool(key, name, arguments, size)
-    command = arguments.get("command") or arguments.get("cmd") or ""
-    text = command if isinstance(command, str) else "\n".join(command)
-    if name == "write_stdin":
-        event.data["changes"] = ["?"] if arguments.get("chars") else []
-    elif "*** Begin Patch" in text and "apply_patch" in text[:text.index("*** Begin Patch")]:
-        cwd = _text(arguments, "workdir") or told.cwd
-        moved = re.match(r"(?:[\s\S]{0,40}?\n)?\s*cd\s+(\S+)\s*&&", text)
-        cwd = canonical_path(moved.group(1).strip("'\""), cwd) if moved else cwd
-        paths = [canonical_path(path, cwd) for path in patched_paths(text)]
-        event.event_type = EventType.FILE_WRITE
-        event.data.update(changes=paths or ["*"], file_path=paths[0] if paths else "")
-        event.data.pop("command", None)  # the patch is file content
+def _codex_usage(info: Data, name: str) -> Tuple[int, ...]:
+    """Input (cached included), cached, cache writes, output (reasoning included), reasoning;
+    nothing where there is no usage."""
+    usage = _as_dict(info, name)
+    return tuple(_counted(usage, key) for key in _CODEX_USAGE) if usage else ()
 
 
 def _codex_outcome(output: Any) -> Outcome:
     """Read the output formats of Codex, none of which has an error flag."""
     text, size = _content(output)
-    code, failed = None, isinstance(output, dict) and output.get("success") is False
+    code, failed = None, _under(output, ["success"]) is False
     if text.startswith('{"output"'):
         wrapped = _arguments(text)
         text = _text(wrapped, "output") if wrapped else text
-        code = _as_dict(wrapped, "metadata").get("exit_code")
-        code = code if code.__class__ is int else None
+        code = _under(wrapped, ("metadata", "exit_code"))
     head, body = "", text
     if _OUTPUT_HEAD.match(text):
         head, found, body = text.partition("\nOutput:")
         framed = bool(found) and len(head) < 2000
         head, body = (head, body.lstrip("\n")) if framed else (text[:2000], text)
-        told = _EXIT_CODE.search(head)
-        code = int(told.group(1)) if told else code
     elif _CODEX_FAILURE.match(text):
-        failed, told = True, _EXIT_CODE.search(text[:300])
-        code = int(told.group(1)) if told else code
-    running = _RUNNING.search(head)
-    if code:
+        failed = True
+    told, running = _EXIT_CODE.search(head or text[:300] * failed), _RUNNING.search(head)
+    code = int(told.group(1)) if told else code
+    if code.__class__ is int and code:
         failed, body = True, f"Exit code {code}\n{body}"
-    return Outcome(body, size, code, running.group(1) if running else "", failed)
+    return Outcome(body, size, running.group(1) if running else "", failed)
 
 
 # Gemini CLI

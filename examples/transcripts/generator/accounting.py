@@ -162,19 +162,13 @@ def other_traps():
     work(s, 2)
     case(s, RULE, False, "After a compaction the file is read again, in a new window.")
 
-    s = Codex("codex-legacy-no-tokens", "")
-    s.lines[:] = [{"id": s.sid, "timestamp": s.stamp(), "instructions": None, "git": {"branch": "main"}}]
-    s.lines.append({
-        "type": "message", "role": "user", "content": [{"type": "input_text", "text": "what is left to do?"}]
-    })
-    for word in WORDS[:3]:
-        call = s.key("call_")
-        done = {"output": "\n".join(code(word, 1, 4)), "metadata": {"exit_code": 0, "duration_seconds": 0.1}}
-        s.lines += [{"record_type": "state"}, {
-            "type": "function_call", "name": "shell", "call_id": call, "arguments": s.typed(
-                Tool("shell", {"command": ["bash", "-lc", "cat src/%s.py" % word]}, "", 0))
-        }, {"type": "function_call_output", "call_id": call, "output": s.typed(Tool("shell", done, "", 0))}]
-    case(s, RULE, False, "The old layout: no wrapper, no times, no tokens.", model_calls=None)
+    s = Codex("codex-without-usage", "What is left to do?")
+    work(s, 3)
+    for line in s.lines:
+        if line["payload"].get("type") == "token_count":
+            line["payload"]["info"] = None
+    s.usage.update(dict.fromkeys(s.usage, 0))
+    case(s, RULE, False, "No token_count holds a usage: events without tokens.", model_calls=None)
 
     s = Gemini("gemini-cached-inside-input", "What does the receipt module do?")
     s.browse(5, 3)
