@@ -7989,8 +7989,8 @@ _CODEX_USAGE = [f"{name}_tokens" for name in (
     "input", "cached_input", "cache_write_input", "output", "reasoning_output")]
 
 Outcome = namedtuple("Outcome", "text size running failed")
-Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered, the id of a
-process that still runs, and whether the call failed."""
+Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered, the id of
+a process that still runs, and whether the call failed."""
 
 
 class CodexReader(TranscriptReader):
@@ -8212,8 +8212,9 @@ class _Rollout:
             process = _arguments(call.get("arguments")).get("session_id")
             command = self.running.pop(str(process), key)
         # A search or a test that answers "no" with exit code 1 and no text has not failed.
+        silent = outcome.text.strip() == "Exit code 1"
         failed = outcome.failed and not (
-            outcome.text.strip() == "Exit code 1" and not told.tool(command, "", None).data.get("changes"))
+            silent and not told.tool(command, "", None).data.get("changes"))
         if name == "write_stdin":  # input for a running command, or a look at it
             told.returned(key, None, size)
             if failed:
@@ -8268,11 +8269,11 @@ def _codex_outcome(output: Any) -> Outcome:
     return Outcome(body, size, running.group(1) if running else "", failed)
 
 
-# Gemini CLI
+# -- Gemini CLI
 
 _GEMINI_EXIT = _Pattern(r"(?:^|\n|\\n)Exit Code: (-?\d{1,9})")
 _GEMINI_SHOWN = _Pattern(r"Showing lines (\d{1,9})-(\d{1,9}) of (\d{1,9}) total lines")
-_REWIND = "$rewindTo"
+_GEMINI_LABELS = _Pattern(r"\n(?:Error|Exit Code|Signal|Background PIDs|Process Group PGID): ")
 
 
 class GeminiReader(TranscriptReader):
@@ -8294,69 +8295,57 @@ class GeminiReader(TranscriptReader):
             and (b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
 
     def kin(self, path: str, head: bytes) -> List[str]:
-        parent = _parent_chat(path, head)
-        return ["" if parent else _value_in(head, b"sessionId"), parent]
+        """A session goes by its id, after which the folder of its sub-agents' files is named."""
+        if re.search(rb'"kind"\s*:\s*"subagent"', head[:4096]):
+            return [os.path.splitext(path)[0], os.path.basename(os.path.dirname(path))]
+        return [_value_in(head, b"sessionId"), ""]
 
-    def read(self, paths: List[str], claim: Callable[..., bool],
-             skip: Callable[[str, int, str], None]) -> List[Session]:
+    def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         told = Recorder(self, paths, claim, skip, resends_thoughts=False)
         chats: Dict[str, _Chat] = {}
         for path in paths:
-            spawned = _parent_chat(path, _head_of(path, 4096))
-            own = os.path.splitext(os.path.basename(path))[0] if spawned else ""
+            own = self.kin(path, _head_of(path))[0]
             chats.setdefault(own, _Chat(told)).add(path)
+        main = next(iter(chats))
         for name, chat in chats.items():
             if chat.identity:
-                chat.tell(slug(name) if name and chat is not next(iter(chats.values())) else "")
+                chat.tell("" if name == main else slug(os.path.basename(name)))
         return told.finish()
-
-
-def _parent_chat(path: str, head: bytes) -> str:
-    """The session a sub-agent's file belongs to (the name of its folder); "" for a chat of its
-    own."""
-    folder = os.path.basename(os.path.dirname(path))
-    spawned = folder != "chats" and re.search(rb'"kind"\s*:\s*"subagent"', head[:4096])
-    return folder if spawned else ""
 
 
 class _Chat:
     """One chat, which may be in several files: what is known last of every message."""
 
     def __init__(self, told: Recorder):
-        self.told, self.identity = told, ""
+        self.told, self.identity, self.tools = told, "", 0
         self.times: List[str] = []
-        self.tools = 0
         self.order: List[str] = []  # ids in the order they came; "" where messages were taken back
         self.messages: Dict[str, Tuple[int, str, Data]] = {}
 
     def add(self, path: str) -> None:
         """Take a file in."""
+        stem = os.path.splitext(os.path.basename(path))[0]
         for line, entry in transcript_entries(path, self.told.skip):
             places = {} if line else places_of(path, rb"id")
             changed = _as_dict(entry, "$set")
             header = changed or (entry if "sessionId" in entry else {})
+            messages = _dicts(header, "messages")
             if header:
-                stem = os.path.splitext(os.path.basename(path))[0]
                 self.identity = self.identity or _text(header, "sessionId") or stem
                 self.times += [_text(header, key) for key in ("startTime", "lastUpdated")]
-            elif _REWIND in entry:
+            elif "$rewindTo" in entry:
                 self.order.append("")
             else:
-                self._message(entry, path, line)
-            messages = _as_list(header, "messages")
+                messages = [entry]
             if "messages" in changed:
                 kept = {_text(message, "id") for message in messages}
                 self.order += [""] * (not kept.issuperset(filter(None, self.order)))
-            for message in map(_as_dict, messages):
-                if message:
-                    place = line or places.get(_text(message, "id"), 1)
-                    self._message(message, path, place)
-
-    def _message(self, message: Data, path: str, line: int) -> None:
-        identity = _text(message, "id") or f"{path}:{len(self.order)}"
-        if identity not in self.messages:
-            self.order.append(identity)
-        self.messages[identity] = (line, path, message)
+            for message in messages:
+                name = _text(message, "id")
+                identity = name or f"{path}:{len(self.order)}"
+                if identity not in self.messages:
+                    self.order.append(identity)
+                self.messages[identity] = (line or places.get(name, 1), path, message)
 
     def tell(self, agent: str) -> None:
         """Tell the messages."""
@@ -8375,85 +8364,81 @@ class _Chat:
             if kind == "user":
                 told.prompt(text, size)
             elif kind in ("gemini", "model"):
-                self._response(f"{self.identity}:{identity}", message, size)
-                for tool in map(_as_dict, _as_list(message, "toolCalls")):
+                usage, thoughts = _gemini_usage(message)
+                told.call(f"{self.identity}:{identity}", _text(message, "model"), usage, text=size,
+                          thoughts=thoughts)
+                for tool in _dicts(message, "toolCalls"):
                     told.at(stamp)
                     self._tool(tool)
             elif kind == "error":
                 told.call_failed(text, "transient")
 
-    def _response(self, identity: str, message: Data, size: int) -> None:
-        tokens, usage, thoughts = message.get("tokens"), None, None
-        if isinstance(tokens, dict):
-            entered, output, cached, thoughts, tool = (_counted(tokens, key) for key in (
-                "input", "output", "cached", "thoughts", "tool"))
-            cached = min(cached, entered)
-            usage = Usage(entered - cached + tool, 0, 0, cached, output + thoughts)
-        self.told.call(identity, _text(message, "model"), usage, text=size, thoughts=thoughts)
-
     def _tool(self, tool: Data) -> None:
         told, name, given = self.told, _text(tool, "name"), tool.get("args")
-        arguments = _arguments(given)
+        arguments, size = _arguments(given), len(name) + _json_size(given)
         first, last = arguments.get("start_line"), arguments.get("end_line")
         if arguments.get("offset").__class__ is int:
-            arguments = dict(arguments, offset=arguments["offset"] + 1)  # lines count from 0 there
+            arguments["offset"] += 1  # lines count from 0 there
         elif first.__class__ is int and last.__class__ is int:
-            arguments = dict(arguments, offset=first, limit=max(0, last - first + 1))
+            arguments.update(offset=first, limit=max(0, last - first + 1))
         self.tools += 1
         key = f"{self.identity}:{self.tools}"
-        told.tool(key, name, arguments, len(name) + _json_size(given))
+        told.tool(key, name, arguments, size)
         text, size, failed = _gemini_result(tool)
-        shown = _GEMINI_SHOWN.search(text[:600])
+        shown, lines = _GEMINI_SHOWN.search(text[:600]), (0, 0, 0)
         if shown:
             text = text.partition("(truncated) ---\n")[2] or text
-        start, end, total = map(int, shown.groups()) if shown else (0, -1, 0)
+            start, end, total = map(int, shown.groups())
+            lines = (start, end - start + 1, total)
         told.at(_text(tool, "timestamp"))
-        told.returned(key, text, size, failed=failed, lines=(start, end - start + 1, total),
+        told.returned(key, text, size, failed=failed, lines=lines,
                       kind="declined" if tool.get("status") == "cancelled" else "")
+
+
+def _gemini_usage(message: Data) -> Tuple[Optional[Usage], Optional[int]]:
+    """The usage of a message, and its thoughts, which stand beside its output; None where none is
+    told."""
+    if message.get("tokens").__class__ is not dict:
+        return None, None
+    entered, output, cached, thoughts, tool = (_counted(message, "tokens", key) for key in (
+        "input", "output", "cached", "thoughts", "tool"))
+    cached = min(cached, entered)
+    return Usage(entered - cached + tool, 0, 0, cached, output + thoughts), thoughts
 
 
 def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
     """What a tool call returned: its text (a command's output alone), its size, whether it
     failed."""
-    texts, size, error = [], 0, tool.get("status") in ("error", "cancelled")
+    texts, size, failed = [], 0, tool.get("status") in ("error", "cancelled")
     for part in _as_list(tool, "result"):
-        response = _as_dict(part, "functionResponse").get("response")
-        extra = 0 if isinstance(response, dict) else _content([part])[1]
-        response = _as_dict(response)
-        error = error or bool(_text(response, "error"))
-        found = (_text(response, key) for key in ("error", "output", "content"))
-        text = next(filter(None, found), "")
+        response = _as_dict(part, "functionResponse", "response")
+        text = _first_text(response, "error", "output", "content")
         texts.append(text)
-        size += extra + (len(text) or _json_size(response) if response else 0)
+        failed = failed or bool(_text(response, "error"))
+        size += len(text) or _json_size(response) if response else _content([part])[1]
     text = "\n".join(texts)
-    is_shell = tool.get("name") == "run_shell_command"
-    codes = _GEMINI_EXIT.findall(text) if is_shell else []
-    wrapped = codes or is_shell and text.startswith(("Command: ", "Output: "))
-    output, told = _command_output(text) if wrapped else (text, text)
-    if codes and int(codes[-1]) and not error:
-        # Exit code 1 without a word is the "no" of a search or a test.
-        silent = output.strip() in ("", "(empty)") and "\nError: (none)" in told
-        return f"Exit code {codes[-1]}\n{told}", size, not (codes[-1] == "1" and silent)
-    return text if error else output, size, error
-
-
-def _command_output(text: str) -> Tuple[str, str]:
-    """What a command printed, alone and with what follows it (errors, exit code)."""
     start = 0 if text.startswith("Output: ") else text.find("\nOutput: ") + 1
-    if not start and not text.startswith("Output: "):
-        return text, text
-    labels = ("Error", "Exit Code", "Signal", "Background PIDs", "Process Group PGID")
-    ends = [end for end in (text.find(f"\n{label}: ", start) for label in labels) if end >= 0]
-    return text[start + len("Output: "):min(ends, default=len(text))], text[start:]
+    codes = _GEMINI_EXIT.findall(text)
+    if failed or tool.get("name") != "run_shell_command" \
+            or not codes and not text.startswith(("Command: ", "Output: ")):
+        return text, size, failed
+    # What a command printed stands between labels.
+    output = told = text[start:]
+    if told.startswith("Output: "):
+        output = _GEMINI_LABELS.split(told[len("Output: "):], maxsplit=1)[0]
+    if codes and int(codes[-1]):
+        # Exit code 1 without a word is the "no" of a search or a test.
+        no = codes[-1] == "1" and output.strip() in ("", "(empty)") and "\nError: (none)" in told
+        return f"Exit code {codes[-1]}\n{told}", size, not no
+    return output, size, False
 
 
-# OpenTelemetry GenAI
+# -- OpenTelemetry GenAI
 
 _MODEL_CALLS = ("chat", "generate_content", "text_completion", "embeddings")
 _OWN_SPANS = {"claude_code.llm_request": "chat", "claude_code.tool": "execute_tool",
               "claude_code.interaction": "invoke_agent"}
-_CONVERSATION = ("gen_ai.conversation.id", "session.id")
-_USAGE_KEYS = (
+_OTEL_USAGE = (  # input, output, cache reads, cache writes, reasoning, by all their names
     ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "input_tokens"),
     ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "output_tokens"),
     ("gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens",
@@ -8483,10 +8468,9 @@ class OtelReader(TranscriptReader):
         """The files of one folder: an exporter spreads a conversation over them."""
         return [os.path.dirname(path), ""]
 
-    def read(self, paths: List[str], claim: Callable[..., bool],
-             skip: Callable[[str, int, str], None]) -> List[Session]:
+    def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         spans: Dict[Tuple[str, str], _Span] = {}
-        damaged: List[int] = []
+        damaged: List[int] = []  # lines, of whichever conversation
 
         def note(path: str, line: int, reason: str) -> None:
             damaged.append(line)
@@ -8495,14 +8479,14 @@ class OtelReader(TranscriptReader):
         for path in paths:
             for span in _spans_of(path, note):
                 spans.setdefault((span.trace, span.id), span)
-        conversations: Dict[str, List[_Span]] = {}
         by_trace: Dict[str, str] = {}
         for span in spans.values():
             if span.conversation:
                 by_trace.setdefault(span.trace, span.conversation)
+        conversations: Dict[str, List[_Span]] = {}
         for span in sorted(spans.values(), key=lambda span: span.start):
-            above = next((s.conversation for s in _ancestry(span, spans) if s.conversation), "")
-            identity = above or by_trace.get(span.trace) or span.trace
+            above = (one.conversation for one in _ancestry(span, spans))
+            identity = next(filter(None, above), "") or by_trace.get(span.trace) or span.trace
             conversations.setdefault(identity, []).append(span)
         sessions: List[Session] = []
         for identity, members in conversations.items():
@@ -8510,7 +8494,7 @@ class OtelReader(TranscriptReader):
                 own = list(dict.fromkeys(span.path for span in members))
                 told = Recorder(self, own[:1] + sorted(own[1:]), claim, skip)
                 told.count("damaged_lines", 0 if sessions else len(damaged))
-                _Conversation(told, identity, members, spans).tell()
+                _Conversation(told, members, spans).tell(identity)
                 sessions += told.finish()
         return sessions
 
@@ -8518,77 +8502,51 @@ class OtelReader(TranscriptReader):
 class _Span:
     """One span: names, nanoseconds and attributes in their Python types."""
 
-    __slots__ = ("trace", "id", "parent", "name", "start", "end", "attributes", "resource",
-                 "failed", "message", "path", "line", "operation", "conversation")
-
-    def __init__(self, span: Data, resource: Data, path: str, line: int):
-        def either(name: str, other: str) -> Any:
-            return span[name] if name in span else span.get(other)
-
-        self.attributes, self.resource = _attributes(span.get("attributes")), resource
-        self.path, self.line = path, line
-        self.name = _text(span, "name")
-        self.trace = _text(either("traceId", "trace_id"))
-        self.id = _text(either("spanId", "span_id"))
-        parent = _text(either("parentSpanId", "parent_span_id"))
-        self.parent = parent or self.text("virtual_parent.genai")
-        times = (either(f"{name}TimeUnixNano", f"{name}_time_unix_nano")
-                 for name in ("start", "end"))
-        self.start, self.end = (min(max(0, _integer(moment)), _LATEST) for moment in times)
-        self.end = max(self.start, self.end) if self.start else 0
-        status = _as_dict(span, "status")
-        self.failed = status.get("code") in (2, "2", "STATUS_CODE_ERROR") or bool(
-            self.text("error.type")) or self.attributes.get("success") in (False, "false")
-        self.message = _text(status, "message") or self.text("error.type") or self.text("error")
+    def __init__(self, span: Data, service: Data, path: str, line: int):
+        self.given, self.service = _attributes(span.get("attributes")), service
+        self.path, self.line, self.name = path, line, _text(span, "name")
+        self.trace, self.id, above = (_text(_either(span, key)) for key in (
+            "traceId", "spanId", "parentSpanId"))
+        self.parent = above or self.text("virtual_parent.genai")
+        start, end = (min(max(0, _integer(_either(span, f"{key}TimeUnixNano"))), _LATEST)
+                      for key in ("start", "end"))
+        self.start, self.end = start, max(start, end) if start else 0
+        self.message = _text(span, "status", "message") or self.text("error.type", "error")
+        self.failed = bool(self.text("error.type")) or self.given.get("success") in (
+            False, "false") or _under(span, ("status", "code")) in (2, "2", "STATUS_CODE_ERROR")
         self.operation = _OWN_SPANS.get(self.name) or self.text("gen_ai.operation.name")
-        self.conversation = next((self.text(key) for key in _CONVERSATION if self.text(key)), "")
+        self.conversation = self.text("gen_ai.conversation.id", "session.id")
+        self.identity = f"otel:{self.trace}:{self.id}"
+        self.model = self.text("gen_ai.response.model", "gen_ai.request.model", "model")
+        found = [[_count_of(_integer(self.given[key])) for key in keys if key in self.given]
+                 for keys in _OTEL_USAGE]
+        self.has_usage, self.usage = any(found), [counts[0] if counts else 0 for counts in found]
 
     def text(self, *names: str) -> str:
         """The first of these attributes that is a text which says something."""
-        return next(filter(None, (_text(self.attributes, name) for name in names)), "")
-
-    def usage(self) -> Tuple[int, ...]:
-        """Input, output, cache read, cache write, reasoning, as they are given."""
-        given = self.attributes
-        return tuple(next((_count_of(_integer(given[key])) for key in keys if key in given), 0)
-                     for keys in _USAGE_KEYS)
-
-    @property
-    def identity(self) -> str:
-        """What tells it from all others."""
-        return f"otel:{self.trace}:{self.id}"
-
-    @property
-    def model(self) -> str:
-        """The model called, "" where that is not said."""
-        return self.text("gen_ai.response.model", "gen_ai.request.model", "model")
-
-    @property
-    def milliseconds(self) -> int:
-        """How long it took."""
-        return max(0, self.end - self.start) // 10**6
-
-    @property
-    def has_usage(self) -> bool:
-        return any(key in self.attributes for keys in _USAGE_KEYS for key in keys)
+        return _first_text(self.given, *names)
 
 
-def _spans_of(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Span]:
+def _either(value: Any, key: str) -> Any:
+    """What stands under a key, written so or with underscores."""
+    value = _as_dict(value)
+    return value[key] if key in value else value.get(re.sub("(?=[A-Z])", "_", key).lower())
+
+
+def _spans_of(path: str, skip: Skip) -> Iterator[_Span]:
     for line, entry in transcript_entries(path, skip):
         places = {} if line else places_of(path, rb"spanId|span_id")
-        for group in _as_list(entry.get("resourceSpans", entry.get("resource_spans"))):
-            group = _as_dict(group)
-            resource = _attributes(_as_dict(group, "resource").get("attributes"))
-            for scope in _as_list(group.get("scopeSpans", group.get("scope_spans"))):
-                for span in _as_list(scope, "spans"):
-                    if isinstance(span, dict):
-                        yield _Span(span, resource, path, line or places.get(
-                            _text(span.get("spanId", span.get("span_id"))), 1))
+        for group in _dicts(_either(entry, "resourceSpans")):
+            service = _attributes(_under(group, ("resource", "attributes")))
+            for scope in _dicts(_either(group, "scopeSpans")):
+                for span in _dicts(scope, "spans"):
+                    place = line or places.get(_text(_either(span, "spanId")), 1)
+                    yield _Span(span, service, path, place)
 
 
 def _attributes(pairs: Any, depth: int = 0) -> Data:
-    return {pair["key"]: _attribute(pair.get("value"), depth) for pair in _as_list(pairs)
-            if isinstance(pair, dict) and pair.get("key").__class__ is str}
+    return {pair["key"]: _attribute(pair.get("value"), depth) for pair in _dicts(pairs)
+            if _text(pair, "key")}
 
 
 def _attribute(value: Any, depth: int) -> Any:
@@ -8602,7 +8560,7 @@ def _attribute(value: Any, depth: int) -> Any:
         if depth < 20 and kind == "arrayvalue":
             return [_attribute(part, depth + 1) for part in _as_list(given, "values")]
         if depth < 20 and kind == "kvlistvalue":
-            return _attributes(_as_dict(given).get("values"), depth + 1)
+            return _attributes(_under(given, ["values"]), depth + 1)
     return None
 
 
@@ -8618,12 +8576,12 @@ def _integer(value: Any, *keys: str) -> int:
 
 def _ancestry(span: _Span, spans: Dict[Tuple[str, str], _Span]) -> Iterator[_Span]:
     """The span and those above it, nearest first."""
-    seen = set()
-    current: Optional[_Span] = span
-    while current is not None and current.id not in seen:
-        seen.add(current.id)
-        yield current
-        current = spans.get((span.trace, current.parent))
+    seen: set = set()
+    above: Optional[_Span] = span
+    while above is not None and above.id not in seen:
+        seen.add(above.id)
+        yield above
+        above = spans.get((span.trace, above.parent))
 
 
 def _iso_time(nanoseconds: int) -> str:
@@ -8636,87 +8594,79 @@ def _iso_time(nanoseconds: int) -> str:
 class _Conversation:
     """One conversation's spans, in the order of their beginnings."""
 
-    def __init__(self, told: Recorder, identity: str, members: List[_Span],
+    def __init__(self, told: Recorder, members: List[_Span],
                  spans: Dict[Tuple[str, str], _Span]):
-        self.told, self.identity, self.members, self.spans = told, identity, members, spans
+        self.told, self.members, self.spans = told, members, spans
         self.seen: Dict[str, int] = {}   # how many input messages each agent's window has seen
         self.open: Dict[str, str] = {}   # keys of tool calls whose result no span gave, by their id
-        self.above = {span.id for member in members if member.operation in _MODEL_CALLS
-                      for span in list(_ancestry(member, spans))[1:]}
+        calls = [span for span in members if span.operation in _MODEL_CALLS]
+        self.above = {one.id for span in calls for one in _ancestry(span, spans) if one is not span}
         # Cached tokens are part of the input by convention; a call with more shows otherwise.
         self.exclusive = any(
-            span.name in _OWN_SPANS or span.usage()[2] + span.usage()[3] > span.usage()[0]
-            for span in members if span.operation in _MODEL_CALLS + ("invoke_agent",))
+            span.name in _OWN_SPANS or span.usage[2] + span.usage[3] > span.usage[0]
+            for span in members if span in calls or span.operation == "invoke_agent")
 
-    def tell(self) -> None:
+    def tell(self, identity: str) -> None:
         """Tell the spans."""
-        told = self.told
-        named = next((s for s in self.members if s.text("gen_ai.agent.name")), self.members[0])
-        service = _text(named.resource, "service.name")
-        agent = named.text("gen_ai.agent.name") or service or "OTEL"
-        told.session(self.identity, version=_text(named.resource, "service.version"),
+        told, first = self.told, self.members[0]
+        named = next((span for span in self.members if span.text("gen_ai.agent.name")), first)
+        agent = named.text("gen_ai.agent.name") or _text(named.service, "service.name") or "OTEL"
+        told.session(identity, version=_text(named.service, "service.version"),
                      agent=slug(agent.upper()))
         for span in self.members:
             told.at(_iso_time(span.end))
             told.at(_iso_time(span.start), span.line, span.path, self._agent_of(span))
-            if span.operation in _MODEL_CALLS and span.id not in self.above:
-                self._call(span)
-            elif span.operation == "invoke_agent" and span.id not in self.above:
-                self._agent(span)
-            elif span.operation == "execute_tool":
+            if span.operation == "execute_tool":
                 self._tool(span)
-        root = next((s for s in self.members if s.operation == "invoke_agent"), self.members[0])
-        told.session(task=root.name)
+            elif span.operation in (*_MODEL_CALLS, "invoke_agent") and span.id not in self.above:
+                self._call(span)
+        roots = (span.name for span in self.members if span.operation == "invoke_agent")
+        told.session(task=next(roots, first.name))
 
     def _agent_of(self, span: _Span) -> str:
         """The agent of a span: the nearest invoke_agent that another one called; "" for the
         outermost."""
-        agents = [s for s in _ancestry(span, self.spans) if s.operation == "invoke_agent"]
+        agents = [one for one in _ancestry(span, self.spans) if one.operation == "invoke_agent"]
         name = "embeddings" if span.operation == "embeddings" else span.text("agent_id")
         if len(agents) > 1:
             name = f"{agents[0].text('gen_ai.agent.name') or 'agent'}-{agents[0].id[:8]}"
         return slug(name) if name else ""
 
-    def _usage(self, span: _Span) -> Tuple[Usage, int]:
-        """The usage, and the reasoning that is part of its output."""
-        entered, output, read, write, thoughts = span.usage()
+    def _call(self, span: _Span) -> None:
+        """A model call, or an agent's span without those below it."""
+        told = self.told
+        entered, output, read, write, thoughts = span.usage
         if not self.exclusive:
             entered = max(0, entered - read - write)
-        return Usage(entered, write, 0, read, output), min(thoughts, output)
-
-    def _call(self, span: _Span) -> None:
-        self._entered(span)
-        if not span.has_usage and span.failed:
-            self.told.call_failed(span.message)
+        usage = Usage(entered, write, 0, read, output)
+        if span.operation == "invoke_agent":
+            if any(usage):
+                told.rolled_up(span.identity, span.model, usage)
+            else:
+                told.call(span.identity, span.model, None)
             return
-        usage, thoughts = self._usage(span) if span.has_usage else (None, 0)
-        messages = _messages(span.attributes.get("gen_ai.output.messages"))
-        text = sum(_content(_as_list(message, "parts"))[1] for message in messages)
-        self.told.call(span.identity, span.model, usage, text=text, thoughts=thoughts,
-                       milliseconds=span.milliseconds)
-
-    def _agent(self, span: _Span) -> None:
-        """An agent's span without the model calls below it."""
-        usage = self._usage(span)[0]
-        if any(usage):
-            self.told.rolled_up(span.identity, span.model, usage)
-        else:
-            self.told.call(span.identity, span.model, None)
+        self._entered(span)
+        if span.failed and not span.has_usage:
+            told.call_failed(span.message)
+            return
+        answers = _messages(span.given.get("gen_ai.output.messages"))
+        told.call(span.identity, span.model, usage if span.has_usage else None,
+                  text=sum(_content(parts)[1] for _, parts in answers),
+                  thoughts=min(thoughts, output), milliseconds=(span.end - span.start) // 10**6)
 
     def _tool(self, span: _Span) -> None:
-        told = self.told
+        told, given = self.told, span.given.get("gen_ai.tool.call.arguments")
         name = span.text("gen_ai.tool.name", "tool_name") or span.name.partition(" ")[2] or "tool"
-        given = span.attributes.get("gen_ai.tool.call.arguments")
-        arguments = _arguments(given) or {key: span.text(other) for key, other in (
-            ("command", "full_command"), ("file_path", "file_path")) if span.text(other)}
+        own = {"command": span.text("full_command"), "file_path": span.text("file_path")}
+        arguments = _arguments(given) or {key: text for key, text in own.items() if text}
         if "glob" in arguments and not arguments.get("query"):
             arguments.setdefault("pattern", arguments["glob"])
-        size = len(name) + _json_size(arguments if given is None else given)
-        told.tool(span.identity, name, arguments, size, response=span.parent,
-                  milliseconds=span.milliseconds)
-        result = span.attributes.get("gen_ai.tool.call.result")
-        text = result if result.__class__ is str else _as_json(result) if result is not None else ""
-        size = len(text) or 4 * _count_of(_integer(span.attributes, "result_tokens"))
+        told.tool(span.identity, name, arguments,
+                  len(name) + _json_size(arguments if given is None else given),
+                  response=span.parent, milliseconds=(span.end - span.start) // 10**6)
+        result = span.given.get("gen_ai.tool.call.result", "")
+        text = result if result.__class__ is str else _as_json(result)
+        size = len(text) or 4 * min(_integer(span.given.get("result_tokens")), MAX_TOKENS)
         why = span.message or text if span.failed else text or None
         if size:
             told.returned(span.identity, why, size, failed=span.failed)
@@ -8728,291 +8678,223 @@ class _Conversation:
     def _entered(self, span: _Span) -> None:
         """The messages new in this call's input give sizes to prompts, and to results no span
         has."""
-        messages = _messages(span.attributes.get("gen_ai.input.messages"))
+        messages = _messages(span.given.get("gen_ai.input.messages"))
         agent = self._agent_of(span)
         seen = self.seen.get(agent, 0)
         self.seen[agent] = len(messages)
-        for message in messages[seen if seen <= len(messages) else 0:]:
-            parts = _as_list(message, "parts")
-            for part in map(_as_dict, parts):
+        for role, parts in messages[seen if seen <= len(messages) else 0:]:
+            for part in _dicts(parts):
                 key = self.open.pop(_text(part, "id"), None)
                 if key is not None:
                     result = part.get("response", part.get("result", ""))
                     self.told.returned(key, None, _json_size(result))
             text, size = _content(parts)
-            if message.get("role") == "user" and size:
+            if role == "user" and size:
                 self.told.prompt(text, size)
 
 
-def _messages(value: Any) -> List[Data]:
-    """Chat messages given as objects or as JSON text; their parts' ``content`` is their text."""
+def _messages(value: Any) -> List[Tuple[Any, Any]]:
+    """Role and parts of chat messages, given as objects or as JSON text."""
     if value.__class__ is str:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return []
-    messages = []
-    for message in _as_list(value):
-        if isinstance(message, dict) and not _too_deep(message):
-            given = _as_list(message.get("parts", message.get("content")))
-            parts = [dict(part, text=part["content"]) if _text(part, "content")
-                     else part for part in given]
-            messages.append(dict(message, parts=parts or [{"text": _text(message, "content")}]))
-    return messages
+    return [(message.get("role"), message.get("parts") or message.get("content"))
+            for message in _dicts(value) if not _too_deep(message)]
 
 
-# OpenCode
+# -- OpenCode
 
 _OPENCODE_EXPORT = _Pattern(rb'\s*\{\s*"info"\s*:\s*\{')
-_OPENCODE_LEGACY = os.sep + os.path.join("storage", "session", "")
-_OPENCODE_LINE = _Pattern(r" *(\d+)(?:\| ?|: )")  # how the read tool numbers lines
+_OPENCODE_LINE = _Pattern(r"(?m)^ *(\d{1,9})(?:\| ?|: )(.*)$")  # how the read tool numbers lines
+
+_Stored = namedtuple("_Stored", "path info messages places")
+_Stored.__doc__ = """A stored session: its file, facts, messages with their parts, and in which line
+of the file a message begins."""
 
 
 class OpenCodeReader(TranscriptReader):
-    """OpenCode: exported sessions, its SQLite database, and the folder of JSON files it had before.
-    Every assistant message is one call, or every step of one that has several; a session with a
-    parent is a sub-agent of it. Of a session that is in several places the database counts."""
+    """OpenCode: its SQLite database, and exported sessions. Every assistant message is one call, or
+    every step of one that has several; a session with a parent is a sub-agent of it."""
 
     name = "opencode"
     agent = "OPENCODE"
     stamp = rb'"created"\s*:\s*(\d{13})'
 
     def roots(self) -> List[str]:
+        from glob import escape, glob
         data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
         home = os.environ.get("OPENCODE_DATA_DIR") or os.path.join(data, "opencode")
-        names = sorted(os.listdir(home)) if os.path.isdir(home) else []
-        return [os.path.join(home, "storage", "session")] + [
-            os.path.join(home, name) for name in names
-            if name.startswith("opencode") and name.endswith(".db")]
+        return sorted(glob(os.path.join(escape(home), "opencode*.db")))
 
     def detect(self, path: str, head: bytes) -> bool:
         if head.startswith(b"SQLite format 3"):  # its tables may stand in the write-ahead log alone
             return os.path.basename(path).startswith("opencode")
-        return b'"ses_' in head and bool(_OPENCODE_EXPORT.match(head) or _OPENCODE_LEGACY in path)
+        return b'"ses_' in head and bool(_OPENCODE_EXPORT.match(head))
 
     def kin(self, path: str, head: bytes) -> List[str]:
-        """The ids of the session and of the one that called it."""
-        return [_value_in(head, key, b"ses_") for key in (b"id", b"parentID")]
+        """The ids of an exported session and of the one that called it."""
+        keys = (b"", b"") if path.endswith(".db") else (b"id", b"parentID")
+        return [_value_in(head, key, b"ses_") for key in keys]
 
-    def group(self, files: Dict[str, List[str]]) -> List[List[str]]:
-        """A database with the files it replaced; exports with those of their sub-agents."""
-        parents = {own: parent for own, parent in files.values() if parent}
-        units: Dict[str, List[str]] = {}
-        for path in sorted(files, key=lambda path: (not path.endswith(".db"), path)):
-            key = files[path][0] or path
-            if path.endswith(".db"):
-                key = os.path.dirname(path)
-            elif _OPENCODE_LEGACY in path:
-                key = path.partition(_OPENCODE_LEGACY)[0]
-            above = set()
-            while key in parents and key not in above:
-                above.add(key)
-                key = parents[key]
-            units.setdefault(key, []).append(path)
-        return list(units.values())
-
-    def read(self, paths: List[str], claim: Callable[..., bool],
-             skip: Callable[[str, int, str], None]) -> List[Session]:
+    def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         known: Dict[str, _Stored] = {}
         for path in paths:
-            for stored in _opencode_sessions(path, skip):
-                known.setdefault(stored.identity, stored)
+            read = _opencode_database if path.endswith(".db") else _opencode_export
+            for stored in read(path, skip):
+                known.setdefault(_text(stored.info, "id"), stored)
         sessions: List[Session] = []
-        for root in known.values():
-            if root.parent not in known:
+        for root in known:
+            if _text(known[root].info, "parentID") not in known:
                 family = [root]
                 for member in family:  # grows while it is walked
-                    family += [one for one in known.values() if one.parent == member.identity]
-                files = list(dict.fromkeys(member.path for member in family))
+                    family += [name for name, stored in known.items()
+                               if stored.info.get("parentID") == member]
+                files = list(dict.fromkeys(known[member].path for member in family))
                 told = Recorder(self, files, claim, skip)
                 for member in family:
-                    member.tell(told, "" if member is root else slug(member.identity))
+                    _opencode_session(told, known[member], "" if member is root else slug(member))
                 sessions += told.finish()
         return sessions
 
 
-def _opencode_sessions(path: str, skip: Callable[[str, int, str], None]) -> Iterator[_Stored]:
-    if path.endswith(".db"):
-        yield from _opencode_database(path, skip)
-        return
-    for _, entry in transcript_entries(path, skip):
-        if "info" in entry:
-            yield _Stored(path, _as_dict(entry["info"]), _as_list(entry, "messages"),
-                          places_of(path, rb"id"))
-        else:
-            yield _Stored(path, entry, _opencode_files(path, entry), {})
+def _opencode_export(path: str, skip: Skip) -> List[_Stored]:
+    return [_Stored(path, _as_dict(entry, "info"), _dicts(entry, "messages"),
+                    places_of(path, rb"id")) for _, entry in transcript_entries(path, skip)]
 
 
-def _opencode_files(path: str, info: Data) -> List[Any]:
-    """The messages of a session and their parts, each in a file of its own."""
-    storage = os.path.join(path.partition(_OPENCODE_LEGACY)[0], "storage")
-
-    def objects(kind: str, identity: str) -> List[Any]:
-        folder = os.path.join(storage, kind, slug(identity))
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        return [entry for name in names for _, entry in transcript_entries(
-            os.path.join(folder, name), lambda path, line, reason: None)]
-
-    return [{"info": message, "parts": objects("part", _text(message, "id"))}
-            for message in objects("message", _text(info, "id"))]
-
-
-def _opencode_database(path: str, skip: Callable[[str, int, str], None]) -> List[_Stored]:
+def _opencode_database(path: str, skip: Skip) -> List[_Stored]:
     """The sessions of a database, which is opened for reading only."""
     import sqlite3
+    from contextlib import closing
     from urllib.request import pathname2url
+    reason = ""
     for mode in ("mode=ro", "mode=ro&immutable=1"):  # the second where no lock file can be made
+        where = f"file:{pathname2url(path)}?{mode}"
         try:
-            base = sqlite3.connect(f"file:{pathname2url(path)}?{mode}", uri=True, timeout=5)
-            try:
+            with closing(sqlite3.connect(where, uri=True, timeout=5)) as base:
                 base.row_factory = sqlite3.Row
-                rows = {table: [_opencode_row(row) for row in base.execute(
+                sessions, messages, parts = ([_opencode_row(row) for row in base.execute(
                     f"SELECT rowid AS line, * FROM {table} ORDER BY id")]
-                    for table in ("session", "message", "part")}
-            finally:
-                base.close()
+                    for table in ("session", "message", "part"))
             break
         except sqlite3.Error as error:
             reason = f"cannot be read as a database: {error}"
     else:
         skip(path, 0, reason)
         return []
-    parts: Dict[str, List[Any]] = {}
-    for part in rows["part"]:
-        parts.setdefault(_text(part, "message_id"), []).append(part)
-    messages: Dict[str, List[Any]] = {}
-    for message in rows["message"]:
-        messages.setdefault(_text(message, "session_id"), []).append(
-            {"info": message, "parts": parts.get(_text(message, "id"), [])})
-    places = {message["id"]: message["line"] for message in rows["message"]}
-    return [_Stored(path, row, messages.get(row["id"], []), places) for row in rows["session"]]
+    below: Dict[str, List[Data]] = {}  # by the id of a message or of a session
+    for part in parts:
+        below.setdefault(_text(part, "message_id"), []).append(part)
+    for message in messages:
+        whole = {"info": message, "parts": below.get(_text(message, "id"), [])}
+        below.setdefault(_text(message, "session_id"), []).append(whole)
+    places = {_text(message, "id"): message["line"] for message in messages}
+    return [_Stored(path, row, below.get(_text(row, "id"), []), places) for row in sessions]
 
 
 def _opencode_row(row: Any) -> Data:
-    """A row's columns, and what its JSON in ``data`` says besides its id."""
-    values = dict(row)
-    values.update(_arguments(values.pop("data", "{}") or "{}"), id=values["id"])
-    values.setdefault("parentID", values.get("parent_id"))
-    values.setdefault("time", {"created": values.get("time_created"),
-                               "updated": values.get("time_updated")})
-    return values
+    """A row's columns, and what its JSON in ``data`` says, named as in an export."""
+    columns = dict(row)
+    times = {name: columns.get(f"time_{name}") for name in ("created", "updated")}
+    return {"parentID": columns.get("parent_id"), "time": times,
+            **_arguments(columns.get("data")), **columns}
 
 
-class _Stored:
-    """One stored session: its facts, and its messages with their parts."""
+def _opencode_time(value: Any, *keys: str) -> str:
+    return _iso_time(_integer(value, *keys) * 10**6)
 
-    def __init__(self, path: str, info: Data, messages: List[Any],
-                 places: Dict[str, int]):
-        self.path, self.info, self.messages, self.places = path, info, messages, places
-        self.identity, self.parent = _text(info, "id"), _text(info, "parentID")
 
-    def tell(self, told: Recorder, agent: str) -> None:
-        """Tell the session, the main one of its family or a sub-agent's."""
-        times = _as_dict(self.info, "time")
-        for moment in (times.get("updated"), times.get("created")):
-            told.at(_iso_time(_integer(moment) * 10**6), 1, self.path, agent)
-        facts = (_text(self.info, key) for key in ("directory", "version"))
-        told.session(self.identity, *facts)
-        for message in map(_as_dict, self.messages):
-            info = _as_dict(message, "info")
-            began = _as_dict(info, "time").get("created")
-            told.at(_iso_time(_integer(began) * 10**6), self.places.get(_text(info, "id"), 1))
-            parts = list(map(_as_dict, _as_list(message, "parts")))
-            if info.get("role") == "assistant":
-                self._answer(told, info, parts)
-            else:
-                self._prompt(told, parts)
-        told.session(task=_text(self.info, "title"))
-
-    @staticmethod
-    def _prompt(told: Recorder, parts: List[Data]) -> None:
+def _opencode_session(told: Recorder, stored: _Stored, agent: str) -> None:
+    """Tell a session, the main one of its family or a sub-agent's."""
+    for name in ("updated", "created"):
+        told.at(_opencode_time(stored.info, "time", name), 1, stored.path, agent)
+    told.session(*(_text(stored.info, name) for name in ("id", "directory", "version")))
+    for message in stored.messages:
+        info, parts = _as_dict(message, "info"), _dicts(message, "parts")
+        line = stored.places.get(_text(info, "id"), 1)
+        told.at(_opencode_time(info, "time", "created"), line)
+        if info.get("role") == "assistant":
+            _opencode_answer(told, info, parts)
+            continue
         for part in parts:
             text = _text(part, "text")
             if text and part.get("synthetic") is True:
                 told.context(Source.ATTACHMENT, len(text))
             elif text:
                 told.prompt(text)
+    told.session(task=_text(stored.info, "title"))
 
-    def _answer(self, told: Recorder, info: Data, parts: List[Data]) -> None:
-        """A message of the model: a call, or one for each of its steps."""
-        steps: List[List[Data]] = [[]]
-        for part in parts:
-            steps[-1].append(part)
-            if part.get("type") == "step-finish" and any(_opencode_usage(part)[0]):
-                steps.append([])
-        several = len(steps) > 2  # where there is one, the message repeats its tokens
-        for number, step in enumerate(steps[:-1] if several else [parts]):
-            self._step(told, info, step, f"{info.get('id')}" + (f"/{number}" if number else ""),
-                       step[-1] if several else info)
-        if info.get("summary") is True:
-            told.compaction(sum(len(_text(part, "text")) for part in parts))
 
-    def _step(self, told: Recorder, info: Data, parts: List[Data],
-              identity: str, metered: Data) -> None:
+def _opencode_answer(told: Recorder, info: Data, parts: List[Data]) -> None:
+    """Tell a message of the model: a call, or one for each of its steps."""
+    ends = [end for end, part in enumerate(parts, 1)
+            if part.get("type") == "step-finish" and any(_opencode_usage(part)[0])]
+    steps = [(parts[start:end], parts[end - 1]) for start, end in zip([0] + ends, ends)]
+    if len(steps) < 2:  # the message repeats the tokens of its only step
+        steps = [(parts, info)]
+    for number, (step, metered) in enumerate(steps):
         usage, thoughts = _opencode_usage(metered)
-        error = _as_dict(info, "error")
-        if not any(usage) and error:
-            text = _text(error, "data", "message")
-            told.call_failed(text or _text(error, "name"))
-        elif any(usage) or parts:
+        identity = f"{info.get('id')}" + (f"/{number}" if number else "")
+        if any(usage) or step and not info.get("error"):
             told.call(identity, _text(info, "modelID"), usage if any(usage) else None,
                       thoughts=thoughts or None)
-        for part in parts:
-            text = _text(part, "text")
-            if part.get("type") == "text":
-                told.call(identity, "", None, text=len(text))
-            elif part.get("type") == "reasoning" and not thoughts:
-                told.call(identity, "", None, thinking=len(text))
-            elif part.get("type") == "tool":
+        elif info.get("error"):
+            told.call_failed(
+                _text(info, "error", "data", "message") or _text(info, "error", "name"))
+        for part in step:
+            kind, size = part.get("type"), len(_text(part, "text"))
+            if kind == "text":
+                told.call(identity, "", None, text=size)
+            elif kind == "reasoning" and not thoughts:
+                told.call(identity, "", None, thinking=size)
+            elif kind == "tool":
                 _opencode_tool(told, part)
+    if info.get("summary") is True:
+        told.compaction(sum(len(_text(part, "text")) for part in parts))
 
 
 def _opencode_usage(metered: Data) -> Tuple[Usage, int]:
     """The usage of a message or a step, and the reasoning in its output. Output contains reasoning,
     but where the total or the sizes show otherwise."""
     tokens = _as_dict(metered, "tokens")
-    entered, output, thoughts = (_counted(tokens, k) for k in ("input", "output", "reasoning"))
+    entered, output, thoughts, total = (
+        _counted(tokens, key) for key in ("input", "output", "reasoning", "total"))
     read, write = (_counted(tokens, "cache", key) for key in ("read", "write"))
-    apart = thoughts > output or _counted(tokens, "total") == (
-        entered + output + thoughts + read + write)
+    apart = thoughts > output or total == entered + output + thoughts + read + write
     return Usage(entered, write, 0, read, output + thoughts * apart), thoughts
 
 
 def _opencode_tool(told: Recorder, part: Data) -> None:
-    """Tell a tool call and what it returned."""
-    state = _as_dict(part, "state")
-    name, key = _text(part, "tool"), f"{part.get('callID')}:{part.get('id')}"
-    arguments, times = _arguments(state.get("input")), _as_dict(state, "time")
-    told.at(_iso_time(_integer(times, "start") * 10**6))
+    """Tell a tool call and what it returned, unless it was still running."""
+    state, name = _as_dict(part, "state"), _text(part, "tool")
+    key, arguments = f"{part.get('callID')}:{part.get('id')}", _arguments(state.get("input"))
     if "patchText" in arguments:
-        arguments = dict(arguments, patch=arguments["patchText"])
+        arguments["patch"] = arguments["patchText"]
+    told.at(_opencode_time(state, "time", "start"))
     told.tool(key, name, arguments)
-    if state.get("status") not in ("completed", "error"):
-        return  # it was still running
-    told.at(_iso_time(_integer(times, "end") * 10**6))
-    metadata, text = _as_dict(state, "metadata"), _text(state, "output")
-    size, failed = len(text), state.get("status") == "error" or name == "invalid"
-    if state.get("status") == "error":
-        text = _text(state, "error")
-        size = len(text)
-    elif _integer(metadata, "exit"):
-        failed, text = True, f"Exit code {metadata['exit']}\n{text}"
-    lines = (0, 0, 0)
-    if name == "read" and not failed:
+    told.at(_opencode_time(state, "time", "end"))
+    status, code = state.get("status"), _integer(state, "metadata", "exit")
+    text = _text(state, "error" if status == "error" else "output")
+    size, lines = len(text), (0, 0, 0)
+    failed = status == "error" or name == "invalid" or bool(code)
+    if code and status == "completed":
+        text = f"Exit code {code}\n{text}"
+    elif name == "read" and not failed:
         text, lines = _opencode_lines(text)
-    cut = metadata.get("truncated") is True
-    told.returned(key, text, size, failed=failed, lines=lines, cut=cut)
+    if status in ("completed", "error"):
+        told.returned(key, text, size, failed=failed, lines=lines,
+                      cut=_under(state, ("metadata", "truncated")) is True)
 
 
 def _opencode_lines(text: str) -> Tuple[str, Tuple[int, int, int]]:
     """A file's own lines without the frame and the numbers around them; where they begin and how
     many."""
-    numbered = [(match, line) for match, line in
-                ((_OPENCODE_LINE.match(line), line) for line in text.split("\n")) if match]
+    numbered = _OPENCODE_LINE.findall(text)
     if not numbered:
         return text, (0, 0, 0)
-    first = int(numbered[0][0].group(1))
-    return "\n".join(line[match.end():] for match, line in numbered), (first, len(numbered), 0)
+    return "\n".join(line for _, line in numbered), (int(numbered[0][0]), len(numbered), 0)
 
 
 READERS: List[TranscriptReader] = [
@@ -9033,99 +8915,74 @@ def estimated_tokens(characters: int) -> int:
 
 
 def hook_event(payload: Data) -> Optional[SessionEvent]:
-    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. No
-    prompt and no output is kept. Tokens are estimates (``data["estimated"]``): a hook knows texts,
-    not usage."""
-    told, kind = _hook_recorder(payload), payload.get("hook_event_name")
-    prompt, answer = (_text(payload, name) for name in ("prompt", "last_assistant_message"))
-    if kind == "UserPromptSubmit":
-        event = told.prompt(prompt)
-        event.tokens_input = estimated_tokens(len(prompt))
-    elif kind in ("Stop", "SubagentStop"):
-        event = told.call("", "", None)
-        event.tokens_output = estimated_tokens(len(answer))
-        if kind == "SubagentStop":
-            event.event_type = EventType.CUSTOM
-            agent_type = _text(payload, "agent_type")[:80]
-            event.data.update(source="sub-agent", agent_type=agent_type)
-    elif kind == "PreCompact":
-        event = told.compaction(trigger=_text(payload, "trigger")[:20])
-    elif kind in ("PostToolUse", "PostToolUseFailure"):
-        event = _hook_result(payload, told)
-    else:
-        return None
-    if event.tokens:
-        event.data["estimated"] = True
-    event.duration_ms = _counted(payload, "duration_ms")
-    return _unplaced(event)
-
-
-def _hook_recorder(payload: Data) -> Recorder:
-    told = Recorder(ClaudeCodeReader(), [""])
+    """The event that a hook of Claude Code tells of, without an id; None where it tells of none. Of
+    a call to be made it is the one a scan would make. No prompt and no output is kept. Tokens are
+    estimates (``data["estimated"]``): a hook knows texts, not usage, line or response."""
+    told, kind = Recorder(ClaudeCodeReader(), [""]), payload.get("hook_event_name")
     told.session(cwd=_text(payload, "cwd"))
     told.at(now_text(), agent=_text(payload, "agent_id"))
-    return told
-
-
-def _unplaced(event: SessionEvent) -> SessionEvent:
-    """A hook knows neither the line of a transcript nor a response."""
+    entered = written = 0
+    if kind == "UserPromptSubmit":
+        event, entered = told.prompt(_text(payload, "prompt")), len(_text(payload, "prompt"))
+    elif kind in ("Stop", "SubagentStop"):
+        event, written = told.call("", "", None), len(_text(payload, "last_assistant_message"))
+        if kind == "SubagentStop":
+            event.event_type = EventType.CUSTOM
+            event.data.update(source="sub-agent", agent_type=_text(payload, "agent_type")[:80])
+    elif kind == "PreCompact":
+        event = told.compaction(trigger=_text(payload, "trigger")[:20])
+    elif kind in ("PreToolUse", "PostToolUse", "PostToolUseFailure"):
+        arguments = payload.get("tool_input")
+        event = told.tool("call", _text(payload, "tool_name"), arguments)
+        written = len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":")))
+        entered = 0 if kind == "PreToolUse" else _hook_result(told, payload)
+    else:
+        return None
+    event.tokens_input, event.tokens_output = map(estimated_tokens, (entered, written))
+    event.data.update({"estimated": True} if event.tokens else {})
+    event.duration_ms = _counted(payload, "duration_ms")
     for name in ("line", "response_id"):
         event.data.pop(name, None)
     return event
 
 
-def hook_call(payload: Data, told: Optional[Recorder] = None) -> SessionEvent:
-    """The tool call a hook tells of, as a scan would make it."""
-    told, arguments = told or _hook_recorder(payload), payload.get("tool_input")
-    event = told.tool("call", _text(payload, "tool_name"), arguments)
-    size = len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":")))
-    event.tokens_output = estimated_tokens(size)
-    return _unplaced(event)
-
-
-def _hook_result(payload: Data, told: Recorder) -> SessionEvent:
-    event, response = hook_call(payload, told), payload.get("tool_response")
+def _hook_result(told: Recorder, payload: Data) -> int:
+    """Tell what the tool call returned; its size in characters."""
     if payload["hook_event_name"] == "PostToolUseFailure":
-        text, size = _text(payload, "error"), len(_text(payload, "error"))
+        text = _text(payload, "error")
         told.returned("call", text, failed=True,
                       kind="interrupted" if payload.get("is_interrupt") is True else "")
-    else:
-        details = _as_dict(response)
-        text, size = _response_text(response)
-        cut = bool(details.get("persistedOutputPath")) or True in (
-            details.get("interrupted"), details.get("truncated"))
-        unchanged = details.get("type") == "file_unchanged"
-        told.returned("call", None if unchanged else text, lines=_file_lines(details), cut=cut)
-        if unchanged:
-            event.data["unchanged"] = True
-    event.tokens_input = estimated_tokens(size)
-    return event
+        return len(text)
+    details = _as_dict(payload, "tool_response")
+    text, size = _response_text(payload.get("tool_response"))
+    cut = bool(details.get("persistedOutputPath")) or True in (
+        details.get("interrupted"), details.get("truncated"))
+    unchanged = details.get("type") == "file_unchanged"
+    event = told.returned("call", None if unchanged else text, lines=_file_lines(details), cut=cut)
+    event.data.update({"unchanged": True} if unchanged else {})
+    return size
 
 
 def _response_text(response: Any) -> Tuple[str, int]:
     """The text of a tool's structured response as near as can be to what the model is shown, and
     its size in characters."""
-    if isinstance(_as_dict(response).get("content"), list):
-        response = response["content"]
-    if isinstance(response, (str, list)):
-        return _content(response)
-    details = _as_dict(response)
-    file = _as_dict(details, "file")
-    if details.get("isImage") is True or "base64" in file:
-        return digest_of(json.dumps(response, default=str)), IMAGE_CHARACTERS
+    details, (text, size) = _as_dict(response), _content(response)
+    images = size - len(text)
+    if details.get("isImage") is True or "base64" in _as_dict(details, "file"):
+        return digest_of(_as_json(response)), IMAGE_CHARACTERS
     if "structuredPatch" in details:  # a write: the model is shown what changed, not the file
-        text = "\n".join(_text(line) for hunk in _as_list(details["structuredPatch"])
+        text = "\n".join(_text(line) for hunk in _dicts(details, "structuredPatch")
                          for line in _as_list(hunk, "lines"))
     elif "stdout" in details:
-        text = "\n".join(filter(None, map(_text, (details["stdout"], details.get("stderr")))))
-    else:
+        text = "\n".join(filter(None, (_text(details, "stdout"), _text(details, "stderr"))))
+    elif details and not text:
         names = "\n".join(map(str, _as_list(details, "filenames")))
-        found = (file.get("content"), details.get("content"), details.get("result"), names)
-        text = next(filter(None, map(_text, found)), "")
-        if not text and not file and "filenames" not in details:
-            rest = {key: value for key, value in details.items() if not key.startswith("duration")}
-            text = json.dumps(rest, default=str)
-    return text, min(len(text), _PERSISTED) if details.get("persistedOutputPath") else len(text)
+        text = _text(details, "file", "content") or _text(details, "result") or names
+        if not text and details.keys().isdisjoint(("file", "filenames")):
+            text = _as_json({key: value for key, value in details.items()
+                             if not key.startswith("duration")})
+    size = len(text) + images
+    return text, min(size, _PERSISTED) if details.get("persistedOutputPath") else size
 
 
 _REVIVING = ("SessionStart", "UserPromptSubmit")  # an ended session goes on with these
@@ -9140,21 +8997,20 @@ def _transcript_of(told: Data) -> str:
 
 def _last_model(path: str) -> str:
     """The model of a transcript's last answer; "" where its end holds none."""
+    last = ""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD_SIZE))
             lines = file.read().split(b"\n")
     except OSError:
         return ""
-    for line in reversed(lines):
+    for line in lines:
         try:
-            told = json.loads(line) if b'"assistant"' in line else {}
-        except ValueError:
+            model = _text(json.loads(line), "message", "model")
+        except (ValueError, RecursionError):
             continue  # the first line is cut
-        model = _text(told, "message", "model")
-        if model and model[0] != "<":
-            return model.lower()
-    return ""
+        last = model.lower() if model and model[0] != "<" else last
+    return last
 
 
 def _agent_runs(metadata: Data) -> bool:
@@ -9192,7 +9048,8 @@ class LiveHooks:
         if not all(_text(payload, key) for key in ("session_id", "hook_event_name")):
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
         session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
-        event, known = hook_event(payload), os.path.lexists(self.store.find(session_id))
+        event = hook_event(payload) if kind != "PreToolUse" else None
+        known = os.path.lexists(self.store.find(session_id))
         if kind == "SessionEnd":
             if not known or self._caught_up(session_id, payload):
                 return None
@@ -9283,9 +9140,9 @@ class LiveHooks:
 
     def guard(self, payload: Data, deny: bool) -> Optional[Data]:
         """See ``SessionOptimizer.guard``."""
-        if payload.get("hook_event_name") != "PreToolUse":
+        session_id, call = slug(_text(payload, "session_id")), hook_event(payload)
+        if payload.get("hook_event_name") != "PreToolUse" or call is None:
             return None
-        session_id, call = slug(_text(payload, "session_id")), hook_call(payload)
         agent, read = _text(payload, "agent_id"), call.event_type is EventType.FILE_READ
         data = dict(call.data, content="same") if read else call.data  # the file's own time tells
         repeat = self.optimizer.would_repeat(session_id, call.event_type, data, agent)

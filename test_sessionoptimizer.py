@@ -5354,21 +5354,6 @@ def opencode_database(path, exports):
     return base
 
 
-def opencode_tree(root, exports):
-    """The same as the folder of JSON files that older versions kept."""
-    for export in exports:
-        info = export["info"]
-        files = {os.path.join("session", "p", info["id"]): info}
-        for message in export["messages"]:
-            files[os.path.join("message", info["id"], message["info"]["id"])] = message["info"]
-            for part in message["parts"]:
-                files[os.path.join("part", message["info"]["id"], part["id"])] = part
-        for name, value in files.items():
-            path = os.path.join(str(root), "storage", name + ".json")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write(path, json.dumps(value))
-
-
 def told_by(optimizer, path):
     result = optimizer.scan([str(path)], store=False)
     return [(row["task"], row["tokens"], row["model_calls"], row["waste"], row["started_at"],
@@ -5376,21 +5361,12 @@ def told_by(optimizer, path):
 
 
 @pytest.mark.parametrize("case", sorted(os.listdir(OPENCODE_SAMPLES)))
-def test_opencode_says_the_same_in_exports_database_and_files(optimizer, tmp_path, case):
+def test_opencode_says_the_same_in_exports_and_database(optimizer, tmp_path, case):
     exports = opencode_exports(case)
     expected = told_by(optimizer, os.path.join(OPENCODE_SAMPLES, case))
     assert len(expected) == 1
-    (tmp_path / "base").mkdir()
-    open_base = opencode_database(tmp_path / "base" / "opencode.db", exports)  # open, as while the program runs
-    assert told_by(optimizer, tmp_path / "base") == expected
-    opencode_tree(tmp_path / "tree", [
-        dict(export, messages=[dict(m, info=dict(m["info"], id="msg_%04d" % n), parts=[
-            dict(part, id="prt_%04d" % k) for k, part in enumerate(m["parts"])])
-            for n, m in enumerate(export["messages"], 100 * place)])
-        for place, export in enumerate(exports)])
-    assert told_by(optimizer, tmp_path / "tree") == expected
-    opencode_tree(tmp_path / "base", exports)  # an older copy beside the database counts once
-    assert told_by(optimizer, tmp_path / "base") == expected
+    open_base = opencode_database(tmp_path / "opencode.db", exports)  # open, as while the program runs
+    assert told_by(optimizer, tmp_path) == expected
     open_base.close()
 
 
