@@ -5277,6 +5277,28 @@ def test_a_live_session_that_was_deleted_stays_deleted(agent):
     assert [row["id"] for row in agent.optimizer.scan([str(path)], again=True)["sessions"]] == [agent.id]
 
 
+@pytest.mark.parametrize("queries, recorded, repeated", [
+    (["release notes", "changelog"], True, True), (["release notes", "license"], True, False),
+    (["release notes", "changelog"], False, False)])
+def test_all_queries_of_a_web_search_are_compared(optimizer, tmp_path, queries, recorded, repeated):
+    """Two calls that agree in the first query are one search where they agree in all of them."""
+    items = [("session_meta", {"id": "a-thread", "cwd": "/p", "cli_version": "0.98.0"})]
+    for number, asked in enumerate((["release notes", "changelog"], queries, ["roadmap"]), 1):
+        call = {"type": "web_search_call", "action": {"type": "search", "query": asked[0], "queries": asked}}
+        items.append(("response_item", dict(call, call_id="c%d" % number) if recorded else call))
+        items.append(("event_msg", {"type": "token_count", "info": {"total_token_usage": {
+            "input_tokens": 9_000 * number + 500 * number ** 2, "output_tokens": 50 * number}}}))
+        if recorded:
+            items.append(("response_item", {"type": "function_call_output", "call_id": "c%d" % number, "output": " ".join(asked) * 90}))
+    write(str(tmp_path / "rollout-1.jsonl"), "".join(json.dumps(
+        {"timestamp": "2026-11-20T10:00:%02dZ" % second, "type": kind, "payload": payload}) + "\n"
+        for second, (kind, payload) in enumerate(items)))
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    searches = [event.data["query"] for event in optimizer.get_session(row["id"]).events if "query" in event.data]
+    assert searches == ["release notes | changelog", " | ".join(queries), "roadmap"]
+    assert [issue["issue_type"] == "REPEATED_SEARCH" for issue in row["issues"] if issue["measured"]] == [True] * repeated
+
+
 def hooks_of(path):
     """The hook payloads that the calls of a transcript would have made, by the line of the call."""
     calls, payloads = {}, {}
