@@ -7446,6 +7446,8 @@ class Recorder:
 if TYPE_CHECKING:
     Claim = Callable[..., bool]  # of the id of a response and its output tokens
     Skip = Callable[[str, int, str], None]  # of a file, a line and what is damaged there
+    Lines = Tuple[int, int, int]  # of a file: the first one shown, how many, how many it has
+    Texts = Dict[str, str]
 
 
 class TranscriptReader:
@@ -7634,18 +7636,31 @@ def _under(value: Any, keys: Iterable[str]) -> Any:
 
 def _text(value: Any, *keys: str) -> str:
     """What stands under the keys where it is a text, else ""."""
-    value = _under(value, keys)
+    for key in keys:  # not by `_under`: this is called for every field of every line
+        value = value.get(key) if value.__class__ is dict else None
     return value if value.__class__ is str else ""
+
+
+def _texts(value: Any, *names: str) -> List[str]:
+    """What stands under each of these keys of an object, "" for what is no text."""
+    return [_text(value, name) for name in names]
 
 
 def _first_text(value: Any, *names: str) -> str:
     """The first of these keys' values that is a text and says something; "" where none is."""
-    return next(filter(None, (_text(value, name) for name in names)), "")
+    return next(filter(None, _texts(value, *names)), "")
+
+
+def _counts(value: Any, *names: str) -> List[int]:
+    """The token counts under these keys of an object, each 0 where there is none (`_count_of`)."""
+    value = _as_dict(value)
+    return [_count_of(value.get(name)) for name in names]
 
 
 def _as_dict(value: Any, *keys: str) -> Data:
     """What stands under the keys where it is an object, else an empty one."""
-    value = _under(value, keys)
+    for key in keys:
+        value = value.get(key) if value.__class__ is dict else None
     return value if value.__class__ is dict else {}
 
 
@@ -7657,11 +7672,6 @@ def _as_list(value: Any, *keys: str) -> List[Any]:
 def _dicts(value: Any, *keys: str) -> List[Data]:
     """The objects of the list under the keys; none where there is no list."""
     return [part for part in _as_list(value, *keys) if part.__class__ is dict]
-
-
-def _counted(value: Any, *keys: str) -> int:
-    """The token count under the keys; 0 where there is none (`_count_of`)."""
-    return _count_of(_under(value, keys))
 
 
 def _time_text(value: Any) -> str:
@@ -7740,16 +7750,15 @@ class _ClaudeSession:
 
     def __init__(self, told: Recorder):
         self.told = told
-        self.facts: Dict[str, str] = {}    # of the first line that has each
         self.final: Optional[bool] = None  # whether an output without a stop reason is the last
-        self.command = ""                  # the first slash command, for want of a prompt
+        self.command = self.version = ""   # the first slash command, for want of a prompt
         self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
         self.agent = ""                    # whose line is told
         self.called = False                # whether the main agent's context holds a response
         self.uuids: set[str] = set()
         self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
                      "attachment": self._attachment}
-        self.roots: Dict[str, str] = {}    # by uuid of an inline sidechain's line: its agent
+        self.roots: Texts = {}             # by uuid of an inline sidechain's line: its agent
         self.echoes: List[Tuple[str, int, str, Data]] = []
 
     def read(self) -> List[Session]:
@@ -7775,7 +7784,7 @@ class _ClaudeSession:
             self.told.returned(key, None, len(text.split(b'"toolUseResult"')[0]), cut=True)
 
     def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
-        if len(self.facts) < 3:
+        if not self.version:
             self._note_facts(entry)
         kind = _text(entry, "type")
         if kind in ("progress", "attachment"):
@@ -7795,11 +7804,10 @@ class _ClaudeSession:
                      overhead=_OVERHEAD.get(agent.partition("-")[0], ""))
 
     def _note_facts(self, entry: Data) -> None:
-        found = {name: _text(entry, name) for name in ("sessionId", "cwd", "version")}
-        self.facts = {**{name: text for name, text in found.items() if text}, **self.facts}
-        self.told.session(*(_text(self.facts, name) for name in found))
-        numbers = re.findall(r"\d{1,9}", _text(self.facts, "version"))
-        self.final = False if tuple(map(int, numbers[:3])) >= _PLACEHOLDERS_FROM else None
+        identity, cwd, self.version = _texts(entry, "sessionId", "cwd", "version")
+        self.told.session(identity, cwd, self.version)
+        numbers = map(int, re.findall(r"\d{1,9}", self.version)[:3])
+        self.final = False if tuple(numbers) >= _PLACEHOLDERS_FROM else None
 
     def _agent_of(self, entry: Data, own: str) -> str:
         """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
@@ -7905,8 +7913,9 @@ class _ClaudeSession:
         if subtype == "compact_boundary":
             self.told.compaction()
         elif subtype == "microcompact_boundary":
-            keys = map(_text, _as_list(entry, "microcompactMetadata", "compactedToolIds"))
-            self.told.cleared(keys, _counted(entry, "microcompactMetadata", "tokensSaved"))
+            cleared = _as_dict(entry, "microcompactMetadata")
+            keys = map(_text, _as_list(cleared, "compactedToolIds"))
+            self.told.cleared(keys, *_counts(cleared, "tokensSaved"))
         elif subtype == "api_error":
             self.told.call_failed(kind="transient")
 
@@ -7950,19 +7959,22 @@ def _without_reminders(text: str) -> str:
     return text
 
 
-def _file_lines(details: Any) -> Tuple[int, int, int]:
+def _file_lines(details: Any) -> Lines:
     """The first line, how many, and how many the file has, as a read's details tell them."""
-    file = _as_dict(details, "file")
-    return _counted(file, "startLine"), _counted(file, "numLines"), _counted(file, "totalLines")
+    first, count, total = _counts(
+        _as_dict(details, "file"), "startLine", "numLines", "totalLines")
+    return first, count, total
 
 
 def _claude_usage(usage: Data) -> Usage:
-    hour, minutes = (_counted(usage, "cache_creation", f"ephemeral_{time}_input_tokens")
-                     for time in ("1h", "5m"))
-    written = _counted(usage, "cache_creation_input_tokens") or hour + minutes
+    hour, minutes = _counts(usage.get("cache_creation"), "ephemeral_1h_input_tokens",
+                            "ephemeral_5m_input_tokens")
+    entered, written, read, output = _counts(
+        usage, "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
+        "output_tokens")
+    written = written or hour + minutes
     hour = min(hour, written)
-    return Usage(_counted(usage, "input_tokens"), written - hour, hour,
-                 _counted(usage, "cache_read_input_tokens"), _counted(usage, "output_tokens"))
+    return Usage(entered, written - hour, hour, read, output)
 
 
 # -- Codex CLI
@@ -8042,12 +8054,12 @@ class _Rollout:
         self.own = self.lineage = self.turn = self.model = self.version = self.effort = ""
         self.now = ""
         self.compacted = False  # since the last metered call
-        self.total: Tuple[int, ...] = ()
+        self.total: List[int] = []  # input, cached and written in it, output, reasoning in it
         self.call = self.called_at = ""  # a metered call that takes what follows; its time
         # Time, line, whether the model wrote it, item.
         self.waiting: List[Tuple[str, int, bool, Data]] = []
-        self.open: Dict[str, Data] = {}    # tool calls by their key
-        self.running: Dict[str, str] = {}  # keys by id of a process
+        self.open: Data = {}               # tool calls by their key
+        self.running: Texts = {}           # keys by id of a process
 
     def tell(self) -> bool:
         """Tell the file; False when it holds no line of a rollout."""
@@ -8066,16 +8078,17 @@ class _Rollout:
 
     def _meta(self, meta: Data) -> None:
         if not self.own:  # forks and spawned threads repeat their ancestors' after their own
-            self.own, self.version = _text(meta, "id"), _text(meta, "cli_version")
-            self.lineage = _text(meta, "forked_from_id") or self.own
-            self.told.at(_text(meta, "timestamp"))
-            self.told.session(self.own, _text(meta, "cwd"), self.version)
+            self.own, cwd, self.version, stamp, ancestor = _texts(
+                meta, "id", "cwd", "cli_version", "timestamp", "forked_from_id")
+            self.lineage = ancestor or self.own
+            self.told.at(stamp)
+            self.told.session(self.own, cwd, self.version)
 
     def _turn(self, turn: Data) -> None:
-        self.model = _text(turn, "model").lower() or self.model
-        self.turn = _text(turn, "turn_id") or self.turn
-        self.effort = _text(turn, "effort") or self.effort
-        self.told.session(cwd=_text(turn, "cwd"))
+        model, name, effort, cwd = _texts(turn, "model", "turn_id", "effort", "cwd")
+        self.model, self.turn = model.lower() or self.model, name or self.turn
+        self.effort = effort or self.effort
+        self.told.session(cwd=cwd)
 
     def _message(self, message: Data) -> None:
         kind = message.get("type")
@@ -8094,10 +8107,11 @@ class _Rollout:
     # usage
 
     def _token_count(self, info: Data) -> None:
-        total, last = (_codex_usage(info, f"{name}_token_usage") for name in ("total", "last"))
+        total, last = (_counts(info[name], *_CODEX_USAGE) if _as_dict(info, name) else []
+                       for name in ("total_token_usage", "last_token_usage"))
         spent = last or total
         if total and self.total:
-            growth = tuple(new - old for new, old in zip(total, self.total))
+            growth = [new - old for new, old in zip(total, self.total)]
             if not any(growth):
                 return  # said again; ``last`` may differ after a compaction
             spent = growth if min(growth) >= 0 else spent
@@ -8153,14 +8167,17 @@ class _Rollout:
             self.open[key] = item
         elif key not in self.open and kind.endswith(("_output", "_end")):
             return  # of a call that is not told
-        then, now = seconds_of(self.called_at), seconds_of(self.now)
-        late = then is not None and now is not None and now - then > _LAYOUT_GAP
-        if wrote and late or _is_prompt(item):
+        if self.call and (wrote and self._late() or _is_prompt(item)):
             self.call = ""
         if self.call if wrote else not self.waiting:
             self._tell(item, self.call)
         else:
             self.waiting.append((self.now, self.line, wrote, item))
+
+    def _late(self) -> bool:
+        """Whether it is too long since the metered call that would take what follows."""
+        then, now = seconds_of(self.called_at), seconds_of(self.now)
+        return then is not None and now is not None and now - then > _LAYOUT_GAP
 
     def _key(self, item: Data) -> str:
         identity = _text(item, "call_id")
@@ -8193,9 +8210,9 @@ class _Rollout:
             raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
         elif kind == "web_search_call":
             queries = " | ".join(filter(None, map(_text, _as_list(action, "queries"))))
-            raw = {"pattern": _text(action, "pattern"), "query": queries or _text(action, "query"),
-                   "url": _text(action, "url")}
-            raw = {name: text for name, text in raw.items() if text}
+            raw = dict(zip(("pattern", "query", "url"), _texts(action, "pattern", "query", "url")))
+            raw["query"] = queries or raw["query"]
+            raw = {key: text for key, text in raw.items() if text}
         if _text(item, "namespace"):
             name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")
         arguments = _arguments(raw)
@@ -8238,13 +8255,6 @@ class _Rollout:
 def _is_prompt(item: Data) -> bool:
     return item.get("type") == "message" and item.get("role") == "user" \
         and not _INJECTED.match(_content(item.get("content"))[0])
-
-
-def _codex_usage(info: Data, name: str) -> Tuple[int, ...]:
-    """Input (cached included), cached, cache writes, output (reasoning included), reasoning;
-    nothing where there is no usage."""
-    usage = _as_dict(info, name)
-    return tuple(_counted(usage, key) for key in _CODEX_USAGE) if usage else ()
 
 
 def _codex_outcome(output: Any) -> Outcome:
@@ -8332,7 +8342,7 @@ class _Chat:
             messages = _dicts(header, "messages")
             if header:
                 self.identity = self.identity or _text(header, "sessionId") or stem
-                self.times += [_text(header, key) for key in ("startTime", "lastUpdated")]
+                self.times += _texts(header, "startTime", "lastUpdated")
             elif "$rewindTo" in entry:
                 self.order.append("")
             else:
@@ -8400,8 +8410,8 @@ def _gemini_usage(message: Data) -> Tuple[Optional[Usage], Optional[int]]:
     told."""
     if message.get("tokens").__class__ is not dict:
         return None, None
-    entered, output, cached, thoughts, tool = (_counted(message, "tokens", key) for key in (
-        "input", "output", "cached", "thoughts", "tool"))
+    entered, output, cached, thoughts, tool = _counts(
+        message["tokens"], "input", "output", "cached", "thoughts", "tool")
     cached = min(cached, entered)
     return Usage(entered - cached + tool, 0, 0, cached, output + thoughts), thoughts
 
@@ -8479,15 +8489,15 @@ class OtelReader(TranscriptReader):
         for path in paths:
             for span in _spans_of(path, note):
                 spans.setdefault((span.trace, span.id), span)
-        by_trace: Dict[str, str] = {}
+        by_trace: Texts = {}
         for span in spans.values():
             if span.conversation:
                 by_trace.setdefault(span.trace, span.conversation)
         conversations: Dict[str, List[_Span]] = {}
         for span in sorted(spans.values(), key=lambda span: span.start):
-            above = (one.conversation for one in _ancestry(span, spans))
-            identity = next(filter(None, above), "") or by_trace.get(span.trace) or span.trace
-            conversations.setdefault(identity, []).append(span)
+            above = next((one.conversation for one in _ancestry(span, spans) if one.conversation),
+                         by_trace.get(span.trace, span.trace))
+            conversations.setdefault(above, []).append(span)
         sessions: List[Session] = []
         for identity, members in conversations.items():
             if any(span.operation for span in members):
@@ -8597,8 +8607,8 @@ class _Conversation:
     def __init__(self, told: Recorder, members: List[_Span],
                  spans: Dict[Tuple[str, str], _Span]):
         self.told, self.members, self.spans = told, members, spans
-        self.seen: Dict[str, int] = {}   # how many input messages each agent's window has seen
-        self.open: Dict[str, str] = {}   # keys of tool calls whose result no span gave, by their id
+        self.seen: Data = {}   # how many input messages each agent's window has seen
+        self.open: Texts = {}  # keys of tool calls whose result no span gave, by their id
         calls = [span for span in members if span.operation in _MODEL_CALLS]
         self.above = {one.id for span in calls for one in _ancestry(span, spans) if one is not span}
         # Cached tokens are part of the input by convention; a call with more shows otherwise.
@@ -8810,7 +8820,7 @@ def _opencode_session(told: Recorder, stored: _Stored, agent: str) -> None:
     """Tell a session, the main one of its family or a sub-agent's."""
     for name in ("updated", "created"):
         told.at(_opencode_time(stored.info, "time", name), 1, stored.path, agent)
-    told.session(*(_text(stored.info, name) for name in ("id", "directory", "version")))
+    told.session(*_texts(stored.info, "id", "directory", "version"))
     for message in stored.messages:
         info, parts = _as_dict(message, "info"), _dicts(message, "parts")
         line = stored.places.get(_text(info, "id"), 1)
@@ -8859,9 +8869,8 @@ def _opencode_usage(metered: Data) -> Tuple[Usage, int]:
     """The usage of a message or a step, and the reasoning in its output. Output contains reasoning,
     but where the total or the sizes show otherwise."""
     tokens = _as_dict(metered, "tokens")
-    entered, output, thoughts, total = (
-        _counted(tokens, key) for key in ("input", "output", "reasoning", "total"))
-    read, write = (_counted(tokens, "cache", key) for key in ("read", "write"))
+    entered, output, thoughts, total = _counts(tokens, "input", "output", "reasoning", "total")
+    read, write = _counts(tokens.get("cache"), "read", "write")
     apart = thoughts > output or total == entered + output + thoughts + read + write
     return Usage(entered, write, 0, read, output + thoughts * apart), thoughts
 
@@ -8888,7 +8897,7 @@ def _opencode_tool(told: Recorder, part: Data) -> None:
                       cut=_under(state, ("metadata", "truncated")) is True)
 
 
-def _opencode_lines(text: str) -> Tuple[str, Tuple[int, int, int]]:
+def _opencode_lines(text: str) -> Tuple[str, Lines]:
     """A file's own lines without the frame and the numbers around them; where they begin and how
     many."""
     numbered = _OPENCODE_LINE.findall(text)
@@ -8940,7 +8949,7 @@ def hook_event(payload: Data) -> Optional[SessionEvent]:
         return None
     event.tokens_input, event.tokens_output = map(estimated_tokens, (entered, written))
     event.data.update({"estimated": True} if event.tokens else {})
-    event.duration_ms = _counted(payload, "duration_ms")
+    event.duration_ms, = _counts(payload, "duration_ms")
     for name in ("line", "response_id"):
         event.data.pop(name, None)
     return event
@@ -8974,7 +8983,7 @@ def _response_text(response: Any) -> Tuple[str, int]:
         text = "\n".join(_text(line) for hunk in _dicts(details, "structuredPatch")
                          for line in _as_list(hunk, "lines"))
     elif "stdout" in details:
-        text = "\n".join(filter(None, (_text(details, "stdout"), _text(details, "stderr"))))
+        text = "\n".join(filter(None, _texts(details, "stdout", "stderr")))
     elif details and not text:
         names = "\n".join(map(str, _as_list(details, "filenames")))
         text = _text(details, "file", "content") or _text(details, "result") or names
