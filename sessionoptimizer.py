@@ -9589,7 +9589,9 @@ class TranscriptScan:
                 if path not in seen and os.path.exists(path):
                     seen[path] = list(_stamp_of(path))
         fresh = {path for path, stamp in seen.items()
-                 if path not in known or known[path][:2] != stamp or len(known[path]) < 2 + len(_FACTS)}
+                 if path not in known or known[path][:2] != stamp
+                 or len(known[path]) < 2 + len(_FACTS)  # as versions before this one wrote it
+                 or known[path][2] and len(known[path][5]) < 2}
         units = {known[path][3] for path in seen.keys() - fresh if known[path][3]}
         if fresh or any(path not in seen for unit in units for path in self.units.get(unit, {}).get("files", ())):
             units = self._regroup(seen, fresh)

@@ -4851,6 +4851,23 @@ def test_tokens_are_billed_at_the_model_that_takes_them_in(tmp_path, optimizer):
     assert with_agent - alone == pytest.approx(10_000 * 1.25e-6)
 
 
+def test_files_that_an_earlier_version_described_are_grouped_anew(tmp_path, optimizer):
+    """It kept no name of a session's own file."""
+    import sqlite3
+    from contextlib import closing
+    shutil.copytree(os.path.join(TRANSCRIPTS, "subagent-subagents"), tmp_path / "t")
+    before = optimizer.scan([str(tmp_path)])["sessions"]
+    with closing(sqlite3.connect(optimizer.store.state.path)) as base:
+        for key, value in base.execute("SELECT key, value FROM files").fetchall():
+            facts = json.loads(value)
+            facts[5] = []
+            base.execute("UPDATE files SET value = ? WHERE key = ?", (json.dumps(facts), key))
+        base.commit()
+    os.utime(before[0]["path"])  # what has changed makes all of them be grouped
+    after = SessionOptimizer(optimizer.store.root).scan([str(tmp_path)])["sessions"]
+    assert after == before and len(after) == 1
+
+
 def test_an_inline_sub_agent_is_one_window(tmp_path, optimizer):
     transcript = Transcript(tmp_path)
     transcript.prompt("delegate")
