@@ -8676,7 +8676,7 @@ class _Conversation:
                   response=span.parent, milliseconds=(span.end - span.start) // 10**6)
         result = span.given.get("gen_ai.tool.call.result", "")
         text = result if result.__class__ is str else _as_json(result)
-        size = len(text) or 4 * min(_integer(span.given.get("result_tokens")), MAX_TOKENS)
+        size = len(text) or 4 * _count_of(_integer(span.given.get("result_tokens")))
         why = span.message or text if span.failed else text or None
         if size:
             told.returned(span.identity, why, size, failed=span.failed)
