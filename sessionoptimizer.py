@@ -8753,14 +8753,16 @@ class OpenCodeReader(TranscriptReader):
         for path in paths:
             read = _opencode_database if path.endswith(".db") else _opencode_export
             for stored in read(path, skip):
-                known.setdefault(_text(stored.info, "id"), stored)
+                known.setdefault(_text(stored.info, "id") or path, stored)
+        children: Dict[str, List[str]] = {}
+        for name, stored in known.items():
+            children.setdefault(_text(stored.info, "parentID"), []).append(name)
         sessions: List[Session] = []
         for root in known:
             if _text(known[root].info, "parentID") not in known:
                 family = [root]
                 for member in family:  # grows while it is walked
-                    family += [name for name, stored in known.items()
-                               if stored.info.get("parentID") == member]
+                    family += children.get(member, [])
                 files = list(dict.fromkeys(known[member].path for member in family))
                 told = Recorder(self, files, claim, skip)
                 for member in family:
