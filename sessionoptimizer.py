@@ -8000,10 +8000,6 @@ _CODEX_TOOLS = {"tool_search_call": "toolsearch"}  # names of hosted tools
 _CODEX_USAGE = [f"{name}_tokens" for name in (
     "input", "cached_input", "cache_write_input", "output", "reasoning_output")]
 
-Outcome = namedtuple("Outcome", "text size running failed")
-Outcome.__doc__ = """What a Codex tool returned: its output, the characters that entered, the id of
-a process that still runs, and whether the call failed."""
-
 
 class CodexReader(TranscriptReader):
     """Codex CLI: one rollout per thread. Usage is the growth of the running total in
@@ -8037,8 +8033,7 @@ class CodexReader(TranscriptReader):
         for path in told.paths:
             own = threads[path] == threads[paths[0]]
             told.at(path=path, agent="" if own else slug(threads[path]))
-            if not _Rollout(told, path).tell():
-                skip(path, 0, "holds no session")
+            _Rollout(told, path).tell()
         return told.finish()
 
 
@@ -8061,20 +8056,17 @@ class _Rollout:
         self.open: Data = {}               # tool calls by their key
         self.running: Texts = {}           # keys by id of a process
 
-    def tell(self) -> bool:
-        """Tell the file; False when it holds no line of a rollout."""
-        known = False
+    def tell(self) -> None:
+        """Tell the file."""
         verbs = {"session_meta": self._meta, "turn_context": self._turn, "event_msg": self._message,
                  "response_item": self._item, "compacted": self._compaction}
         for line, entry in transcript_entries(self.path, self.told.skip):
             self.line, self.now = line, _time_text(entry.get("timestamp")) or self.now
             self.told.at(self.now, line)
             kind, payload = _text(entry, "type"), _as_dict(entry, "payload")
-            if kind in verbs and payload:
-                known = True
+            if kind in verbs:
                 verbs[kind](payload)
         self._give_up()
-        return known
 
     def _meta(self, meta: Data) -> None:
         if not self.own:  # forks and spawned threads repeat their ancestors' after their own
@@ -8223,26 +8215,24 @@ class _Rollout:
             event.data.pop("command", None)  # the patch is file content
 
     def _returned(self, item: Data, key: str, call: Data) -> None:
-        told, outcome = self.told, _codex_outcome(item.get("output"))
-        size, name, command = outcome.size or _json_size(item.get("tools")), call.get("name"), key
-        if name == "write_stdin" and not outcome.running:
+        told, name, command = self.told, call.get("name"), key
+        text, size, running, failed = _codex_outcome(item.get("output"))
+        size = size or _json_size(item.get("tools"))
+        if name == "write_stdin" and not running:
             process = _arguments(call.get("arguments")).get("session_id")
             command = self.running.pop(str(process), key)
-        # A search or a test that answers "no" with exit code 1 and no text has not failed.
-        silent = outcome.text.strip() == "Exit code 1"
-        failed = outcome.failed and not (
-            silent and not told.tool(command, "", None).data.get("changes"))
+        if text.strip() == "Exit code 1" and not told.tool(command, "", None).data.get("changes"):
+            failed = False  # a search or a test says no
         if name == "write_stdin":  # input for a running command, or a look at it
             told.returned(key, None, size)
             if failed:
-                told.failed(command, outcome.text)
+                told.failed(command, text)
             return
-        if outcome.running:
-            self.running[outcome.running] = key
+        if running:
+            self.running[running] = key
         seen = name == "view_image" and not failed  # what a picture shows is not known
-        told.returned(key, None if seen else outcome.text, size,
-                      failed=failed and not outcome.running,
-                      cut=bool(outcome.running or _CODEX_CUT.search(outcome.text)))
+        told.returned(key, None if seen else text, size, failed=failed and not running,
+                      cut=bool(running or _CODEX_CUT.search(text)))
 
     def _compaction(self, compacted: Data) -> None:
         self._give_up()
@@ -8257,8 +8247,9 @@ def _is_prompt(item: Data) -> bool:
         and not _INJECTED.match(_content(item.get("content"))[0])
 
 
-def _codex_outcome(output: Any) -> Outcome:
-    """Read the output formats of Codex, none of which has an error flag."""
+def _codex_outcome(output: Any) -> Tuple[str, int, str, bool]:
+    """What a tool returned, in the formats of Codex, none of which has an error flag: its output,
+    the characters that entered, the id of a process that still runs, whether the call failed."""
     text, size = _content(output)
     code, failed = None, _under(output, ["success"]) is False
     if text.startswith('{"output"'):
@@ -8276,7 +8267,7 @@ def _codex_outcome(output: Any) -> Outcome:
     code = int(told.group(1)) if told else code
     if code.__class__ is int and code:
         failed, body = True, f"Exit code {code}\n{body}"
-    return Outcome(body, size, running.group(1) if running else "", failed)
+    return body, size, running.group(1) if running else "", failed
 
 
 # -- Gemini CLI
@@ -8772,6 +8763,7 @@ class OpenCodeReader(TranscriptReader):
 
 
 def _opencode_export(path: str, skip: Skip) -> List[_Stored]:
+    """The session that an export holds."""
     return [_Stored(path, _as_dict(entry, "info"), _dicts(entry, "messages"),
                     places_of(path, rb"id")) for _, entry in transcript_entries(path, skip)]
 
