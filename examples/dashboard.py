@@ -5,7 +5,8 @@
     python3 examples/dashboard.py --store DIR --port 9000
 
 It serves dashboard.html, a JSON API, /metrics for Prometheus and /health, on this machine only unless --host
-and --token say otherwise. It reads sessions and changes none. docs/dashboard.md describes it all.
+and --token say otherwise. It reads sessions and changes none, but ends those whose agent has gone, as every
+command does. docs/dashboard.md describes it all.
 """
 import argparse
 import json
@@ -31,6 +32,9 @@ MAX_CALLS = 320  # columns of a session's context
 MAX_KEPT = 200  # answers
 MIN_TOKEN = 16  # characters
 AT_ONCE, AT_ONCE_BYTES = 40, 4_000_000  # sessions that are read while a request waits
+SHARE = 20  # of the time that makes an answer which needs the whole summaries
+LOOK_SECONDS = 1e-5  # for every session of the store: how old what is known of its files may be
+CLOSING_SECONDS = 120  # between two looks for sessions whose agent has gone
 CHUNK = 50  # sessions that are read before the page hears of them
 IDLE_SECONDS = 600  # between two calls: a pause worth a mark
 HEARING = threading.Lock()  # what is done with warnings is done for all threads
@@ -174,20 +178,31 @@ class Source:
         self.store, self.optimizer, self.lock = store, SessionOptimizer(store), threading.RLock()
         prices = self.optimizer.prices  # read now: one that cannot be used is told at the start
         self.settings = sessionoptimizer.settings_of(self.optimizer.analyzers, prices)
-        self.files, self.version, self.seen, self.cost = {}, 0, 0.0, 0.0
+        self.files, self.version, self.seen = {}, 0, 0.0
+        self.spent = 0.0  # seconds on reading and answering since the last change
         self.by_id, self.rows, self.problems, self.unread = None, [], {}, []
-        self.kept, self.reader = {}, None
-        threading.Thread(target=self._begin, daemon=True).start()
+        self.kept, self.reader, self.closed = {}, None, threading.Event()
+        threading.Thread(target=self._attend, daemon=True).start()
 
-    def _begin(self):
+    def _attend(self):
+        """Take in what is there before somebody asks; from then on end, as every command does, the sessions that
+        run no more because their agent has gone."""
         try:
             self.look()
         except (SessionOptimizerError, OSError):
             pass  # the first answer says it
+        while not self.closed.wait(CLOSING_SECONDS):
+            if any(row["status"] == SessionStatus.ACTIVE.value for row in self.rows):
+                with HEARING, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # `problems` has them
+                    try:
+                        self.optimizer.summaries()
+                    except (SessionOptimizerError, OSError):
+                        pass  # the next answer says it
 
     def look(self, max_age=0.0):
         """The number of the store's state, which grows when a session has changed or was read."""
-        if self.version and time.monotonic() - self.seen < max_age:
+        if self.version and time.monotonic() - self.seen < max(max_age, len(self.files) * LOOK_SECONDS):
             return self.version
         with self.lock:
             found = {session_id: [info.st_size, info.st_mtime_ns] for session_id, info in self.optimizer.store.files()}
@@ -200,7 +215,7 @@ class Source:
 
     def _take(self, found):
         """Take in what the session files have become."""
-        self.files, self.version = found, self.version + 1
+        self.files, self.version, self.spent = found, self.version + 1, 0.0
         gone = self.by_id.keys() - found.keys()
         for session_id in gone:
             del self.by_id[session_id]
@@ -267,7 +282,7 @@ class Source:
                     self.optimizer.store.state.forget(name, False)  # deleted meanwhile
         except SessionOptimizerError:
             pass  # a store that can only be read
-        self.cost = time.monotonic() - began
+        self.spent += time.monotonic() - began
         return {name: light(row) for name, row in news.items()}, problems
 
     def answer(self, name, arguments):
@@ -275,15 +290,18 @@ class Source:
         version, key = self.look(), (name, *sorted(arguments.items()))
         stamp = self.files.get(arguments["name"]) if name == "report" else None
         valid = tuple(stamp) if stamp else (version, int(time.time() // 60))
-        kept = self.kept.get(key, (None, None, None))
-        if kept[0] is not None and kept[0] == valid:
-            return kept[1:]
+        kept, began = self.kept.get(key, (None, None, None, 0.0)), time.monotonic()
+        if kept[0] is not None and (kept[0] == valid or began < kept[3]):
+            return kept[1:3]
         content = getattr(self, name)(**arguments)
         text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
         body = text.encode("utf-8", "replace")
         etag = tag_of(re.sub(b'^{"timestamp":"[^"]*"', b"", body))
+        took = time.monotonic() - began
+        self.spent += took
+        until = time.monotonic() + SHARE * took if name == "bill" else 0.0
         with self.lock:
-            self.kept[key] = (valid, etag, kept[2] if kept[1] == etag else body)
+            self.kept[key] = (valid, etag, kept[2] if kept[1] == etag else body, until)
             if len(self.kept) > MAX_KEPT:
                 self.kept = {key: self.kept[key]}  # start again: clients ask for a few
             return etag, self.kept[key][2]
@@ -513,8 +531,12 @@ class Dashboard(LocalServer):
     def takes_long(self, path):
         return path.startswith(("/api/reports/", "/api/bill", "/api/stats/agent/"))
 
+    def server_close(self):
+        self.source.closed.set()
+        super().server_close()
+
     def state(self, max_age):
-        return self.source.look(max_age), 4 * self.source.cost  # reading takes a fifth of the time at most
+        return self.source.look(max_age), 4 * self.source.spent  # that takes a fifth of the time at most
 
 
 def read_options(argv):
