@@ -1581,6 +1581,7 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   const parent = node.parentElement;
   if (!node.textContent.trim() || !parent.offsetParent && !parent.closest('svg') || parent.closest('.hidden, thead, script, style, select, option')) continue;
   if (!arguments[0] && parent.closest('dialog')) continue;
+  if (parent.closest('details:not([open])') && !parent.closest('summary')) continue;
   const range = document.createRange();
   range.selectNodeContents(node);
   for (const box of range.getClientRects()) {
@@ -1702,6 +1703,27 @@ def test_it_prints(browser, month, view):
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
         browser.execute_script("localStorage.clear()")
+
+
+@in_browser
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_html_reports_can_be_read_as_well(browser, month, tmp_path, mode):
+    """The module's own pages by the same measures: contrast, width, nothing on top of something else."""
+    costliest = month.get("/api/sessions?sort=cost&limit=1")["sessions"][0]["id"]
+    folder = Path(month.optimizer.storage_path).parent / "transcripts"
+    pages = {"session": month.optimizer.export_report(costliest, "html"),
+             "scan": sessionoptimizer.html_scan_report(month.optimizer.scan([str(folder)]))}
+    for name, text in pages.items():
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        for width in (390, 1280):
+            resize(browser, width, 900, mode=mode)
+            browser.get((tmp_path / f"{name}.html").as_uri())
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (name, width)
+            faint = [found for found in browser.execute_script(CONTRAST) if found[3] != "■"]  # a square beside its word
+            assert faint == [], (name, width)
+            written, overlaps = browser.execute_script(OVERLAPS.replace("found.push(['off", "0 && found.push(['off"), "")
+            assert written > 40 and overlaps == [], (name, width, overlaps)  # a wide table scrolls in its box
+    assert complaints(browser) == []
 
 
 @in_browser
