@@ -188,9 +188,9 @@ class Source:
         """Take in what is there before somebody asks; from then on end, as every command does, the sessions that
         run no more because their agent has gone."""
         try:
-            self.look()
+            self.answer("overview", {})
         except (SessionOptimizerError, OSError):
-            pass  # the first answer says it
+            pass  # the first request is told
         while not self.closed.wait(CLOSING_SECONDS):
             if any(row["status"] == SessionStatus.ACTIVE.value for row in self.rows):
                 with HEARING, warnings.catch_warnings():
@@ -307,7 +307,12 @@ class Source:
             return etag, self.kept[key][2]
 
     def _since(self, days):
-        return [row for row in self.rows if row["started"] >= time.time() - days * 86_400]
+        rows, since = self.rows, time.time() - days * 86_400
+        first, end = 0, len(rows)  # they stand in the order in which they began
+        while first < end:
+            middle = (first + end) // 2
+            first, end = (middle + 1, end) if rows[middle]["started"] < since else (first, middle)
+        return rows[first:]
 
     def overview(self, days=0):
         """What a page shows first. Without ``days`` those of the shortest period that has a session."""
