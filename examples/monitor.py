@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -50,6 +51,7 @@ from sessionoptimizer import (  # noqa: E402
 )
 
 LIVE_SECONDS = 2.0  # between two looks at the running sessions
+SPARED = r", until \d\d:\d\d", r", \$[\d.,]+ (?:per|for the next) call", r" \(~[^()]*\)$", r" · read twice: .*$"
 
 
 def read_sent(path: str) -> set[str]:
@@ -153,13 +155,20 @@ class Live:
         return [self.line(session, now) for session in sessions] or ["no session is running"]
 
 
+def fitted(row: str, width: int) -> str:
+    """The line without what can be spared most, until it fits; the cache's end stays longest."""
+    for part in SPARED:
+        row = row if len(row) <= width else re.sub(part, "", row)
+    return row if len(row) <= width else row[:max(0, width - 1)] + "…"
+
+
 def live(optimizer: SessionOptimizer, interval: float) -> int:
     """Print the lines, in a terminal again and again in the same place."""
     watched, drawn = Live(optimizer), 0
     while True:
         width, height = shutil.get_terminal_size()
         tall = watched.lines()[:max(1, height - 1)]
-        rows = [row[:width - 1] for row in tall] if sys.stdout.isatty() else tall
+        rows = [fitted(row, width - 1) for row in tall] if sys.stdout.isatty() else tall
         print((f"\x1b[{drawn}A\x1b[J" if drawn else "") + "\n".join(rows), flush=True)
         if not sys.stdout.isatty():
             return 0

@@ -220,6 +220,20 @@ def test_a_line_for_every_running_session(tmp_path, optimizer):
     assert done.returncode == 0 and done.stdout.decode().splitlines() == watched.lines()
 
 
+WHOLE = "1111111…  Fix it  33.0k tokens · $0.2075, $0.0165 per call · cache 4m17s, until 20:58 · read twice: a.py (~500 tokens)"
+
+
+@pytest.mark.parametrize("width, fitted", [
+    (200, WHOLE), (len(WHOLE), WHOLE),
+    (len(WHOLE) - 1, WHOLE.replace(", until 20:58", "")),
+    (100, "1111111…  Fix it  33.0k tokens · $0.2075 · cache 4m17s · read twice: a.py (~500 tokens)"),
+    (79, "1111111…  Fix it  33.0k tokens · $0.2075 · cache 4m17s · read twice: a.py"),
+    (59, "1111111…  Fix it  33.0k tokens · $0.2075 · cache 4m17s"),
+    (20, "1111111…  Fix it  3…"), (1, "…"), (0, "…")])
+def test_a_narrow_terminal_keeps_the_end_of_the_cache_longest(width, fitted):
+    assert monitor.fitted(WHOLE, width) == fitted
+
+
 # ============================================================================
 # The real client
 # ============================================================================
