@@ -5,13 +5,16 @@
     python3 examples/benchmark.py --quick --json     # small data, as JSON
     python3 examples/benchmark.py --svg FILE         # also draw how cost grows with events, sessions and megabytes
     python3 examples/benchmark.py --against FILE     # another module with this API, run in turn with ours
+    python3 examples/benchmark.py --real FOLDER      # also scan the transcripts there, each agent's by itself
 
 Only ratios say something: each is the median over rounds in which ours and its floor ran in turn. Times are CPU time,
-child processes included (not on Windows: it needs the module ``resource``). docs/performance.md shows a whole run.
+child processes included (not on Windows: it needs the module ``resource``). Commands start as ``python -S -E``, the floor's too:
+what an installation's ``site`` takes is no part of either. docs/performance.md shows a whole run.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -29,8 +32,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FULL = {"rounds": 5, "starts": 15, "events": 100_000, "sessions": 10_000, "megabytes": 50, "logged": 10_000}
-QUICK = {"rounds": 1, "starts": 2, "events": 2_000, "sessions": 100, "megabytes": 1, "logged": 300}
+FULL = {"rounds": 5, "starts": 15, "events": 100_000, "sessions": 10_000, "megabytes": 50, "logged": 10_000, "files": 24_000}
+QUICK = {"rounds": 1, "starts": 2, "events": 2_000, "sessions": 100, "megabytes": 1, "logged": 300, "files": 80}
 READ, BEGIN = {"file_path": "src/module.py"}, 1_770_000_000  # the file read, and when
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
@@ -74,13 +77,13 @@ def make_store(module: Any, sessions: int, events: int) -> str:
     return root
 
 
-def make_transcripts(megabytes: float) -> str:
-    """Transcripts in Claude Code's format: a text and a tool call per response, results of a few KB."""
+def make_transcripts(megabytes: float, *, files: int = 0, turns: int = 60) -> str:
+    """Transcripts in Claude Code's format, so much or so many: a text and a tool call per response, results of a few KB."""
     root, chance, session, size = tempfile.mkdtemp(), random.Random(2), 0, 0
-    while size < megabytes * 1e6:
+    while size < megabytes * 1e6 or session < files:
         session += 1
         with open(os.path.join(root, f"{session:08d}-0000-4000-8000-000000000000.jsonl"), "w") as file:
-            for number, (kind, message) in enumerate(messages(chance, session), 1):
+            for number, (kind, message) in enumerate(messages(chance, session, turns), 1):
                 size += file.write(json.dumps({
                     "parentUuid": f"{session}-{number - 1}", "isSidechain": False, "cwd": "/home/dev/project",
                     "sessionId": f"{session:08d}", "version": "2.0.14", "type": kind, "message": message,
@@ -118,22 +121,35 @@ def cpu(run: Callable[[], Any]) -> float:
 
 
 def python(*words: str, **options: Any) -> Callable[[], Any]:
-    return lambda: subprocess.run([sys.executable, *words], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, **options)
+    return lambda: subprocess.run([sys.executable, "-S", "-E", *words], env=ENVIRONMENT, check=True,
+                                  stdout=subprocess.DEVNULL, **options)
 
 
 def command(module: Any, store: str, *words: str, **options: Any) -> Callable[[], Any]:
     return python("-m", "subject", "--store", store, *words, cwd=module.folder, **options)
 
 
-def parse(folder: str, whole: bool = False) -> Callable[[], None]:
-    """``json.loads`` of every line of the files in a folder, or of every ``whole`` file."""
+def parse(folder: str, whole: bool = False, paths: Any = ()) -> Callable[[], None]:
+    """``json.loads`` of every line of the files in a folder (or of the ``paths``), or of every ``whole`` file."""
     def run() -> None:
-        for path in Path(folder).glob("*.json*"):
+        for path in map(Path, paths or Path(folder).glob("*.json*")):
             with path.open("rb", buffering=1 << 20) as file:
                 for line in [file.read()] if whole else file:
                     if whole or line.endswith(b"}\n") and line[:1] in b",{":
-                        json.loads(line.lstrip(b","))
+                        with contextlib.suppress(ValueError):  # real ones are damaged here and there
+                            json.loads(line.lstrip(b","))
     return run
+
+
+def peak(module: Any, *words: str) -> float:
+    """The most memory a command takes, MB."""
+    code = ("import subject, sys; subject.main(sys.argv[1:]); "
+            "print(*(line for line in open('/proc/self/status') if 'VmHWM' in line), file=sys.stderr)")
+    if not os.path.exists("/proc/self/status"):
+        return 0.0  # where it is not told without what the parent took
+    done = subprocess.run([sys.executable, "-S", "-E", "-c", code, *words], cwd=module.folder, env=ENVIRONMENT, check=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return int(done.stderr.split()[-2]) / 1024
 
 
 def logging(module: Any, size: int, count: int) -> Callable[[], None]:
@@ -188,12 +204,50 @@ class Benchmark:
         long = {m: make_store(m, 1, sizes["events"]) for m in (self.ours, self.other) if m}
         self.row(f"analyze, {sizes['events']:,} events (floor: json.loads of each line)",
                  lambda m: lambda: m.SessionOptimizer(Path(long[m])).analyze("bench-0"),
-                 parse(os.path.join(long[self.ours], "sessions")), 1.5, alone=False)
+                 parse(os.path.join(long[self.ours], "sessions")), 2.5, alone=False)
         tree, kept = make_transcripts(sizes["megabytes"]), tempfile.mkdtemp()
-        scan = command(self.ours, kept, "scan", tree)
+        scan = command(self.ours, kept, "scan", "--jobs", "1", tree)
         self.row(f"scan, {sizes['megabytes']} MB (floor: json.loads of each line)",
-                 lambda m: forget(Path(kept, "state.sqlite3"), scan), parse(tree), 1.0)
+                 lambda m: forget(Path(kept, "state.sqlite3"), scan), parse(tree), 3.5)
         self.row("scan again, nothing changed", lambda m: scan, None, 0.3)
+        self.fact(f"memory of scan, {sizes['megabytes']} MB",
+                  peak(self.ours, "scan", "--no-store", "--jobs", "1", tree), "MB", None)
+        self.fact(f"memory of analyze, {sizes['events']:,} events", peak(
+            self.ours, "--store", long[self.ours], "analyze", "bench-0"), "MB", 200 if sizes is FULL else None)
+        self.grown(sizes["megabytes"])
+        few, many = (make_transcripts(0, files=files, turns=0) for files in (sizes["files"] // 8, sizes["files"]))
+        costs = [cpu(command(self.ours, tempfile.mkdtemp(), "scan", folder)) for folder in (few, many)]
+        self.fact(f"scan of sessions of one line, {sizes['files']:,} (floor: 8 times an eighth)", costs[1] / costs[0] / 8,
+                  "x floor", 2.2)
+
+    def grown(self, megabytes: int) -> None:
+        """One large transcript, then ten lines more: what those cost beyond a scan that finds nothing new."""
+        tree, kept = make_transcripts(megabytes, turns=20_000 if megabytes > 9 else 200), tempfile.mkdtemp()
+        path, scan = sorted(Path(tree).iterdir())[-1], command(self.ours, kept, "scan", tree)
+        with path.open("rb") as file:
+            lines = file.readlines()
+        path.write_bytes(b"".join(lines[:-10]))
+        first, nothing = cpu(scan), cpu(scan)
+        path.write_bytes(b"".join(lines))
+        self.fact(f"scan of ten lines more, in {sum(map(len, lines)) / 1e6:.0f} MB (floor: the first scan)",
+                  max(0.0, cpu(scan) - nothing) / first, "x floor", 0.25)
+
+    def real(self, folder: str) -> None:
+        """The transcripts below a folder, each agent's by itself."""
+        paths: Dict[str, List[str]] = {}
+        for path, _, _ in self.ours.find_transcripts([folder]):
+            paths.setdefault(self.ours.describe_transcript(path)["reader"], []).append(path)
+        for reader, target in (("claude-code", 3.5), ("codex", 4.4)):
+            if paths.get(reader):
+                size = sum(map(os.path.getsize, paths[reader])) / 1e6
+                self.row(f"scan of real {reader}, {size:.0f} MB (floor: json.loads of each line)",
+                         lambda m, its=paths[reader]: command(m, tempfile.mkdtemp(), "scan", "--no-store", "--jobs", "1", *its),
+                         parse("", paths=paths[reader]), target)
+
+    def fact(self, what: str, figure: float, unit: str, target: Optional[float]) -> None:
+        """A figure that was measured once."""
+        self.rows.append({"what": what, "unit": unit, "figure": figure, "target": target, "against": None, "ours_s": None,
+                          "met": None if target is None else figure <= target, "floor_s": None})
 
 
 def growth(module: Any, sizes: Dict[str, int]) -> Dict[str, List[Any]]:
@@ -226,7 +280,8 @@ def picture(curves: Dict[str, List[Any]]) -> str:
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, settings in (("quick", {"action": "store_true"}), ("json", {"action": "store_true"}), ("against", {}), ("svg", {})):
+    for name, settings in (("quick", {"action": "store_true"}), ("json", {"action": "store_true"}), ("against", {}), ("svg", {}),
+                           ("real", {"metavar": "FOLDER"})):
         parser.add_argument("--" + name, **settings)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as work:
@@ -234,6 +289,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         ours, sizes = load(os.path.join(ROOT, "sessionoptimizer.py"), "ours"), QUICK if options.quick else FULL
         benchmark = Benchmark(sizes, ours, load(options.against, "other") if options.against else None)
         benchmark.run()
+        if options.real:
+            benchmark.real(os.path.abspath(options.real))
         if options.svg:
             Path(options.svg).write_text(picture(growth(ours, sizes)), encoding="utf-8")
         tempfile.tempdir = None
