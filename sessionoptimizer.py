@@ -62,7 +62,7 @@ import warnings
 from _thread import RLock
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -5171,8 +5171,13 @@ _FINGERPRINT = 256  # bytes before the footer: they tell a file that took over a
 _TOTALS = {"total_tokens_input": "tokens_input", "total_tokens_output": "tokens_output",
            "total_duration_ms": "duration_ms"}
 _STATE = ("status", "ended_at")
-_FOOTER_KEYS = (*_STATE, "event_count", *_TOTALS, "lost_events", "layout")
-_HEADER_TEXTS = ("id", "agent", "task", *_STATE, "started_at", "model")
+_NUMERIC = (int, float)
+# The types of what a footer must have, and of what a session may.
+_FOOTER: Data = {"status": (str,), "ended_at": (str,), "event_count": (int,),
+                 **dict.fromkeys(_TOTALS, _NUMERIC)}
+_FIELDS: Data = {**_FOOTER, "lost_events": (int,), "metadata": (dict,), "events": (list,),
+                 **dict.fromkeys(("id", "agent", "task", "started_at", "model"), (str,))}
+_FOOTER_KEYS = (*_FOOTER, "lost_events")
 
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _READ = os.O_RDONLY | _SAFE  # O_NONBLOCK: opening a named pipe must not wait for its writer
@@ -5189,10 +5194,8 @@ _REASONS = {
     errno.EISDIR: ("a directory where a file should be", "move it out of the store"),
     errno.ELOOP: _LINKED,
     errno.EACCES: ("no permission", _YOURS),
-    errno.EPERM: ("not permitted", _YOURS),
     errno.EROFS: ("the file system is read-only", _ELSEWHERE),
     errno.EFBIG: ("the size limit of files is reached (ulimit -f)", _FULL),
-    getattr(errno, "EDQUOT", 0): ("the disk quota is used up", _FULL),
     errno.ENOSPC: ("the disk is full", _FULL),
 }
 
@@ -5201,11 +5204,9 @@ def check_id(session_id: str) -> str:
     """The id itself; InvalidSessionId when it could not safely name a file on every system."""
     if isinstance(session_id, str) and _ID.match(session_id) and not _DEVICE.match(session_id):
         return session_id
-    shown = ascii(session_id)
-    shown = shown if len(shown) <= 60 else shown[:60] + "..."
     raise InvalidSessionId(
-        f"invalid session id {shown}: use 1 to {_ID_LENGTH} of the characters A-Z a-z 0-9 . _ -, "
-        "no dot in front, and no device name of Windows (CON, NUL, COM1, ...)")
+        f"invalid session id {ascii(session_id)[:60]}: use 1 to {_ID_LENGTH} of the characters "
+        "A-Z a-z 0-9 . _ -, no dot in front, and no device name of Windows (CON, NUL, COM1, ...)")
 
 
 def slug(text: str) -> str:
@@ -5230,21 +5231,16 @@ def _damaged(path: str, reason: str) -> DamagedSession:
                           "restore it from a backup or delete it")
 
 
-class _naming:
-    """Context in which an OSError becomes a StorageError that names `path`."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            unknown = (error.strerror or str(error), "check the path and the disk")
-            reason, remedy = _REASONS.get(error.errno, unknown)
-            one = DamagedSession if error.errno in (errno.ELOOP, errno.EISDIR) else StorageError
-            raise one(self.path, reason, remedy) from error
+@contextmanager
+def _naming(path: str):
+    """An OSError inside becomes a StorageError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        unknown = (error.strerror or str(error), "check the path and the disk")
+        reason, remedy = _REASONS.get(error.errno or 0, unknown)
+        one = DamagedSession if error.errno in (errno.ELOOP, errno.EISDIR) else StorageError
+        raise one(path, reason, remedy) from error
 
 
 # -- from dicts to bytes and back
@@ -5260,13 +5256,11 @@ def _finite(digits: str) -> float:
 
 _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 _DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
-_raw_decode = _DECODER.raw_decode
-_quote = json.encoder.encode_basestring_ascii
-# What _ENCODER makes anew at every call, which takes as long as encoding an event does. It detects
-# no circles: they are nested too deeply.
+# What _ENCODER makes anew at every call: a tenth of the time of logging an event. It detects no
+# circles: they are nested too deeply.
 _make_chunks = getattr(json.encoder, "c_make_encoder", None)
-_chunks = _make_chunks and _make_chunks(
-    None, _ENCODER.default, _quote, None, ":", ",", False, False, False)
+_chunks = _make_chunks and _make_chunks(None, _ENCODER.default, json.encoder.encode_basestring_ascii,
+                                        None, ":", ",", False, False, False)
 
 
 def _encode(value) -> str:
@@ -5277,6 +5271,14 @@ def _encode(value) -> str:
         raise ValueError("nested too deeply to be stored") from None
 
 
+def _decoded(text: bytes):
+    """What the JSON says, None when it is none."""
+    try:
+        return _DECODER.decode(text.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
 def _encode_event(event: dict) -> str:
     return _encode(event)[:-1] + " }"
 
@@ -5284,12 +5286,8 @@ def _encode_event(event: dict) -> str:
 def _encode_footer(footer: dict, room: int = 0) -> bytes:
     """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one
     behind."""
-    lost = footer.get("lost_events")
-    counts = (footer["event_count"], *[footer[total] for total in _TOTALS])
-    text = '], "status":%s,"ended_at":%s,' % (_quote(footer["status"]), _quote(footer["ended_at"]))
-    text += ('"event_count":%d,"total_tokens_input":%r,"total_tokens_output":%r,'
-             '"total_duration_ms":%r,' % counts)
-    text += '"lost_events":%d,' % lost if lost else ""
+    told = {key: footer[key] for key in _FOOTER_KEYS if footer.get(key) or key in _FOOTER}
+    text = f"], {_encode(told)[1:-1]},"
     if len(text) + len(_FOOTER_END) >= _FOOTER_SIZE:
         raise ValueError("status, end and totals of a session must fit in 1 KB")
     return text.ljust(room - len(_FOOTER_END)).encode() + _FOOTER_END
@@ -5299,41 +5297,28 @@ def _parse_footer(tail: bytes):
     """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole
     footer."""
     start = tail.rfind(_FOOTER_START) + 1
-    if start and tail.endswith(_FOOTER_END):
-        try:
-            footer, end = _raw_decode("{" + tail[start + 3:].decode())
-        except ValueError:
-            return None, 0
-        if start + 2 + end == len(tail) - 1 and _has_footer(footer):
-            return footer, start
-    return None, 0
-
-
-def _is_number(value) -> bool:
-    return type(value) is int or type(value) is float
+    footer = start and tail.endswith(_FOOTER_END) and _decoded(b"{" + tail[start + 3:])
+    return (footer, start) if footer and _has_footer(footer) else (None, 0)
 
 
 def _has_footer(doc: dict) -> bool:
-    get = doc.get
-    return (type(get("status")) is type(get("ended_at")) is str
-            and all(_is_number(get(total)) for total in _TOTALS)
-            and type(get("event_count")) is type(get("lost_events", 0)) is int)
+    return all(type(doc.get(key)) in kinds for key, kinds in _FOOTER.items())
 
 
 def _count(footer: dict, event: dict) -> None:
     footer["event_count"] += 1
     for total, key in _TOTALS.items():
         value = event.get(key, 0)
-        if value and _is_number(value):
+        if value and type(value) in _NUMERIC:
             footer[total] += value
 
 
 def _ended(event: dict) -> dict:
     """What a SESSION_END tells of the footer."""
-    data, ended = event.get("data"), event.get("timestamp")
+    data = event.get("data")
     status = data.get("status") if isinstance(data, dict) else None
-    return {"status": status if isinstance(status, str) else "COMPLETED",
-            "ended_at": ended if isinstance(ended, str) else ""}
+    status = status if isinstance(status, str) else "COMPLETED"
+    return {"status": status, "ended_at": str(event.get("timestamp") or "")}
 
 
 def _first_part(header: dict) -> bytes:
@@ -5344,9 +5329,9 @@ def _lay_out(doc: dict) -> Iterator[bytes]:
     """The parts of a session's file. What the document lacks of the footer comes from its
     events."""
     yield _first_part({key: value for key, value in doc.items()
-                       if key not in ("events", *_FOOTER_KEYS)})
-    footer: Data = {"status": "ACTIVE", "ended_at": "", "event_count": 0}
-    footer.update(dict.fromkeys(_TOTALS, 0))
+                       if key not in ("events", "layout", *_FOOTER_KEYS)})
+    footer: Data = dict.fromkeys(_FOOTER_KEYS, 0)
+    footer.update(status="ACTIVE", ended_at="")
     lines: List[str] = []
     for event in doc["events"]:
         lines.append(("," if footer["event_count"] else "") + _encode_event(event) + "\n")
@@ -5359,8 +5344,7 @@ def _lay_out(doc: dict) -> Iterator[bytes]:
     yield "".join(lines).encode()
     # Without events the totals are kept: a session may be known by its totals alone.
     kept = _STATE if footer["event_count"] else (*_STATE, *_TOTALS)
-    footer.update((key, doc[key]) for key in kept if key in doc)
-    footer["lost_events"] = doc.get("lost_events", 0)
+    footer.update((key, doc[key]) for key in (*kept, "lost_events") if key in doc)
     footer["event_count"] += footer["lost_events"]
     yield _encode_footer(footer)
 
@@ -5369,22 +5353,17 @@ def _fault(doc) -> str:
     """What keeps a parsed document from being a session ("" when it is one)."""
     if type(doc) is not dict:
         return f"a JSON {type(doc).__name__} instead of an object"
-    for key in _HEADER_TEXTS:
-        value = doc.get(key, "")
-        if type(value) is not str:
-            if value is not None:
-                return f"{key} is not text"
-            doc[key] = ""
-    if not doc.get("id"):
-        return "no id"
-    if type(doc.get("metadata", {})) is not dict:
-        return "metadata is not an object"
-    if type(doc.get("events")) is not list:
-        return "no list of events"
-    for total in _TOTALS:
-        if not _is_number(doc.get(total, 0)):
-            return f"{total} is not a number"
-    return ""
+    for key, kinds in _FIELDS.items():
+        value = doc.get(key)
+        if value is None and key != "events":
+            doc.pop(key, None)
+        elif type(value) not in kinds:
+            return f"{key} is a {type(value).__name__}"
+    return "" if doc.get("id") else "no id"
+
+
+def _adds_up(doc: dict) -> bool:
+    return doc["event_count"] == len(doc["events"]) + doc.get("lost_events", 0)
 
 
 def _parse(data: bytes, path: str) -> dict:
@@ -5398,29 +5377,31 @@ def _parse(data: bytes, path: str) -> dict:
         fault = "nested too deeply"
     if not fault and any(type(event) is not dict for event in doc["events"]):
         fault = "an event is not an object"
-    if not fault and data.endswith(_FOOTER_END):
-        count = len(doc["events"]) + doc.get("lost_events", 0)
-        if not _has_footer(doc) or doc["event_count"] != count:
-            fault = "the footer does not fit the events"
+    if not fault and data.endswith(_FOOTER_END) and not (_has_footer(doc) and _adds_up(doc)):
+        fault = "the footer does not fit the events"
     if fault:
         raise _damaged(path, fault)
     doc.setdefault("event_count", len(doc["events"]))
     return doc
 
 
+def _header_of(first: bytes):
+    """The header at the start of a session's file, None where it is not there."""
+    end = max(first.find(b"\n"), 0)
+    return _decoded(first[:end] + b"]}") if first.endswith(_HEADER_END, 0, end) else None
+
+
 def _parse_ends(first: bytes, last: bytes):
     """Header and footer in one dict from the ends of a file, or None when they do not look like
     it."""
-    end, cut = first.find(b"\n"), last.rfind(_FOOTER_START) + 1
-    if cut and last.endswith(_FOOTER_END) and first.endswith(_HEADER_END, 0, end):
-        head, _ = _raw_decode((first[:end] + last[cut:]).decode())
-        return head if _has_footer(head) else None
+    head, footer = _header_of(first), _parse_footer(last)[0]
+    if head and footer:
+        return {**head, **footer}
     # The older layout, indented by two: only its events are left out.
     start, end = first.find(b'\n  "events": [\n'), first.rfind(b'\n  ],\n  "total_tokens_input"')
-    if start < 0 or end < 0:
-        return None
-    head = _DECODER.decode((first[:start] + b'"events": [' + first[end:]).decode())
-    head.setdefault("event_count", first.count(b"\n    },\n    {\n", start, end) + 1)
+    head = _decoded(first[:start] + b'"events": [' + first[end:]) if 0 <= start < end else None
+    if head:
+        head.setdefault("event_count", first.count(b"\n    },\n    {\n", start, end) + 1)
     return head
 
 
@@ -5430,8 +5411,8 @@ def _parse_event(line: bytes):
     """The event at the start of a line, or None when there is no whole one."""
     text = line[line.find(b"{", 0, 2):].decode("utf-8", "replace")
     try:
-        event, end = _raw_decode(text)
-    except ValueError:
+        event, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
         return None
     whole = type(event) is dict and text.endswith(" }", 0, end) and "\ufffd" not in text[:end]
     return event if whole else None
@@ -5442,25 +5423,18 @@ def _salvage(data: bytes, path: str):
     parse.
 
     DamagedSession when it was not written line by line or no line tells whose session it is."""
-    first, *lines = data.split(b"\n")
+    lines = data.split(b"\n")[1:]
     footer = _parse_footer(data[-_FOOTER_SIZE:])[0]
     while lines and (not lines[-1] or footer and lines[-1].startswith(b"], ")):
         lines.pop()
-    try:
-        found = [_parse_event(line) for line in lines]
-        header = None
-        if first.endswith(_HEADER_END):
-            header = _DECODER.decode(first.decode("utf-8-sig") + "]}")
-    except ValueError:
-        header = None
-    except RecursionError:
-        raise _damaged(path, "nested too deeply") from None
+    found = [_parse_event(line) for line in lines]
     damaged = [number for number, event in enumerate(found, 2) if event is None]
     dropped = len(lines[damaged.pop() - 2]) if found and found[-1] is None and not footer else 0
     events, lost, state = [event for event in found if event is not None], len(damaged), {}
     if footer:
         lost = max(lost, footer["event_count"] - len(events))
         state = {key: footer[key] for key in _STATE}
+    header = _header_of(data)
     if header is None or _fault(header):
         header = _derive_header(events, path)
         damaged.insert(0, 1)
@@ -5471,10 +5445,10 @@ def _derive_header(events: list, path: str) -> dict:
     start = next((event for event in events if isinstance(event.get("event_type"), str)), None)
     if start is None:
         raise _damaged(path, "neither a header nor events")
-    data = start.get("data") if isinstance(start.get("data"), dict) else {}
-    texts = {key: data[key] for key in ("agent", "task", "model") if isinstance(data.get(key), str)}
-    return {"id": _stem(path), "agent": "", "task": "", "model": "", "metadata": {}, **texts,
-            "started_at": str(start.get("timestamp", ""))}
+    told = start.get("data")
+    told = told if isinstance(told, dict) else {}
+    texts = {key: str(told.get(key) or "") for key in ("agent", "task", "model")}
+    return {"id": _stem(path), **texts, "metadata": {}, "started_at": str(start.get("timestamp"))}
 
 
 def _restore(data: bytes, path: str):
@@ -5492,54 +5466,28 @@ def _restore(data: bytes, path: str):
     if dropped:
         remark += f"; dropped {dropped} bytes of an unfinished write"
     if damaged:
-        more = ", ..." if len(damaged) > 5 else ""
         places = ", ".join(f"{name}:{number}" for number in damaged[:5])
-        remark += f"; {len(damaged)} damaged lines ({places}{more})"
+        remark += f"; {len(damaged)} damaged lines (the first: {places})"
     return doc, remark, bool(damaged)
 
 
 # -- files
 
-def _pread(fd: int, count: int, offset: int) -> bytes:
-    os.lseek(fd, offset, os.SEEK_SET)
-    return os.read(fd, count)
-
-
-def _pwrite(fd: int, data: bytes, offset: int) -> int:
-    os.lseek(fd, offset, os.SEEK_SET)
-    return os.write(fd, data)
-
-
-if hasattr(os, "pread"):
-    _pread, _pwrite = os.pread, os.pwrite  # type: ignore[assignment]
-
-
 def _read(fd: int, start: int, end: int) -> bytes:
-    data = _pread(fd, end - start, start)
+    os.lseek(fd, start, os.SEEK_SET)
+    data = os.read(fd, end - start)
     while start + len(data) < end:  # one call reads 2 GB at most
-        more = _pread(fd, end - start - len(data), start + len(data))
+        more = os.read(fd, end - start - len(data))
         if not more:
             break
         data += more
     return data
 
 
-def _write(fd: int, data: bytes, offset: int) -> int:
-    """Write all of it; the offset behind it."""
+def _write(fd: int, data: bytes) -> None:
     done = 0
     while done < len(data):
-        done += _pwrite(fd, data[done:] if done else data, offset + done)
-    return offset + done
-
-
-def _overwrite(fd: int, data: bytes, offset: int, old: bytes) -> None:
-    """Write `data` over `old`, the end of the file; when that fails put `old` back."""
-    try:
-        _write(fd, data, offset)
-    except OSError:
-        _pwrite(fd, old, offset)  # its blocks are still the file's, so it fits on a full disk
-        os.ftruncate(fd, offset + len(old))
-        raise
+        done += os.write(fd, data[done:])
 
 
 def _lock(fd: int, exclusive: bool) -> None:
@@ -5571,7 +5519,7 @@ def _open_locked(path: str, exclusive: bool):
             if not stat.S_ISREG(info.st_mode):
                 raise _damaged(path, "not a regular file")
             # Another process may have replaced the file meanwhile: then the lock is a dead one.
-            if named.st_ino == info.st_ino and named.st_dev == info.st_dev:
+            if os.path.samestat(info, named):
                 return fd, info
         except BaseException:
             os.close(fd)
@@ -5579,85 +5527,76 @@ def _open_locked(path: str, exclusive: bool):
         os.close(fd)
 
 
-class _locked:
-    """Context of a session file that is open and locked: (descriptor, stat). SessionNotFound when
-    it is not there."""
-
-    def __init__(self, path: str, *, exclusive: bool):
-        self.path, self.exclusive = path, exclusive
-
-    def __enter__(self):
-        with _naming(self.path):
-            try:
-                self.fd, info = _open_locked(self.path, self.exclusive)
-            except FileNotFoundError:
-                folder, name = os.path.split(self.path)
-                root = _printable(os.path.dirname(folder))
-                raise SessionNotFound(f"no session {_printable(_stem(name))} in {root}; `list` "
-                                      "shows what is there") from None
-        return self.fd, info
-
-    def __exit__(self, kind, error, trace):
-        _release(self.fd)
-
-
-def _write_temp(directory: str, parts, sync: bool) -> str:
-    """The path of a new file that holds the `parts`."""
-    path = os.path.join(directory, f".{os.urandom(8).hex()}{_TEMPORARY}")
-    with _naming(directory):
+@contextmanager
+def _locked(path: str, *, exclusive: bool):
+    """A session file that is open and locked: (descriptor, stat). SessionNotFound when it is not
+    there; an OSError inside becomes a StorageError."""
+    with _naming(path):
         try:
-            fd = os.open(path, _CREATE, 0o600)
+            fd, info = _open_locked(path, exclusive)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-            fd = os.open(path, _CREATE, 0o600)
+            root = _printable(os.path.dirname(os.path.dirname(path)))
+            raise SessionNotFound(f"no session {_printable(_stem(path))} in {root}; `list` shows "
+                                  "what is there") from None
         try:
-            offset = 0
-            for part in parts:
-                offset = _write(fd, part, offset)
-            if sync:
-                os.fsync(fd)
-        except BaseException:
-            os.unlink(path)
-            raise
+            yield fd, info
         finally:
-            os.close(fd)
-    return path
+            _release(fd)
+
+
+def _make_folder(path: str) -> None:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+
+
+@contextmanager
+def _temporary(path: str, parts, sync: bool):
+    """The name of a new file beside `path` that holds the `parts`; gone behind it, unless it got
+    another name."""
+    folder = os.path.dirname(path)
+    temp = os.path.join(folder, f".{os.urandom(8).hex()}{_TEMPORARY}")
+    with _naming(path):
+        _make_folder(os.path.dirname(folder))
+        _make_folder(folder)
+        fd = os.open(temp, _CREATE, 0o600)
+        try:
+            try:
+                for part in parts:
+                    _write(fd, part)
+                if sync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            yield temp
+        finally:
+            _remove(temp)
 
 
 def _replace(path: str, parts, *, sync: bool) -> None:
     """Give `path` new content in one step; a session must be locked meanwhile."""
-    temp = _write_temp(os.path.dirname(path), parts, sync)
-    with _naming(path):
-        try:
-            os.replace(temp, path)
-        except BaseException:
-            os.unlink(temp)
-            raise
+    with _temporary(path, parts, sync) as temp:
+        os.replace(temp, path)
 
 
 def _publish(temp: str, path: str) -> bool:
     """Give a new file the name `path` in one step; False when the name is taken."""
-    with _naming(path):
-        try:
-            os.link(temp, path)
-        except FileExistsError:
+    try:
+        os.link(temp, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: claim the name, then fill it
+        if os.path.lexists(path):
             return False
-        except OSError:  # a file system without hard links: claim the name, then fill it
-            if os.path.lexists(path):
-                return False
-            os.close(os.open(path, _CREATE, 0o600))
-            os.replace(temp, path)
+        os.close(os.open(path, _CREATE, 0o600))
+        os.replace(temp, path)
     return True
 
 
 def _remove(path: str) -> bool:
     """Whether there was such a file to remove."""
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _sync_folder(path: str) -> None:
@@ -5669,42 +5608,29 @@ def _sync_folder(path: str) -> None:
         os.close(fd)
 
 
-def _decoded(text: bytes):
-    """What the JSON says, None when it is none."""
-    try:
-        return _DECODER.decode(text.decode())
-    except (ValueError, RecursionError):
-        return None
-
-
-def _stream(fd: int, size: int, make):
-    """(document, last bytes before the footer, footer's offset) of a locked session, which is
-    unlocked while its events are read, a megabyte at a time, each handed through `make`. None when
-    it is not in the present layout."""
-    first = _pread(fd, _LONG_PEEK, 0)
-    start = first.find(b"\n") + 1
-    tail = _read(fd, max(start - 1, size - _FOOTER_SIZE, 0), size)
-    footer, cut = _parse_footer(tail)
-    doc = _header_of(first)
-    if not footer or type(doc) is not dict:
+def _stream(fd: int, info, make, start: int):
+    """(events, footer, mark for `Store.tail`) of what stands from `start` on in a locked session,
+    which is unlocked while its events are read, a megabyte at a time, each handed through `make`.
+    None when it is not in the present layout."""
+    tail_at = max(start - 1, info.st_size - _FOOTER_SIZE)
+    footer, cut = _parse_footer(_read(fd, tail_at, info.st_size))
+    if not footer:
         return None
     _unlock(fd)  # what stands before the footer does not change any more
     events: list = []
-    end, rest, block = size - len(tail) + cut, b"", _BLOCK
+    end, rest, block = tail_at + cut, b"", _BLOCK
     while start < end:
-        more = _pread(fd, min(block, end - start), start)
+        more = _read(fd, start, min(start + block, end))
         start += len(more)
         rest += more
         cut = len(rest) if start == end else rest.rfind(b"\n,") + 1
         found = _decoded(b"[%s]" % rest[:cut].lstrip(b","))
         if not more or found is None or any(type(event) is not dict for event in found):
             return None
-        events.extend(map(make, found) if make else found)
+        events.extend(map(make, found))
         rest, block = rest[cut:], _BLOCK if cut else 2 * block  # for a longer line
-    doc = {**doc, **footer, "events": events}
-    if _fault(doc) or footer["event_count"] != len(events) + footer.get("lost_events", 0):
-        return None
-    return doc, _pread(fd, min(_FINGERPRINT, end), end - min(_FINGERPRINT, end)), end
+    before = _read(fd, max(end - _FINGERPRINT, 0), end)
+    return events, footer, _mark(info, before, end, footer["event_count"])
 
 
 class Store:
@@ -5718,6 +5644,7 @@ class Store:
         self.root = os.path.abspath(os.fspath(root))
         self.sessions = os.path.join(self.root, "sessions")
         self.reports = os.path.join(self.root, "reports")
+        self.folders = self.root, self.sessions, self.reports
         self.durable = durable
         self.warnings: List[str] = []
         self.state = State(self.root, self._report)
@@ -5726,9 +5653,9 @@ class Store:
 
     def prepare(self) -> None:
         """Create the directories of the store; StorageError where that is not possible."""
-        for directory in (self.root, self.sessions, self.reports):
-            with _naming(directory):
-                os.makedirs(directory, mode=0o700, exist_ok=True)
+        for folder in self.folders:
+            with _naming(folder):
+                _make_folder(folder)
 
     def needs_masking(self) -> bool:
         """Whether there are sessions of an older version, which masked less."""
@@ -5738,19 +5665,15 @@ class Store:
 
     def mark_masked(self) -> None:
         """Say that all of the store was written with today's rules."""
-        with _naming(self.root):
-            os.makedirs(self.root, mode=0o700, exist_ok=True)
-            os.close(os.open(os.path.join(self.root, _MASKED), os.O_CREAT | _CHANGE, 0o600))
+        _replace(os.path.join(self.root, _MASKED), (), sync=False)
         self._masked = True
 
     def files(self):
         """Yield (id, stat) of every session file, without opening any."""
         for entry in self._entries(self.sessions):
             if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
-                try:
-                    yield entry.name[:-len(".json")], entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    pass  # deleted meanwhile
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    yield _stem(entry.name), entry.stat(follow_symlinks=False)
 
     @staticmethod
     def _entries(folder: str):
@@ -5766,38 +5689,32 @@ class Store:
         """Path of a session's file, there or not. InvalidSessionId for an id that breaks the rule,
         unless an older store holds exactly this name."""
         self._check_folders()
+        path = f"{self.sessions}{os.sep}{session_id}.json"
         try:
-            return f"{self.sessions}{os.sep}{check_id(session_id)}.json"
+            check_id(session_id)
         except InvalidSessionId:
             # A name that comes out of the directory cannot lead out of it.
-            if isinstance(session_id, str) and f"{session_id}.json" in self._names():
-                return os.path.join(self.sessions, f"{session_id}.json")
-            raise
+            if path not in [entry.path for entry in self._entries(self.sessions)]:
+                raise
+        return path
 
     def _check_folders(self) -> None:
         """Refuse linked folders; nobody else may write into the store."""
         if self._checked:
             return
-        self._checked = True
-        for folder in (self.root, self.sessions, self.reports):
+        for folder in self.folders:
             if folder != self.root and os.path.islink(folder):
-                self._checked = False
                 raise StorageError(folder, *_LINKED)
             mode = os.stat(folder).st_mode if os.name == "posix" and os.path.isdir(folder) else 0
-            if mode & 0o022 and not mode & stat.S_ISVTX:
-                self._tighten(folder, stat.S_IMODE(mode))
-
-    def _tighten(self, folder: str, mode: int) -> None:
-        try:
-            if folder == self.root:
-                raise PermissionError  # it may be a folder that is shared on purpose
-            os.chmod(folder, mode & ~0o022)
-        except OSError:
+            if not mode & 0o022 or mode & stat.S_ISVTX:
+                continue
+            with suppress(OSError):
+                if folder != self.root:  # which may be shared on purpose
+                    os.chmod(folder, stat.S_IMODE(mode) & ~0o022)
+                    continue
             self._report(f"others can write into {_printable(folder)}: chmod go-w it, or use "
                          "another store")
-
-    def _names(self) -> list:
-        return [entry.name for entry in self._entries(self.sessions)]
+        self._checked = True
 
     def _report_path(self, session_id: str) -> str:
         return os.path.join(self.reports, _stem(self.find(session_id)) + _REPORT)
@@ -5822,26 +5739,19 @@ class Store:
     def write(self, session_id: str, parts: Iterable[bytes], *, replace=False, sync=True) -> None:
         """Store a session's file, laid out already; otherwise as `create`."""
         path = self.find(check_id(session_id))
-        if not self._masked and not self.needs_masking():
+        if not self.needs_masking() and not self._masked:
             self.mark_masked()
-        temp = _write_temp(self.sessions, parts, sync or self.durable)
-        try:
+        with _temporary(path, parts, sync or self.durable) as temp:
             while not _publish(temp, path):
                 if not replace:
                     raise SessionExists(
                         f"session {session_id} is already in {_printable(self.root)}; choose "
                         "another id or delete it first")
-                try:
-                    with _locked(path, exclusive=True), _naming(path):
-                        os.replace(temp, path)
-                        break
-                except SessionNotFound:
-                    continue
+                with suppress(SessionNotFound), _locked(path, exclusive=True):
+                    os.replace(temp, path)
+                    break
             if self.durable:
                 _sync_folder(path)
-        finally:
-            with _naming(temp):
-                _remove(temp)
 
     def append(self, session_id: str, make_event, *, sync: bool = False):
         """Add an event in constant time; (event, footer, mark for `tail`).
@@ -5854,89 +5764,84 @@ class Store:
         while True:
             with _locked(path, exclusive=True) as (fd, info):
                 start = max(info.st_size - _FOOTER_SIZE, 0)
-                with _naming(path):
-                    tail = _read(fd, start, info.st_size)
+                tail = _read(fd, start, info.st_size)
                 footer, cut = _parse_footer(tail)
-                if footer:
-                    return self._extend(fd, info, path, tail, cut, footer, make_event, sync)
-                self._rewrite(fd, info, path)
+                if not footer:
+                    self._rewrite(fd, info, path)
+                    continue
+                event, changes = make_event(footer)
+                line = b""
+                if event is not None:
+                    _count(footer, event)
+                    comma = "" if tail.endswith(b"[\n", 0, cut) else ","
+                    line = f"{comma}{_encode_event(event)}\n".encode()
+                footer.update(changes)
+                self._overwrite(fd, start + cut, tail[cut:], line, footer, sync)
+            mark = _mark(info, line or tail[:cut], start + cut + len(line), footer["event_count"])
+            return event, footer, mark
 
-    def _extend(self, fd, info, path, tail, cut, footer, make_event, sync):
-        event, changes = make_event(footer)
-        line = b""
-        if event is not None:
-            _count(footer, event)
-            comma = "" if tail.endswith(b"[\n", 0, cut) else ","
-            line = f"{comma}{_encode_event(event)}\n".encode()
-        footer.update(changes)
-        offset, old = info.st_size - len(tail) + cut, tail[cut:]
+    def _overwrite(self, fd, offset, old, line, footer, sync) -> None:
+        """Write a line and the footer over the `old` end; when that fails put it back."""
         new = line + _encode_footer(footer, len(old) - len(line))
-        with _naming(path):
-            _overwrite(fd, new, offset, old)
-            if sync or self.durable:
-                os.fsync(fd)
-        mark = _mark(info, line or tail[:cut], offset + len(line), footer["event_count"])
-        return event, footer, mark
+        os.lseek(fd, offset, os.SEEK_SET)
+        try:
+            _write(fd, new)
+        except OSError:
+            os.lseek(fd, offset, os.SEEK_SET)
+            _write(fd, old)  # its blocks are still the file's, so it fits on a full disk
+            os.ftruncate(fd, offset + len(old))
+            raise
+        if sync or self.durable:
+            os.fsync(fd)
 
     def load(self, session_id: str) -> dict:
         """The session as one dict, events included; a damaged file is repaired first."""
         return self.load_marked(session_id)[0]
 
-    def load_marked(self, session_id: str, make=None, *, shown: bool = True):
+    def load_marked(self, session_id: str, make=dict, *, shown: bool = True):
         """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large
         session is never whole in memory as text or as dicts. What an older version stored is
         masked, events only if they are to be `shown`."""
         path, older = self.find(session_id), self.needs_masking()
-        each = _masking(make) if older and shown else make
-        with _locked(path, exclusive=False) as (fd, info), _naming(path):
-            found = _stream(fd, info.st_size, each)
-            data = b"" if found else _read(fd, 0, info.st_size)
-        if not found:
+        each = (lambda event: make(_masked_older(event))) if older and shown else make
+        with _locked(path, exclusive=False) as (fd, info):
+            first = _read(fd, 0, min(info.st_size, _LONG_PEEK))
+            doc = _header_of(first)
+            found = doc and _stream(fd, info, each, first.find(b"\n") + 1)
+            if found:
+                events, footer, mark = found
+                doc.update(footer, events=events)
+            if not found or _fault(doc) or not _adds_up(doc):
+                doc = None
+                data = _read(fd, 0, info.st_size)
+        if doc is None:
             doc, remark, _ = _restore(data, path)
-            if remark and self._mended(path):
-                return self.load_marked(session_id, make, shown=shown)
             if remark:
-                self._report(remark + " (in memory: the store cannot be written)")
-                doc = _parse(b"".join(_lay_out(doc)), path)
-            if each:
-                doc["events"] = list(map(each, doc["events"]))
-            found = doc, b"", info.st_size + 1  # nothing that `tail` could go on from
-        doc, before, end = found
+                try:
+                    self.change(session_id, lambda doc: None)
+                    return self.load_marked(session_id, make, shown=shown)
+                except DamagedSession:
+                    raise
+                except StorageError:
+                    self._report(remark + " (in memory: the store cannot be written)")
+                    doc = _parse(b"".join(_lay_out(doc)), path)
+            doc["events"] = list(map(each, doc["events"]))
+            mark = _mark(info, b"", info.st_size + 1, 0)  # nothing that `tail` could go on from
         if older:
-            _mask_session(doc, events=False)
-        return doc, _mark(info, before, end, doc["event_count"])
-
-    def _mended(self, path: str) -> bool:
-        """Whether a torn or damaged file could be rewritten."""
-        try:
-            with _locked(path, exclusive=True) as (fd, info):
-                self._rewrite(fd, info, path)
-            return True
-        except DamagedSession:
-            raise
-        except StorageError:
-            return False
+            doc.update(_masked_older(doc))
+        return doc, mark
 
     def tail(self, session_id: str, mark: tuple):
         """(events since `mark`, footer, new mark), reading only those; None when the file was
         replaced."""
         path = self.find(session_id)
         device, inode, offset, count, before = mark
-        with _locked(path, exclusive=False) as (fd, info), _naming(path):
-            if (info.st_dev, info.st_ino) != (device, inode) or info.st_size < offset:
+        with _locked(path, exclusive=False) as (fd, info):
+            if (info.st_dev, info.st_ino) != (device, inode) \
+                    or _read(fd, offset - len(before), offset) != before:
                 return None
-            data = _read(fd, offset - len(before), info.st_size)
-        footer, cut = _parse_footer(data)
-        if not footer or not data.startswith(before) or cut < len(before):
-            return None
-        try:
-            events = _DECODER.decode(f"[{data[len(before):cut].decode().lstrip(',')}]")
-        except ValueError:
-            return None
-        if footer["event_count"] != count + len(events):
-            return None
-        end = offset - len(before) + cut
-        return events, footer, _mark(info, data[:cut], end, footer["event_count"])
+            found = _stream(fd, info, dict, offset)
+        return found if found and found[1]["event_count"] == count + len(found[0]) else None
 
     def head(self, session_id: str) -> dict:
         """Header and footer of a session as one dict, from the ends of its file; from all of it
@@ -5953,21 +5858,20 @@ class Store:
         try:
             return self.head(session_id)
         except SessionNotFound:
-            return None
+            pass
         except SessionOptimizerError as error:
             self._report(f"left out of the list: {error}")
-            return None
+        return None
 
     def headers(self):
         """Yield (id, header) of every session that can be read, by the first line of its file where
         that tells. The id is the one that addresses the session; the header's own may differ. In no
         particular order."""
         self._check_folders()
-        for name in self._names():
-            if name.endswith(".json"):
-                session_id = name[:-len(".json")]
-                head = _peek(self.sessions + os.sep + name, header_only=True)
-                head = head or self.readable_head(session_id)
+        for path in [entry.path for entry in self._entries(self.sessions)]:
+            if path.endswith(".json"):
+                session_id = _stem(path)
+                head = _peek(path, header_only=True) or self.readable_head(session_id)
                 if head:
                     yield session_id, head
 
@@ -5976,39 +5880,42 @@ class Store:
         step."""
         path = self.find(session_id)
         with _locked(path, exclusive=True) as (fd, info):
-            with _naming(path):
-                doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
-            edit(doc)
-            _replace(path, _lay_out(doc), sync=False)
+            self._rewrite(fd, info, path, edit)
+
+    def _rewrite(self, fd: int, info, path: str, edit=lambda doc: None) -> None:
+        """Bring the file of a locked session into the present layout: converted if older, else
+        repaired; what is damaged is kept beside it."""
+        data = _read(fd, 0, info.st_size)
+        doc, remark, lost = _restore(data, path)
+        edit(doc)
+        if lost:
+            copy_ = next(name for name in _copies_of(path) if not os.path.lexists(name))
+            _replace(copy_, [data], sync=True)
+            remark += f"; the damaged file is kept as {_printable(copy_)}"
+        try:
+            _replace(path, _lay_out(doc), sync=True)
+        except ValueError as error:
+            raise _damaged(path, f"{error}") from error
         self._report(remark)
 
     def archive(self, session_id: str) -> str:
         """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written
         inside."""
         path = self.find(check_id(session_id))
-        with _locked(path, exclusive=True) as (fd, info), _naming(path):
+        with _locked(path, exclusive=True) as (fd, info):
             doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
-            number, stored = 0, False
-            while not stored:
-                number += 1
+            for number in itertools.count(1):
                 doc["id"] = f"{session_id[:_ID_LENGTH - len(str(number)) - 1]}.{number}"
-                target = self.find(doc["id"])
-                stored = not os.path.lexists(target) and self._place(target, _lay_out(doc), path)
+                try:
+                    self.write(doc["id"], _lay_out(doc))
+                    break
+                except SessionExists:
+                    pass
+                except ValueError as error:
+                    raise _damaged(path, f"{error}") from error
             _remove(path)
         self._report(remark)
         return doc["id"]
-
-    @staticmethod
-    def _place(target: str, parts, path: str) -> bool:
-        """Whether the name was free for a file of these parts, made of the session at `path`."""
-        try:
-            temp = _write_temp(os.path.dirname(target), parts, sync=True)
-        except ValueError as error:
-            raise _damaged(path, f"{error}") from error
-        try:
-            return _publish(temp, target)
-        finally:
-            _remove(temp)
 
     def delete(self, session_id: str) -> bool:
         """Remove a session, readable or not, with its report and copies of it; False when there is
@@ -6026,29 +5933,10 @@ class Store:
     def _delete(self, session_id: str, path: str) -> None:
         with _naming(path):
             _remove(self._report_path(session_id))
-            number = 1
-            while _remove(_copy_of(path, number)):
-                number += 1
+            all(map(_remove, _copies_of(path)))  # up to the first that is not there
             _remove(path)
             if self.durable:
                 _sync_folder(path)
-
-    def _rewrite(self, fd: int, info, path: str) -> None:
-        """Bring the file of a locked session into the present layout: converted if older, else
-        repaired."""
-        with _naming(path):
-            data = _read(fd, 0, info.st_size)
-        doc, remark, lost = _restore(data, path)
-        if lost:
-            number = 1
-            while not self._place(_copy_of(path, number), [data], path):
-                number += 1
-            remark += f"; the damaged file is kept as {_printable(_copy_of(path, number))}"
-        try:
-            _replace(path, _lay_out(doc), sync=True)
-        except ValueError as error:
-            raise _damaged(path, f"{error}") from error
-        self._report(remark)
 
     def copies(self) -> List[str]:
         """The paths of what is kept of damaged files."""
@@ -6059,15 +5947,11 @@ class Store:
         """Remove what crashes left behind: temporary files older than an hour, reports without a
         session; `once`: not again by this instance. Returns how many."""
         found = 0
-        if once and self._swept:
-            return found
-        self._swept = True
-        for folder in (self.root, self.sessions, self.reports):
+        for folder in () if once and self._swept else self.folders:
             for entry in self._entries(folder):
-                try:
+                with suppress(OSError):  # gone meanwhile, or not ours to remove
                     found += self._is_left(folder, entry) and _remove(entry.path)
-                except OSError:
-                    pass  # gone meanwhile, or not ours to remove
+        self._swept = True
         return found
 
     def _is_left(self, folder: str, entry) -> bool:
@@ -6108,21 +5992,32 @@ def mask_older(store: Store) -> None:
     """Write everything with today's rules, where an older version has written, and drop hashes of
     what was not masked. Reports go: they are made again. Where the store cannot be written that is
     a warning; what is read is masked all the same."""
+    def mask(doc: dict) -> None:
+        doc.update(_masked_older(doc), events=list(map(_masked_older, doc["events"])))
+
     if not store.needs_masking():
         return
     try:
         for session_id, _ in store.files():
-            try:
-                store.change(session_id, _mask_session)
-            except (SessionNotFound, DamagedSession, ValueError):
-                pass  # gone meanwhile, or `repair` names it
+            with suppress(SessionNotFound, DamagedSession):  # gone, or `repair` names it
+                store.change(session_id, mask)
         for entry in store._entries(store.reports):
             with _naming(entry.path):
                 _remove(entry.path)
-        store.state.rewrite(_masked_row)
+        store.state.clear()
         store.mark_masked()
     except StorageError as error:
         store._report(f"what an older version stored could not be masked: {error}")
+
+
+def _masked_older(part: dict) -> dict:
+    """A session without its events, or an event, with its secrets masked, but for what names
+    things."""
+    named = {name: value for name, value in part.items() if name in _NAMES}
+    parts = {name: _masked_older(value) for name, value in part.items()
+             if name in ("data", "metadata") and isinstance(value, dict)}
+    rest = {name: value for name, value in part.items() if name not in {*named, *parts, "events"}}
+    return {**named, **masked(rest, hashes=False), **parts}
 
 
 def lock_scan(root: str) -> int:
@@ -6130,64 +6025,24 @@ def lock_scan(root: str) -> int:
     close it with `_release`."""
     path = os.path.join(root, "scan.lock")
     with _naming(path):
-        os.makedirs(root, mode=0o700, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o600)
+        _make_folder(root)
+        fd = os.open(path, os.O_CREAT | _CHANGE, 0o600)
         try:
             if fcntl:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    _warn("another scan is reading into this store: waiting for it")
-            _lock(fd, True)
-        except BaseException:
-            os.close(fd)
-            raise
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _warn("another scan is reading into this store: waiting for it")
+        _lock(fd, True)
     return fd
-
-
-def _masked_part(part: dict, *names: str) -> dict:
-    """A dict with its secrets masked, but for what names things."""
-    named = {name: part[name] for name in (*_NAMES, *names) if name in part}
-    rest = {name: value for name, value in part.items() if name not in named}
-    return {**named, **masked(rest, hashes=False)}
-
-
-def _masked_event(event: dict) -> dict:
-    data = event.get("data")
-    found = _masked_part({**event, "data": None})
-    found["data"] = _masked_part(data) if isinstance(data, dict) else data
-    return found
-
-
-def _masking(make):
-    """`make` for the events of an older version."""
-    return lambda event: make(_masked_event(event)) if make else _masked_event(event)
-
-
-def _mask_session(doc: dict, *, events: bool = True) -> None:
-    kept = list(map(_masked_event, doc["events"])) if events else doc["events"]
-    head = _masked_part({name: value for name, value in doc.items() if name != "events"})
-    if isinstance(doc.get("metadata"), dict):
-        head["metadata"] = _masked_part(doc["metadata"], "source", "transcript_path")
-    doc.update(head, events=kept)
-
-
-def _masked_row(row: dict) -> dict:
-    return _masked_part(row, "source", "path")
 
 
 def _mark(info, before: bytes, offset: int, count: int) -> tuple:
     return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
 
 
-def _copy_of(path: str, number: int) -> str:
-    return f"{path}.damaged-{number}"
-
-
-def _header_of(first: bytes):
-    """The header at the start of a session's file, None where it is not there."""
-    end = first.find(b"\n")
-    return _decoded(first[:end] + b"]}") if first.endswith(_HEADER_END, 0, max(end, 0)) else None
+def _copies_of(path: str) -> Iterator[str]:
+    """The names that copies of a damaged file have, one after the other."""
+    return (f"{path}.damaged-{number}" for number in itertools.count(1))
 
 
 def _peek(path: str, *, header_only: bool):
@@ -6197,19 +6052,17 @@ def _peek(path: str, *, header_only: bool):
         fd = os.open(path, _READ)
         try:
             if header_only:
-                return _header_of(_pread(fd, _START, 0))
+                return _header_of(_read(fd, 0, _START))
             size = os.fstat(fd).st_size
-            first = last = _pread(fd, _PEEK, 0)
-            if size > _PEEK:
-                last = _pread(fd, _FOOTER_SIZE, size - _FOOTER_SIZE)
-                if first.startswith(b"{\n"):
-                    first += _read(fd, _PEEK, size)
-                elif b"\n" not in first:
-                    first += _pread(fd, _LONG_PEEK, _PEEK)
+            first = _read(fd, 0, min(size, _PEEK))
+            if first.startswith(b"{\n"):
+                first = _read(fd, 0, size)
+            elif b"\n" not in first:
+                first = _read(fd, 0, _LONG_PEEK)
+            return _parse_ends(first, _read(fd, max(size - _FOOTER_SIZE, 0), size))
         finally:
             os.close(fd)
-        return _parse_ends(first, last)
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return None  # damaged, or read without a lock in the middle of an append
 
 
@@ -6240,20 +6093,13 @@ def own_prices(root: str) -> dict:
     return own
 
 
-def _read_json(path: str):
-    try:
-        return _DECODER.decode(read_regular(path).decode())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 # -- what a store knows across its sessions
 
 _STATE_TABLES = ("files", "units", "responses", "rows", "deleted", "summaries")
 _STATE_VERSION = 1
 _STATE_WAIT = 60.0  # seconds to wait for other processes
-# The state files of version 2.0.
-_OLD_STATE = ("scan.json", "scan-responses.json", "summaries.json", "deleted.json")
+# The state files of version 2.0: the deletions are taken over, all else is made again.
+_OLD_STATE = ("deleted.json", "scan.json", "scan-responses.json", "summaries.json")
 
 
 class State:
@@ -6265,7 +6111,7 @@ class State:
 
     def __init__(self, root: str, report):
         self.root, self.path = root, os.path.join(root, "state.sqlite3")
-        self._report, self._readable = report, True
+        self._report = report
 
     def generation(self) -> int:
         """A number that grows whenever a scan saves what it found."""
@@ -6278,79 +6124,69 @@ class State:
         return self._run(lambda db: (_generation(db), _table(db, "files"), _table(db, "units"),
                                      _table(db, "deleted", "serial")))
 
-    def owners(self) -> dict:
-        """{response id: [the unit that counts it, its output there]}."""
-        responses = self._run(lambda db: _table(db, "responses")).items()
-        return {response: [unit, output] for unit, found in responses
-                for response, output in found.items()}
+    def responses(self) -> dict:
+        """{unit: {response id: its output there}}."""
+        return self._run(lambda db: _table(db, "responses"))
 
     def rows_of(self, units) -> dict:
         """{unit: the rows of its sessions}, in the order they were read."""
-        def work(db):
-            found: dict = {_encode(unit): [] for unit in units}
-            for part, value in db.execute("SELECT part, value FROM rows ORDER BY serial"):
-                if part in found:
-                    found[part].append(value)
-            return {unit: json.loads(f"[{','.join(found[_encode(unit)])}]") for unit in units}
-        return self._run(work)
+        query = "SELECT value FROM rows WHERE part = ? ORDER BY serial"
+        return self._run(lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
 
     def units_of_rows(self) -> dict:
         """{session id: the unit it was read from}."""
         return self._run(lambda db: _table(db, "rows", "part"))
 
-    def summaries(self, settings: str, shorten=None) -> dict:
+    def summaries(self, settings: str, shorten=lambda row: row) -> dict:
         """{session id: row} of the summaries made under these settings, each passed through
         `shorten`, one after the other: they need not fit into memory together."""
-        def work(db):
-            found = {}
-            for key, value in db.execute("SELECT key, value FROM summaries ORDER BY serial"):
-                under, row = json.loads(value)
-                if under == settings:
-                    found[json.loads(key)] = shorten(row) if shorten else row
-            return found
-        return self._run(work)
+        query = "SELECT key, value FROM summaries WHERE part = ? ORDER BY serial"
+        return self._run(lambda db: {json.loads(key): shorten(json.loads(value))
+                                     for key, value in db.execute(query, (_encode(settings),))})
 
     def save_summaries(self, settings: str, rows: dict, gone) -> None:
         """Keep the rows given, drop those of the ids `gone`."""
-        entries = _entries({session_id: [settings, row] for session_id, row in rows.items()})
-        lost = [(_encode(session_id),) for session_id in gone]
-
         def work(db):
-            db.executemany("DELETE FROM summaries WHERE key = ?", lost)
-            _put(db, "summaries", entries)
+            for session_id in gone:
+                db.execute("DELETE FROM summaries WHERE key = ?", (_encode(session_id),))
+            _put(db, "summaries", rows, settings)
         self._run(work, write=True)
 
-    def save_scan(self, files: dict, units: dict, owners: dict, rows: dict, dropped, mark: int):
-        """Keep what a scan has read: `files`, and for each of `units` its responses and rows;
-        forget the units `dropped`. The ids deleted since `mark` are left out and returned; those
-        deleted before whose rows have come back are deleted no more."""
-        work = _scan_work(files, units, owners, rows, dropped, mark)
-        return set(map(json.loads, self._run(work, write=True)))
-
-    def rewrite(self, change) -> None:
-        """Pass every row of a scan through `change`; summaries go, which are made again."""
+    def save_scan(self, files: dict, units: dict, told: dict, rows: dict, dropped, mark: int):
+        """Keep what a scan has read: `files`, `units`, the responses each has `told`, and its
+        rows; forget the units `dropped`. The ids deleted since `mark` are left out and returned;
+        those deleted before whose rows have come back are deleted no more."""
         def work(db):
-            rows = db.execute("SELECT serial, value FROM rows").fetchall()
-            db.executemany("UPDATE rows SET value = ? WHERE serial = ?", [
-                (_encode(change(json.loads(value))), serial) for serial, value in rows])
-            db.execute("DELETE FROM summaries")
-        self._run(work, write=True)
+            late = set(_listed(db, "SELECT key FROM deleted WHERE serial > ?", mark))
+            for unit in map(_encode, (*dropped, *units)):
+                db.execute("DELETE FROM units WHERE key = ?", (unit,))
+                db.execute("DELETE FROM responses WHERE key = ?", (unit,))
+                db.execute("DELETE FROM rows WHERE part = ?", (unit,))
+            for table, found in (("files", files), ("units", units), ("responses", told)):
+                _put(db, table, found)
+            for unit in units:
+                kept = {row["id"]: row for row in rows[unit] if row["id"] not in late}
+                _put(db, "rows", kept, unit)
+            db.execute("DELETE FROM deleted WHERE key IN (SELECT key FROM rows)")
+            return late
+        return self._run(work, write=True)
+
+    def clear(self) -> None:
+        """Forget all but the deletions: the next scan reads everything again."""
+        self._run(lambda db: [db.execute(f"DELETE FROM {table}") for table in _STATE_TABLES
+                              if table != "deleted"], write=True)
 
     def forget(self, session_id: str, imported: bool) -> None:
         """Drop row and summary of a session. One that was `imported` or has a row stays away from
         later scans."""
         key = (_encode(session_id),)
 
-        def known(db):
-            return [db.execute(f"SELECT 1 FROM {table} WHERE key = ?", key).fetchone()
-                    for table in ("rows", "summaries")]
-
         def work(db):
-            if imported or known(db)[0]:
+            known = db.execute("DELETE FROM rows WHERE key = ?", key).rowcount
+            db.execute("DELETE FROM summaries WHERE key = ?", key)
+            if imported or known:
                 db.execute("REPLACE INTO deleted(key) VALUES (?)", key)
-            for table in ("rows", "summaries"):
-                db.execute(f"DELETE FROM {table} WHERE key = ?", key)
-        if imported or any(self._run(known)):
+        if imported or os.path.exists(self.path):
             self._run(work, write=True)
 
     def _run(self, work, write: bool = False):
@@ -6361,127 +6197,74 @@ class State:
         except ImportError:
             raise StorageError(self.path, "this Python was built without sqlite3",
                                "use one that has it, or scan --no-store") from None
-        alone = False
-        for last in (False, False, True):
+        # A full disk may have no room for what readers share; a store may be for reading only.
+        for way in ("shared", "shared") if write else ("shared", "alone", "immutable"):
             try:
-                return self._transact(work, write, alone)
+                return self._transact(work, write, way)
             except (sqlite3.DatabaseError, ValueError) as error:
-                said = str(error)
-                refused = isinstance(error, sqlite3.OperationalError)
-                refused = refused and not said.startswith("no such table")
-                if refused and not write and not alone:
-                    alone = True  # a full disk may have no room for what readers share
-                elif refused or last:
-                    remedy = _FULL if "full" in said else _YOURS
-                    raise StorageError(self.path, said, remedy) from error
-                else:
-                    self._begin_afresh(error)
+                failure = error
+            if not isinstance(failure, sqlite3.OperationalError) or "no such" in str(failure):
+                self._begin_afresh(failure)
+            elif write:
+                break
+        remedy = _FULL if "full" in str(failure) else _YOURS
+        raise StorageError(self.path, str(failure), remedy) from failure
 
-    def _transact(self, work, write: bool, alone: bool):
-        db = self._open(write, alone)
-        try:
+    def _transact(self, work, write: bool, way: str):
+        import sqlite3
+        from urllib.parse import quote
+        if os.path.islink(self.path):
+            raise StorageError(self.path, *_LINKED)
+        if write and not os.path.exists(self.path):
+            # Only a file that is new: closing one that SQLite uses would drop its locks.
+            with _naming(self.path), suppress(FileExistsError):
+                _make_folder(self.root)
+                os.close(os.open(self.path, _CREATE, 0o600))
+        target = f"file:{quote(self.path)}" + "?immutable=1" * (way == "immutable")
+        target = target if os.path.exists(self.path) else ":memory:"
+        with closing(sqlite3.connect(target, _STATE_WAIT, isolation_level=None, uri=True)) as db:
+            if way == "alone":
+                db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("PRAGMA secure_delete = ON")
+            if db.execute("PRAGMA user_version").fetchone()[0] != _STATE_VERSION:
+                self._prepare(db, write)
+            db.execute("PRAGMA synchronous = NORMAL")
             db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             found = work(db)
             db.execute("COMMIT")
             return found
-        finally:
-            db.close()
 
-    def _open(self, write: bool, alone: bool):
+    def _prepare(self, db, write: bool) -> None:
+        """Make the tables; what version 2.0 left goes, once its deletions are noted."""
         import sqlite3
-        if os.path.islink(self.path):
-            raise StorageError(self.path, *_LINKED)
-        there = os.path.exists(self.path)
-        older = any(os.path.exists(os.path.join(self.root, name)) for name in _OLD_STATE)
-        target, uri = self.path, False
-        if not write and not (os.access(self.root, os.W_OK) and (there or older)):
-            from urllib.parse import quote
-            target, uri = ":memory:", True
-            if there and self._readable and os.path.getsize(self.path):
-                target = f"file:{quote(self.path)}?immutable=1"
-        elif not there:
-            self._create()
-        db = sqlite3.connect(target, timeout=_STATE_WAIT, isolation_level=None, uri=uri)
-        try:
-            if alone:
-                db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            db.execute("PRAGMA secure_delete = ON")
-            if db.execute("PRAGMA user_version").fetchone()[0] != _STATE_VERSION:
-                self._prepare(db)
-            db.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _create(self) -> None:
-        with _naming(self.path):
-            os.makedirs(self.root, mode=0o700, exist_ok=True)
-            try:
-                # Only a file that is new: closing one that SQLite uses would drop its locks.
-                os.close(os.open(self.path, _CREATE, 0o600))
-            except FileExistsError:
-                pass
-
-    def _prepare(self, db) -> None:
-        """Make the tables, and take over what version 2.0 left."""
-        import sqlite3
-        try:
+        with suppress(sqlite3.OperationalError):  # another is at it, or the file system cannot
             db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError:
-            pass  # another process is at it, or the file system cannot
         db.execute("BEGIN IMMEDIATE")
         version, = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _STATE_VERSION):
             raise sqlite3.DatabaseError("made by another version")
+        older = [os.path.join(self.root, name) for name in _OLD_STATE]
         if not version:
             for table in _STATE_TABLES:
                 db.execute(f"CREATE TABLE {table}(serial INTEGER PRIMARY KEY AUTOINCREMENT, "
                            "key TEXT UNIQUE, part TEXT, value TEXT)")
             db.execute("CREATE INDEX rows_by_part ON rows(part)")
-            for work in self._taken_over():
-                work(db)
+            with suppress(OSError, ValueError):
+                deleted = _decoded(read_regular(older[0]))
+                if isinstance(deleted, list):
+                    _put(db, "deleted", dict.fromkeys(map(str, deleted)))
             db.execute(f"PRAGMA user_version = {_STATE_VERSION}")
         db.execute("COMMIT")
-        for name in _OLD_STATE:
-            try:
-                _remove(os.path.join(self.root, name))
-            except OSError:
-                pass  # a store that can only be read
-
-    def _taken_over(self):
-        """Yield what writes the state of version 2.0; parts that are something else are left."""
-        scan, owners, summaries, deleted = (
-            _read_json(os.path.join(self.root, name)) for name in _OLD_STATE)
-        deleted = deleted if isinstance(deleted, list) else []
-        try:
-            rows = {name: [row for row in unit.pop("rows") if row["id"] not in deleted]
-                    for name, unit in scan["units"].items()}
-            held = {response: owner if isinstance(owner, list) else [owner, MAX_TOKENS]
-                    for response, owner in owners.items()}
-            yield _scan_work(scan["files"], scan["units"], held, rows, (), 0)
-        except (TypeError, KeyError, AttributeError, ValueError):
-            pass
-        try:
-            found = {name: [summaries["settings"], row] for name, row in summaries["rows"].items()
-                     if name not in deleted}
-            yield lambda db: _put(db, "summaries", _entries(found))
-        except (TypeError, KeyError, AttributeError, ValueError):
-            pass
-        yield lambda db: _put(db, "deleted", _entries(dict.fromkeys(map(str, deleted))))
+        for path in older if write else ():
+            with suppress(OSError):
+                _remove(path)
 
     def _begin_afresh(self, error: Exception) -> None:
-        if os.access(self.root, os.W_OK):
-            with _naming(self.path):
-                for ending in ("", "-wal", "-shm", "-journal"):
-                    _remove(self.path + ending)
-        self._readable = False
+        with _naming(self.path):
+            for ending in ("", "-wal", "-shm", "-journal"):
+                _remove(self.path + ending)
         self._report(f"{_printable(self.path)} was damaged ({error}) and is begun afresh: the next "
                      "scan reads everything again, and deleted sessions may come back")
-
-
-def _entries(found: dict) -> list:
-    return [(_encode(key), _encode(value)) for key, value in found.items()]
 
 
 def _table(db, name: str, column: str = "value") -> dict:
@@ -6489,38 +6272,18 @@ def _table(db, name: str, column: str = "value") -> dict:
     return json.loads("{%s}" % ",".join([pair for pair, in pairs]))
 
 
+def _listed(db, query: str, *values) -> list:
+    return json.loads("[%s]" % ",".join([text for text, in db.execute(query, values)]))
+
+
 def _generation(db) -> int:
     query = "SELECT total(seq) FROM sqlite_sequence WHERE name IN ('files', 'units')"
     return db.execute(query).fetchone()[0]
 
 
-def _put(db, table: str, entries: list) -> None:
-    db.executemany(f"REPLACE INTO {table}(key, value) VALUES (?, ?)", entries)
-
-
-def _scan_work(files: dict, units: dict, owners: dict, rows: dict, dropped, mark: int):
-    """See `State.save_scan`; what it does in its transaction returns the ids as JSON."""
-    responses: dict = {unit: {} for unit in units}
-    for response, (unit, output) in owners.items():
-        if unit in responses:
-            responses[unit][response] = output
-    found = [(_encode(row["id"]), _encode(row), _encode(unit))
-             for unit in units for row in rows.get(unit, ())]
-    gone = [(_encode(unit),) for unit in {*dropped, *units}]
-    entries = {"files": _entries(files), "units": _entries(units),
-               "responses": _entries(responses)}
-
-    def work(db):
-        late = {key for key, in db.execute("SELECT key FROM deleted WHERE serial > ?", (mark,))}
-        for table, column in (("units", "key"), ("responses", "key"), ("rows", "part")):
-            db.executemany(f"DELETE FROM {table} WHERE {column} = ?", gone)
-        for table, those in entries.items():
-            _put(db, table, those)
-        kept = [entry for entry in found if entry[0] not in late]
-        db.executemany("REPLACE INTO rows(key, value, part) VALUES (?, ?, ?)", kept)
-        db.executemany("DELETE FROM deleted WHERE key = ?", [entry[:1] for entry in kept])
-        return late
-    return work
+def _put(db, table: str, found: dict, part: str = "") -> None:
+    db.executemany(f"REPLACE INTO {table}(key, part, value) VALUES (?, ?, ?)",
+                   [(_encode(key), _encode(part), _encode(value)) for key, value in found.items()])
 
 
 # ==================================================================================================
@@ -9228,41 +8991,44 @@ def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Data]:
 
 def _unreadable(error: OSError) -> None:
     """A folder that cannot be read is named, and the others are."""
-    place = _printable(str(error.filename))
-    _warn(f"{place} cannot be read ({error.strerror}): check its permissions; what it holds is left out")
+    _warn(f"{_printable(str(error.filename))} cannot be read ({error.strerror}): check its "
+          "permissions; what it holds is left out")
 
 
 def find_transcripts(paths: Iterable[str]) -> Iterator[Tuple[str, int, int]]:
-    """Files that could be transcripts, as (path, size, mtime in ns): the files named, and .jsonl, .json
-    and .db files below the directories named (dot-directories too, links are not followed). A path that
-    is not there raises StorageError."""
-    for path in paths:
-        if not os.path.exists(path):
-            raise StorageError(path, "there is no such file or directory",
-                               "give a transcript or a folder that holds some")
-        if not os.path.isdir(path):
-            if not os.path.isfile(path):
-                raise StorageError(path, "not a regular file", "give a transcript or a folder that holds some")
-            for file in [path] + [more for reader in READERS for more in reader.companions(path)]:
-                if os.path.isfile(file):
-                    yield (os.path.abspath(file), *_stamp_of(file))
-            continue
-        for folder, _, _ in os.walk(path, onerror=_unreadable):
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.endswith((".jsonl", ".json", ".db")) \
-                            and entry.is_file(follow_symlinks=False):
-                        yield (os.path.abspath(entry.path), *_stamp_of(entry.path))
+    """Files that could be transcripts, as (path, size, mtime in ns): the files named, and .jsonl,
+    .json and .db files below the directories named (dot-directories too, links are not followed). A
+    path that is not there raises StorageError; one that goes meanwhile is left out."""
+    for path in map(os.path.abspath, paths):
+        if os.path.isdir(path):
+            files = (os.path.join(folder, name)
+                     for folder, _, names in os.walk(path, onerror=_unreadable)
+                     for name in names if name.endswith((".jsonl", ".json", ".db")))
+            stamps = ((file, _stamp_of(file, os.lstat)) for file in files)
+        elif os.path.isfile(path):
+            named = itertools.chain([path], *(reader.companions(path) for reader in READERS))
+            stamps = ((file, _stamp_of(file)) for file in named)
+        else:
+            odd = os.path.exists(path)
+            raise StorageError(path, "not a regular file" if odd else "there is no such file or "
+                               "directory", "give a transcript or a folder that holds some")
+        for file, stamp in stamps:
+            if stamp:
+                yield file, stamp[0], stamp[1]
 
 
-def _stamp_of(path: str) -> Tuple[int, int]:
-    """Size and time of change of a file; of a database with its write-ahead log."""
-    info = os.stat(path)
-    log = path + "-wal"
-    if path.endswith(".db") and os.path.exists(log):
-        more = os.stat(log)
-        return info.st_size + more.st_size, max(info.st_mtime_ns, more.st_mtime_ns)
-    return info.st_size, info.st_mtime_ns
+def _stamp_of(path: str, look: Callable[[str], Any] = os.stat) -> List[int]:
+    """Size and time of change of a file, of a database with its write-ahead log; empty where no
+    regular file is."""
+    try:
+        info = look(path)
+    except OSError:
+        return []
+    if not stat.S_ISREG(info.st_mode):
+        return []
+    log = _stamp_of(path + "-wal") if path.endswith(".db") else []
+    size, changed = log or (0, 0)
+    return [info.st_size + size, max(info.st_mtime_ns, changed)]
 
 
 # -- what a scan is made of: functions that keep nothing, which a cluster calls as this module does
@@ -9274,19 +9040,20 @@ def describe_transcript(path: str, open: Any = open) -> Data:
 
     Reads at most 64 KB from each end. ``open(path, "rb")`` opens files that are elsewhere than on
     this disk. Raises nothing: what cannot be read has a reason."""
-    facts = {"path": path, "size": 0, "reader": "", "reason": "", "kin": [], "order": ["~", "~", path]}
+    facts = {"path": path, "size": 0, "reader": "", "reason": "", "kin": [],
+             "order": ["~", "~", path]}
     try:
         with _Opening(open), open_transcript(path, _HEAD_SIZE) as file:
             head = file.read(_HEAD_SIZE) or b""
             facts["size"] = size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _HEAD_SIZE))
             tail = file.read(_HEAD_SIZE) or b""
-        reader = next((reader for reader in READERS if reader.detect(path, head)), None)
-        if reader is None:
+        known = [reader for reader in READERS if size and reader.detect(path, head)]
+        if known:
+            facts.update(kin=known[0].kin(path, head), order=[*known[0].span(head, tail), path])
+            facts["reader"] = known[0].name
+        else:
             facts["reason"] = _UNKNOWN if size else "empty file"
-            return facts
-        facts.update(kin=reader.kin(path, head), order=[*reader.span(head, tail), path])
-        facts["reader"] = reader.name
     except PermissionError:
         facts["reason"] = "cannot be read: check its permissions"
     except Exception as error:  # of a client of an object store it may be anything
@@ -9294,11 +9061,11 @@ def describe_transcript(path: str, open: Any = open) -> Data:
     return facts
 
 
-def group_transcripts(facts: Iterable[Data]) -> List[List[Data]]:
-    """The files that are read together, earliest first, from what `describe_transcript` said of each;
-    a session's own file leads and names the unit. Files of no known agent are left out."""
+def group_transcripts(facts: Iterable[Data]) -> List[Rows]:
+    """The files that are read together, earliest first, from what `describe_transcript` said of
+    each; a session's own file leads and names the unit. Files of no known agent are left out."""
     by_path = {file["path"]: file for file in facts}
-    kin: Dict[str, Dict[str, List[str]]] = {}
+    kin: Data = {}
     for path in sorted(by_path):
         kin.setdefault(by_path[path]["reader"], {})[path] = by_path[path]["kin"]
     units = [[by_path[path] for path in group]
@@ -9306,19 +9073,20 @@ def group_transcripts(facts: Iterable[Data]) -> List[List[Data]]:
     return sorted(units, key=lambda unit: unit[0]["order"])
 
 
-def left_out(facts: Iterable[Data]) -> List[List[Any]]:
-    """The files that no reader takes, as [path, 0, reason]; JSON and databases of another kind are not
-    named."""
+def left_out(facts: Iterable[Data], named: Any = ()) -> List[Any]:
+    """The files that no reader takes, as [path, 0, reason]; JSON and databases of another kind are
+    left out in silence, unless somebody ``named`` them."""
     return [[file["path"], 0, file["reason"]] for file in facts if not file["reader"]
-            and not (file["reason"] == _UNKNOWN and file["path"].endswith((".json", ".db")))]
+            and (file["reason"] != _UNKNOWN or file["path"] in named
+                 or not file["path"].endswith((".json", ".db")))]
 
 
-def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open: Any = open,
-                       *, analyzers: Optional[Sequence[Any]] = None, prices: Optional[PriceList] = None,
-                       ) -> Data:
-    """What one unit of `group_transcripts` holds, as JSON: ``{"rows": [as `full_row`], "usage": [for
-    each row its `usage_rows`], "responses": {id: output tokens told here}, "skipped": [[path, line,
-    reason]]}``.
+def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open: Any = open, *,
+                       analyzers: Optional[Sequence[Any]] = None,
+                       prices: Optional[PriceList] = None) -> Data:
+    """What one unit of `group_transcripts` holds, as JSON: ``{"rows": [as `full_row`], "usage":
+    [for each row its `usage_rows`], "responses": {id: output tokens told here}, "skipped": [[path,
+    line, reason]]}``.
 
     ``elsewhere``: the ids of responses that other units count. The responses told do not depend on
     it, so `owners_of` can decide after all units were read, and only those that lose some are read
@@ -9327,43 +9095,38 @@ def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open
     chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
 
     def tell(session: Session, found: Data) -> None:
-        session.prices = prices or session.prices
-        found["rows"].append(full_row(session, chosen))
+        found["rows"].append(full_row(session, chosen, prices=prices))
         found.setdefault("usage", []).append(usage_rows(session))
 
     with _CollectorPaused():
         return dict({"usage": []}, **read_unit(facts, elsewhere, tell, open))
 
 
-def read_unit(facts: Sequence[Data], elsewhere: Any,
-              tell: Callable[[Session, Data], None], open: Any = open) -> Data:
+def read_unit(facts: Sequence[Data], elsewhere: Any, tell: _Tell, open: Any = open) -> Data:
     """See `read_session_files`; ``tell(session, found)`` adds to what was found what is wanted of
     a session."""
-    responses: Dict[str, int] = {}
-    skipped: List[List[Any]] = []
+    responses: Data = {}
+    skipped: List[Any] = []
 
     def claim(identity: str, output: int = 0) -> bool:
         responses[identity] = max(output, responses.get(identity, 0))
         return identity not in elsewhere
 
+    def skip(path: str, line: int, reason: str) -> None:
+        skipped.append([path, line, reason])
+
     found: Data = {"rows": []}
-    path, error = facts[0]["path"], None
     try:
         reader = next(reader for reader in READERS if reader.name == facts[0]["reader"])
         with _Opening(open):
-            sessions = reader.read([file["path"] for file in facts], claim,
-                                   lambda path, line, reason: skipped.append([path, line, reason]))
+            sessions = reader.read([file["path"] for file in facts], claim, skip)
             for session in sessions:
                 tell(session, found)
         if not sessions and not skipped:
-            skipped.append([path, 0, "holds no session"])
-    except OSError as failure:
-        error = [str(failure.filename or path), 0, _reason_of(failure)]
-    except Exception as failure:  # one file, whatever is wrong with it, costs no other its figures
-        error = [path, 0, _reason_of(failure)]
-    if error:
+            skip(facts[0]["path"], 0, "holds no session")
+    except Exception as error:  # one file, whatever is wrong with it, costs no other its figures
         found, responses = {"rows": []}, {}
-        skipped.append(error)
+        skip(str(getattr(error, "filename", None) or facts[0]["path"]), 0, _reason_of(error))
     return dict(found, responses=responses, skipped=skipped)
 
 
@@ -9374,10 +9137,11 @@ def _reason_of(error: Exception) -> str:
     return f"cannot be read: {said}"
 
 
-def owners_of(told: Iterable[Tuple[str, float, List[str]]]) -> Dict[str, List[str]]:
-    """Which unit counts each response, as ``{id: its order}``, from (id, output tokens, order of the
-    unit that tells it): the one that tells most of it, then the earliest; the same in any order."""
-    best: Dict[str, Tuple[float, List[str]]] = {}
+def owners_of(told: Iterable[Tuple[str, float, List[str]]]) -> Data:
+    """Which unit counts each response, as ``{id: its order}``, from (id, output tokens, order of
+    the unit that tells it): the one that tells most of it, then the earliest; the same in any
+    order."""
+    best: Data = {}
     for identity, output, order in told:
         mine = (-output, order)
         if identity not in best or mine < best[identity]:
@@ -9387,18 +9151,19 @@ def owners_of(told: Iterable[Tuple[str, float, List[str]]]) -> Dict[str, List[st
 
 class SessionIds:
     """Gives sessions their ids: of several that want one the earliest unit's has it, the next have
-    "-2", "-3" and so on behind it. ``taken``: {id: the unit that has it}; ``free(id, unit)`` may refuse more."""
+    "-2", "-3" and so on behind it. ``taken``: {id: the unit that has it}; ``free(id, unit)`` may
+    refuse more."""
 
-    def __init__(self, taken: Optional[Dict[str, str]] = None,
-                 free: Callable[[str, str], bool] = lambda session_id, unit: True):
-        self.taken, self.free = dict(taken or {}), free
-        self._numbers: Dict[str, int] = {}  # the last one given behind an id
+    def __init__(self, taken: Data, free: Callable[[str, str], bool]):
+        self.taken, self.free = taken, free
+        self._numbers: Data = {}  # the last one given behind an id
 
     def give(self, unit: str, wanted: Iterable[str], own: Sequence[str] = ()) -> List[str]:
-        """The ids of a unit's sessions in their order; of its ``own`` from before it keeps what fits."""
+        """The ids of a unit's sessions in their order; of its ``own`` from before it keeps what
+        fits."""
         given: List[str] = []
         for name in wanted:
-            kept = [session_id for session_id in own if re.match(re.escape(name) + r"-\d+\Z", session_id)]
+            kept = [old for old in own if re.match(re.escape(name) + r"-\d+\Z", old)]
             for session_id in itertools.chain([name], kept, self._numbered(name)):
                 if session_id not in given and self.taken.get(session_id, unit) == unit \
                         and (session_id in own or self.free(session_id, unit)):
@@ -9413,10 +9178,10 @@ class SessionIds:
             yield f"{name}-{number}"
 
 
-def session_ids(wanted: Iterable[Tuple[str, List[str]]]) -> Dict[str, List[str]]:
-    """The ids of all sessions, ``{unit: [ids]}``, from what each unit of `group_transcripts` wants, in
-    their order (`SessionIds`)."""
-    ids = SessionIds()
+def session_ids(wanted: Iterable[Tuple[str, List[str]]]) -> Data:
+    """The ids of all sessions, ``{unit: [ids]}``, from what each unit of `group_transcripts` wants,
+    in their order (`SessionIds`)."""
+    ids = SessionIds({}, lambda session_id, unit: True)
     return {unit: ids.give(unit, names) for unit, names in wanted}
 
 
@@ -9428,7 +9193,8 @@ def renamed(row: Data, session_id: str) -> Data:
     return dict(row, id=session_id, bill=dict(row["bill"], rebuilds=rebuilds))
 
 
-def scan_settings(analyzers: Optional[Iterable[Any]] = None, prices: Optional[PriceList] = None) -> str:
+def scan_settings(analyzers: Optional[Iterable[Any]] = None,
+                  prices: Optional[PriceList] = None) -> str:
     """A hash of what rows depend on besides the files; where it differs, units are read again."""
     chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
     return settings_of(chosen, prices or PriceList())
@@ -9438,30 +9204,27 @@ def scan_settings(analyzers: Optional[Iterable[Any]] = None, prices: Optional[Pr
 
 JOBS_FROM = 20 << 20  # bytes of changed files from which other processes are worth their start
 if TYPE_CHECKING:
-    _Task = Tuple[str, List[Data], Any]  # a unit's name and files, what others count
+    _Tell = Callable[[Session, Data], None]  # adds to what was found what is wanted of a session
+    _Task = Tuple[str, Rows, Any]  # a unit's name and files, what others count
+    _Found = Iterator[Tuple[str, Any, Data]]
 
 
-def found_in(tasks: Iterable[_Task], tell: Callable[[Session, Data], None],
-             jobs: int = 1) -> Iterator[Tuple[str, Any, Data]]:
-    """What `read_unit` finds, as (name, elsewhere, found), in the order of the tasks, in this process or in
-    ``jobs`` others; where they cannot start or die, what is left is read in this one."""
-    waiting = iter(tasks)
-    if jobs > 1 and all(type(reader).__module__ == __name__ for reader in READERS):  # others are not known there
-        listed = list(waiting)
-        done = 0
-        for task, found in _found_by_workers(listed, tell, min(jobs, len(listed))):
-            done += 1
-            yield task[0], task[2], found
-        waiting = iter(listed[done:])
-    for name, facts, elsewhere in waiting:
+def found_in(tasks: Iterable[_Task], tell: _Tell, jobs: int = 1) -> _Found:
+    """What `read_unit` finds, as (name, elsewhere, found), in the order of the tasks, in this
+    process or in ``jobs`` others; where they cannot start or die, what is left is read in this
+    one."""
+    left = list(tasks)[::-1]
+    if min(jobs, len(left)) > 1 and all(type(reader).__module__ == __name__ for reader in READERS):
+        yield from _found_by_workers(left, tell, min(jobs, len(left)))
+    while left:  # also readers that other processes do not know
+        name, facts, elsewhere = left.pop()
         yield name, elsewhere, read_unit(facts, elsewhere, tell)
 
 
-def _found_by_workers(tasks: List[_Task], tell: Any, jobs: int) -> Iterator[Tuple[_Task, Data]]:
-    """Stops early where processes cannot start, cannot be given the work, or die."""
+def _found_by_workers(left: List[_Task], tell: Any, jobs: int) -> _Found:
+    """Takes what is done from the end of ``left``; stops early where processes cannot start, cannot
+    be given the work, or die."""
     import pickle
-    from collections import deque
-    from concurrent.futures import CancelledError, Future
     try:
         from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
         from multiprocessing import get_context
@@ -9469,21 +9232,19 @@ def _found_by_workers(tasks: List[_Task], tell: Any, jobs: int) -> Iterator[Tupl
         pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker)
     except (ImportError, OSError, pickle.PicklingError, AttributeError, TypeError):
         return
-    running: deque[Future[Data]] = deque()
-    done = 0
+    waiting, running = left[:], []  # type: List[_Task], List[Any]
     try:
-        for number, task in enumerate(tasks):
-            running.append(pool.submit(_read_in_worker, task[1], task[2], tell))
-            while running and (len(running) >= 3 * jobs or number + 1 == len(tasks)):
-                found = running.popleft().result()
-                done += 1
-                yield tasks[done - 1], found
-    except (BrokenProcessPool, CancelledError, OSError, pickle.PicklingError) as error:
+        while left:
+            while waiting and len(running) < 3 * jobs:
+                running.append(pool.submit(_read_in_worker, *waiting.pop()[1:], tell))
+            found = running.pop(0).result()
+            name, _, elsewhere = left.pop()
+            yield name, elsewhere, found
+    except (BrokenProcessPool, OSError, pickle.PicklingError) as error:
         _warn(f"worker processes cannot be used ({error}): reading goes on in this one")
     finally:
-        if done < len(tasks):  # interrupted: what they do is of no use
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
+        for process in list((pool._processes or {}).values()) if left else ():
+            process.terminate()  # interrupted: what they do is of no use
         pool.shutdown()
 
 
@@ -9512,290 +9273,258 @@ def _read_in_worker(facts: List[Data], elsewhere: Any, tell: Any) -> Data:
         return read_unit(facts, elsewhere, tell_all)
 
 
-def _cores() -> int:
-    cores = getattr(os, "sched_getaffinity", None)
-    return len(cores(0)) if cores else os.cpu_count() or 1
+def tell_row(analyzers: Sequence[Any], prices: PriceList, keeping: bool,
+             session: Session, found: Data) -> None:
+    """Add to what is found (see `read_unit`) a session's row and, where they are kept, (the header,
+    the other parts of its file)."""
+    found["rows"].append(full_row(session, analyzers, prices=prices))
+    if keeping:
+        session.source.update(masked(_place_of(str(session.source.get("cwd", "")))))
+        head = session._head()
+        events = map(SessionEvent.to_dict, session.events)
+        parts = _lay_out({**head, **session._foot(), "events": events})
+        found.setdefault("kept", []).append((head, itertools.islice(parts, 1, None)))
 
 
-class SessionRows:
-    """Adds to what is found (see `read_unit`) a session's row and, where they are kept, (the header, the other
-    parts of its file)."""
-
-    def __init__(self, analyzers: Sequence[Any], prices: PriceList, keeping: bool):
-        self.analyzers, self.prices, self.keeping = analyzers, prices, keeping
-
-    def __call__(self, session: Session, found: Data) -> None:
-        session.prices = self.prices
-        found["rows"].append(full_row(session, self.analyzers))
-        if self.keeping:
-            head = session._head()
-            parts = _lay_out({**head, **session._foot(), "events": map(SessionEvent.to_dict, session.events)})
-            found.setdefault("kept", []).append((head, itertools.islice(parts, 1, None)))
-
-
-_FACTS = ("reader", "unit", "reason", "kin", "order")  # of a file, behind size and time of change
+@functools.lru_cache(maxsize=None)
+def _place_of(cwd: str) -> Data:
+    """The ``work_tree`` that a directory is in and its ``repository`` (the common git directory),
+    real paths; empty where there is none, or no such directory any more."""
+    if not os.path.isabs(cwd) or not os.path.isdir(cwd):
+        return {}
+    place = os.path.realpath(cwd)
+    git, parent = os.path.join(place, ".git"), os.path.dirname(place)
+    if not os.path.exists(git):
+        return {} if parent == place else _place_of(parent)
+    with suppress(OSError, ValueError):  # of a linked work tree or a submodule: "gitdir: PATH"
+        if os.path.isfile(git):
+            git = os.path.join(place, read_regular(git).decode().partition("gitdir:")[2].strip())
+            common = read_regular(os.path.join(git, "commondir")).decode()
+            git = os.path.join(git, common.strip())
+    return {"repository": os.path.realpath(git), "work_tree": place} if os.path.isdir(git) else {}
 
 
 class TranscriptScan:
-    """Finds which transcripts changed since the last scan, reads those, and counts each response for one session.
+    """Finds which transcripts changed since the last scan, reads those, and counts each response
+    for one session.
 
-    ``state``: what the scans before left, and where ``save`` keeps what this one finds; None for neither. A unit is one
-    session's files, named by the first: {"files", "reader", "order", "settings", "skipped", "lost" (responses it tells
-    that others count, with their outputs)}. ``settings``: a hash of what the rows depend on besides the files; units
-    read under others count as changed, and all with ``again``.
+    ``state``: what the scans before left, and where this one keeps what it finds; None for neither.
+    A unit is one session's files, named by the first: {"files", "reader", "order", "settings",
+    "skipped", "lost" (responses it tells that others count)}. ``settings``: a hash of what the rows
+    depend on besides the files; units read under others count as changed, and all with ``again``.
     """
 
     def __init__(self, state: Optional[State], settings: str = "", again: bool = False):
         self.state, self.settings, self.again = state, settings, again
-        self.generation, files, units, deleted = state.scanned() if state else (0, {}, {}, {})
-        self.files: Dict[str, List[Any]] = files
-        self.units: Dict[str, Data] = units
-        self.deleted: Dict[str, int] = deleted
-        self.rows: Dict[str, List[Data]] = {}  # of the units in scope or read
-        self.owners: Dict[str, List[Any]] = {}  # response id: the unit that counts it, its output there
-        self.skipped: Dict[str, List[List[Any]]] = {}  # unit or file: what was skipped there
-        self.scope: List[str] = []    # the units that the paths of this scan hold
+        known = state.scanned() if state else (0, {}, {}, {})  # type: Tuple[int, Data, Data, Data]
+        self.generation, files, self.units, self.deleted = known
+        self.files = {path: file for path, file in files.items() if "stamp" in file
+                      and (not file["unit"] or file["unit"] in self.units)}
+        self.rows: Data = {}  # of the units in scope or read, by unit
+        self.skipped: List[Any] = []  # files that are in no unit
+        self.scope: List[str] = []  # the units that the paths of this scan hold
         self.changed: List[str] = []
-        self.dropped: List[Data] = []  # units whose files have moved or now belong to others
-        self._told: Dict[str, Dict[str, int]] = {}  # of the units read: outputs by id of a response
-        self._elsewhere: Dict[str, set] = {}        # of the units read: ids that others count
-        self._news: Dict[str, List[Any]] = {}  # files the state does not know so
-        self._touched: set = set()  # units the state does not know so
-        self._gone: Optional[Dict[str, str]] = None
+        self.dropped: List[str] = []  # units whose files have moved or now belong to others
+        self.told: Data = {}  # of the units read: outputs by id of a response
+        self._news: Data = {}  # files the state does not know so
 
     def look_at(self, paths: Optional[Iterable[str]]) -> None:
-        """``look`` below these paths (None: where each agent keeps its transcripts). StorageError for one that is not
-        there."""
+        """``look`` below these paths (None: where each agent keeps its transcripts). StorageError
+        for one that is not there."""
         if paths is None:
             paths = [root for reader in READERS for root in reader.roots() if os.path.exists(root)]
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        self.look(find_transcripts(roots))
-        for path in map(os.path.abspath, roots):
-            if self.files.get(path) and not self.files[path][2]:
-                self.skipped[path] = [[path, 0, self.files[path][4]]]  # somebody named it: not left out in silence
+        self.look(find_transcripts(roots), set(map(os.path.abspath, roots)))
 
-    def look(self, found: Iterable[Tuple[str, int, int]]) -> None:
-        """Compare what is there with the state; sets ``scope`` and ``changed``."""
+    def look(self, found: Iterable[Tuple[str, int, int]], named: Any = ()) -> None:
+        """Compare what is there with the state; sets ``scope`` and ``changed``. Files that somebody
+        ``named`` are not left out in silence."""
         seen = {path: [size, mtime] for path, size, mtime in found}
-        known = self.files
-        for unit in {known[path][3] for path in seen if path in known}:
-            for path in self.units.get(unit, {}).get("files", ()):  # a session is read whole, whatever part of it was named
-                if path not in seen and os.path.exists(path):
-                    seen[path] = list(_stamp_of(path))
+        known = {self.files[path]["unit"] for path in seen.keys() & self.files.keys()} - {""}
+        parts = {path for unit in known for path in self.units[unit]["files"]}
+        for path in parts - seen.keys():  # a session is read whole, whatever part of it was named
+            stamp = _stamp_of(path)
+            if stamp:
+                seen[path] = stamp
         fresh = {path for path, stamp in seen.items()
-                 if path not in known or known[path][:2] != stamp
-                 or len(known[path]) < 2 + len(_FACTS)  # as versions before this one wrote it
-                 or known[path][2] and len(known[path][5]) < 2}
-        units = {known[path][3] for path in seen.keys() - fresh if known[path][3]}
-        if fresh or any(path not in seen for unit in units for path in self.units.get(unit, {}).get("files", ())):
-            units = self._regroup(seen, fresh)
+                 if path not in self.files or self.files[path]["stamp"] != stamp}
+        units = self._regroup(seen, fresh) if fresh or parts - seen.keys() else known
         self.scope = sorted(units)
-        self.changed = [unit for unit in self.scope if self.again or self.units[unit].get("settings") != self.settings]
+        self.changed = sorted((unit for unit in units if self.again
+                               or self.units[unit]["settings"] != self.settings), key=self._order)
         if self.state:
-            self.rows = self.state.rows_of(self.scope + [unit["files"][0] for unit in self.dropped])
-        for entry in left_out(map(self._facts_of, seen)):
-            self.skipped.setdefault(entry[0], [entry])
+            self.rows = self.state.rows_of(self.scope + self.dropped)
+        self.skipped = left_out([self.files[path] for path in seen], named)
 
-    def _regroup(self, seen: Dict[str, List[int]], fresh: set) -> set:
+    def _regroup(self, seen: Data, fresh: Any) -> Any:
         for path in fresh:
-            facts = describe_transcript(path)
-            if not seen[path][0]:
-                facts.update(reader="", reason="empty file")
-            self.files[path] = self._news[path] = [*seen[path], *(dict(facts, unit="")[name] for name in _FACTS)]
-        return {self._unit(unit, fresh) for unit in group_transcripts(map(self._facts_of, seen))}
+            unit = self.files.get(path, {"unit": ""})["unit"]
+            facts = dict(describe_transcript(path), stamp=seen[path], unit=unit)
+            self.files[path] = self._news[path] = facts
+        gone = {os.path.basename(name): name for name in self.units if not os.path.exists(name)}
+        groups = group_transcripts(self.files[path] for path in seen)
+        return {self._unit([file["path"] for file in group], fresh, gone) for group in groups}
 
-    def _facts_of(self, path: str) -> Data:
-        return dict(zip(_FACTS, self.files[path][2:]), path=path, size=self.files[path][0])
-
-    def _unit(self, unit: List[Data], fresh: set) -> str:
-        group = [file["path"] for file in unit]
+    def _unit(self, group: List[str], fresh: Any, gone: Data) -> str:
         name = group[0]
         for path in group:
-            before = self.files[path][3]
-            if before != name and before == path and before in self.units:
-                self.dropped.append(self.units.pop(before))  # a sub-agent whose session has come
+            file, before = self.files[path], self.files[path]["unit"]
+            if before == path != name:
+                self._drop(before)  # a sub-agent whose session has come
             if before != name:
-                self.files[path][3] = name
-                self._news[path] = self.files[path]
-        old = self.units.get(name)
-        moved = self._moved().pop(os.path.basename(name), None) if old is None else None
-        if moved:
-            self.dropped.append(self.units.pop(moved))
-        if old is None or old["files"] != group or fresh.intersection(group):
-            lost = old.get("lost", {}) if old else {}
-            self.units[name] = {"files": group, "reader": unit[0]["reader"], "order": unit[0]["order"],
-                                "settings": "", "skipped": [], "lost": lost}
-            self._touched.add(name)
+                file["unit"], self._news[path] = name, file
+        if name not in self.units:
+            self._drop(gone.pop(os.path.basename(name), ""))
+        old = self.units.get(name, {"files": (), "lost": ()})
+        if old["files"] != group or not fresh.isdisjoint(group):
+            self.units[name] = {"files": group, "reader": self.files[name]["reader"],
+                                "order": self.files[name]["order"], "settings": "", "skipped": [],
+                                "lost": list(old["lost"])}
         return name
 
-    def _moved(self) -> Dict[str, str]:
-        """The units whose transcript is no longer where it was, by file name."""
-        if self._gone is None:
-            self._gone = {os.path.basename(name): name for name in self.units if not os.path.exists(name)}
-        return self._gone
+    def _drop(self, name: str) -> None:
+        if self.units.pop(name, None):
+            self.dropped.append(name)
 
-    def read(self, tell: Callable[[Session, Data], None], jobs: int = 1,
-             ) -> Iterator[Tuple[str, Data]]:
-        """Read the changed units, earliest first, then those that guessed wrong what others count; yield
-        what was found in each as `read_unit` does (a unit may come twice: the last counts). ``jobs``: in
-        how many processes; what is found is the same."""
-        known = self.state.owners() if self.state else {}
-        changed = set(self.changed)
-        released = changed | {unit["files"][0] for unit in self.dropped}
-        waiting = sorted(changed, key=self._order_of)
-        if jobs > 1:
-            yield from self._read_units(((name, set(self.units[name]["lost"])) for name in waiting), tell, jobs)
-        else:  # what was claimed so far is a guess that is hardly ever wrong
-            claimed = {key for key, owner in known.items() if owner[0] not in released}
-            for name, found in self._read_units(((name, claimed) for name in waiting), tell, 1):
-                claimed.update(found["responses"])
-                yield name, found
-        losing = self._settle(known, released)
-        for _ in range(3):  # more than once only where files grow meanwhile
-            again = [(name, losing[name]) for name in sorted(losing, key=self._order_of)]
-            yield from self._read_units(again, tell, jobs if len(again) > jobs else 1)
-            losing = self._settle(known, released) if losing else {}
-        for name, told in self._told.items():
-            self.units[name]["lost"] = {key: told[key] for key in sorted(self._elsewhere[name])}
-            self.owners.update((key, [name, output]) for key, output in told.items()
-                               if key not in self._elsewhere[name])
-
-    def _read_units(self, units: Iterable[Tuple[str, Any]], tell: Callable[[Session, Data], None],
-                    jobs: int) -> Iterator[Tuple[str, Data]]:
-        """Read units, given by name and with the responses that others may count, in their order."""
-        tasks = ((name, [self._facts_of(path) for path in self.units[name]["files"]], elsewhere)
-                 for name, elsewhere in units)
-        for name, elsewhere, found in found_in(tasks, tell, jobs):
-            self._told[name] = found["responses"]
-            self._elsewhere[name] = {key for key in found["responses"] if key in elsewhere}
-            self.units[name].update(settings=self.settings, skipped=found["skipped"])
-            self._touched.add(name)
-            yield name, found
-
-    def _order_of(self, name: str) -> List[str]:
+    def _order(self, name: str) -> List[str]:
         return self.units[name]["order"]
 
-    def _is_there(self, name: str) -> bool:
-        return all(map(os.path.exists, self.units[name]["files"]))
+    def read(self, tell: _Tell, jobs: int = 1) -> Iterator[Tuple[str, Data]]:
+        """Read the changed units, earliest first, then those that lose responses to others or
+        regain some; yield what was found in each as `read_unit` does (a unit may come twice: the
+        last counts). ``jobs``: in how many processes; what is found is the same."""
+        known = self.state.responses() if self.state else {}
+        waiting = {name: set(self.units[name]["lost"]) for name in self.changed}
+        for _ in range(4):  # more than twice only where files grow meanwhile
+            tasks = [(name, [self.files[path] for path in self.units[name]["files"]], elsewhere)
+                     for name, elsewhere in waiting.items()]
+            for name, elsewhere, found in found_in(tasks, tell, jobs):
+                self.told[name] = found["responses"]
+                self.units[name].update(settings=self.settings, skipped=found["skipped"],
+                                        lost=sorted(elsewhere & found["responses"].keys()))
+                yield name, found
+            waiting = self._unsettled(known) if waiting else {}
 
-    def _settle(self, known: Dict[str, List[Any]], released: set) -> Dict[str, set]:
-        """The units that must be read again, each with the ids of the responses that others count."""
-        open_ids = {key for told in self._told.values() for key in told}
-        open_ids.update(key for key, owner in known.items() if owner[0] in released)
-        told: Dict[str, Dict[str, float]] = {name: dict(its) for name, its in self._told.items()}
-        for name, unit in self.units.items():
-            lost = {key: output for key, output in unit.get("lost", {}).items() if key in open_ids}
-            if lost and name not in self._told and self._is_there(name):
-                told[name] = lost
-        for key in open_ids.intersection(known):
-            name, output = known[key]
-            if name not in self._told and name in self.units:
-                # A session whose transcript is gone keeps what it has counted.
-                told.setdefault(name, {})[key] = output if self._is_there(name) else float("inf")
-        owners = owners_of((key, output, self._order_of(name)) for name, its in told.items()
+    def _unsettled(self, known: Data) -> Data:
+        """The units that must be read again, each with the ids of the responses that others
+        count."""
+        read = [self.told.get(name, {}) for name in self.units]
+        before = [known.get(name, {}) for name in (*self.told, *self.dropped)]
+        in_doubt = {key for its in read + before for key in its}
+        told: Data = {}
+        for name, outputs in {**known, **self.told}.items():
+            keys = outputs.keys() & in_doubt
+            if keys and name in self.units:
+                if name in self.told or all(map(os.path.exists, self.units[name]["files"])):
+                    told[name] = {key: outputs[key] for key in keys}
+                else:  # a session whose transcript is gone keeps what it has counted
+                    keys -= set(self.units[name]["lost"])
+                    told[name] = dict.fromkeys(keys, float("inf"))
+        owners = owners_of((key, output, self._order(name)) for name, its in told.items()
                            for key, output in its.items())
-        losing = {}
-        for name, its in told.items():
-            others = {key for key in its if owners[key] != self._order_of(name)}
-            before = self._elsewhere.get(name)
-            if before is None:
-                lost = self.units[name].get("lost", {})
-                before = its.keys() & lost.keys()
-                if others != before:
-                    losing[name] = others | (lost.keys() - its.keys())
-            elif others != before:
-                losing[name] = others
-        return losing
+        unsettled = {}
+        for name in sorted(told, key=self._order):
+            lost, its = set(self.units[name]["lost"]), told[name]
+            others = {key for key in its if owners[key] != self._order(name)} | lost - its.keys()
+            if others != lost:
+                unsettled[name] = others
+        return unsettled
 
-    def take_in(self, tell: Callable[[Session, Data], None], keep: Callable[[Any, Data], None],
-                store: Store, drop: Callable[[str], bool], progress: Optional[Callable[[int, int], None]],
-                jobs: int = 1) -> None:
-        """Read what changed, but for sessions that were deleted: ``tell`` (see `read_unit`) makes a session's row and
-        what ``keep(it, row)`` stores (unless there is no state); ``drop`` removes one. ``jobs``: worker processes,
-        0 for as many as there are cores where more than JOBS_FROM bytes changed."""
-        storing = self.state is not None
-        for unit in self.dropped if storing else ():
-            for row in self.rows[unit["files"][0]]:
-                drop(row["id"])
-        own: Dict[str, List[str]] = {}
-        for session_id, name in self.state.units_of_rows().items() if self.state else ():
+    def take_in(self, tell: _Tell, keep: Callable[[Any, Data], None], store: Store,
+                drop: Callable[[str], bool], progress: Any, jobs: int = 1) -> None:
+        """Read what changed, but for sessions that were deleted: ``tell`` (see `read_unit`) makes a
+        session's row and what ``keep(it, row)`` stores (unless there is no state); ``drop`` removes
+        one. ``jobs``: worker processes, 0 for as many as there are cores where more than JOBS_FROM
+        bytes changed."""
+        state = self.state
+        for row in self._rows_in(self.dropped) if state else ():
+            drop(row["id"])
+        before = state.units_of_rows() if state else {}
+        own: Data = {}
+        for session_id, name in before.items():
             own.setdefault(name, []).append(session_id)
-        changed = set(self.changed)
-        taken = {session_id: name for name, its in own.items() if name in self.units and name not in changed
-                 for session_id in its}
-        ids = SessionIds(taken, lambda session_id, unit: not storing or _replaceable(store, session_id, unit))
+        kept, gone = self.units.keys() - self.changed, {} if self.again else self.deleted
+        ids = SessionIds({session_id: name for session_id, name in before.items() if name in kept},
+                         lambda session_id, unit: not state or _replaceable(store, session_id, unit))
         for done, (name, found) in enumerate(self.read(tell, jobs or self._jobs()), 1):
             given = ids.give(name, [row["id"] for row in found["rows"]], own.get(name, ()))
-            rows = [renamed(row, session_id) for row, session_id in zip(found["rows"], given)]
-            for kept, row in zip(found.get("kept", ()), rows) if storing else ():
-                if self.again or row["id"] not in self.deleted:
-                    keep(kept, row)
-            self.rows[name] = [row for row in rows if self.again or row["id"] not in self.deleted]
+            rows = list(map(renamed, found["rows"], given))
+            self.rows[name] = [row for row in rows if row["id"] not in gone]
+            for parts, row in zip(found.get("kept", ()), rows):
+                if row["id"] not in gone:
+                    keep(parts, row)
             found.clear()
             if progress:
                 progress(done, max(done, len(self.changed)))
-        if storing:
-            for session_id in self.save():
-                drop(session_id)
+        if state:
+            self._save(state, drop)
             store.sweep(once=True)
 
+    def _save(self, state: State, drop: Callable[[str], bool]) -> None:
+        """Keep what was read, but for sessions that were deleted meanwhile."""
+        units = {name: self.units[name] for name in self.told}
+        late = state.save_scan(self._news, units, self.told, self.rows, self.dropped,
+                               max(self.deleted.values(), default=0))
+        for session_id in sorted(late):
+            drop(session_id)
+        for name in self.told:
+            self.rows[name] = [row for row in self.rows[name] if row["id"] not in late]
+
     def _jobs(self) -> int:
-        size = sum(self.files[path][0] for name in self.changed for path in self.units[name]["files"])
-        return _cores() if size > JOBS_FROM else 1
+        size = sum(self.files[path]["size"] for name in self.changed
+                   for path in self.units[name]["files"])
+        if size < JOBS_FROM:
+            return 1
+        cores = getattr(os, "sched_getaffinity", None)
+        return len(cores(0)) if cores else os.cpu_count() or 1
 
-    def save(self) -> List[str]:
-        """Keep in the state what was read; the ids of sessions that were deleted meanwhile, whose rows are left out."""
-        if self.state is None:
-            return []
-        mark, gone = max(self.deleted.values(), default=0), [unit["files"][0] for unit in self.dropped]
-        units = {name: self.units[name] for name in self._touched if name in self.units}
-        late = self.state.save_scan(self._news, units, self.owners, self.rows, gone, mark)
-        for name, rows in self.rows.items() if late else ():
-            self.rows[name] = [row for row in rows if row["id"] not in late]
-        return sorted(late)
+    def _rows_in(self, units: Iterable[str]) -> Rows:
+        return [row for unit in units for row in self.rows.get(unit, ())]
 
-    def all_rows(self) -> List[Data]:
+    def all_rows(self) -> Rows:
         """The ``session_row`` of every session in scope."""
-        return [row for unit in self.scope for row in self.rows.get(unit, ())]
+        return self._rows_in(self.scope)
 
-    def result(self, before: List[Data], agent: str, since: Optional[datetime], project: str) -> Data:
+    def result(self, before: Rows, agent: str, since: Optional[datetime],
+               project: str) -> Data:
         """What ``SessionOptimizer.scan`` returns; ``before``: the rows as they were."""
-        after, names = since_seconds(since), {agent.lower(), agent.lower().replace(" ", "-")}
+        after, names = since_seconds(since), (agent.lower(), agent.lower().replace(" ", "-"))
         rows = self.all_rows()
         chosen = [row for row in rows
                   if (not agent or row["agent"].lower() in names or row["source"] in names)
-                  and (after is None or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
+                  and (after is None
+                       or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
                   and (not project or project in row["project"] or project in row["path"])]
-        skipped = [entry for unit in self.scope for entry in self.units[unit].get("skipped", ())]
-        skipped += [entry for entries in self.skipped.values() for entry in entries]
-        return dict(scan_result(chosen, skipped), changes=_changes_text(before, rows) if before else "",
+        skipped = [entry for unit in self.scope for entry in self.units[unit]["skipped"]]
+        changes = _changes_text(before, rows) if before else ""
+        return dict(scan_result(chosen, skipped + self.skipped), changes=changes,
                     found=selection(rows))
 
 
 def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]]) -> Data:
     """What a scan says of the rows and the skipped lines of all units, given in any order."""
     rows = sorted(rows, key=lambda row: (row["started_at"], row["id"]))
-    return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO})) for row in rows],
+    return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO}))
+                         for row in rows],
             "totals": scan_totals(rows), **billed(rows),
-            "skipped": [{"path": path, "line": line, "reason": reason} for path, line, reason in sorted(skipped)],
+            "skipped": [dict(zip(("path", "line", "reason"), entry)) for entry in sorted(skipped)],
             "changes": "", "found": selection(rows)}
 
 
-def usage_rows(session: Session) -> List[Data]:
-    """The session's usage by UTC day, model, tool and project: ``{"day", "model", "tool", "project",
-    "calls", "uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output", "cost"}``,
-    tokens and whole pico-dollars that add up to the session's. What a call took in and read falls on its
-    day, what it wrote on the day it was written; ``tool``: "" where none."""
-    project = _cwd_of(session)
-    sums: Dict[Tuple[str, str, str], List[int]] = {}
+def usage_rows(session: Session) -> Rows:
+    """The session's usage by UTC day, model, tool and project: ``{"day", "model", "tool",
+    "project", "calls", "uncached_input", "cache_write_5m", "cache_write_1h", "cache_read",
+    "output", "cost"}``, tokens and whole pico-dollars that add up to the session's. What a call
+    took in and read falls on its day, what it wrote on the day it was written; ``tool``: "" where
+    none."""
+    sums: Dict[Any, List[int]] = {}
 
     def add(event: SessionEvent, stamp: str, usage: Usage, calls: int = 0) -> None:
         seconds = seconds_of(stamp)
         day = "" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
         key = day, event.model or session.model, str(event.data.get("tool") or "")
-        row = sums.setdefault(key, [0] * 7)
-        for index, value in enumerate((calls, *usage, session.price_of(event).cost(usage))):
-            row[index] += value
+        figures = calls, *usage, session.price_of(event).cost(usage)
+        sums[key] = list(map(sum, zip(figures, sums.get(key, [0] * 7))))
 
     for step in ContextWalk(session):
         if step.call is not None:
@@ -9803,10 +9532,9 @@ def usage_rows(session: Session) -> List[Data]:
         for event in step.events:
             stamp = (step.call or event).timestamp
             add(event, stamp, event.usage._replace(read=0, output=0))
-            if event.tokens_output:
-                add(event, event.timestamp, Usage(output=event.tokens_output))
+            add(event, event.timestamp, Usage(output=event.tokens_output))
     names = ("calls", *CLASSES, "cost")
-    return [dict(zip(names, row), day=day, model=model, tool=tool, project=project)
+    return [dict(zip(names, row), day=day, model=model, tool=tool, project=_cwd_of(session))
             for (day, model, tool), row in sorted(sums.items()) if any(row)]
 
 
@@ -9824,35 +9552,40 @@ def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *,
 
 def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
     """The sessions in the transcripts below these paths; nothing is stored."""
+    def tell(session: Session, found: Data) -> None:
+        session.prices = prices
+        found["rows"].append(session)
+
     scan = TranscriptScan(None, "once")
     scan.look_at(paths)
-    units = dict(scan.read(lambda session, found: found["rows"].append(session)))
-    found = [session for unit in units.values() for session in unit["rows"]]
-    for session in found:
-        session.prices = prices
-    return found
+    units = dict(scan.read(tell))
+    return [session for unit in units.values() for session in unit["rows"]]
 
 
-def billed(rows: List[Data]) -> Data:
+def billed(rows: Rows) -> Data:
     """The bill of all rows together and the advice that follows from them, in USD."""
-    return {"bill": in_usd(add_bills(row["bill"] for row in rows)), "advice": in_usd(advice_of(rows))}
+    return {"bill": in_usd(add_bills(row["bill"] for row in rows)),
+            "advice": in_usd(advice_of(rows))}
 
 
 ROW_FORMAT = 3  # rises when rows of sessions get other columns: kept ones are made anew
 
 
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:
-    """A hash of what figures depend on besides the events: version, analyzers, their thresholds, prices of the user."""
+    """A hash of what figures depend on besides the events: version, analyzers, their thresholds,
+    prices of the user."""
     parts: List[Any] = [__version__, ROW_FORMAT, prices.overrides]
     for analyzer in analyzers:
         cls, state = type(analyzer), sorted(getattr(analyzer, "__dict__", ()))
         thresholds = analyzer.thresholds() if isinstance(analyzer, BaseAnalyzer) else state
-        parts.append(["" if cls in BUILT_IN_ANALYZERS else cls.__module__, cls.__qualname__, thresholds])
+        module = "" if cls in BUILT_IN_ANALYZERS else cls.__module__
+        parts.append([module, cls.__qualname__, thresholds])
     return digest_of(json.dumps(parts, sort_keys=True, default=str))
 
 
 def since_seconds(moment: Optional[datetime]) -> Optional[float]:
-    """Seconds since 1970 of a datetime (without a zone: local), None for none; InvalidValue for anything else."""
+    """Seconds since 1970 of a datetime (without a zone: local), None for none; InvalidValue for
+    anything else."""
     if moment is None:
         return None
     if not hasattr(moment, "isoformat"):
@@ -9861,27 +9594,26 @@ def since_seconds(moment: Optional[datetime]) -> Optional[float]:
 
 
 def _replaceable(store: Store, session_id: str, path: str) -> bool:
-    """True where no session has this id, or one of this transcript's: imported before, or logged live by hooks."""
+    """True where no session has this id, or one of this transcript's: imported before, or logged
+    live by hooks."""
     if not os.path.lexists(store.find(session_id)):
         return True
     try:
         metadata = store.head(session_id)["metadata"]
-    except (StorageError, SessionNotFound, KeyError):
+    except (StorageError, SessionNotFound):
         return False
-    source, transcript = metadata.get("source"), metadata.get("transcript_path")
+    transcript, source = metadata.get("transcript_path"), metadata.get("source")
     if transcript is not None and os.path.realpath(str(transcript)) == os.path.realpath(path):
         return True
     return isinstance(source, dict) and source.get("path") == path
 
 
-def _changes_text(before: List[Data], after: List[Data]) -> str:
+def _changes_text(before: Rows, after: Rows) -> str:
     """What a later scan found new, in words; "nothing" when all is as it was."""
-    if not all("bill" in row for row in before):
-        return ""  # rows of an older version
     old, new = scan_totals(before), scan_totals(after)
-    tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
     if old == new:
         return "nothing since the last scan"
+    tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
     return (f"since the last scan: {new['sessions'] - old['sessions']:+,} sessions, "
             f"{new['model_calls'] - old['model_calls']:+,} model calls, {tokens:+,} tokens, "
             f"{new['estimated_cost'] - old['estimated_cost']:+.4f} USD")
@@ -10030,7 +9762,7 @@ class _LiveSessions:
             raise _not_json(error, "metadata or data") from None
 
     def keep(self, kept: Tuple[Data, Iterable[bytes]], row: Data) -> None:
-        """Store what a scan found (`SessionRows`) under the id of its row."""
+        """Store what a scan found (`tell_row`) under the id of its row."""
         header = dict(kept[0], id=row["id"])
         parts = itertools.chain([_first_part(header)], kept[1])
         self.store.write(header["id"], parts, replace=True, sync=False)
@@ -10356,7 +10088,7 @@ class SessionOptimizer:
                     if self.store.state.generation() != scan.generation:
                         scan = look()  # another scan was faster
                 with _CollectorPaused():
-                    rows = SessionRows(self.analyzers, self.prices, store)
+                    rows = functools.partial(tell_row, self.analyzers, self.prices, store)
                     scan.take_in(rows, self._live.keep, self.store, self._live.drop, progress, jobs)
                 if store:
                     self._save_summaries(settings, self._live.found)

@@ -3138,12 +3138,11 @@ def test_tail_notices_a_replaced_file(store):
 
 def test_waiting_writer_follows_a_replaced_file(store):
     path = filled(store, 1)
-    fd, _ = so._open_locked(path, True)
-    thread = threading.Thread(target=store.append, args=("s1", make()))
-    thread.start()
-    time.sleep(0.1)
-    so._replace(path, so._lay_out(dict(header(), events=[event(8), event(9)])), sync=False)
-    so._release(fd)
+    with so._locked(path, exclusive=True):
+        thread = threading.Thread(target=store.append, args=("s1", make()))
+        thread.start()
+        time.sleep(0.1)
+        so._replace(path, so._lay_out(dict(header(), events=[event(8), event(9)])), sync=False)
     thread.join()
     assert ids(store.load("s1")) == ["s1_8", "s1_9", "s1_2"]
 
@@ -3581,8 +3580,7 @@ def test_an_older_store_is_masked_once_by_the_first_command_that_may_take_its_ti
     write("session.json", json.dumps(dict(WHOLE_SESSION, id="new")))
     assert SECRET.encode() in stored_bytes(root) and not os.path.exists(os.path.join(root, "masked-1"))
     fresh = SessionOptimizer(root)
-    assert SECRET not in str(fresh.get_session("s")) + fresh.export_report("s", "csv") and SECRET in str(fresh.store.state.rows_of(
-        fresh.store.state.scanned()[2]))
+    assert SECRET not in str(fresh.get_session("s")) + fresh.export_report("s", "csv")
     assert so.main(["--store", root, *[transcript if word == "TRANSCRIPT" else word for word in words]]) == 0
     capsys.readouterr()
     kept = stored_bytes(root)
@@ -3612,7 +3610,7 @@ def test_a_new_store_is_never_masked_again(tmp_path):
 
 # every file call of ours that fails, or is the last
 
-FILE_CALLS = ("open", "close", "read", "pread", "write", "pwrite", "lseek", "fsync", "ftruncate", "link", "unlink", "replace",
+FILE_CALLS = ("open", "close", "read", "write", "lseek", "fsync", "ftruncate", "link", "unlink", "replace",
               "makedirs", "chmod", "stat", "lstat", "fstat", "scandir", "access")
 
 
@@ -3633,7 +3631,7 @@ class Faulty:
             if self.count != self.at:
                 return real(*args, **kwargs)
             if self.error is None:
-                if name in ("write", "pwrite"):
+                if name == "write":
                     real(args[0], bytes(args[1])[:len(args[1]) // 2], *args[2:])
                 os._exit(7)
             if name == "close":
@@ -3644,8 +3642,6 @@ class Faulty:
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(so, "os", self)
-        self.patch.setattr(so, "_pread", self.wrapped("pread", os.pread))
-        self.patch.setattr(so, "_pwrite", self.wrapped("pwrite", os.pwrite))
         self.patch.setattr(so, "open", self.wrapped("open", open), raising=False)
         return self
 
@@ -3763,22 +3759,22 @@ def test_whichever_file_call_fails_or_is_the_last_nothing_is_lost(stocked, tmp_p
 # what a store knows across its sessions
 
 def unit_of(name, *, rows=1, size=0):
-    """(files, units, owners, rows) of one unit, as a scan saves them."""
+    """(files, units, told, rows) of one unit, as a scan saves them."""
     about = {"files": [name], "reader": "claude-code", "order": ["a", "b", name], "settings": "s", "skipped": []}
     found = [{"id": f"{name}-{number}", "task": "x" * size} for number in range(rows)]
-    return {name: [1, 2, "claude-code", name, ""]}, {name: about}, {f"r-{name}": [name, 7]}, {name: found}
+    return {name: {"stamp": [1, 2], "unit": name}}, {name: about}, {name: {f"r-{name}": 7}}, {name: found}
 
 
 def test_a_state_keeps_what_scans_found(store):
     state, odd = store.state, "/t/\udce9 '\"\u2028.jsonl"
     for name in ("a", odd):
         assert state.save_scan(*unit_of(name, rows=2), [], 0) == set()
-    assert set(state.scanned()[1]) == set(state.scanned()[2]) == {"a", odd} and state.owners() == {"r-a": ["a", 7], f"r-{odd}": [odd, 7]}
+    assert set(state.scanned()[1]) == set(state.scanned()[2]) == {"a", odd} and state.responses() == {"a": {"r-a": 7}, odd: {f"r-{odd}": 7}}
     assert [row["id"] for row in state.rows_of(["a", odd, "none"])[odd]] == [odd + "-0", odd + "-1"]
     assert state.rows_of(["none"]) == {"none": []} and state.units_of_rows()["a-1"] == "a"
     before = state.generation()
     state.save_scan({}, {}, {}, {}, ["a"], 0)
-    assert set(state.scanned()[2]) == set(state.units_of_rows().values()) == {odd} and state.owners() == {f"r-{odd}": [odd, 7]}
+    assert set(state.scanned()[2]) == set(state.units_of_rows().values()) == {odd} and state.responses() == {odd: {f"r-{odd}": 7}}
     state.save_scan(*unit_of("a"), [], 0)
     assert state.generation() > before
 
@@ -3788,9 +3784,9 @@ def test_what_was_deleted_during_a_scan_stays_deleted(store):
     state.forget("early", True)
     mark = max(state.scanned()[3].values())
     state.forget("u-1", True), state.forget("never-imported", False)
-    files, units, owners, rows = unit_of("u", rows=3)
+    files, units, told, rows = unit_of("u", rows=3)
     rows["u"].append({"id": "early"})
-    assert state.save_scan(files, units, owners, rows, [], mark) == {"u-1"}
+    assert state.save_scan(files, units, told, rows, [], mark) == {"u-1"}
     assert [row["id"] for row in state.rows_of(["u"])["u"]] == ["u-0", "u-2", "early"] and list(state.scanned()[3]) == ["u-1"]
     state.forget("u-0", False)  # it has a row, so a scan would bring it back
     assert list(state.scanned()[3]) == ["u-1", "u-0"] and [row["id"] for row in state.rows_of(["u"])["u"]] == ["u-2", "early"]
@@ -3812,6 +3808,7 @@ def test_a_python_without_sqlite_says_so_and_still_logs(tmp_path, optimizer, mon
         optimizer.scan([path])
     assert len(optimizer.scan([path], store=False)["sessions"]) == 1
     assert optimizer.start_session("FORGE", "t", session_id="s") and optimizer.log_event("s", "CUSTOM")
+    write(optimizer.store.state.path, b"")  # of another Python, which had it
     with pytest.warns(SessionOptimizerWarning, match="may come back.*without sqlite3"):
         assert optimizer.delete_session("s")
 
@@ -3836,8 +3833,8 @@ def test_an_update_writes_what_changed_and_not_what_the_history_holds(store):
         return int(re.search(rb"wchar: (\d+)", read("/proc/self/io")).group(1))
 
     parts = [unit_of(f"/transcripts/{number:05}.jsonl", size=5_000) for number in range(1_000)]
-    files, units, owners, rows = ({key: value for part in parts for key, value in part[kind].items()} for kind in range(4))
-    store.state.save_scan(files, units, owners, rows, [], 0)
+    files, units, told, rows = ({key: value for part in parts for key, value in part[kind].items()} for kind in range(4))
+    store.state.save_scan(files, units, told, rows, [], 0)
     size, before = os.path.getsize(store.state.path), written()
     store.state.save_scan(*unit_of("/transcripts/00500.jsonl", size=6_000), [], 0)
     assert size > 5_000_000 and written() - before < 500_000
@@ -3871,8 +3868,9 @@ def old_state_of(store):
     state = store.state
     _, files, units, deleted = state.scanned()
     rows = state.rows_of(units)
+    owners = {response: [unit, output] for unit, its in state.responses().items() for response, output in its.items()}
     found = {"scan": {"version": 1, "files": files, "units": {name: dict(unit, rows=rows[name]) for name, unit in units.items()}},
-             "scan-responses": state.owners(), "deleted": sorted(deleted),
+             "scan-responses": owners, "deleted": sorted(deleted),
              "summaries": {"settings": SETTINGS, "rows": state.summaries(SETTINGS)}}
     os.unlink(state.path)
     for name, value in found.items():
@@ -3882,7 +3880,7 @@ def old_state_of(store):
 SETTINGS = so.settings_of([cls() for cls in so.BUILT_IN_ANALYZERS], so.PriceList())
 
 
-def test_the_state_of_version_2_0_is_taken_over(tmp_path, optimizer, monkeypatch):
+def test_what_version_2_0_had_noted_as_deleted_stays_deleted(tmp_path, optimizer):
     for name in ("a", "b", "c"):
         tiny(tmp_path / "t", name=name * 8 + "-2222-4333-8444-555555555555").save()
     rows = optimizer.scan([str(tmp_path / "t")])["sessions"]
@@ -3890,29 +3888,13 @@ def test_the_state_of_version_2_0_is_taken_over(tmp_path, optimizer, monkeypatch
     before = optimizer.summaries()
     old_state_of(optimizer.store)
     fresh = SessionOptimizer(optimizer.store.root)
-    monkeypatch.setattr(so.Store, "load_marked", lambda *_: pytest.fail("a session was read"))
     result = fresh.scan([str(tmp_path / "t")])
-    assert result["sessions"] == rows and result["changes"] == "nothing since the last scan" and fresh.summaries() == before
+    assert result["sessions"] == rows and [row["id"] for row in fresh.summaries()] == [row["id"] for row in before]
+    assert fresh.scan([str(tmp_path / "t")])["changes"] == "nothing since the last scan"
     assert sorted(os.listdir(fresh.store.root)) == ["masked-1", "reports", "scan.lock", "sessions", "state.sqlite3"]
 
 
-def test_rows_of_version_2_0_had_fewer_columns(tmp_path, optimizer):
-    path = tiny(tmp_path / "t").save()
-    row, = optimizer.scan([path])["sessions"]
-    old_state_of(optimizer.store)
-    state = json.loads(read(os.path.join(optimizer.store.root, "scan.json")))
-    for unit in state["units"].values():
-        unit["settings"] = "of version 2.0"
-        unit["rows"] = [{name: one[name] for name in ("id", "tokens", "waste", "model_calls")} for one in unit["rows"]]
-    write(os.path.join(optimizer.store.root, "scan.json"), json.dumps(state))
-    fresh = SessionOptimizer(optimizer.store.root)
-    result = fresh.scan([path])
-    assert result["sessions"] == [row] and result["changes"] == ""
-    assert fresh.scan([path])["changes"] == "nothing since the last scan"
-
-
-@pytest.mark.parametrize("name, value", [("scan", {"files": [], "units": {}}), ("scan", 5), ("deleted", 5), ("scan-responses", [1]),
-                                         ("summaries", {"rows": 5}), ("scan", "not JSON")])
+@pytest.mark.parametrize("name, value", [("scan", 5), ("deleted", 5), ("deleted", {"a": 1}), ("deleted", "not JSON")])
 def test_old_state_files_that_hold_something_else_are_left_out(tmp_path, optimizer, name, value):
     path = tiny(tmp_path / "t").save()
     write(os.path.join(optimizer.store.root, name + ".json"), "{" if value == "not JSON" else json.dumps(value))
@@ -5747,7 +5729,7 @@ def test_any_number_of_processes_says_and_stores_the_same(folder, tmp_path):
         optimizer = SessionOptimizer(str(tmp_path / str(jobs)))
         result = optimizer.scan([folder], jobs=jobs)
         files = {name: read(os.path.join(optimizer.store.sessions, name)) for name in os.listdir(optimizer.store.sessions)}
-        outcomes.append((json.dumps(result), files, optimizer.store.state.owners(), optimizer.store.state.scanned()[1:]))
+        outcomes.append((json.dumps(result), files, optimizer.store.state.responses(), optimizer.store.state.scanned()[1:]))
         assert optimizer.scan([folder], jobs=jobs)["changes"] == "nothing since the last scan"
     assert outcomes[0] == outcomes[1] == outcomes[2] and len(outcomes[0][1]) > 10
 
@@ -6314,6 +6296,42 @@ def test_deleting_one_of_a_files_sessions_leaves_the_others(tmp_path, optimizer)
     assert len(rows) == 2 and optimizer.delete_session(rows[0]["id"])
     assert [row["id"] for row in optimizer.scan([path])["sessions"]] == [rows[1]["id"]]
     assert len(optimizer.scan([path], again=True)["sessions"]) == 2
+
+
+@pytest.mark.parametrize("case", ["repository", "below", "work tree", "no repository", "gone", "odd"])
+def test_a_session_knows_the_repository_it_ran_in(tmp_path, optimizer, case):
+    main, linked = tmp_path / "main", tmp_path / "linked"
+    git = main / ".git"
+    (git / "worktrees" / "linked").mkdir(parents=True), (main / "src").mkdir(), linked.mkdir(), (tmp_path / "none").mkdir()
+    write(linked / ".git", "gitdir: %s\n" % (git / "worktrees" / "linked"))
+    write(git / "worktrees" / "linked" / "commondir", "../..\n")
+    cwd = {"repository": main, "below": main / "src", "work tree": linked, "no repository": tmp_path / "none",
+           "gone": main / "gone", "odd": linked}[case]
+    if case == "odd":
+        write(linked / ".git", b"\xff\xfe")
+    transcript = tiny(tmp_path / "t")
+    transcript.lines = [line.replace(b'"cwd": "/w"', b'"cwd": ' + json.dumps(str(cwd)).encode()) for line in transcript.lines]
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    source = optimizer.get_session(row["id"]).metadata["source"]
+    assert source["cwd"] == str(cwd)
+    found = {name: source.get(name) for name in ("repository", "work_tree")}
+    if case in ("repository", "below", "work tree"):
+        assert found == {"repository": str(git), "work_tree": str(linked if case == "work tree" else main)}
+    else:
+        assert found == {"repository": None, "work_tree": None}
+
+
+def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path, optimizer, monkeypatch):
+    kept, gone = tiny(tmp_path / "p").save(), tiny(tmp_path / "p", name="99999999-2222-4333-8444-555555555555").save()
+    look = os.lstat
+
+    def vanishing(path, **more):
+        if str(path) == gone and os.path.exists(gone):
+            os.unlink(gone)
+        return look(path, **more)
+    monkeypatch.setattr(os, "lstat", vanishing)
+    result = optimizer.scan([str(tmp_path / "p")])
+    assert [row["path"] for row in result["sessions"]] == [kept] and result["skipped"] == []
 
 
 def test_the_part_of_a_session_stands_for_the_whole(tmp_path, optimizer):
