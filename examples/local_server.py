@@ -33,6 +33,7 @@ MAX_HEAD, MAX_TARGET = 16_384, 2_048  # bytes of a request; characters of its pa
 MAX_WAITING = 32  # requests that wait for a long answer
 REQUEST_SECONDS, IDLE_SECONDS = 10, 30  # to send a request once begun; between two on one connection
 TAKE_SECONDS = 10  # for a client to take its answer
+SEND_BUFFER = 65_536  # bytes the system holds for one that does not: nothing more is made for it meanwhile
 POLL_SECONDS, KEEP_ALIVE_SECONDS = 1, 15  # of an event stream: looks at the state, signs of life
 JSON = "application/json"
 GONE = (OSError, EOFError, asyncio.TimeoutError)  # what a client that goes, or is too slow, raises
@@ -65,6 +66,7 @@ class LocalServer:
                        "require-trusted-types-for 'script'; trusted-types 'none'").format(*hashes)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=256)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections take it over
         self.server_address = self.socket.getsockname()
         secret = hmac.new(token.encode(), b"cookie of this server", "sha256").hexdigest()
         self.cookie = f"dashboard_{self.server_address[1]}={secret}"
