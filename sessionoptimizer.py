@@ -61,7 +61,7 @@ import time
 import warnings
 from _thread import RLock
 from bisect import bisect_left, bisect_right
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -2377,11 +2377,10 @@ class Analysis:
     @functools.cached_property
     def _carried(self) -> Dict[str, int]:
         """Pico-dollars paid for reading the tokens of an event from the cache, by its id."""
-        paid: Dict[str, int] = {}
+        paid: Dict[str, int] = defaultdict(int)
         for piece in self.walk.pieces:
             if piece.event is not None:
-                key = piece.event.id
-                paid[key] = paid.get(key, 0) + piece.sums[CARRIED] // _PAIRED
+                paid[piece.event.id] += piece.sums[CARRIED] // _PAIRED
         return paid
 
     def cost(self, event: SessionEvent, entered: int, written: int) -> int:
@@ -2393,7 +2392,7 @@ class Analysis:
             if event.data.get("source") == Source.REBUILD:
                 read = total * price.rates.read
                 return cost + min(billed * entered // total, max(0, billed - read))
-            cost += (billed + self._carried.get(event.id, 0)) * entered // total
+            cost += (billed + self._carried[event.id]) * entered // total
         return cost
 
     def follow(self, *watchers: Callable[[Step, Optional[Data]], Any]) -> Analysis:
@@ -2423,8 +2422,7 @@ class Analysis:
                 watch(step, rebuild)
         for piece in walk.pieces:
             for how, paid in zip(HOW_PAID, piece.sums):
-                if paid:
-                    cells[piece.content, how] = cells.get((piece.content, how), 0) + paid
+                cells[piece.content, how] += paid
         bill["cells"] = _cell_rows(cells)
         return self
 
@@ -2735,7 +2733,7 @@ class ClaimsLedger:
 
     def __init__(self, analysis: Analysis, issues: List[EfficiencyIssue]):
         self.tokens, self.cost = {True: 0, False: 0}, {True: 0, False: 0}
-        self.by_event: Dict[str, int] = {}
+        self.by_event: Dict[str, int] = defaultdict(int)
         largest: Dict[Tuple[str, bool], Tuple[Tuple[int, int], EfficiencyIssue]] = {}
         for issue in issues:
             issue.charged_tokens, issue.charged_cost = 0, 0.0
@@ -2743,7 +2741,7 @@ class ClaimsLedger:
                 key = event_id, issue.measured
                 if key not in largest or sum(claim) > sum(largest[key][0]):
                     largest[key] = claim, issue
-        costs: Dict[int, int] = {}
+        costs: Dict[int, int] = defaultdict(int)
         for event_id, measured in largest:
             claim, issue = largest[event_id, measured]
             entered, written = claim
@@ -2751,13 +2749,13 @@ class ClaimsLedger:
                 paid = largest[event_id, True][0]
                 entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
             cost = analysis.cost(analysis.by_id[event_id], entered, written)
-            costs[id(issue)] = costs.get(id(issue), 0) + cost
+            costs[id(issue)] += cost
             issue.charged_tokens += entered + written
             self.tokens[measured] += entered + written
             self.cost[measured] += cost
-            self.by_event[event_id] = self.by_event.get(event_id, 0) + entered + written
+            self.by_event[event_id] += entered + written
         for issue in issues:
-            issue.charged_cost = costs.get(id(issue), 0) / PICO
+            issue.charged_cost = costs[id(issue)] / PICO
 
 
 LEAST_FINDING = 50  # tokens of a measured finding that the report of a transcript lists
@@ -2811,8 +2809,8 @@ def _sound(issue: Any) -> EfficiencyIssue:
     """An issue as an analyzer gave it, or the ValueError or TypeError that says what it lacks."""
     if not isinstance(issue, EfficiencyIssue):
         raise TypeError(f"an EfficiencyIssue was expected, not a {type(issue).__name__}")
-    issue.severity = Severity(getattr(issue.severity, "value", issue.severity))
-    issue.issue_type = IssueType(getattr(issue.issue_type, "value", issue.issue_type))
+    words = (getattr(word, "value", word) for word in (issue.severity, issue.issue_type))
+    issue.severity, issue.issue_type = Severity(next(words)), IssueType(next(words))
     issue.description, issue.suggestion = str(issue.description), str(issue.suggestion)
     issue.estimated_waste_tokens = max(0, int(issue.estimated_waste_tokens or 0))
     issue.estimated_waste_cost = max(0.0, float(issue.estimated_waste_cost or 0.0))
@@ -2823,10 +2821,9 @@ def _sound(issue: Any) -> EfficiencyIssue:
 
 def token_breakdown(session: Session) -> Dict[str, int]:
     """Tokens by event type, and the totals."""
-    breakdown: Dict[str, int] = {}
-    for event in session.events:
-        name = event.event_type._value_  # `value` is a property, and this loop is over all events
-        breakdown[name] = breakdown.get(name, 0) + event.tokens
+    breakdown: Dict[str, int] = defaultdict(int)
+    for event in session.events:  # all of them: `value` would be a property
+        breakdown[event.event_type._value_] += event.tokens
     return dict(breakdown, TOTAL_INPUT=session.total_tokens_input,
                 TOTAL_OUTPUT=session.total_tokens_output, TOTAL=session.total_tokens)
 
@@ -2841,7 +2838,7 @@ _PURPOSES = {EventType.USER_MESSAGE: ("prompts", "other output"),
 def token_use(session: Session) -> Dict[str, int]:
     """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool,
     written. The parts add up to the session's total tokens."""
-    use: Dict[str, int] = {}
+    use: Dict[str, int] = defaultdict(int)
     for event in session.events:
         data, kind = event.data, event.event_type
         tool = str(data.get("tool") or kind._value_.lower())
@@ -2850,7 +2847,7 @@ def token_use(session: Session) -> Dict[str, int]:
             source = str(data.get("source") or "")
             names = _CONTEXT_NAMES.get(source, source), "other output"
         for name, tokens in zip(names, (event.tokens_input, event.tokens_output)):
-            use[name] = use.get(name, 0) + tokens
+            use[name] += tokens
     ranked = sorted(use.items(), key=lambda item: -item[1])
     return {name: tokens for name, tokens in ranked if tokens}
 
@@ -3001,7 +2998,7 @@ def _add_usage(bill: Data, session: Session) -> Dict[Tuple[str, str], int]:
         for name, part in zip(CLASSES, parts):
             bill["classes"][name] += part
         output += parts[-1] * _PAIRED + usage.output
-    return {("output", "output"): output}
+    return defaultdict(int, {("output", "output"): output})
 
 
 def _cell_rows(cells: Dict[Tuple[str, str], int]) -> Rows:
@@ -3014,12 +3011,12 @@ def _cell_rows(cells: Dict[Tuple[str, str], int]) -> Rows:
 
 def add_bills(bills: Iterable[Data]) -> Data:
     """The sum of bills, in any order the same."""
-    total, cells = empty_bill(), {}  # type: Tuple[Data, Dict[Tuple[str, str], int]]
+    total = empty_bill()
+    cells: Dict[Tuple[str, str], int] = defaultdict(int)
     for bill in bills:
         _add(total, bill)
         for cell in bill["cells"]:
-            key = cell["content"], cell["how"]
-            cells[key] = cells.get(key, 0) + cell["cost"] * _PAIRED + cell["tokens"]
+            cells[cell["content"], cell["how"]] += cell["cost"] * _PAIRED + cell["tokens"]
     total["cells"] = _cell_rows(cells)
     total["rebuilds"].sort(
         key=lambda rebuild: (-rebuild["net_cost"], rebuild["session"], rebuild["event"]))
@@ -3044,11 +3041,18 @@ _MONEY = frozenset((
 
 def in_usd(part: Any, money: bool = False) -> Any:
     """A bill or advice with its money in USD, rounded once to whole pico-dollars."""
-    if part.__class__ is dict:
-        return {name: in_usd(value, money or name in _MONEY) for name, value in part.items()}
     if part.__class__ is list:
-        return [in_usd(value, money) for value in part]
-    return round(part / PICO, 12) if money and part.__class__ is int else part
+        return [in_usd(each, money) for each in part]
+    if part.__class__ is not dict:
+        return round(part / PICO, 12) if money and part.__class__ is int else part
+    found = dict(part)
+    for name, value in part.items():
+        paid = money or name in _MONEY
+        if value.__class__ is not int:
+            found[name] = in_usd(value, paid)
+        elif paid:
+            found[name] = round(value / PICO, 12)
+    return found
 
 
 # ==================================================================================================
@@ -3576,16 +3580,12 @@ class Replay:
         """Where a recorded position is in the replayed context."""
         if not (self._cut or self._inserted):
             return position
-        (index, inside), pieces, cuts = held.find(position), held.pieces, self._cuts
-        beyond = index == len(pieces) or pieces[index].serial >= self._folded
-        if inside:
-            inside = min(inside, held.size(index) - cuts.get(pieces[index].serial, 0))
-        if 2 * index > len(pieces):  # sum up the shorter side
-            removed = self._cut - sum(cuts.get(piece.serial, 0) for piece in pieces[index:])
-        else:
-            removed = sum(cuts.get(piece.serial, 0) for piece in pieces[:index])
-        begins = held.ends[index - 1] if index else 0
-        return begins - removed + inside + (self._inserted if beyond else 0)
+        index, inside = held.find(position)
+        serial = held.pieces[index].serial if index < len(held.pieces) else MAX_TOKENS
+        place = position - sum(cut for key, cut in self._cuts.items() if key < serial)
+        if inside:  # what is kept of the piece is its beginning
+            place -= max(0, inside - held.size(index) + self._cuts.get(serial, 0))
+        return place + (self._inserted if serial >= self._folded else 0)
 
     def _compact(self, step: Step, rebuild: Optional[Data], rates: Usage) -> Tuple[int, int]:
         """Compact where the policy does: from where on the context is new, and the request's
@@ -3598,11 +3598,9 @@ class Replay:
         read = min(step.read, self._length) if back and self.case == WORST else self._length
         cost = (read * rates.read + _written(step, self._length - read, rates)
                 + REQUEST_OUTPUT * rates.output)
-        start = 0
-        for index, piece in enumerate(held.pieces):
-            if piece.content != START_LOAD:
-                break
-            start += held.size(index) - self._cuts.get(piece.serial, 0)
+        loads = itertools.takewhile(lambda piece: piece.content == START_LOAD, held.pieces)
+        start = sum(held.size(index) - self._cuts.get(piece.serial, 0)
+                    for index, piece in enumerate(loads))
         first = bisect_left(held.pieces, Piece(self._folded, ""))
         for index, piece in enumerate(held.pieces[first:], first):
             if piece.content != START_LOAD and piece.serial <= self._seen:
@@ -3983,12 +3981,12 @@ def _last_name(path: str) -> str:
 def _read_advice(rows: Rows) -> Iterator[Data]:
     """Large reads with all that was paid for them: a part of each would have done, often but not
     always."""
-    paid: Dict[str, int] = {}
-    files: Dict[str, int] = {}
+    paid: Dict[str, int] = defaultdict(int)
+    files: Dict[str, int] = defaultdict(int)
     for row in rows:
         for read in row["large_reads"]:
-            paid[row["id"]] = paid.get(row["id"], 0) + read["cost"]
-            files[read["file"]] = files.get(read["file"], 0) + read["cost"]
+            paid[row["id"]] += read["cost"]
+            files[read["file"]] += read["cost"]
     total = sum(paid.values())
     most = sorted(files, key=lambda name: (-files[name], name))[:5]
     names = ", ".join(dict.fromkeys(map(_last_name, most)))
@@ -4002,12 +4000,12 @@ def _prefix_advice(rows: Rows) -> Iterator[Data]:
     """Rebuilds whose cause can be avoided; the low figure leaves out the session with most of
     them."""
     for cause, (what, paste) in _PREFIX_ADVICE.items():
-        net: Dict[str, int] = {}
+        net: Dict[str, int] = defaultdict(int)
         versions = set()
         for row in rows:
             for rebuild in row["bill"]["rebuilds"]:
                 if rebuild["cause"] == cause:
-                    net[row["id"]] = net.get(row["id"], 0) + rebuild["net_cost"]
+                    net[row["id"]] += rebuild["net_cost"]
                     versions.add(row["version"])
         total, text = sum(net.values()), f"The cache was lost because {what}"
         if cause == "messages_changed" and any(versions):
