@@ -386,13 +386,13 @@ class Price(namedtuple("Price", "model exact rates")):
 
     __slots__ = ()
 
-    def parts(self, usage: Usage) -> Tuple[int, ...]:
-        """Pico-dollars of a usage by class."""
+    def parts(self, usage: Sequence[int]) -> Tuple[int, ...]:
+        """Pico-dollars of a usage, or of its first classes, by class."""
         return tuple(map(int.__mul__, self.rates, usage))
 
-    def cost(self, usage: Usage) -> int:
-        """Pico-dollars of a usage."""
-        return sum(self.parts(usage))
+    def cost(self, usage: Sequence[int]) -> int:
+        """Pico-dollars of a usage, or of its first classes."""
+        return sum(map(int.__mul__, self.rates, usage))
 
     input, output, cache_read = map(_rate, ("uncached", "output", "read"))
     cache_write, cache_write_1h = map(_rate, ("write_5m", "write_1h"))
@@ -624,6 +624,20 @@ def seconds_of(text: Any) -> Optional[float]:
     return None if moment is None else moment.timestamp()
 
 
+@functools.lru_cache(maxsize=10_000)
+def _days(quarter: int, zone: Tuple[str, str]) -> Tuple[str, str]:
+    """The local and the UTC day of a quarter of an hour since 1970: no day begins within one."""
+    moments = time.localtime(quarter * 900), time.gmtime(quarter * 900)
+    local, utc = ("%04d-%02d-%02d" % moment[:3] for moment in moments)
+    return local, utc
+
+
+def days_of(stamp: Any) -> Tuple[str, str]:
+    """The local and the UTC day of an ISO-8601 text, as YYYY-MM-DD; empty when it is not a time."""
+    seconds = seconds_of(stamp)
+    return ("", "") if seconds is None else _days(int(seconds // 900), time.tzname)
+
+
 def _checked_count(name: str, value: Any) -> int:
     """A count of tokens or milliseconds given by a caller: a whole number from 0 to MAX_TOKENS."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(
@@ -830,7 +844,7 @@ class Session(_Record):
 
     def entry_cost(self, event: SessionEvent) -> int:
         """Pico-dollars of what entered the context with an event."""
-        return self.price_of(event).cost(Usage(*event.usage[:3]))
+        return self.price_of(event).cost(event.usage[:3])
 
     def usages(self) -> Dict[Tuple[str, str], Usage]:
         """The usage by model and rate."""
@@ -2400,6 +2414,8 @@ class Analysis:
         the rebuild where it is one."""
         session = self.session
         self.walk, self.bill = walk, bill = ContextWalk(session), empty_bill()
+        self.days: Dict[Tuple[str, str], Dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        days = {days_of(stamp) for stamp in {event.timestamp for event in self.events}}
         cells = _add_usage(bill, session)
         hidden, small = bill["hidden_output"], bill["small_rebuilds"]
         hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
@@ -2420,10 +2436,21 @@ class Analysis:
                 hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
             for watch in watchers:
                 watch(step, rebuild)
+            for stamp, event, how, usage in dated_usage(step) if len(days) > 1 else ():
+                day = self.days[days_of(stamp)]
+                day["prompts"] += how == "first" and event.event_type is EventType.USER_MESSAGE
+                day["total_tokens"] += sum(usage) - usage.read
+                day[how] += session.price_of(event).cost(usage)
         for piece in walk.pieces:
             for how, paid in zip(HOW_PAID, piece.sums):
                 cells[piece.content, how] += paid
         bill["cells"] = _cell_rows(cells)
+        if len(days) == 1:  # as most sessions: the whole bill is of that day
+            day = self.days[days.pop()]
+            day["total_tokens"] = session.total_tokens
+            day["prompts"] = sum(e.event_type is EventType.USER_MESSAGE for e in self.events)
+            for cell in bill["cells"]:
+                day[cell["how"]] += cell["cost"]
         return self
 
 
@@ -2588,6 +2615,19 @@ class Step:
         began = self.began
         before = self.previous.began if self.previous else None
         return None if began is None or before is None else began - before
+
+
+def dated_usage(step: Step) -> Iterator[Tuple[str, SessionEvent, str, Usage]]:
+    """What is paid with a step, as (time, event, how, usage): what a call read and took in at its time,
+    what was written when it was written."""
+    call = step.call
+    if call is not None:
+        yield call.timestamp, call, "carried", Usage(read=step.read)
+    for event in step.events:
+        how = HOW_PAID[AGAIN if event.data.get("source") == Source.REBUILD else FIRST]
+        yield (call or event).timestamp, event, how, Usage(*event.usage[:3])
+        if event.tokens_output:
+            yield event.timestamp, event, "output", Usage(output=event.tokens_output)
 
 
 class ContextWalk:
@@ -3582,7 +3622,8 @@ class Replay:
             return position
         index, inside = held.find(position)
         serial = held.pieces[index].serial if index < len(held.pieces) else MAX_TOKENS
-        place = position - sum(cut for key, cut in self._cuts.items() if key < serial)
+        behind = sum(self._cuts.get(piece.serial, 0) for piece in held.pieces[index:])
+        place = position - self._cut + behind
         if inside:  # what is kept of the piece is its beginning
             place -= max(0, inside - held.size(index) + self._cuts.get(serial, 0))
         return place + (self._inserted if serial >= self._folded else 0)
@@ -3903,7 +3944,10 @@ def bill_columns(analysis: Analysis) -> Data:
               "cost": sum(piece.sums) // _PAIRED}
              for piece in analysis.walk.pieces for event in [piece.event] if event is not None
              and event.event_type is EventType.FILE_READ and event.tokens_input >= LARGE_READ]
-    return {"bill": analysis.bill, "large_reads": reads, "project": _cwd_of(session),
+    names = "prompts", "total_tokens", *HOW_PAID, "output"
+    days = [{"day": local, "utc_day": utc, **{name: sums[name] for name in names}}
+            for (local, utc), sums in sorted(analysis.days.items())]
+    return {"bill": analysis.bill, "large_reads": reads, "project": _cwd_of(session), "days": days,
             "replay": {name: each for name, each in zip(FIXED_POLICIES, saves) if any(each)},
             "start_load": analysis.walk.starts.get("", 0),
             "version": str(session.source.get("version", ""))}
