@@ -625,7 +625,7 @@ def seconds_of(text: Any) -> Optional[float]:
 
 
 @functools.lru_cache(maxsize=10_000)
-def _days(quarter: int, zone: Tuple[str, str]) -> Tuple[str, str]:
+def _days(quarter: int, zone: Any) -> Tuple[str, str]:
     """The local and the UTC day of a quarter of an hour since 1970: no day begins within one."""
     moments = time.localtime(quarter * 900), time.gmtime(quarter * 900)
     local, utc = ("%04d-%02d-%02d" % moment[:3] for moment in moments)
@@ -634,8 +634,8 @@ def _days(quarter: int, zone: Tuple[str, str]) -> Tuple[str, str]:
 
 def days_of(stamp: Any) -> Tuple[str, str]:
     """The local and the UTC day of an ISO-8601 text, as YYYY-MM-DD; empty when it is not a time."""
-    seconds = seconds_of(stamp)
-    return ("", "") if seconds is None else _days(int(seconds // 900), time.tzname)
+    seconds, zone = seconds_of(stamp), (time.timezone, *time.tzname)
+    return ("", "") if seconds is None else _days(int(seconds // 900), zone)
 
 
 def _checked_count(name: str, value: Any) -> int:
@@ -2415,7 +2415,8 @@ class Analysis:
         session = self.session
         self.walk, self.bill = walk, bill = ContextWalk(session), empty_bill()
         self.days: Dict[Tuple[str, str], Dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        days = {days_of(stamp) for stamp in {event.timestamp for event in self.events}}
+        days = {days_of(stamp or session.started_at)
+                for stamp in {event.timestamp for event in self.events}}
         cells = _add_usage(bill, session)
         hidden, small = bill["hidden_output"], bill["small_rebuilds"]
         hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
@@ -2437,7 +2438,7 @@ class Analysis:
             for watch in watchers:
                 watch(step, rebuild)
             for stamp, event, how, usage in dated_usage(step) if len(days) > 1 else ():
-                day = self.days[days_of(stamp)]
+                day = self.days[days_of(stamp or session.started_at)]
                 day["prompts"] += how == "first" and event.event_type is EventType.USER_MESSAGE
                 day["total_tokens"] += sum(usage) - usage.read
                 day[how] += session.price_of(event).cost(usage)
@@ -2618,8 +2619,8 @@ class Step:
 
 
 def dated_usage(step: Step) -> Iterator[Tuple[str, SessionEvent, str, Usage]]:
-    """What is paid with a step, as (time, event, how, usage): what a call read and took in at its time,
-    what was written when it was written."""
+    """What is paid with a step, as (time, event, how, usage): what a call read and took in at its
+    time, what was written when it was written."""
     call = step.call
     if call is not None:
         yield call.timestamp, call, "carried", Usage(read=step.read)
@@ -3076,7 +3077,7 @@ def _add(total: Data, more: Data) -> None:
 
 _MONEY = frozenset((
     "total", "recorded", "replayed", "guessed", "classes", "models", "cost", "net_cost",
-    "cost_if_visible", "saves", "replay", "without_largest", "worst"))
+    "cost_if_visible", "paid", "saves", "replay", "without_largest", "worst"))
 
 
 def in_usd(part: Any, money: bool = False) -> Any:
@@ -3944,13 +3945,31 @@ def bill_columns(analysis: Analysis) -> Data:
               "cost": sum(piece.sums) // _PAIRED}
              for piece in analysis.walk.pieces for event in [piece.event] if event is not None
              and event.event_type is EventType.FILE_READ and event.tokens_input >= LARGE_READ]
-    names = "prompts", "total_tokens", *HOW_PAID, "output"
-    days = [{"day": local, "utc_day": utc, **{name: sums[name] for name in names}}
-            for (local, utc), sums in sorted(analysis.days.items())]
+    days = [{"day": local, "utc_day": utc, "prompts": sums["prompts"],
+             "total_tokens": sums["total_tokens"],
+             "paid": {how: sums[how] for how in (*HOW_PAID, "output") if sums[how]}}
+            for (local, utc), sums in sorted(analysis.days.items()) if any(sums.values())]
     return {"bill": analysis.bill, "large_reads": reads, "project": _cwd_of(session), "days": days,
             "replay": {name: each for name, each in zip(FIXED_POLICIES, saves) if any(each)},
             "start_load": analysis.walk.starts.get("", 0),
             "version": str(session.source.get("version", ""))}
+
+
+def day_parts(row: Data) -> Rows:
+    """A session's row (with its `bill_columns`) cut by local day: rows whose prompts, tokens,
+    dollars and cells are those of the day's calls, and add up to the session's. What was wasted is
+    shared as the dollars are."""
+    parts, whole = [], row["estimated_cost"] or 1
+    for name in sorted({day["day"] for day in row["days"]}):
+        days = [day for day in in_usd(row["days"]) if day["day"] == name]
+        cells = [{"content": "", "how": how, "tokens": 0, "cost": paid}
+                 for day in days for how, paid in day["paid"].items()]
+        cost = sum(cell["cost"] for cell in cells)
+        sums = {key: sum(day[key] for day in days) for key in ("prompts", "total_tokens")}
+        wasted = {key: row[key] * cost / whole for key in ("waste_cost", "measured_waste_cost")}
+        parts.append({**row, **sums, **wasted, "day": name, "estimated_cost": cost,
+                      "bill": {"total": cost, "cells": cells}})
+    return parts
 
 
 def advice_of(rows: Rows) -> Rows:
@@ -4256,8 +4275,8 @@ def measures(rows: Rows) -> Data:
 
 def grouped(rows: Rows, by: str, bill: Data) -> Rows:
     """The ``measures`` of session rows by one of GROUPS, each with its ``key``; days and weeks (by
-    their Monday) in order, else the most dollars first. A day is local, and the one on which a
-    session began. By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
+    their Monday) in order, else the most dollars first. A day is local; each call counts on its
+    own (`day_parts`). By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
     "again", "output", "estimated_cost"}``."""
     if by == "tool":
         sums = [dict(dict.fromkeys(_HOW, 0.0), key=content, estimated_cost=cost, **cell_sums(
@@ -4271,10 +4290,10 @@ def grouped(rows: Rows, by: str, bill: Data) -> Rows:
 def _groups(rows: Rows, by: str) -> Dict[str, Rows]:
     groups: Dict[str, Rows] = {}
     for row in rows:
-        key = row["id"] if by == "session" else row.get(by)
-        if by in ("day", "week"):
-            key = _day(row["started_at"], by == "week")
-        groups.setdefault(key or "unknown", []).append(row)
+        for part in day_parts(row) if by in ("day", "week") else (row,):
+            key = part["id"] if by == "session" else part.get(by)
+            key = _day(part["day"], True) if by == "week" else key
+            groups.setdefault(key or "unknown", []).append(part)
     return groups
 
 
@@ -9560,27 +9579,18 @@ def usage_rows(session: Session) -> Rows:
     took in and read falls on its day, what it wrote on the day it was written; ``tool``: "" where
     none."""
     sums: Dict[Any, List[int]] = {}
-
-    def add(event: SessionEvent, stamp: str, usage: Usage, calls: int = 0) -> None:
-        seconds = seconds_of(stamp)
-        day = "" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
-        key = day, event.model or session.model, str(event.data.get("tool") or "")
-        figures = calls, *usage, session.price_of(event).cost(usage)
-        sums[key] = list(map(sum, zip(figures, sums.get(key, [0] * 7))))
-
     for step in ContextWalk(session):
-        if step.call is not None:
-            add(step.call, step.call.timestamp, Usage(read=step.read), 1)
-        for event in step.events:
-            stamp = (step.call or event).timestamp
-            add(event, stamp, event.usage._replace(read=0, output=0))
-            add(event, event.timestamp, Usage(output=event.tokens_output))
+        for stamp, event, how, usage in dated_usage(step):
+            tool = str(event.data.get("tool") or "")
+            key = days_of(stamp or session.started_at)[1], event.model or session.model, tool
+            figures = how == "carried", *usage, session.price_of(event).cost(usage)
+            sums[key] = list(map(sum, zip(figures, sums.get(key, [0] * 7))))
     names = ("calls", *CLASSES, "cost")
     return [dict(zip(names, row), day=day, model=model, tool=tool, project=_cwd_of(session))
             for (day, model, tool), row in sorted(sums.items()) if any(row)]
 
 
-_IN_PICO = ("bill", "replay", "large_reads")  # columns of a row
+_IN_PICO = ("bill", "replay", "large_reads", "days")  # columns of a row
 
 
 def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *,
@@ -9610,7 +9620,7 @@ def billed(rows: Rows) -> Data:
             "advice": in_usd(advice_of(rows))}
 
 
-ROW_FORMAT = 3  # rises when rows of sessions get other columns: kept ones are made anew
+ROW_FORMAT = 4  # rises when rows of sessions get other columns: kept ones are made anew
 
 
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:

@@ -1624,6 +1624,10 @@ def assert_adds_up(session):
     assert sum(cell["cost"] for cell in bill["cells"]) == bill["total"] == session.cost_in_pico
     assert sum(bill["classes"].values()) == sum(bill["models"].values()) == bill["total"]
     assert all(cell["tokens"] > 0 and cell["cost"] >= 0 for cell in bill["cells"])
+    days = so.bill_columns(so.Analysis(session))["days"]
+    assert sum(day["total_tokens"] for day in days) == session.total_tokens
+    for how, cells in paid.items():
+        assert sum(day["paid"].get(how, 0) for day in days) == sum(cell["cost"] for cell in cells)
     assert len({(cell["content"], cell["how"]) for cell in bill["cells"]}) == len(bill["cells"])
     for step in so.ContextWalk(session):
         fresh = sum(event.tokens_input for event in step.events)
@@ -1847,6 +1851,29 @@ def test_usage_rows_add_up_to_the_row_and_every_call_is_on_its_own_day():
         rows = so.usage_rows(session)
         assert sum(row["cost"] for row in rows) == session.cost_in_pico
         assert sum(row["cache_read"] for row in rows) == sum(event.tokens_cache_read for event in session.events)
+
+
+@pytest.mark.parametrize("zone, days", [
+    ("UTC", {"2026-03-01": (1, 1_150_650), "2026-03-02": (1, 1_573_950)}),
+    ("UTC+5", {"2026-03-01": (2, 2_724_600)}),  # west of Greenwich: the calls after midnight are of the day before
+    ("UTC-13:45", {"2026-03-01": (1, 1_150_650), "2026-03-02": (1, 1_573_950)}),
+    ("UTC-14", {"2026-03-02": (2, 2_724_600)})])
+def test_a_call_is_paid_on_its_own_local_day(monkeypatch, utc, zone, days):
+    session = six_calls()
+    for event in session.events[7:]:
+        event.timestamp = event.timestamp.replace("2026-03-01T10:", "2026-03-02T00:")
+    set_zone(monkeypatch, zone)
+    row = so.full_row(session, [])
+    # 53,200 written, 72,100 read and three answers on the first day: $1.15065
+    parts = so.grouped([row], "day", {})
+    assert {part["key"]: (part["sessions"], round(part["estimated_cost"] * 1e6)) for part in parts} == {
+        day: (1, cost) for day, (_, cost) in days.items()}
+    assert sum(part["estimated_cost"] for part in parts) == pytest.approx(session.estimated_cost, abs=1e-12)
+    for day, (prompts, _) in days.items():
+        assert sum(part["prompts"] for part in so.day_parts(row) if part["day"] == day) == prompts
+    # the 1st of March 2026 is a Sunday
+    weeks = {week["key"]: week["sessions"] for week in so.grouped([row], "week", {})}
+    assert weeks == {{"2026-03-01": "2026-02-23"}.get(day, day): 1 for day in days}
 
 
 def told_reasons():
@@ -2633,8 +2660,9 @@ def test_whatever_a_session_says_is_text_in_its_page():
 
 
 def test_whatever_a_scan_found_is_text_in_its_page():
-    row = dict(so.session_row(*hostile_session()), bill=so.in_usd(so.empty_bill()))
-    later = dict(row, started_at="2026-03-02T10:00:00Z")
+    day = {"day": "2026-03-01", "utc_day": "2026-03-01", "prompts": 1, "total_tokens": 5, "paid": {"first": 1.0}}
+    row = dict(so.session_row(*hostile_session()), bill=so.in_usd(so.empty_bill()), days=[day])
+    later = dict(row, started_at="2026-03-02T10:00:00Z", days=[dict(day, day="2026-03-02")])
     result = {"sessions": [row, later], "totals": so.scan_totals([row, later]), "changes": "",
               "skipped": [{"path": HOSTILE, "line": 0, "reason": HOSTILE}]}
     page = checked(so.html_scan_report(result))
@@ -2818,7 +2846,8 @@ def test_sums_by_everything_add_up_to_the_bill(optimizer):
 
 def rows_of(*costs, begun=0.0):
     return [{"started": begun + number, "started_at": "2026-03-0%dT10:00:00Z" % (1 + number % 9), "estimated_cost": cost, "prompts": 2,
-             "measured_waste_cost": 0.0, "waste_cost": 0.0, "total_tokens": 5, "bill": {"total": 10, "cells": [{"how": "again", "cost": 1}, {"how": "first", "cost": 9}]}}
+             "measured_waste_cost": 0.0, "waste_cost": 0.0, "total_tokens": 5, "bill": {"total": 10, "cells": [{"how": "again", "cost": 1}, {"how": "first", "cost": 9}]},
+             "days": [{"day": "2026-03-0%d" % (1 + number % 9), "prompts": 2, "total_tokens": 5, "paid": {"first": cost}}]}
             for number, cost in enumerate(costs)]
 
 
