@@ -3480,7 +3480,8 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     """Single events far above the usual size. Often legitimate: a place to look.
 
     Compared with the others of the same type (with all others where there are fewer than 10);
-    CONTEXT_LOAD never counts. Nothing is charged.
+    CONTEXT_LOAD never counts. Nothing is charged; what the events cost, with every time they were sent
+    again, is said.
     """
 
     issue_type = IssueType.TOKEN_SPIKE
@@ -3505,19 +3506,23 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
             if event.tokens > self.times * average:
                 spikes.append((event, average))
         if spikes:
-            yield self._finding(sorted(spikes, key=lambda spike: -spike[0].tokens))
+            yield self._finding(analysis, sorted(spikes, key=lambda spike: -spike[0].tokens))
 
-    def _finding(self, spikes: List[Tuple[SessionEvent, float]]) -> EfficiencyIssue:
+    def _finding(self, analysis: Analysis,
+                 spikes: List[Tuple[SessionEvent, float]]) -> EfficiencyIssue:
         worst, average = spikes[0]
+        costs = [analysis.cost(event, event.tokens_input, event.tokens_output) for event, _ in spikes]
+        cost, bill = sum(costs) / PICO, analysis.session.estimated_cost
         multiplier = worst.tokens / (average or 1)
         more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
         return self.issue(
             Severity.MEDIUM, f"{worst.event_type.value} of {worst.tokens:,} tokens is "
-            f"{multiplier:.1f} times the average of {average:,.0f}{more}",
+            f"{multiplier:.1f} times the average of {average:,.0f}{more}: with what was sent again "
+            f"{100 * cost / (bill or 1):.0f}% of the session's ${bill:,.2f}",
             "A place to look: a large output may be what was wanted, or a query that returned too "
             "much", events=[event for event, _ in spikes],
             metadata={"multiplier": multiplier, "event_tokens": worst.tokens,
-                      "average_tokens": average, "spikes": len(spikes)})
+                      "average_tokens": average, "spikes": len(spikes), "cost": cost})
 
 
 BUILT_IN_ANALYZERS = (

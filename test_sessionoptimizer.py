@@ -2295,6 +2295,16 @@ def event_like(kind, data, tokens):
     return so.SessionEvent("", "", EventType[kind], data, tokens)
 
 
+def test_a_spike_says_what_it_means_for_the_bill():
+    issue, = so.TokenSpikeAnalyzer().analyze(six_calls())
+    # two reads of 30,000: entered at 0.01875 per 1,000, carried 120,000 tokens in all at 0.0015
+    assert issue.metadata["cost"] == 2 * 0.5625 + 0.18 and issue.estimated_waste_tokens == 0
+    assert issue.description.endswith("and 1 more: with what was sent again 48% of the session's $2.72")
+    free = six_calls()
+    free.model = "grok"
+    assert so.TokenSpikeAnalyzer().analyze(free)[0].description.endswith("0% of the session's $0.00")
+
+
 def test_thinking_is_not_judged_by_placeholders():
     thinking = event_like("THINKING", {}, 0)
     thinking.tokens_output = 90
