@@ -2753,8 +2753,9 @@ def test_a_scan_that_found_nothing_has_a_page_too(optimizer, tmp_path):
     (["2026-01-01T12:00:00Z", "2026-01-04T12:00:00Z", ""], ["2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"]),
     (["2012-01-31T12:00:00Z", "2026-01-02T12:00:00Z", "2026-01-01T12:00:00Z"], 120), ([""], []), (["soon"], [])])
 def test_days_without_a_session_stand_in_the_picture(days, columns, utc):
-    cells = [{"how": "first", "cost": 1.5}, {"how": "again", "cost": 0.5}]
-    text = so._by_day([{"started_at": day, "bill": {"cells": cells}} for day in days])
+    paid = {"prompts": 1, "total_tokens": 5, "paid": {"first": 1.5, "again": 0.5}}
+    row = {"estimated_cost": 2.0, "waste_cost": 0.0, "measured_waste_cost": 0.0}
+    text = so._by_day([dict(row, days=[dict(paid, day=so.days_of(day)[0])]) for day in days])
     titles = re.findall(r"<title>([^<]*)</title>", text)
     shown = [title.split(":")[0] for title in titles]
     assert shown == columns or len(shown) == columns and shown[-1] == "2026-01-02"
