@@ -627,8 +627,9 @@ def seconds_of(text: Any) -> Optional[float]:
 @functools.lru_cache(maxsize=10_000)
 def _days(quarter: int, zone: Any) -> Tuple[str, str]:
     """The local and the UTC day of a quarter of an hour since 1970: no day begins within one."""
-    moments = time.localtime(quarter * 900), time.gmtime(quarter * 900)
-    local, utc = ("%04d-%02d-%02d" % moment[:3] for moment in moments)
+    moments = time.localtime(quarter * 900)[:3], time.gmtime(quarter * 900)[:3]
+    local, utc = ("%04d-%02d-%02d" % min(max(moment, (1, 1, 1)), (9999, 12, 31))
+                  for moment in moments)
     return local, utc
 
 
@@ -2819,7 +2820,7 @@ def charged_report(analysis: Analysis, analyzers: Iterable[BaseAnalyzer]) -> Opt
     ledger = ClaimsLedger(analysis, issues)
     issues.sort(key=lambda issue: (-issue.severity.rank, -issue.estimated_waste_tokens))
     waste, total = sum(ledger.tokens.values()), sum(event.tokens for event in analysis.events)
-    cost, notes = session.cost_in_pico, report_notes(session)
+    cost, notes = analysis.bill["total"], report_notes(session)
     if any(small):
         notes.append(f"{len(small)} small repeats, {sum(small):,} tokens in all, are not listed")
     report = OptimizationReport(
@@ -2908,7 +2909,7 @@ def report_notes(session: Session) -> List[str]:
     """What limits the figures of this session, in words."""
     notes = []
     unnamed = "no price for a model that the transcript does not name:"
-    for model in sorted({model for model, _ in session.usages()}):
+    for model in sorted({event.model or session.model for event in session._counted()}):
         price = session.prices.lookup(model)
         if not price.exact:
             notes.append(f"no price for model {model!r}: priced as {price.model}")

@@ -2925,8 +2925,9 @@ def test_before_and_after(before, after, change, told):
 @pytest.mark.parametrize("began", ["9999-12-31T23:59:59.999-14:00", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00+14:00",
                                    "0001-01-01T00:00:00Z", "2026-05-01T12:00:00Z"])
 def test_a_session_at_the_end_of_time_hides_no_other(monkeypatch, zone, began):
-    rows = [dict(row, started_at=at, last_at=at, agent="A") for row, at in zip(rows_of(1.0, 2.0), (began, "2026-04-05T12:00:00Z"))]
     set_zone(monkeypatch, zone)
+    rows = [dict(row, started_at=at, last_at=at, agent="A", days=[dict(row["days"][0], day=so.days_of(at)[0])])
+            for row, at in zip(rows_of(1.0, 2.0), (began, "2026-04-05T12:00:00Z"))]
     assert [entry["sessions"] for entry in so.grouped(rows, "day", {})] == [1, 1] == [entry["sessions"] for entry in so.grouped(rows, "week", {})]
     assert so.selection(rows)["newest"] == max(so.grouped(rows, "day", {})[-1]["key"], "2026-04-05")
     assert "<svg" in so._by_day(rows) and "<svg" in so._by_day(rows[:1])
