@@ -686,7 +686,8 @@ class SessionEvent(_Record):
     ``tokens_cache_write_1h`` the part of that at the one-hour price. ``tokens_cache_read``: context
     sent again from the provider's cache by this model call, in no other figure. ``model`` where it
     differs from the session's; ``agent_id`` of a sub-agent. ``rate``: "fast" or "long" where the
-    call that took the tokens in was billed at such a price.
+    call was billed at such a price. ``input_model``, ``input_rate``: those of the call that took
+    the input in, where another one wrote the output.
     """
 
     id: str
@@ -702,9 +703,11 @@ class SessionEvent(_Record):
     model: str = ""
     agent_id: str = ""
     rate: str = ""
+    input_model: str = ""
+    input_rate: str = ""
 
-    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read",
-             "model", "agent_id", "rate")
+    _texts = ("id", "timestamp", "model", "agent_id", "rate", "input_model", "input_rate")
+    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read") + _texts[2:]
     _counts = ("tokens_input", "tokens_output", "duration_ms") + _rare[:3]
 
     @property
@@ -765,7 +768,7 @@ class SessionEvent(_Record):
                 "one-hour writes are part of the cache writes, and those of the input")
         if self.data.__class__ is not dict:
             self.data = _typed(values, "data", dict)
-        for name in ("id", "timestamp", "model", "agent_id", "rate"):
+        for name in self._texts:
             if values[name].__class__ is not str:
                 setattr(self, name, str(values[name] or ""))
 
@@ -843,15 +846,25 @@ class Session(_Record):
         """What the tokens of an event cost."""
         return self.prices.lookup(event.model or self.model, event.rate)
 
+    def taken_by(self, event: SessionEvent) -> Tuple[str, str]:
+        """Model and rate of the call that took in what entered the context with an event."""
+        if event.input_model:
+            return event.input_model, event.input_rate
+        return event.model or self.model, event.rate
+
     def entry_cost(self, event: SessionEvent) -> int:
         """Pico-dollars of what entered the context with an event."""
-        return self.price_of(event).cost(event.usage[:3])
+        return self.prices.lookup(*self.taken_by(event)).cost(event.usage[:3])
 
     def usages(self) -> Dict[Tuple[str, str], Usage]:
         """The usage by model and rate."""
         groups: Dict[Tuple[str, str], List[Usage]] = {}
         for event in self._counted():
-            groups.setdefault((event.model or self.model, event.rate), []).append(event.usage)
+            usage = event.usage
+            if event.input_model:
+                groups.setdefault(self.taken_by(event), []).append(Usage(*usage[:3]))
+                usage = Usage(read=usage.read, output=usage.output)
+            groups.setdefault((event.model or self.model, event.rate), []).append(usage)
         return {key: Usage(*map(sum, zip(*usages))) for key, usages in groups.items()}
 
     def _counted(self) -> List[SessionEvent]:
@@ -2438,11 +2451,12 @@ class Analysis:
                 hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
             for watch in watchers:
                 watch(step, rebuild)
-            for stamp, event, how, usage in dated_usage(step) if len(days) > 1 else ():
+            for stamp, event, how, payer, usage in (
+                    dated_usage(step, session) if len(days) > 1 else ()):
                 day = self.days[days_of(stamp or session.started_at)]
                 day["prompts"] += how == "first" and event.event_type is EventType.USER_MESSAGE
                 day["total_tokens"] += sum(usage) - usage.read
-                day[how] += session.price_of(event).cost(usage)
+                day[how] += session.prices.lookup(*payer).cost(usage)
         for piece in walk.pieces:
             for how, paid in zip(HOW_PAID, piece.sums):
                 cells[piece.content, how] += paid
@@ -2619,17 +2633,20 @@ class Step:
         return None if began is None or before is None else began - before
 
 
-def dated_usage(step: Step) -> Iterator[Tuple[str, SessionEvent, str, Usage]]:
-    """What is paid with a step, as (time, event, how, usage): what a call read and took in at its
-    time, what was written when it was written."""
+def dated_usage(step: Step, session: Session) -> Iterator[
+        Tuple[str, SessionEvent, str, Tuple[str, str], Usage]]:
+    """What is paid with a step, as (time, event, how, (model, rate), usage): what a call read and
+    took in at its time, what was written when it was written."""
     call = step.call
     if call is not None:
-        yield call.timestamp, call, "carried", Usage(read=step.read)
+        own = call.model or session.model, call.rate
+        yield call.timestamp, call, "carried", own, Usage(read=step.read)
     for event in step.events:
         how = HOW_PAID[AGAIN if event.data.get("source") == Source.REBUILD else FIRST]
-        yield (call or event).timestamp, event, how, Usage(*event.usage[:3])
+        entered, own = Usage(*event.usage[:3]), (event.model or session.model, event.rate)
+        yield (call or event).timestamp, event, how, session.taken_by(event), entered
         if event.tokens_output:
-            yield event.timestamp, event, "output", Usage(output=event.tokens_output)
+            yield event.timestamp, event, "output", own, Usage(output=event.tokens_output)
 
 
 class ContextWalk:
@@ -6717,6 +6734,8 @@ def _bill(call: _Call, laid: Laid) -> None:
                 event.tokens_output or event.event_type is EventType.AI_RESPONSE):
             # Who takes it in pays for it.
             event.model, event.rate = call.event.model, call.event.rate
+        elif (event.model, event.rate) != (call.event.model, call.event.rate):
+            event.input_model, event.input_rate = call.event.model, call.event.rate
         event.tokens_input += count
         event.tokens_cache_write += write
         event.tokens_cache_write_1h += hour
@@ -7235,6 +7254,7 @@ class Recorder:
         for number, event in enumerate(self._joined(), 1):
             event.id = f"e{number}"
             event.model = mask_secrets(event.model) if event.model != model else ""
+            event.input_model = mask_secrets(event.input_model)
             if "left" in event.data:
                 event.data["left"] = [result.id for result in event.data["left"] if result.id]
             event.data = masked(event.data)
@@ -9586,10 +9606,10 @@ def usage_rows(session: Session) -> Rows:
     none."""
     sums: Dict[Any, List[int]] = {}
     for step in ContextWalk(session):
-        for stamp, event, how, usage in dated_usage(step):
+        for stamp, event, how, payer, usage in dated_usage(step, session):
             tool = str(event.data.get("tool") or "")
-            key = days_of(stamp or session.started_at)[1], event.model or session.model, tool
-            figures = how == "carried", *usage, session.price_of(event).cost(usage)
+            key = days_of(stamp or session.started_at)[1], payer[0], tool
+            figures = how == "carried", *usage, session.prices.lookup(*payer).cost(usage)
             sums[key] = list(map(sum, zip(figures, sums.get(key, [0] * 7))))
     names = ("calls", *CLASSES, "cost")
     return [dict(zip(names, row), day=day, model=model, tool=tool, project=_cwd_of(session))

@@ -4936,6 +4936,50 @@ def test_files_that_an_earlier_version_described_are_grouped_anew(tmp_path, opti
     assert after == before and len(after) == 1
 
 
+def test_an_answer_is_billed_where_it_was_written_and_where_it_was_taken_in(tmp_path, optimizer):
+    """At a change of the model the tokens of the last answer, and of a tool's result, are input of the new one."""
+    transcript = tiny(tmp_path)
+    usages = {transcript.model: [1_160 + 10, 1_000, 80]}
+    for model, usage in (("claude-haiku-4-5-20251001", (10, 1_400, 0, 40)), ("claude-opus-4-6", (10, 1_600, 0, 30))):
+        transcript.model = model
+        transcript.prompt("Go on.")
+        transcript.answer(model, usage, text(90), use("t" + model, "Bash", command="make"))
+        usages[model] = [sum(usage[:2]), usage[2], usage[3]]
+        transcript.result("t" + model, "z" * 300)
+    transcript.model = "claude-haiku-4-5-20251001"
+    transcript.answer("last", (5, 1_700, 0, 20), text(10))
+    usages[transcript.model] = [1_410 + 1_705, 0, 60]
+    session, = so.sessions_at([transcript.save()], so.PriceList())
+    assert {model: [sum(usage[:3]), usage.read, usage.output] for (model, _), usage in session.usages().items()} == usages
+    bill, rows = so.bill_of(session), so.usage_rows(session)
+    for model, (entered, read_again, written) in usages.items():
+        its = [row for row in rows if row["model"] == model]
+        assert bill["models"][model] == sum(row["cost"] for row in its)
+        assert sum(row["uncached_input"] + row["cache_write_5m"] for row in its) == entered
+    assert_adds_up(session)
+    assert_adds_up(so.Session.from_dict(json.loads(json.dumps(session.to_dict()))))
+
+
+@pytest.mark.skipif(not os.path.isdir(REAL), reason="needs the real transcripts beside the project")
+def test_every_model_of_real_gemini_sessions_is_billed_what_it_was_told():
+    several = 0
+    for path, _, _ in so.find_transcripts([os.path.join(REAL, "gemini-cli")]):
+        sessions = so.sessions_at([path], so.PriceList()) if path.endswith(".json") else []
+        messages = json.loads(read(path).decode("utf-8")).get("messages", []) if sessions else []
+        told, found = {}, {}
+        for message in {message["id"]: message for message in messages if message.get("tokens")}.values():
+            tokens, sums = message["tokens"], told.setdefault(message["model"], [0, 0])
+            fresh = tokens["input"] - tokens["cached"] + tokens.get("tool", 0)
+            sums[:] = sums[0] + fresh, sums[1] + tokens["cached"]
+        for session in sessions:
+            for (model, _), usage in session.usages().items():
+                sums = found.setdefault(model, [0, 0])
+                sums[:] = sums[0] + usage.uncached, sums[1] + usage.read
+        several += len(told) > 1
+        assert {model: sums for model, sums in found.items() if any(sums)} == told, path
+    assert several
+
+
 def test_an_inline_sub_agent_is_one_window(tmp_path, optimizer):
     transcript = Transcript(tmp_path)
     transcript.prompt("delegate")
