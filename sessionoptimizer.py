@@ -3107,9 +3107,9 @@ def in_usd(part: Any, money: bool = False) -> Any:
     found = dict(part)
     for name, value in part.items():
         paid = money or name in _MONEY
-        if value.__class__ is not int:
+        if value.__class__ in (dict, list):
             found[name] = in_usd(value, paid)
-        elif paid:
+        elif paid and value.__class__ is int:
             found[name] = round(value / PICO, 12)
     return found
 
