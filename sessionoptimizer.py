@@ -7601,7 +7601,8 @@ class _ClaudeSession:
     def __init__(self, told: Recorder):
         self.told = told
         self.final: Optional[bool] = None  # whether an output without a stop reason is the last
-        self.command = self.version = ""   # the first slash command, for want of a prompt
+        self.facts: Texts = {}             # of the first line that has each
+        self.command = ""                  # the first slash command, for want of a prompt
         self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
         self.agent = ""                    # whose line is told
         self.called = False                # whether the main agent's context holds a response
@@ -7634,7 +7635,7 @@ class _ClaudeSession:
             self.told.returned(key, None, len(text.split(b'"toolUseResult"')[0]), cut=True)
 
     def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
-        if not self.version:
+        if len(self.facts) < 3:
             self._note_facts(entry)
         kind = _text(entry, "type")
         if kind in ("progress", "attachment"):
@@ -7654,9 +7655,12 @@ class _ClaudeSession:
                      overhead=_OVERHEAD.get(agent.partition("-")[0], ""))
 
     def _note_facts(self, entry: Data) -> None:
-        identity, cwd, self.version = _texts(entry, "sessionId", "cwd", "version")
-        self.told.session(identity, cwd, self.version)
-        numbers = map(int, re.findall(r"\d{1,9}", self.version)[:3])
+        names = ("sessionId", "cwd", "version")
+        found = {name: text for name, text in zip(names, _texts(entry, *names)) if text}
+        self.facts = {**found, **self.facts}
+        identity, cwd, version = _texts(self.facts, *names)
+        self.told.session(identity, cwd, version)
+        numbers = map(int, re.findall(r"\d{1,9}", version)[:3])
         self.final = False if tuple(numbers) >= _PLACEHOLDERS_FROM else None
 
     def _agent_of(self, entry: Data, own: str) -> str:
@@ -8287,15 +8291,12 @@ def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
 # -- OpenTelemetry GenAI
 
 _MODEL_CALLS = ("chat", "generate_content", "text_completion", "embeddings")
-_OWN_SPANS = {"claude_code.llm_request": "chat", "claude_code.tool": "execute_tool",
-              "claude_code.interaction": "invoke_agent"}
 _OTEL_USAGE = (  # input, output, cache reads, cache writes, reasoning, by all their names
-    ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "input_tokens"),
-    ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "output_tokens"),
+    ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens"),
+    ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens"),
     ("gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens",
-     "gen_ai.usage.cached_input_tokens", "cache_read_tokens"),
-    ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens",
-     "cache_creation_tokens"),
+     "gen_ai.usage.cached_input_tokens"),
+    ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens"),
     ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_output_tokens"),
 )
 _LATEST = 4 * 10**18  # nanoseconds since 1970: the year 2096; what is later is no time
@@ -8362,13 +8363,13 @@ class _Span:
         start, end = (min(max(0, _integer(_either(span, f"{key}TimeUnixNano"))), _LATEST)
                       for key in ("start", "end"))
         self.start, self.end = start, max(start, end) if start else 0
-        self.message = _text(span, "status", "message") or self.text("error.type", "error")
-        self.failed = bool(self.text("error.type")) or self.given.get("success") in (
-            False, "false") or _under(span, ("status", "code")) in (2, "2", "STATUS_CODE_ERROR")
-        self.operation = _OWN_SPANS.get(self.name) or self.text("gen_ai.operation.name")
+        self.message = _text(span, "status", "message") or self.text("error.type")
+        self.failed = bool(self.text("error.type")) or _under(span, ("status", "code")) in (
+            2, "2", "STATUS_CODE_ERROR")
+        self.operation = self.text("gen_ai.operation.name")
         self.conversation = self.text("gen_ai.conversation.id", "session.id")
         self.identity = f"otel:{self.trace}:{self.id}"
-        self.model = self.text("gen_ai.response.model", "gen_ai.request.model", "model")
+        self.model = self.text("gen_ai.response.model", "gen_ai.request.model")
         found = [[_count_of(_integer(self.given[key])) for key in keys if key in self.given]
                  for keys in _OTEL_USAGE]
         self.has_usage, self.usage = any(found), [counts[0] if counts else 0 for counts in found]
@@ -8454,7 +8455,7 @@ class _Conversation:
         self.above = {one.id for span in calls for one in _ancestry(span, spans) if one is not span}
         # Cached tokens are part of the input by convention; a call with more shows otherwise.
         self.exclusive = any(
-            span.name in _OWN_SPANS or span.usage[2] + span.usage[3] > span.usage[0]
+            span.usage[2] + span.usage[3] > span.usage[0]
             for span in members if span in calls or span.operation == "invoke_agent")
 
     def tell(self, identity: str) -> None:
@@ -8478,10 +8479,9 @@ class _Conversation:
         """The agent of a span: the nearest invoke_agent that another one called; "" for the
         outermost."""
         agents = [one for one in _ancestry(span, self.spans) if one.operation == "invoke_agent"]
-        name = "embeddings" if span.operation == "embeddings" else span.text("agent_id")
         if len(agents) > 1:
-            name = f"{agents[0].text('gen_ai.agent.name') or 'agent'}-{agents[0].id[:8]}"
-        return slug(name) if name else ""
+            return slug(f"{agents[0].text('gen_ai.agent.name') or 'agent'}-{agents[0].id[:8]}")
+        return "embeddings" if span.operation == "embeddings" else ""
 
     def _call(self, span: _Span) -> None:
         """A model call, or an agent's span without those below it."""
@@ -8507,9 +8507,8 @@ class _Conversation:
 
     def _tool(self, span: _Span) -> None:
         told, given = self.told, span.given.get("gen_ai.tool.call.arguments")
-        name = span.text("gen_ai.tool.name", "tool_name") or span.name.partition(" ")[2] or "tool"
-        own = {"command": span.text("full_command"), "file_path": span.text("file_path")}
-        arguments = _arguments(given) or {key: text for key, text in own.items() if text}
+        name = span.text("gen_ai.tool.name") or span.name.partition(" ")[2] or "tool"
+        arguments = _arguments(given)
         if "glob" in arguments and not arguments.get("query"):
             arguments.setdefault("pattern", arguments["glob"])
         told.tool(span.identity, name, arguments,
@@ -8517,14 +8516,13 @@ class _Conversation:
                   response=span.parent, milliseconds=(span.end - span.start) // 10**6)
         result = span.given.get("gen_ai.tool.call.result", "")
         text = result if result.__class__ is str else _as_json(result)
-        size = len(text) or 4 * _count_of(_integer(span.given.get("result_tokens")))
-        why = span.message or text if span.failed else text or None
-        if size:
-            told.returned(span.identity, why, size, failed=span.failed)
+        why = span.message or text if span.failed else text
+        if text:
+            told.returned(span.identity, why, len(text), failed=span.failed)
             return
-        self.open[span.text("gen_ai.tool.call.id", "tool_use_id")] = span.identity
+        self.open[span.text("gen_ai.tool.call.id")] = span.identity
         if span.failed:
-            told.failed(span.identity, why or "")
+            told.failed(span.identity, why)
 
     def _entered(self, span: _Span) -> None:
         """The messages new in this call's input give sizes to prompts, and to results no span
@@ -8551,8 +8549,13 @@ def _messages(value: Any) -> List[Tuple[Any, Any]]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return []
-    return [(message.get("role"), message.get("parts") or message.get("content"))
-            for message in _dicts(value) if not _too_deep(message)]
+    messages = []
+    for message in _dicts(value):
+        parts = message.get("parts") or message.get("content")
+        if parts.__class__ is list:
+            parts = [dict(part, text=_first_text(part, "content", "text")) for part in _dicts(parts)]
+        messages.append((message.get("role"), parts))
+    return [] if _too_deep(value) else messages
 
 
 # -- OpenCode
@@ -8960,10 +8963,9 @@ class LiveHooks:
 
         if not head["metadata"].get("live"):
             return
-        news = {} if head["task"] else {"task": task_line(_text(payload, "prompt"))}
-        if head["model"] == "default":
-            news["model"] = _last_model(_transcript_of(payload))
-        news = {key: value for key, value in news.items() if value}
+        task = "" if head["task"] else task_line(_text(payload, "prompt"))
+        model = _last_model(_transcript_of(payload)) if head["model"] == "default" else ""
+        news = {key: text for key, text in (("task", task), ("model", model)) if text}
         if news:
             self.store.change(session_id, name)
 
@@ -8973,8 +8975,7 @@ class LiveHooks:
         path = _transcript_of(told)
         if not os.path.isfile(path):
             return False
-        agents = os.path.splitext(path)[0]
-        self.optimizer.scan([path, agents] if os.path.isdir(agents) else [path], again=True)
+        self.optimizer.scan([path], again=True)
         head = self.store.readable_head(session_id)
         return head is None or head["status"] != SessionStatus.ACTIVE.value
 

@@ -6384,19 +6384,21 @@ def test_what_a_fork_left_to_a_replaced_transcript_is_its_own_again(tmp_path, op
     assert again["tokens"] == once["tokens"] and again["model_calls"] == once["model_calls"]
 
 
-@pytest.mark.parametrize("said, tokens", [("-1", 0), (-1, 0), (10**15, 0), ("1" * 20, 0), (True, 0), ("700", 700), (700, 700)])
-def test_a_span_cannot_tell_of_fewer_tokens_than_none(tmp_path, said, tokens):
-    def span(identity, **values):
-        return {"traceId": "t", "spanId": identity, "startTimeUnixNano": str(10**18 + ord(identity)), "attributes": [
-            {"key": key.replace("__", "."), "value": {"stringValue" if isinstance(value, str) else "intValue": value}} for key, value in values.items()]}
-
-    write(tmp_path / "spans.jsonl", json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [
-        span("a", gen_ai__operation__name="chat", gen_ai__usage__input_tokens=100, gen_ai__usage__output_tokens=10),
-        span("b", gen_ai__operation__name="execute_tool", gen_ai__tool__name="x", result_tokens=said),
-        span("c", gen_ai__operation__name="chat", gen_ai__usage__input_tokens=110 + tokens, gen_ai__usage__output_tokens=10)]}]}]}).encode() + b"\n")
+@pytest.mark.parametrize("messages, prompts", [
+    ([{"role": "user", "parts": [{"type": "text", "content": "x" * 1_000}]}], [400]),
+    ([{"role": "user", "parts": [{"type": "text", "text": "x" * 1_000}]}], [400]),
+    ([{"role": "user", "content": "x" * 1_000}], [400]),
+    ([{"role": "assistant", "parts": [{"type": "text", "content": "x" * 1_000}]}], []),
+    ("no list", []), (None, [])])
+def test_the_messages_of_a_span_give_its_prompts_their_size(tmp_path, messages, prompts):
+    attributes = {"gen_ai.operation.name": {"stringValue": "chat"}, "gen_ai.usage.input_tokens": {"intValue": "9000"},
+                  "gen_ai.usage.output_tokens": {"intValue": 10}, "gen_ai.input.messages": {"stringValue": json.dumps(messages)}}
+    span = {"traceId": "t", "spanId": "a", "startTimeUnixNano": str(10**18), "attributes": [
+        {"key": key, "value": value} for key, value in attributes.items()]}
+    write(tmp_path / "spans.jsonl", json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}) + "\n")
     session, = so.sessions_at([str(tmp_path)], so.PriceList())
-    assert [event.tokens_input for event in session.events if event.event_type is EventType.TOOL_CALL] == [tokens]
-    assert so.Session.from_dict(json.loads(json.dumps(session.to_dict()))) == session
+    assert [event.tokens_input for event in session.events if event.event_type is EventType.USER_MESSAGE] == prompts
+    assert session.total_tokens == 9_010
 
 
 @pytest.mark.parametrize("identity", [[], {}, [["msg_1"]], 5, True, None, "msg_9"], ids=repr)
