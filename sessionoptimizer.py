@@ -75,17 +75,46 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # the names of types cost start-up time and are needed by type checkers alone
     from datetime import datetime
     from typing import (
-        Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union)
+        Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple,
+        Union)
 
     Data = Dict[str, Any]  # an object of a JSON document
     Rows = List[Data]
 
 __version__ = "2.0.0"
+__all__ = [
+    "SessionStatus", "EventType", "IssueType", "Severity", "EVENT_TYPES", "Source",
+    "TOOL_KINDS", "AGENT_TOOLS", "Usage", "TOKEN_COSTS", "PICO", "Price", "PriceList",
+    "SessionOptimizerError", "InvalidValue", "InvalidSessionId", "SessionExists",
+    "SessionNotFound", "StorageError", "DamagedSession", "SessionOptimizerWarning", "IDLE_GAP",
+    "MAX_TOKENS", "now_text", "parse_time", "seconds_of", "SessionEvent", "Session",
+    "is_compaction", "EfficiencyIssue", "OptimizationReport", "mask_secrets", "masked",
+    "ShellEffects", "shell_effects", "TO_THE_END", "failure_kind", "changes_of", "line_range",
+    "Repeat", "ContextMemory", "search_key", "repeats_in", "Analysis", "CLASSES", "empty_bill",
+    "bill_of", "add_bills", "in_usd", "BaseAnalyzer", "RepeatedFileReadAnalyzer",
+    "RepeatedSearchAnalyzer", "LargeFileAnalyzer", "ExcessiveThinkingAnalyzer",
+    "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer", "HighErrorRateAnalyzer",
+    "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES", "parse_policy", "what_if",
+    "build_report", "cut", "plain", "markdown_text", "short_number", "dollars", "bar",
+    "session_row", "summary_row", "scan_totals", "GROUPS", "measures", "grouped", "Section",
+    "table", "text_sections", "findings", "event_place", "event_extract", "text_report",
+    "evidence_text", "markdown_report", "json_report", "scan_report", "html_report",
+    "html_scan_report", "csv_report", "FORMATS", "AlertRule", "ALERT_RULES", "check_id", "slug",
+    "Store", "IMAGE_CHARACTERS", "Recorder", "TranscriptReader", "open_transcript",
+    "numbered_lines", "transcript_entries", "ClaudeCodeReader", "CodexReader", "GeminiReader",
+    "OtelReader", "OpenCodeReader", "READERS", "estimated_tokens", "find_transcripts",
+    "describe_transcript", "group_transcripts", "left_out", "read_session_files", "owners_of",
+    "session_ids", "renamed", "scan_settings", "scan_result", "usage_rows", "sessions_at",
+    "SessionOptimizer", "get_optimizer", "start_session", "end_session", "log_event",
+    "analyze_session", "get_agent_stats", "EXIT_DONE", "EXIT_FAILED", "EXIT_USAGE",
+    "EXIT_LIMIT", "CommandError", "UsageError", "colour", "build_parser", "main"]
 
 
 class _Pattern:
     """A regular expression that is compiled when one of its methods is first used: importing stays light, and what is
     used often is found without a look into the cache of ``re``."""
+
+    sub: Callable[..., str]
 
     def __init__(self, text: Any, flags: int = 0):
         self._text, self._flags = text, flags
@@ -545,6 +574,10 @@ class SessionOptimizerWarning(UserWarning):
 
 def _warn(message: str) -> None:
     warnings.warn(message, SessionOptimizerWarning, stacklevel=3)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 # ==================================================================================================
@@ -2096,9 +2129,9 @@ class _Holding:
     def __init__(self) -> None:
         self.reads: Dict[str, List[_Held]] = {}      # by path
         self.answers: Dict[Any, SessionEvent] = {}   # by key of a search, by operation, by answer
-        self.before: set = set()  # ids of the answers given before a person spoke
+        self.before: Set[Any] = set()  # ids of the answers given before a person spoke
 
-    def leave(self, ids: set) -> None:
+    def leave(self, ids: Set[Any]) -> None:
         """Results left a context that goes on."""
         for held in self.reads.values():
             held[:] = [old for old in held if old.event.id not in ids]
@@ -2419,7 +2452,8 @@ class Analysis:
             billed = self.session.entry_cost(event)
             if event.data.get("source") == Source.REBUILD:
                 read = total * price.rates.read
-                return cost + min(billed * entered // total, max(0, billed - read))
+                found: int = cost + min(billed * entered // total, max(0, billed - read))
+                return found
             cost += (billed + self._carried[event.id]) * entered // total
         return cost
 
@@ -3134,14 +3168,14 @@ class BaseAnalyzer:
     analyzes_alone = False  # whether a subclass overrides `analyze`
     finds_alone = False     # whether its `find` takes the session without the analysis
 
-    def __init_subclass__(cls, **options: Any):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.analyzes_alone |= "analyze" in vars(cls)
         code = getattr(vars(cls).get("find"), "__code__", None)
         if code:
             cls.finds_alone = code.co_argcount < 3 and not code.co_flags & 0x04  # no *args either
 
-    def __init__(self, **thresholds: Any):
+    def __init__(self, **thresholds: Any) -> None:
         for name, value in thresholds.items():
             if name not in self.thresholds():
                 known = ", ".join(sorted(self.thresholds())) or "none"
@@ -3742,7 +3776,8 @@ def _written(step: Step, tokens: int, rates: Usage) -> int:
     fresh = step.held.length - step.read
     if fresh:
         return tokens * step.fresh_cost // fresh
-    return tokens * {0: rates.uncached, HOUR_TTL: rates.write_1h}.get(step.ttl, rates.write_5m)
+    found: int = tokens * {0: rates.uncached, HOUR_TTL: rates.write_1h}.get(step.ttl, rates.write_5m)
+    return found
 
 
 def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
@@ -3917,9 +3952,10 @@ def _replay_sums(rows: Iterable[Tuple[Any, ...]]) -> Data:
         recorded += cost
         saves = [sum(pair) for pair in zip(saves, saved)]
     replayed_costs = [recorded - saved for saved in reversed(saves)]
-    return in_usd({"recorded": recorded, "replayed": dict(zip(RANGE, replayed_costs)),
+    found: Data = in_usd({"recorded": recorded, "replayed": dict(zip(RANGE, replayed_costs)),
                    "saves": dict(zip(RANGE, saves)),
                    "recommended": is_recommended(recorded, saves)})
+    return found
 
 
 def is_recommended(recorded: int, saves: Sequence[int]) -> bool:
@@ -4368,7 +4404,9 @@ def _figure(value: Any, form: str) -> str:
 
 def _wrapped(text: Any, width: int, lead: str = "") -> List[str]:
     import textwrap
-    lines = textwrap.wrap(plain(text, 500), max(width, len(lead) + 20), initial_indent=lead,
+    room = max(width - len(lead), 20)
+    words = (cut(word, room, middle=True) for word in plain(text, 500).split())
+    lines = textwrap.wrap(" ".join(words), len(lead) + room, initial_indent=lead,
                           subsequent_indent=" " * len(lead), break_on_hyphens=False)
     return lines or [lead.rstrip()]
 
@@ -4854,7 +4892,7 @@ def _html_section(section: Section) -> str:
 
 
 def _html_body(section: Section) -> str:
-    body = section.picture
+    body: str = section.picture
     facts = [f"<dt>{_escaped(name)}</dt><dd>{_escaped(told)}</dd>" for name, told in section.facts]
     if facts:
         body += f"<dl>{''.join(facts)}</dl>"
@@ -5302,10 +5340,6 @@ def slug(text: str) -> str:
     return "_" + name[1 - _SLUG_LENGTH:] if odd else name
 
 
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _stem(path: str) -> str:
     return os.path.basename(path)[:-len(".json")]
 
@@ -5316,7 +5350,7 @@ def _damaged(path: str, reason: str) -> DamagedSession:
 
 
 @contextmanager
-def _naming(path: str):
+def _naming(path: str) -> Any:
     """An OSError inside becomes a StorageError that names `path`."""
     try:
         yield
@@ -5329,7 +5363,7 @@ def _naming(path: str):
 
 # -- from dicts to bytes and back
 
-def _reject(constant: str):
+def _reject(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -5347,7 +5381,7 @@ _chunks = _make_chunks and _make_chunks(None, _ENCODER.default, json.encoder.enc
                                         None, ":", ",", False, False, False)
 
 
-def _encode(value) -> str:
+def _encode(value: Any) -> str:
     """Compact ASCII JSON. TypeError or ValueError: the value has no JSON form."""
     try:
         return "".join(_chunks(value, 0)) if _chunks else _ENCODER.encode(value)
@@ -5355,7 +5389,7 @@ def _encode(value) -> str:
         raise ValueError("nested too deeply to be stored") from None
 
 
-def _decoded(text: bytes):
+def _decoded(text: bytes) -> Any:
     """What the JSON says, None when it is none."""
     try:
         return _DECODER.decode(text.decode())
@@ -5363,11 +5397,11 @@ def _decoded(text: bytes):
         return None
 
 
-def _encode_event(event: dict) -> str:
+def _encode_event(event: Data) -> str:
     return _encode(event)[:-1] + " }"
 
 
-def _encode_footer(footer: dict, room: int = 0) -> bytes:
+def _encode_footer(footer: Data, room: int = 0) -> bytes:
     """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one
     behind."""
     told = {key: footer[key] for key in _FOOTER_KEYS if footer.get(key) or key in _FOOTER}
@@ -5377,7 +5411,7 @@ def _encode_footer(footer: dict, room: int = 0) -> bytes:
     return text.ljust(room - len(_FOOTER_END)).encode() + _FOOTER_END
 
 
-def _parse_footer(tail: bytes):
+def _parse_footer(tail: bytes) -> Any:
     """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole
     footer."""
     start = tail.rfind(_FOOTER_START) + 1
@@ -5385,11 +5419,11 @@ def _parse_footer(tail: bytes):
     return (footer, start) if footer and _has_footer(footer) else (None, 0)
 
 
-def _has_footer(doc: dict) -> bool:
+def _has_footer(doc: Data) -> bool:
     return all(type(doc.get(key)) in kinds for key, kinds in _FOOTER.items())
 
 
-def _count(footer: dict, event: dict) -> None:
+def _count(footer: Data, event: Data) -> None:
     footer["event_count"] += 1
     for total, key in _TOTALS.items():
         value = event.get(key, 0)
@@ -5397,7 +5431,7 @@ def _count(footer: dict, event: dict) -> None:
             footer[total] += value
 
 
-def _ended(event: dict) -> dict:
+def _ended(event: Data) -> Data:
     """What a SESSION_END tells of the footer."""
     data = event.get("data")
     status = data.get("status") if isinstance(data, dict) else None
@@ -5405,11 +5439,11 @@ def _ended(event: dict) -> dict:
     return {"status": status, "ended_at": str(event.get("timestamp") or "")}
 
 
-def _first_part(header: dict) -> bytes:
+def _first_part(header: Data) -> bytes:
     return f'{_encode(header)[:-1]},"events": [\n'.encode()
 
 
-def _lay_out(doc: dict) -> Iterator[bytes]:
+def _lay_out(doc: Data) -> Iterator[bytes]:
     """The parts of a session's file. What the document lacks of the footer comes from its
     events."""
     yield _first_part({key: value for key, value in doc.items()
@@ -5433,7 +5467,7 @@ def _lay_out(doc: dict) -> Iterator[bytes]:
     yield _encode_footer(footer)
 
 
-def _fault(doc) -> str:
+def _fault(doc: Any) -> str:
     """What keeps a parsed document from being a session ("" when it is one)."""
     if type(doc) is not dict:
         return f"a JSON {type(doc).__name__} instead of an object"
@@ -5446,11 +5480,12 @@ def _fault(doc) -> str:
     return "" if doc.get("id") else "no id"
 
 
-def _adds_up(doc: dict) -> bool:
-    return doc["event_count"] == len(doc["events"]) + doc.get("lost_events", 0)
+def _adds_up(doc: Data) -> bool:
+    found: bool = doc["event_count"] == len(doc["events"]) + doc.get("lost_events", 0)
+    return found
 
 
-def _parse(data: bytes, path: str) -> dict:
+def _parse(data: bytes, path: str) -> Data:
     """A whole session from the bytes of its file; DamagedSession when they are not one."""
     try:
         doc = _DECODER.decode(data.decode("utf-8-sig"))
@@ -5466,16 +5501,17 @@ def _parse(data: bytes, path: str) -> dict:
     if fault:
         raise _damaged(path, fault)
     doc.setdefault("event_count", len(doc["events"]))
-    return doc
+    found: Data = doc
+    return found
 
 
-def _header_of(first: bytes):
+def _header_of(first: bytes) -> Any:
     """The header at the start of a session's file, None where it is not there."""
     end = max(first.find(b"\n"), 0)
     return _decoded(first[:end] + b"]}") if first.endswith(_HEADER_END, 0, end) else None
 
 
-def _parse_ends(first: bytes, last: bytes):
+def _parse_ends(first: bytes, last: bytes) -> Any:
     """Header and footer in one dict from the ends of a file, or None when they do not look like
     it."""
     head, footer = _header_of(first), _parse_footer(last)[0]
@@ -5491,7 +5527,7 @@ def _parse_ends(first: bytes, last: bytes):
 
 # -- repair
 
-def _parse_event(line: bytes):
+def _parse_event(line: bytes) -> Any:
     """The event at the start of a line, or None when there is no whole one."""
     text = line[line.find(b"{", 0, 2):].decode("utf-8", "replace")
     try:
@@ -5502,7 +5538,7 @@ def _parse_event(line: bytes):
     return event if whole else None
 
 
-def _salvage(data: bytes, path: str):
+def _salvage(data: bytes, path: str) -> Any:
     """(document, numbers of damaged lines, bytes dropped at the end) from a file that does not
     parse.
 
@@ -5525,7 +5561,7 @@ def _salvage(data: bytes, path: str):
     return {**header, **state, "events": events, "lost_events": lost}, damaged, dropped
 
 
-def _derive_header(events: list, path: str) -> dict:
+def _derive_header(events: List[Any], path: str) -> Data:
     start = next((event for event in events if isinstance(event.get("event_type"), str)), None)
     if start is None:
         raise _damaged(path, "neither a header nor events")
@@ -5535,7 +5571,7 @@ def _derive_header(events: list, path: str) -> dict:
     return {"id": _stem(path), **texts, "metadata": {}, "started_at": str(start.get("timestamp"))}
 
 
-def _restore(data: bytes, path: str):
+def _restore(data: bytes, path: str) -> Any:
     """(document, what was repaired or "", whether lines were lost); DamagedSession when it is
     hopeless."""
     try:
@@ -5593,7 +5629,7 @@ def _release(fd: int) -> None:
     os.close(fd)
 
 
-def _open_locked(path: str, exclusive: bool):
+def _open_locked(path: str, exclusive: bool) -> Any:
     """(descriptor, stat) of a session file; the caller releases it."""
     while True:
         fd = os.open(path, _CHANGE if exclusive else _READ)
@@ -5612,7 +5648,7 @@ def _open_locked(path: str, exclusive: bool):
 
 
 @contextmanager
-def _locked(path: str, *, exclusive: bool):
+def _locked(path: str, *, exclusive: bool) -> Any:
     """A session file that is open and locked: (descriptor, stat). SessionNotFound when it is not
     there; an OSError inside becomes a StorageError."""
     with _naming(path):
@@ -5633,7 +5669,7 @@ def _make_folder(path: str) -> None:
 
 
 @contextmanager
-def _temporary(path: str, parts, sync: bool):
+def _temporary(path: str, parts: Iterable[bytes], sync: bool) -> Any:
     """The name of a new file beside `path` that holds the `parts`; gone behind it, unless it got
     another name."""
     folder = os.path.dirname(path)
@@ -5655,7 +5691,7 @@ def _temporary(path: str, parts, sync: bool):
             _remove(temp)
 
 
-def _replace(path: str, parts, *, sync: bool) -> None:
+def _replace(path: str, parts: Iterable[bytes], *, sync: bool) -> None:
     """Give `path` new content in one step; a session must be locked meanwhile."""
     with _temporary(path, parts, sync) as temp:
         os.replace(temp, path)
@@ -5692,7 +5728,7 @@ def _sync_folder(path: str) -> None:
         os.close(fd)
 
 
-def _stream(fd: int, info, make, start: int):
+def _stream(fd: int, info: os.stat_result, make: Any, start: int) -> Any:
     """(events, footer, mark for `Store.tail`) of what stands from `start` on in a locked session,
     which is unlocked while its events are read, a megabyte at a time, each handed through `make`.
     None when it is not in the present layout."""
@@ -5701,7 +5737,7 @@ def _stream(fd: int, info, make, start: int):
     if not footer:
         return None
     _unlock(fd)  # what stands before the footer does not change any more
-    events: list = []
+    events: List[Any] = []
     end, rest, block = tail_at + cut, b"", _BLOCK
     while start < end:
         more = _read(fd, start, min(start + block, end))
@@ -5724,7 +5760,7 @@ class Store:
     called with each). With `durable` every event is forced to the disk before it is acknowledged.
     No file stays open between calls, so threads and forked processes may share a Store."""
 
-    def __init__(self, root: str, *, warn=None, durable: bool = False):
+    def __init__(self, root: str, *, warn: Optional[Callable[[str], None]] = None, durable: bool = False):
         self.root = os.path.abspath(os.fspath(root))
         self.sessions = os.path.join(self.root, "sessions")
         self.reports = os.path.join(self.root, "reports")
@@ -5752,7 +5788,7 @@ class Store:
         _replace(os.path.join(self.root, _MASKED), (), sync=False)
         self._masked = True
 
-    def files(self):
+    def files(self) -> Iterator[Tuple[str, os.stat_result]]:
         """Yield (id, stat) of every session file, without opening any."""
         for entry in self._entries(self.sessions):
             if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
@@ -5760,7 +5796,7 @@ class Store:
                     yield _stem(entry.name), entry.stat(follow_symlinks=False)
 
     @staticmethod
-    def _entries(folder: str):
+    def _entries(folder: str) -> Any:
         with _naming(folder):
             try:
                 entries = os.scandir(folder)
@@ -5803,7 +5839,7 @@ class Store:
     def _report_path(self, session_id: str) -> str:
         return os.path.join(self.reports, _stem(self.find(session_id)) + _REPORT)
 
-    def write_report(self, session_id: str, report: dict) -> None:
+    def write_report(self, session_id: str, report: Data) -> None:
         """Save a report in one step. It can be computed again, so it is not forced to the disk."""
         path = self._report_path(session_id)
         _replace(path, [_encode(report).encode()], sync=False)
@@ -5811,7 +5847,7 @@ class Store:
             with _naming(path):
                 _remove(path)  # the session was deleted meanwhile
 
-    def create(self, header: dict, events, footer: dict, *, replace=False, sync=True) -> None:
+    def create(self, header: Data, events: Iterable[Any], footer: Data, *, replace: bool = False, sync: bool = True) -> None:
         """Store a session. SessionExists when its id is taken, unless `replace`.
 
         Status and end that `footer` leaves out come from the events, counts and totals always do
@@ -5820,7 +5856,7 @@ class Store:
         parts = _lay_out({**header, **footer, "events": events})
         self.write(header["id"], parts, replace=replace, sync=sync)
 
-    def write(self, session_id: str, parts: Iterable[bytes], *, replace=False, sync=True) -> None:
+    def write(self, session_id: str, parts: Iterable[bytes], *, replace: bool = False, sync: bool = True) -> None:
         """Store a session's file, laid out already; otherwise as `create`."""
         path = self.find(check_id(session_id))
         if not self.needs_masking() and not self._masked:
@@ -5837,7 +5873,7 @@ class Store:
             if self.durable:
                 _sync_folder(path)
 
-    def append(self, session_id: str, make_event, *, sync: bool = False):
+    def append(self, session_id: str, make_event: Any, *, sync: bool = False) -> Any:
         """Add an event in constant time; (event, footer, mark for `tail`).
 
         `make_event(footer)` is called under the lock and returns (event, changes to the footer);
@@ -5864,7 +5900,7 @@ class Store:
             mark = _mark(info, line or tail[:cut], start + cut + len(line), footer["event_count"])
             return event, footer, mark
 
-    def _overwrite(self, fd, offset, old, line, footer, sync) -> None:
+    def _overwrite(self, fd: int, offset: Any, old: Any, line: Any, footer: Data, sync: bool) -> None:
         """Write a line and the footer over the `old` end; when that fails put it back."""
         new = line + _encode_footer(footer, len(old) - len(line))
         os.lseek(fd, offset, os.SEEK_SET)
@@ -5878,11 +5914,12 @@ class Store:
         if sync or self.durable:
             os.fsync(fd)
 
-    def load(self, session_id: str) -> dict:
+    def load(self, session_id: str) -> Data:
         """The session as one dict, events included; a damaged file is repaired first."""
-        return self.load_marked(session_id)[0]
+        found: Data = self.load_marked(session_id)[0]
+        return found
 
-    def load_marked(self, session_id: str, make=dict, *, shown: bool = True):
+    def load_marked(self, session_id: str, make: Any = dict, *, shown: bool = True) -> Any:
         """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large
         session is never whole in memory as text or as dicts. What an older version stored is
         masked, events only if they are to be `shown`."""
@@ -5915,7 +5952,7 @@ class Store:
             doc.update(_masked_older(doc))
         return doc, mark
 
-    def tail(self, session_id: str, mark: tuple):
+    def tail(self, session_id: str, mark: Tuple[Any, ...]) -> Any:
         """(events since `mark`, footer, new mark), reading only those; None when the file was
         replaced."""
         path = self.find(session_id)
@@ -5927,16 +5964,17 @@ class Store:
             found = _stream(fd, info, dict, offset)
         return found if found and found[1]["event_count"] == count + len(found[0]) else None
 
-    def head(self, session_id: str) -> dict:
+    def head(self, session_id: str) -> Data:
         """Header and footer of a session as one dict, from the ends of its file; from all of it
         when they do not fit."""
         head = _peek(self.find(session_id), header_only=False)
         if not head or _fault(head):
             head = self.load(session_id)
         del head["events"]
-        return head
+        found: Data = head
+        return found
 
-    def readable_head(self, session_id: str):
+    def readable_head(self, session_id: str) -> Optional[Data]:
         """Header and footer as one dict; None for a session that is gone meanwhile, and with a
         warning for one that cannot be read."""
         try:
@@ -5947,7 +5985,7 @@ class Store:
             self._report(f"left out of the list: {error}")
         return None
 
-    def headers(self):
+    def headers(self) -> Iterator[Tuple[str, Data]]:
         """Yield (id, header) of every session that can be read, by the first line of its file where
         that tells. The id is the one that addresses the session; the header's own may differ. In no
         particular order."""
@@ -5959,14 +5997,14 @@ class Store:
                 if head:
                     yield session_id, head
 
-    def change(self, session_id: str, edit) -> None:
+    def change(self, session_id: str, edit: Any) -> None:
         """Let `edit` change the session's dict in place, under the lock, and store it anew in one
         step."""
         path = self.find(session_id)
         with _locked(path, exclusive=True) as (fd, info):
             self._rewrite(fd, info, path, edit)
 
-    def _rewrite(self, fd: int, info, path: str, edit=lambda doc: None) -> None:
+    def _rewrite(self, fd: int, info: os.stat_result, path: str, edit: Any = lambda doc: None) -> None:
         """Bring the file of a locked session into the present layout: converted if older, else
         repaired; what is damaged is kept beside it."""
         data = _read(fd, 0, info.st_size)
@@ -5999,7 +6037,8 @@ class Store:
                     raise _damaged(path, f"{error}") from error
             _remove(path)
         self._report(remark)
-        return doc["id"]
+        found: str = doc["id"]
+        return found
 
     def delete(self, session_id: str) -> bool:
         """Remove a session, readable or not, with its report and copies of it; False when there is
@@ -6038,7 +6077,7 @@ class Store:
         self._swept = True
         return found
 
-    def _is_left(self, folder: str, entry) -> bool:
+    def _is_left(self, folder: str, entry: os.DirEntry[str]) -> bool:
         if folder == self.reports and entry.name.endswith(_REPORT):
             session = entry.name[:-len(_REPORT)] + ".json"
             return not os.path.lexists(os.path.join(self.sessions, session))
@@ -6076,7 +6115,7 @@ def mask_older(store: Store) -> None:
     """Write everything with today's rules, where an older version has written, and drop hashes of
     what was not masked. Reports go: they are made again. Where the store cannot be written that is
     a warning; what is read is masked all the same."""
-    def mask(doc: dict) -> None:
+    def mask(doc: Data) -> None:
         doc.update(_masked_older(doc), events=list(map(_masked_older, doc["events"])))
 
     if not store.needs_masking():
@@ -6094,7 +6133,7 @@ def mask_older(store: Store) -> None:
         store._report(f"what an older version stored could not be masked: {error}")
 
 
-def _masked_older(part: dict) -> dict:
+def _masked_older(part: Data) -> Data:
     """A session without its events, or an event, with its secrets masked, but for what names
     things."""
     named = {name: value for name, value in part.items() if name in _NAMES}
@@ -6120,7 +6159,7 @@ def lock_scan(root: str) -> int:
     return fd
 
 
-def _mark(info, before: bytes, offset: int, count: int) -> tuple:
+def _mark(info: os.stat_result, before: bytes, offset: int, count: int) -> Tuple[Any, ...]:
     return info.st_dev, info.st_ino, offset, count, before[-_FINGERPRINT:]
 
 
@@ -6129,7 +6168,7 @@ def _copies_of(path: str) -> Iterator[str]:
     return (f"{path}.damaged-{number}" for number in itertools.count(1))
 
 
-def _peek(path: str, *, header_only: bool):
+def _peek(path: str, *, header_only: bool) -> Any:
     """Header, or header and footer, of a session from the ends of its file, None where they do
     not tell."""
     try:
@@ -6162,7 +6201,7 @@ def read_regular(path: str) -> bytes:
         os.close(fd)
 
 
-def own_prices(root: str) -> dict:
+def own_prices(root: str) -> Data:
     """What the user put into prices.json; empty without it. InvalidValue when it cannot be
     used."""
     path = os.path.join(root, "prices.json")
@@ -6193,54 +6232,60 @@ class State:
     may share a State. Keys and values are JSON. Reading creates nothing; where the file cannot be
     written, it is read as it is. A damaged file is begun afresh, with a warning."""
 
-    def __init__(self, root: str, report):
+    def __init__(self, root: str, report: Callable[[str], None]):
         self.root, self.path = root, os.path.join(root, "state.sqlite3")
         self._report = report
 
     def generation(self) -> int:
         """A number that grows whenever a scan saves what it found."""
-        return self._run(_generation)
+        found: int = self._run(_generation)
+        return found
 
-    def scanned(self) -> tuple:
+    def scanned(self) -> Tuple[Any, ...]:
         """Where the next scan starts, of one moment: the generation; {path: [size, mtime in ns,
         reader, unit, reason]}; {first file of a unit: what is known of it}; {deleted id: a number
         that grows with every deletion}."""
-        return self._run(lambda db: (_generation(db), _table(db, "files"), _table(db, "units"),
+        found: Tuple[Any, ...] = self._run(lambda db: (_generation(db), _table(db, "files"), _table(db, "units"),
                                      _table(db, "deleted", "serial")))
+        return found
 
-    def responses(self) -> dict:
+    def responses(self) -> Data:
         """{unit: {response id: its output there}}."""
-        return self._run(lambda db: _table(db, "responses"))
+        found: Data = self._run(lambda db: _table(db, "responses"))
+        return found
 
-    def rows_of(self, units) -> dict:
+    def rows_of(self, units: Iterable[str]) -> Data:
         """{unit: the rows of its sessions}, in the order they were read."""
         query = "SELECT value FROM rows WHERE part = ? ORDER BY serial"
-        return self._run(lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
+        found: Data = self._run(lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
+        return found
 
-    def units_of_rows(self) -> dict:
+    def units_of_rows(self) -> Data:
         """{session id: the unit it was read from}."""
-        return self._run(lambda db: _table(db, "rows", "part"))
+        found: Data = self._run(lambda db: _table(db, "rows", "part"))
+        return found
 
-    def summaries(self, settings: str, shorten=lambda row: row) -> dict:
+    def summaries(self, settings: str, shorten: Any = lambda row: row) -> Data:
         """{session id: row} of the summaries made under these settings, each passed through
         `shorten`, one after the other: they need not fit into memory together."""
         query = "SELECT key, value FROM summaries WHERE part = ? ORDER BY serial"
-        return self._run(lambda db: {json.loads(key): shorten(json.loads(value))
+        found: Data = self._run(lambda db: {json.loads(key): shorten(json.loads(value))
                                      for key, value in db.execute(query, (_encode(settings),))})
+        return found
 
-    def save_summaries(self, settings: str, rows: dict, gone) -> None:
+    def save_summaries(self, settings: str, rows: Data, gone: Iterable[str]) -> None:
         """Keep the rows given, drop those of the ids `gone`."""
-        def work(db):
+        def work(db: Any) -> None:
             for session_id in gone:
                 db.execute("DELETE FROM summaries WHERE key = ?", (_encode(session_id),))
             _put(db, "summaries", rows, settings)
         self._run(work, write=True)
 
-    def save_scan(self, files: dict, units: dict, told: dict, rows: dict, dropped, mark: int):
+    def save_scan(self, files: Data, units: Data, told: Data, rows: Data, dropped: Iterable[str], mark: int) -> Any:
         """Keep what a scan has read: `files`, `units`, the responses each has `told`, and its
         rows; forget the units `dropped`. The ids deleted since `mark` are left out and returned;
         those deleted before whose rows have come back are deleted no more."""
-        def work(db):
+        def work(db: Any) -> Any:
             late = set(_listed(db, "SELECT key FROM deleted WHERE serial > ?", mark))
             for unit in map(_encode, (*dropped, *units)):
                 db.execute("DELETE FROM units WHERE key = ?", (unit,))
@@ -6265,7 +6310,7 @@ class State:
         later scans."""
         key = (_encode(session_id),)
 
-        def work(db):
+        def work(db: Any) -> None:
             known = db.execute("DELETE FROM rows WHERE key = ?", key).rowcount
             db.execute("DELETE FROM summaries WHERE key = ?", key)
             if imported or known:
@@ -6273,7 +6318,7 @@ class State:
         if imported or os.path.exists(self.path):
             self._run(work, write=True)
 
-    def _run(self, work, write: bool = False):
+    def _run(self, work: Any, write: bool = False) -> Any:
         """What `work(connection)` returns, done in one transaction; StorageError when the file
         cannot be used."""
         try:
@@ -6294,7 +6339,7 @@ class State:
         remedy = _FULL if "full" in str(failure) else _YOURS
         raise StorageError(self.path, str(failure), remedy) from failure
 
-    def _transact(self, work, write: bool, way: str):
+    def _transact(self, work: Any, write: bool, way: str) -> Any:
         import sqlite3
         from urllib.parse import quote
         if os.path.islink(self.path):
@@ -6318,7 +6363,7 @@ class State:
             db.execute("COMMIT")
             return found
 
-    def _prepare(self, db, write: bool) -> None:
+    def _prepare(self, db: Any, write: bool) -> None:
         """Make the tables; what version 2.0 left goes, once its deletions are noted."""
         import sqlite3
         with suppress(sqlite3.OperationalError):  # another is at it, or the file system cannot
@@ -6351,21 +6396,24 @@ class State:
                      "scan reads everything again, and deleted sessions may come back")
 
 
-def _table(db, name: str, column: str = "value") -> dict:
+def _table(db: Any, name: str, column: str = "value") -> Data:
     pairs = db.execute(f"SELECT key || ':' || {column} FROM {name} ORDER BY serial")
-    return json.loads("{%s}" % ",".join([pair for pair, in pairs]))
+    found: Data = json.loads("{%s}" % ",".join([pair for pair, in pairs]))
+    return found
 
 
-def _listed(db, query: str, *values) -> list:
-    return json.loads("[%s]" % ",".join([text for text, in db.execute(query, values)]))
+def _listed(db: Any, query: str, *values: Any) -> List[Any]:
+    found: List[Any] = json.loads("[%s]" % ",".join([text for text, in db.execute(query, values)]))
+    return found
 
 
-def _generation(db) -> int:
+def _generation(db: Any) -> int:
     query = "SELECT total(seq) FROM sqlite_sequence WHERE name IN ('files', 'units')"
-    return db.execute(query).fetchone()[0]
+    found: int = db.execute(query).fetchone()[0]
+    return found
 
 
-def _put(db, table: str, found: dict, part: str = "") -> None:
+def _put(db: Any, table: str, found: Data, part: str = "") -> None:
     db.executemany(f"REPLACE INTO {table}(key, part, value) VALUES (?, ?, ?)",
                    [(_encode(key), _encode(part), _encode(value)) for key, value in found.items()])
 
@@ -6392,7 +6440,7 @@ class _SeenLines:
     def __init__(self) -> None:
         self._known: Dict[str, Dict[int, int]] = {}  # by path: number and hash of every line known
         self.totals: Dict[str, int] = {}  # by path: lines of the file when it was last read whole
-        self._answers: Dict[str, frozenset] = {}  # by operation: hashes of its last answer's lines
+        self._answers: Dict[str, Any] = {}  # by operation: hashes of its last answer's lines
 
     def verdict(self, path: str, first: int, count: int, text: str) -> Tuple[str, List[int]]:
         """ "same" where every line known of the file is as known, "changed" where one differs, ""
@@ -7289,6 +7337,14 @@ class Recorder:
         return [event for _, event in sorted(keyed, key=lambda pair: pair[0])]
 
 
+def _changed_at(path: str) -> float:
+    """When a file was changed, in seconds since 1970; 0 where that is not known."""
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return 0.0
+
+
 # ==================================================================================================
 # Readers
 # ==================================================================================================
@@ -7396,14 +7452,6 @@ class _Opening:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         _OPENER[0].reset(self.token)
-
-
-def _changed_at(path: str) -> float:
-    """When a file was changed, in seconds since 1970; 0 where that is not known."""
-    try:
-        return os.path.getmtime(path)
-    except OSError:
-        return 0.0
 
 
 def _head_of(path: str, size: int = _HEAD_SIZE) -> bytes:
@@ -8428,7 +8476,7 @@ def _integer(value: Any, *keys: str) -> int:
 
 def _ancestry(span: _Span, spans: Dict[Tuple[str, str], _Span]) -> Iterator[_Span]:
     """The span and those above it, nearest first."""
-    seen: set = set()
+    seen: Set[Any] = set()
     above: Optional[_Span] = span
     while above is not None and above.id not in seen:
         seen.add(above.id)
@@ -9475,7 +9523,8 @@ class TranscriptScan:
             self.dropped.append(name)
 
     def _order(self, name: str) -> List[str]:
-        return self.units[name]["order"]
+        found: List[str] = self.units[name]["order"]
+        return found
 
     def read(self, tell: _Tell, jobs: int = 1) -> Iterator[Tuple[str, Data]]:
         """Read the changed units, earliest first, then those that lose responses to others or
@@ -9708,13 +9757,14 @@ class _ListedSession(Session):
     _load: Optional[Callable[[str], Any]] = None
 
     @property
-    def events(self) -> List[SessionEvent]:  # type: ignore[override]
+    def events(self) -> List[SessionEvent]:
         """The events, read from the store at first use."""
         if self.__dict__.get("_events") is None and self._load:
             self._load(self.id)
         if self.__dict__.get("_events") is None:
             self.__dict__["_events"] = []
-        return self.__dict__["_events"]
+        found: List[SessionEvent] = self.__dict__["_events"]
+        return found
 
     @events.setter
     def events(self, events: List[SessionEvent]) -> None:
@@ -9849,6 +9899,35 @@ class _LiveSessions:
         info = os.stat(self.store.find(header["id"]))
         stamp = [info.st_size, info.st_mtime_ns]
         self.found[header["id"]] = dict(short_row(row), stamp=stamp)
+
+    def summaries(self, settings: str, analyzers: Iterable[BaseAnalyzer]) -> Rows:
+        """The summaries of all sessions; kept ones are taken from the store while nothing
+        changed."""
+        known = self.store.state.summaries(settings)
+        rows, news = {}, {}
+        for session_id, info in self.store.files():
+            row, stamp = known.get(session_id), [info.st_size, info.st_mtime_ns]
+            if row is None or row["stamp"] != stamp:
+                session = self.glimpse(session_id)
+                if session is None:
+                    continue
+                row = dict(full_row(session, analyzers, short=True), id=session_id, stamp=stamp)
+                news[session_id] = row
+            rows[session_id] = row
+        gone = known.keys() - rows.keys()
+        if news or gone:
+            self.save_summaries(settings, news, gone)
+        return list(rows.values())
+
+    def save_summaries(self, settings: str, news: Data, gone: Iterable[str] = ()) -> None:
+        """Keep rows that were made; what cannot be kept is a warning."""
+        try:
+            self.store.state.save_summaries(settings, news, gone)
+            for session_id in news:
+                if not os.path.lexists(self.store.find(session_id)):
+                    self.store.state.forget(session_id, False)  # deleted meanwhile
+        except StorageError as error:
+            _warn(f"the summaries could not be saved: {error}")
 
     def make_room(self, session_id: str) -> None:
         """Keep a session that has ended under another id; SessionExists for one that has not."""
@@ -10170,7 +10249,7 @@ class SessionOptimizer:
                     rows = functools.partial(tell_row, self.analyzers, self.prices, store)
                     scan.take_in(rows, self._live.keep, self.store, self._live.drop, progress, jobs)
                 if store:
-                    self._save_summaries(settings, self._live.found)
+                    self._live.save_summaries(settings, self._live.found)
             finally:
                 self._live.found = {}
                 if lock is not None:
@@ -10269,36 +10348,13 @@ class SessionOptimizer:
     def summaries(self, days: Optional[float] = None) -> List[Data]:
         """One ``summary_row`` per session, oldest first; of the last ``days``. Rows of unchanged
         sessions come from the store; a damaged session is named in a warning and left out."""
-        settings = self._settings()
-        known = self.store.state.summaries(settings)
-        rows, news = {}, {}
-        for session_id, info in self.store.files():
-            row, stamp = known.get(session_id), [info.st_size, info.st_mtime_ns]
-            if row is None or row["stamp"] != stamp:
-                session = self._live.glimpse(session_id)
-                if session is None:
-                    continue
-                row = dict(full_row(session, self.analyzers, short=True), id=session_id, stamp=stamp)
-                news[session_id] = row
-            rows[session_id] = row
-        gone = known.keys() - rows.keys()
-        if news or gone:
-            self._save_summaries(settings, news, gone)
-        active = [name for name, row in rows.items() if row["status"] == SessionStatus.ACTIVE.value]
+        rows = self._live.summaries(self._settings(), self.analyzers)
+        active = [row["id"] for row in rows if row["status"] == SessionStatus.ACTIVE.value]
         if any([self._closed(name, self.store.readable_head(name)) for name in active]):
             return self.summaries(days)
         since = time.time() - days * 86400 if days is not None else float("-inf")
-        kept = [row for row in rows.values() if row["started"] >= since]
+        kept = [row for row in rows if row["started"] >= since]
         return sorted(kept, key=lambda row: (row["started"], row["id"]))
-
-    def _save_summaries(self, settings: str, news: Data, gone: Iterable[str] = ()) -> None:
-        try:
-            self.store.state.save_summaries(settings, news, gone)
-            for session_id in news:
-                if not os.path.lexists(self.store.find(session_id)):
-                    self.store.state.forget(session_id, False)  # deleted meanwhile
-        except StorageError as error:
-            _warn(f"the summaries could not be saved: {error}")
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Data]:
@@ -10346,7 +10402,7 @@ def _not_json(error: Exception, what: str) -> InvalidValue:
 
 def _event_type(value: Union[EventType, str]) -> EventType:
     if value.__class__ is EventType:
-        return value  # type: ignore[return-value]
+        return value
     name = value.upper() if isinstance(value, str) else getattr(value, "value", "")
     kind = EVENT_TYPES.get(name)
     if kind is None:
@@ -10385,10 +10441,11 @@ def end_session(session_id: str, status: Union[SessionStatus, str] = SessionStat
 
 def log_event(session_id: str, event_type: Union[EventType, str],
               data: Optional[Data] = None, tokens_input: int = 0, tokens_output: int = 0,
-              duration_ms: int = 0) -> Optional[SessionEvent]:
+              duration_ms: int = 0, *, usage: Optional[Usage] = None, model: str = "",
+              rate: str = "") -> Optional[SessionEvent]:
     """SessionOptimizer.log_event on the default optimizer."""
-    return get_optimizer().log_event(
-        session_id, event_type, data, tokens_input, tokens_output, duration_ms)
+    return get_optimizer().log_event(session_id, event_type, data, tokens_input, tokens_output,
+                                     duration_ms, usage=usage, model=model, rate=rate)
 
 
 def analyze_session(session_id: str) -> Optional[OptimizationReport]:
@@ -10487,18 +10544,18 @@ def _write_out(text: str, path: Optional[str]) -> None:
 def _found_id(options: Any, given: str, whole: bool = False) -> str:
     """The session's whole id: the one given, the only one that begins so (unless it must be
     ``whole``), or the newest for 'last'."""
-    store = options.optimizer.store
+    optimizer: SessionOptimizer = options.optimizer
     if given == "last":
-        newest = options.optimizer.list_sessions(limit=1)
+        newest = optimizer.list_sessions(limit=1)
         if not newest:
             raise CommandError("there is no session yet: start one or run scan")
         return newest[0].id
     try:
-        if os.path.lexists(store.find(given)):
+        if os.path.lexists(optimizer.store.find(given)):
             return given
     except InvalidSessionId:
         raise CommandError(f"{given!r} is no session's id: see sessionoptimizer list") from None
-    matches = sorted(session_id for session_id, _ in store.files() if session_id.startswith(given))
+    matches = sorted(name for name, _ in optimizer.store.files() if name.startswith(given))
     if len(matches) == 1 and not whole:
         return matches[0]
     some = ", ".join(matches[:3])
@@ -10813,9 +10870,8 @@ def _scan_text(options: Any, result: Data) -> str:
         sections = [Section("No transcripts found", [("Looked in", ", ".join(places))], lines=[
             "Give a path: sessionoptimizer scan PATH"])]
     elif result["sessions"] and not result["changes"] and not options.no_store:
-        place = cut(options.optimizer.store.root, width - 4, middle=True)
-        sections.append(Section("Kept, also when the agent deletes its transcripts", lines=[place],
-                                hint="Claude Code does after 30 days"))
+        sections.append(Section("Kept, also when the agent deletes its transcripts", lines=[
+            options.optimizer.store.root], hint="Claude Code does after 30 days"))
     text = text_sections(sections, width)
     return text if options.output else _painted(text, options.color)
 
@@ -10961,7 +11017,7 @@ def _reader(kind: str) -> Callable[[str], Any]:
 
 _SESSION = "session_id  the session's id, a unique beginning of it, or 'last'"
 _TEXT_OR_JSON = "--format text|json=text  text (default) or json"
-_ANY_FORMAT = f"--format {'|'.join(FORMATS)}=text  one of these (default text)"
+_ANY_FORMAT = "--format FORMAT=text  one of these (default text)"
 _AGENT = "--agent NAME  of this agent only"
 _SINCE = "--since WHEN  today, yesterday, 90m, 12h, 7d ago, or ISO-8601"
 _LIMIT = "--limit N=20  show at most N (default 20)"
@@ -11118,7 +11174,9 @@ def _option(line: str) -> Tuple[Any, ...]:
     settings: Data = {"help": text}
     if flags[-1][-1] in "*+?":
         flags[-1], settings["nargs"] = flags[-1][:-1], flags[-1][-1]
-    if "|" in kind:
+    if kind == "FORMAT":
+        settings["choices"] = list(FORMATS)  # one of your own may be among them
+    elif "|" in kind:
         settings["choices"] = kind.split("|")
     elif kind:
         settings.update(metavar=kind, type=_reader(kind))

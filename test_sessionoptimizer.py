@@ -2828,6 +2828,14 @@ def test_a_bill_of_nothing_but_output_is_told(what):
     assert "100.0%" in so.FORMATS[what](session, golden_report(session)).replace("\\", "")
 
 
+def test_a_format_of_your_own_is_one_of_the_command_line(optimizer, monkeypatch, capsys):
+    store_session(optimizer, "s", [READ, ANSWER])
+    lines = [[command, "s", "--format", "line", "--store", optimizer.store.root] for command in ("export", "analyze")]
+    assert [so.main(line) for line in lines] == [2, 2] and capsys.readouterr().out == ""
+    monkeypatch.setitem(so.FORMATS, "line", lambda session, report: f"{session.id}: {len(report.issues)}")
+    assert [so.main(line) for line in lines] == [0, 0] and capsys.readouterr().out == "s: 0\n" * 2
+
+
 def test_every_cause_of_a_lost_cache_has_words():
     assert {case[3] for case in CAUSES} <= set(so._CAUSES)
     session = six_calls()
@@ -7924,6 +7932,57 @@ def test_functions_and_classes_stay_small():
     assert [(name, size) for size, name, is_class in sizes if size > 400 and is_class] == []
 
 
+def test_names_only_look_up():
+    """A room uses the rooms above it: there are no cycles. Errors may be raised everywhere."""
+    tree, text = ast.parse(read(MODULE)), read(MODULE).decode("utf-8").split("\n")
+    rule = "# " + "=" * 98
+    starts = [number + 2 for number in range(len(text) - 2) if text[number] == text[number + 2] == rule]
+
+    def room_of(node):
+        return sum(start <= node.lineno for start in starts)
+    places = {}
+    for node in tree.body:
+        targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+        for name in [getattr(node, "name", "")] + [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]:
+            places[name] = room_of(node)
+    hints = [hint for node in ast.walk(tree) for hint in (
+        [node.returns] + [argument.annotation for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+        if isinstance(node, ast.FunctionDef) else [node.annotation] if isinstance(node, ast.AnnAssign) else []) if hint]
+    hints = {id(part) for hint in hints for part in ast.walk(hint)}
+    down = set()
+    for node in tree.body:
+        parts = list(ast.walk(node))
+        own = {part.arg for part in parts if isinstance(part, ast.arg)} | {
+            part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+        down |= {(ROOMS[room_of(node) - 1], part.id) for part in parts if isinstance(part, ast.Name) and part.id not in own
+                 and id(part) not in hints and places.get(part.id, 0) > room_of(node)}
+    errors = {cls.__name__ for cls in all_subclasses(SessionOptimizerError)}
+    assert {(room, name) for room, name in down if name not in errors} == set()
+
+
+MOST_TOKENS = 90_500  # of the module, comments and layout left out: this only falls
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="counted as Python up to 3.11 does: later ones look into f-strings")
+def test_the_module_does_not_grow_and_no_room_takes_a_fifth():
+    import tokenize
+    left_out = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+    text = read(MODULE).decode("utf-8")
+    edges = [text[:match.start()].count("\n") for match in re.finditer(r"^# ={98}\n# [A-Z].*\n# ={98}$", text, re.M)]
+    counts = [0] * (len(edges) + 1)
+    for token in tokenize.tokenize(io.BytesIO(read(MODULE)).readline):
+        if token.type not in left_out:
+            counts[sum(edge < token.start[0] for edge in edges)] += 1
+    assert len(counts) == len(ROOMS) + 1 and sum(counts) <= MOST_TOKENS
+    assert [(room, count) for room, count in zip(["head"] + ROOMS, counts) if count > sum(counts) / 5] == []
+
+
+def test_a_private_class_has_more_than_one_heir_or_none():
+    classes = [node for node in ast.walk(ast.parse(read(MODULE))) if isinstance(node, ast.ClassDef)]
+    bases = [base.id for node in classes for base in node.bases if isinstance(base, ast.Name)]
+    assert [node.name for node in classes if node.name.startswith("_") and bases.count(node.name) == 1] == []
+
+
 def test_every_public_name_has_a_docstring():
     tree = ast.parse(read(MODULE))
     bare = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
@@ -7957,6 +8016,126 @@ def test_every_command_and_option_is_documented():
     for title in sections:
         for word in re.split(r" and |, ", title):
             assert word in so.commands(), "a section about no command: %s" % title
+
+
+def documented_calls():
+    """Every `name(parameters)` in the text of docs/python-api.md, with the heading it stands below."""
+    text = re.sub(r"^```.*?^```$", "", read(os.path.join(HERE, "docs", "python-api.md")).decode("utf-8"), flags=re.M | re.S)
+    heading = ""
+    for line in re.sub(r"(?<!\|)\n(?![\n#|*])", " ", text).split("\n"):
+        heading = line.strip("# ") if line.startswith("#") else heading
+        for name, parameters in re.findall(r"`([A-Za-z_.]+)\(([^`]*)\)`", line):
+            yield heading, name, parameters
+
+
+OWNERS = {"Sessions and events": "SessionOptimizer", "Reports": "SessionOptimizer", "Transcripts": "SessionOptimizer",
+          "Live hooks": "SessionOptimizer", "The store": "Store", "Analyzers": "BaseAnalyzer"}
+
+
+def parameters_of(function):
+    """Name, whether it must be named, and default of every parameter."""
+    import inspect
+    found = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+    return [(p.name, p.kind is p.KEYWORD_ONLY, p.default if p.default is not p.empty else "needed") for p in found]
+
+
+@pytest.mark.parametrize("heading, name, parameters", sorted(set(documented_calls())))
+def test_documented_signatures_are_those_of_the_module(heading, name, parameters):
+    owners = [so, getattr(so, OWNERS.get(heading, heading), so), SessionOptimizer]
+    if heading == "Analyzers":
+        owners.append(so.ContextMemory)
+    if heading == "Prices":
+        owners.append(so.PriceList), owners.append(so.Price)
+    for part in name.split(".")[:-1]:
+        owners = [getattr(so, part)]
+    found = [getattr(owner, name.split(".")[-1]) for owner in owners if hasattr(owner, name.split(".")[-1])]
+    assert found, "%s is not there" % name
+    space = dict(vars(so))
+    exec("def documented(%s): pass" % parameters, space)
+    told = parameters_of(space["documented"])
+    for own in map(parameters_of, found):  # "..." stands for a default that is not told
+        if told == [(*p[:2], ... if tell[2:] == (...,) and p[2] != "needed" else p[2]) for tell, p in zip(told, own)] \
+                and len(told) == len(own):
+            return
+    assert told == parameters_of(found[0])
+
+
+def test_all_names_what_the_page_describes():
+    page = re.sub(r"```.*?```", "", read(os.path.join(HERE, "docs", "python-api.md")).decode("utf-8"), flags=re.S)
+    words = set(re.findall(r"[A-Za-z_]\w*", " ".join(re.findall(r"`([^`\n]+)`", page))))
+    names = {name for node in ast.parse(read(MODULE)).body for name in (
+        [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else
+        [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else [])}
+    also_fields = {"token_breakdown", "token_use", "recommendations", "event_id"}
+    assert len(set(so.__all__)) == len(so.__all__)
+    assert {name for name in so.__all__ if name not in words or not hasattr(so, name)} == set()
+    assert {name for name in names & words if not name.startswith("_")} - also_fields == set(so.__all__) & names
+    everything = {}
+    exec("from sessionoptimizer import *", everything)
+    assert set(so.__all__) <= set(everything) and "_live" not in everything and "Rows" not in everything
+
+
+USERS_SCRIPT = """
+from typing import Any, Dict, Iterator, List
+from sessionoptimizer import (BaseAnalyzer, EfficiencyIssue, EventType, OptimizationReport, Session, SessionOptimizer,
+                              SessionStatus, Severity, IssueType)
+
+
+class Short(BaseAnalyzer):
+    issue_type = IssueType.UNUSED_CONTEXT
+
+    def find(self, session: Session) -> Iterator[EfficiencyIssue]:
+        yield self.issue(Severity.LOW, "short", "write more", events=session.events, tokens=5)
+
+
+def wasted(place: str) -> Dict[str, int]:
+    optimizer = SessionOptimizer(place, analyzers=[Short()])
+    with optimizer.session("forge", "Fix the loader", model="opus") as session:
+        optimizer.log_event(session.id, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=10)
+        optimizer.log_event(session.id, "SEARCH", {"query": "def"})
+    ended = optimizer.end_session(session.id, SessionStatus.FAILED)
+    assert ended is not None and ended.duration_seconds >= 0.0
+    report = optimizer.analyze(session.id)
+    rows: List[Dict[str, Any]] = optimizer.summaries(days=3)
+    sessions: List[Session] = optimizer.list_sessions(limit=5)
+    return {found.id: kept(report) + len(rows) for found in sessions}
+
+
+def kept(report: "OptimizationReport | None") -> int:
+    return report.total_waste_tokens if report else 0
+"""
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """The interpreter of an environment in which the module is installed."""
+    pytest.importorskip("mypy", reason="mypy is missing: pip install -e '.[lint]'")
+    place = tmp_path_factory.mktemp("user")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=120)
+    program = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
+    where = subprocess.run([program, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], stdout=subprocess.PIPE, check=True)
+    shutil.copy(MODULE, where.stdout.decode().strip())
+    return program
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("", ""), ("wasted(5)", "incompatible type"), ("SessionOptimizer('x').analyze(b'x')", "incompatible type"),
+    ("SessionOptimizer('x').analise('x')", "no attribute"), ("number: int = kept(None).bit_length() + 'a'", "Unsupported operand")])
+def test_a_strictly_typed_script_of_a_user_passes(line, complaint, tmp_path, installed):
+    """A single module cannot carry py.typed: docs/python-api.md names the setting that makes mypy read it all the same."""
+    script = write(tmp_path / "script.py", USERS_SCRIPT + line + "\n")
+    setting, = re.findall(r"^follow_untyped_imports = true$", read(os.path.join(HERE, "docs", "python-api.md")).decode("utf-8"), re.M)
+
+    def checked_with(setting):
+        config = write(tmp_path / "mypy.ini", "[mypy]\nstrict = true\n[mypy-sessionoptimizer]\n%s\n" % setting)
+        done = subprocess.run([sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", str(tmp_path / "cache"),
+                               "--python-executable", installed, script], cwd=str(tmp_path), stdout=subprocess.PIPE, timeout=240)
+        return done.returncode, done.stdout.decode("utf-8")
+    status, shown = checked_with(setting)
+    assert (status == 0) is (not complaint) and complaint in shown, shown
+    if not line:
+        status, shown = checked_with("")
+        assert status != 0 and "py.typed" in shown, "the setting is not needed any more: take it out of the page"
 
 
 def test_every_issue_type_format_and_error_is_documented():
