@@ -8601,7 +8601,8 @@ def _messages(value: Any) -> List[Tuple[Any, Any]]:
     for message in _dicts(value):
         parts = message.get("parts") or message.get("content")
         if parts.__class__ is list:
-            parts = [dict(part, text=_first_text(part, "content", "text")) for part in _dicts(parts)]
+            parts = [dict(part, text=_first_text(part, "content", "text"))
+                     for part in _dicts(parts)]
         messages.append((message.get("role"), parts))
     return [] if _too_deep(value) else messages
 
