@@ -1287,7 +1287,7 @@ class ShellEffects:
     reads: (path, first, last) of file lines in the output, 1-based and inclusive; last None = to
     the end, first negative = that many lines from the end. searches: (query, scope). writes: the
     paths it names (a directory stands for all below it). changes: [] nothing, paths, ["*"] any,
-    ["?"] not known. acts: True when it changes what other commands tell, though no file (`git add`).
+    ["?"] not known. acts: True when it changes what other commands tell, but no file (`git add`).
     pure: True when the output is the lines of `reads` (numbered or under echoed headings) and no
     more. In one command line changes come before reads.
     """
@@ -1475,7 +1475,7 @@ class _Budget:
 
     def spend(self, characters: int) -> None:
         self.characters -= characters
-        if self.characters < 0 or self.depth < 0:
+        if min(self.characters, self.depth) < 0:
             raise OverflowError("a command line that costs too much to follow")
 
 
@@ -1719,7 +1719,7 @@ class _Shell:
         return []
 
     def read(self, call: _Step) -> Any:
-        files = [file for file in call.operands if file != "-"]
+        files = [file for file in call.operands if file != "-" and "select" not in call.name]
         given = dict(call.flags)
         counts = [given[flag] for flag in _COUNTS if given.get(flag) and call.name != "nl"]
         if call.name in ("head", "tail"):
@@ -1732,9 +1732,6 @@ class _Shell:
         if call.name == "tail" or {"-tail", "-last"} & set(given):
             return self.cut(call, files, (number if "+" in counts[0] else -number, None))
         return self.cut(call, files, (1, number))
-
-    def select(self, call: _Step) -> Any:
-        return self.read(call._replace(operands=[]))
 
     def sed(self, call: _Step) -> Any:
         script, *files = [each for each in call.operands if each] or [""]
@@ -1859,7 +1856,7 @@ class _Shell:
             verb = script
         given = {flag for flag, _ in call.flags}.union(re.split("[-_:]", verb), call.operands)
         fixes = _FIXING & given
-        if managed and (fixes or verb in _CREATING):
+        if managed and fixes:
             self.effects.changes += [] if _CHECKING & given else ["*"]
             return self.harmless(call)
         tests = managed and re.match(_TEST_TASK, verb)
@@ -1880,7 +1877,6 @@ _COUNTS = ("-n", "--lines", "-#", "-totalcount", "-head", "-first", "-tail", "-l
 _LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect
     |describe|config|doctor|outdated|why|query|diff|check|ready|whoami|history|audit|capture|display
     |has|read|wait|count|where|activate|freeze|tree)(?:-[\w-]+)?$"""
-_CREATING = frozenset("generate create init".split())
 _FIXING = frozenset("fmt format fix autofix write reformat --fix --write --apply -u".split())
 _CHECKING = frozenset("check dry --check --check-formatted --dry-run".split())
 _TEST_TASK = r"""(?x)(?:unit|run|cargo)?[-_:]?(?:t|tst|tests?|lint|type-?check|tsc|check|clippy|vet
@@ -1925,7 +1921,7 @@ read | cat less more bat batcat tac zcat type view | -r --line-range -l --style 
 read | nl | -v -s -w -b -l -i -n |  |
 read | head tail | -n -c --lines --bytes |  | -c --bytes
 read | get-content gc | >-path >-literalpath -totalcount -head -first -tail -last -encoding |  |
-select | select-object select | -first -last -property | -first -last | -skip
+read | select-object select | -first -last -property | -first -last | -skip
 sed | sed gsed | <-e <--expression -f -l |  |
 awk | awk gawk mawk | -F -v -f |  |
 search | rg ripgrep | <-e <-f <--regexp -A -B -C -g -t -T -m -M -E -r -d --glob --iglob --type \
