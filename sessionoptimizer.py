@@ -9486,7 +9486,8 @@ class TranscriptScan:
         self.changed = sorted((unit for unit in units if self.again
                                or self.units[unit]["settings"] != self.settings), key=self._order)
         if self.state:
-            self.rows = self.state.rows_of(self.scope + self.dropped)
+            with _CollectorPaused():
+                self.rows = self.state.rows_of(self.scope + self.dropped)
         self.skipped = left_out([self.files[path] for path in seen], named)
 
     def _regroup(self, seen: Data, fresh: Any) -> Any:
@@ -9631,8 +9632,9 @@ class TranscriptScan:
                   and (not project or project in row["project"] or project in row["path"])]
         skipped = [entry for unit in self.scope for entry in self.units[unit]["skipped"]]
         changes = _changes_text(before, rows) if before else ""
-        return dict(scan_result(chosen, skipped + self.skipped), changes=changes,
-                    found=selection(rows))
+        with _CollectorPaused():
+            return dict(scan_result(chosen, skipped + self.skipped), changes=changes,
+                        found=selection(rows))
 
 
 def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]]) -> Data:
