@@ -2145,6 +2145,7 @@ class ContextMemory:
     def __init__(self, cwd: str = ""):
         self.cwd = cwd
         self._windows: Dict[str, _Holding] = {}
+        self._folders: set = set()  # those above every path that was read
         self._clock = 0
         self._doubt = 0  # clock of the last command that was not recognised
 
@@ -2319,6 +2320,7 @@ class ContextMemory:
             return
         for path, new in self._asked(event):
             held = window.reads.setdefault(path, [])
+            self._note_folders(path)
             if _same(held, new) is False:
                 held.clear()
             polled = any(old[:3] == new[:3] and old.clock > self._doubt and all(
@@ -2328,15 +2330,27 @@ class ContextMemory:
                 if new.first == 1 and new.last >= (total or TO_THE_END):
                     held.append(new._replace(first=-new.last, last=-1, digest=""))
 
+    def _note_folders(self, path: str) -> None:
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            if path in self._folders:
+                return
+            self._folders.add(path)
+
     def _forget(self, changes: List[str]) -> None:
         if "?" in changes:
             self._doubt = self._clock
-        places = tuple(place.rstrip("/") + "/" for place in changes)
+        stems = [place.rstrip("/") for place in changes]
+        below, places = not self._folders.isdisjoint(stems), tuple(stem + "/" for stem in stems)
         for window in self._windows.values():
             window.answers.clear()
-            window.reads = {} if "*" in changes else {
-                path: held for path, held in window.reads.items()
-                if not (path + "/").startswith(places)}
+            for stem in stems:
+                window.reads.pop(stem, None)
+            if "*" in changes:
+                window.reads.clear()
+            elif below:  # a look at every path: not for each file that is written
+                window.reads = {path: held for path, held in window.reads.items()
+                                if not path.startswith(places)}
 
 
 def _same(held: List[_Held], new: _Held) -> Optional[bool]:

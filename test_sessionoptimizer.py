@@ -2317,6 +2317,24 @@ def test_a_spike_says_what_it_means_for_the_bill():
     assert so.TokenSpikeAnalyzer().analyze(free)[0].description.endswith("0% of the session's $0.00")
 
 
+def test_writes_cost_the_same_however_many_files_were_read():
+    def analysis(n):
+        return session_of(*[read_of("src/%d.py" % number) for number in range(n)],
+                          *[E("FILE_WRITE", 9, file_path="out/%d.py" % number) for number in range(n)])
+
+    once, twice = (operations(so.repeats_in, analysis(n)) for n in (150, 300))
+    assert twice <= 2.5 * once
+
+
+@pytest.mark.parametrize("changed, repeated", [
+    ("src/a.py", False), ("src", False), ("src/", False), ("/", False), ("sr", True), ("src/a", True), ("src/a.pyc", True), ("lib", True),
+    ("src/b.py", True), ("srcs", True)])
+def test_a_write_makes_what_it_names_and_all_below_it_new(changed, repeated):
+    path = "/src/a.py" if changed == "/" else "src/a.py"
+    events = [read_of(path), E("TOOL_CALL", 9, command="make", changes=[changed]), read_of(path)]
+    assert bool(so.repeats_in(session_of(*events))) == repeated
+
+
 def test_thinking_is_not_judged_by_placeholders():
     thinking = event_like("THINKING", {}, 0)
     thinking.tokens_output = 90
