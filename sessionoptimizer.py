@@ -2145,7 +2145,7 @@ class ContextMemory:
     def __init__(self, cwd: str = ""):
         self.cwd = cwd
         self._windows: Dict[str, _Holding] = {}
-        self._folders: set = set()  # those above every path that was read
+        self._folders: Set[str] = set()  # those above every path that was read
         self._clock = 0
         self._doubt = 0  # clock of the last command that was not recognised
 
