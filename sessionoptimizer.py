@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """SessionOptimizer: the waste auditor for AI-agent sessions whose numbers you can check.
 
-It reads what an agent did (logged by you, or the agent's own transcript), finds tokens that bought nothing,
-and says which events they are, what they cost and whether the figure was measured or estimated.
+It reads what an agent did (logged by you, or the agent's own transcript), finds tokens that bought
+nothing, and says which events they are, what they cost and whether the figure was measured or
+estimated.
 
 >>> import tempfile
 >>> optimizer = SessionOptimizer(tempfile.mkdtemp())
 >>> session = optimizer.start_session("forge", "Fix the loader", model="opus")
 >>> for _ in range(3):
-...     event = optimizer.log_event(session.id, "FILE_READ", {"file_path": "src/a.py"}, tokens_input=1000)
+...     event = optimizer.log_event(
+...         session.id, "FILE_READ", {"file_path": "src/a.py"}, tokens_input=1000)
 >>> event = optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=1000)
 >>> session = optimizer.end_session(session.id)
 >>> report = optimizer.analyze(session.id)
->>> [(issue.issue_type.name, issue.severity.name, issue.estimated_waste_tokens) for issue in report.issues]
+>>> [(issue.issue_type.name, issue.severity.name, issue.estimated_waste_tokens)
+...  for issue in report.issues]
 [('REPEATED_FILE_READ', 'HIGH', 2000)]
 >>> report.efficiency_score     # 100 * (1 - 2,000 wasted / 4,000 used)
 50.0
@@ -111,8 +114,8 @@ __all__ = [
 
 
 class _Pattern:
-    """A regular expression that is compiled when one of its methods is first used: importing stays light, and what is
-    used often is found without a look into the cache of ``re``."""
+    """A regular expression that is compiled when one of its methods is first used: importing
+    stays light, and what is used often is found without a look into the cache of ``re``."""
 
     sub: Callable[..., str]
 
@@ -126,8 +129,9 @@ class _Pattern:
 
 
 class _CollectorPaused:
-    """Context in which the cycle collector rests. Records are no part of cycles: they are freed by the count of their
-    references, and looking at all of them again and again takes a fifth of a scan."""
+    """Context in which the cycle collector rests. Records are no part of cycles: they are freed by
+    the count of their references, and looking at all of them again and again takes a fifth of a
+    scan."""
 
     def __enter__(self) -> None:
         import gc
@@ -3542,8 +3546,8 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     """Single events far above the usual size. Often legitimate: a place to look.
 
     Compared with the others of the same type (with all others where there are fewer than 10);
-    CONTEXT_LOAD never counts. Nothing is charged; what the events cost, with every time they were sent
-    again, is said.
+    CONTEXT_LOAD never counts. Nothing is charged; what the events cost, with every time they were
+    sent again, is said.
     """
 
     issue_type = IssueType.TOKEN_SPIKE
@@ -3573,7 +3577,8 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     def _finding(self, analysis: Analysis,
                  spikes: List[Tuple[SessionEvent, float]]) -> EfficiencyIssue:
         worst, average = spikes[0]
-        costs = [analysis.cost(event, event.tokens_input, event.tokens_output) for event, _ in spikes]
+        costs = [analysis.cost(event, event.tokens_input, event.tokens_output)
+                 for event, _ in spikes]
         cost, bill = sum(costs) / PICO, analysis.session.estimated_cost
         multiplier = worst.tokens / (average or 1)
         more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
@@ -3786,8 +3791,8 @@ def _written(step: Step, tokens: int, rates: Usage) -> int:
     fresh = step.held.length - step.read
     if fresh:
         return tokens * step.fresh_cost // fresh
-    found: int = tokens * {0: rates.uncached, HOUR_TTL: rates.write_1h}.get(step.ttl, rates.write_5m)
-    return found
+    rate: int = {0: rates.uncached, HOUR_TTL: rates.write_1h}.get(step.ttl, rates.write_5m)
+    return tokens * rate
 
 
 def repeated_tokens(analysis: Analysis) -> Dict[str, int]:
@@ -5387,8 +5392,9 @@ _DECODER = json.JSONDecoder(parse_constant=_reject, parse_float=_finite)
 # What _ENCODER makes anew at every call: a tenth of the time of logging an event. It detects no
 # circles: they are nested too deeply.
 _make_chunks = getattr(json.encoder, "c_make_encoder", None)
-_chunks = _make_chunks and _make_chunks(None, _ENCODER.default, json.encoder.encode_basestring_ascii,
-                                        None, ":", ",", False, False, False)
+_chunks = _make_chunks and _make_chunks(
+    None, _ENCODER.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False,
+    False)
 
 
 def _encode(value: Any) -> str:
@@ -5770,7 +5776,8 @@ class Store:
     called with each). With `durable` every event is forced to the disk before it is acknowledged.
     No file stays open between calls, so threads and forked processes may share a Store."""
 
-    def __init__(self, root: str, *, warn: Optional[Callable[[str], None]] = None, durable: bool = False):
+    def __init__(self, root: str, *, warn: Optional[Callable[[str], None]] = None,
+                 durable: bool = False):
         self.root = os.path.abspath(os.fspath(root))
         self.sessions = os.path.join(self.root, "sessions")
         self.reports = os.path.join(self.root, "reports")
@@ -5857,7 +5864,8 @@ class Store:
             with _naming(path):
                 _remove(path)  # the session was deleted meanwhile
 
-    def create(self, header: Data, events: Iterable[Any], footer: Data, *, replace: bool = False, sync: bool = True) -> None:
+    def create(self, header: Data, events: Iterable[Any], footer: Data, *, replace: bool = False,
+               sync: bool = True) -> None:
         """Store a session. SessionExists when its id is taken, unless `replace`.
 
         Status and end that `footer` leaves out come from the events, counts and totals always do
@@ -5866,7 +5874,8 @@ class Store:
         parts = _lay_out({**header, **footer, "events": events})
         self.write(header["id"], parts, replace=replace, sync=sync)
 
-    def write(self, session_id: str, parts: Iterable[bytes], *, replace: bool = False, sync: bool = True) -> None:
+    def write(self, session_id: str, parts: Iterable[bytes], *, replace: bool = False,
+              sync: bool = True) -> None:
         """Store a session's file, laid out already; otherwise as `create`."""
         path = self.find(check_id(session_id))
         if not self.needs_masking() and not self._masked:
@@ -5910,7 +5919,8 @@ class Store:
             mark = _mark(info, line or tail[:cut], start + cut + len(line), footer["event_count"])
             return event, footer, mark
 
-    def _overwrite(self, fd: int, offset: Any, old: Any, line: Any, footer: Data, sync: bool) -> None:
+    def _overwrite(self, fd: int, offset: int, old: Any, line: Any, footer: Data,
+                   sync: bool) -> None:
         """Write a line and the footer over the `old` end; when that fails put it back."""
         new = line + _encode_footer(footer, len(old) - len(line))
         os.lseek(fd, offset, os.SEEK_SET)
@@ -6014,7 +6024,8 @@ class Store:
         with _locked(path, exclusive=True) as (fd, info):
             self._rewrite(fd, info, path, edit)
 
-    def _rewrite(self, fd: int, info: os.stat_result, path: str, edit: Any = lambda doc: None) -> None:
+    def _rewrite(self, fd: int, info: os.stat_result, path: str,
+                 edit: Any = lambda doc: None) -> None:
         """Bring the file of a locked session into the present layout: converted if older, else
         repaired; what is damaged is kept beside it."""
         data = _read(fd, 0, info.st_size)
@@ -6255,7 +6266,8 @@ class State:
         """Where the next scan starts, of one moment: the generation; {path: [size, mtime in ns,
         reader, unit, reason]}; {first file of a unit: what is known of it}; {deleted id: a number
         that grows with every deletion}."""
-        found: Tuple[Any, ...] = self._run(lambda db: (_generation(db), _table(db, "files"), _table(db, "units"),
+        found: Tuple[Any, ...] = self._run(lambda db: (
+            _generation(db), _table(db, "files"), _table(db, "units"),
                                      _table(db, "deleted", "serial")))
         return found
 
@@ -6267,7 +6279,8 @@ class State:
     def rows_of(self, units: Iterable[str]) -> Data:
         """{unit: the rows of its sessions}, in the order they were read."""
         query = "SELECT value FROM rows WHERE part = ? ORDER BY serial"
-        found: Data = self._run(lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
+        found: Data = self._run(
+            lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
         return found
 
     def units_of_rows(self) -> Data:
@@ -6291,7 +6304,8 @@ class State:
             _put(db, "summaries", rows, settings)
         self._run(work, write=True)
 
-    def save_scan(self, files: Data, units: Data, told: Data, rows: Data, dropped: Iterable[str], mark: int) -> Any:
+    def save_scan(self, files: Data, units: Data, told: Data, rows: Data,
+                  dropped: Iterable[str], mark: int) -> Any:
         """Keep what a scan has read: `files`, `units`, the responses each has `told`, and its
         rows; forget the units `dropped`. The ids deleted since `mark` are left out and returned;
         those deleted before whose rows have come back are deleted no more."""
@@ -9594,7 +9608,8 @@ class TranscriptScan:
             own.setdefault(name, []).append(session_id)
         kept, gone = self.units.keys() - self.changed, {} if self.again else self.deleted
         ids = SessionIds({session_id: name for session_id, name in before.items() if name in kept},
-                         lambda session_id, unit: not state or _replaceable(store, session_id, unit))
+                         lambda session_id, unit: not state or _replaceable(
+                             store, session_id, unit))
         for done, (name, found) in enumerate(self.read(tell, jobs or self._jobs()), 1):
             given = ids.give(name, [row["id"] for row in found["rows"]], own.get(name, ()))
             rows = list(map(renamed, found["rows"], given))
@@ -10086,7 +10101,8 @@ class SessionOptimizer:
         if data is not None and not isinstance(data, dict):
             raise InvalidValue(f"data is a {type(data).__name__}: give an object")
         event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {},
-                             tokens_input, tokens_output, duration_ms, model=model.lower(), rate=rate)
+                             tokens_input, tokens_output, duration_ms, model=model.lower(),
+                             rate=rate)
         if usage is not None:
             event.usage = usage
         event._check()
@@ -10233,14 +10249,14 @@ class SessionOptimizer:
              since: Optional[datetime] = None, project: str = "", store: bool = True,
              again: bool = False,
              progress: Optional[Callable[[int, int], None]] = None, jobs: int = 1) -> Data:
-        """Read agent transcripts at ``paths`` (files or directories; default: where each agent keeps
-        them) and say where the money went. Only what changed since the last scan is read, unless
-        ``again``, which also brings deleted sessions back. ``agent``, ``since`` and ``project`` (a
-        part of the working directory or path) narrow what is reported; with ``store=False`` nothing
-        is kept; ``progress`` is called with units done and to do; ``jobs``: processes that read (0:
-        the cores, from 20 MB on), for programs under ``if __name__ == "__main__"``. Returns ``{"sessions", "totals",
-        "bill", "advice", "skipped": [{"path", "line", "reason"}], "changes": text}``; StorageError
-        when a path is not there."""
+        """Read agent transcripts at ``paths`` (files or directories; default: where each agent
+        keeps them) and say where the money went. Only what changed since the last scan is read,
+        unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and
+        ``project`` (a part of the working directory or path) narrow what is reported; with
+        ``store=False`` nothing is kept; ``progress`` is called with units done and to do; ``jobs``: processes that read (0:
+        the cores, from 20 MB on), for programs under ``if __name__ == "__main__"``.
+        Returns ``{"sessions", "totals", "bill", "advice", "skipped": [{"path", "line", "reason"}],
+        "changes": text}``; StorageError when a path is not there."""
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
@@ -10373,14 +10389,15 @@ class SessionOptimizer:
                thresholds: Optional[Dict[str, float]] = None) -> List[Data]:
         """What deserves a look, the most wasted dollars first, at most one of a session and cause
         (see ``alerts_of``). An id stays the same while the session does not change its kind of
-        trouble; the time is that of its last event. ``since``: active since (without a zone: local).
+        trouble; the time is that of its last event. ``since``: active since (no zone: local).
         ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue for an unknown name or a
         value that is not a number >= 0."""
         limits, after = alert_limits(thresholds), since_seconds(since)
         found = [alert for row in rows_of_agent(self.summaries(), agent)
                  if after is None or (seconds_of(row["last_at"]) or row["started"]) >= after
                  for alert in alerts_of(row, limits)]
-        return sorted(found, key=lambda alert: (-alert["cost"], -(seconds_of(alert["time"]) or 0.0)))
+        return sorted(found, key=lambda alert: (-alert["cost"],
+                                                -(seconds_of(alert["time"]) or 0.0)))
 
 
 def _begun(agent: str, task: str, model: str, session_id: Optional[str],
@@ -10395,9 +10412,10 @@ def _begun(agent: str, task: str, model: str, session_id: Optional[str],
         metadata = masked(metadata or {})
     except RecursionError as error:
         raise _not_json(error, "metadata") from None
-    session = Session(check_id(session_id), mask_secrets(str(agent)).upper(), mask_secrets(str(task)),
-                      SessionStatus.ACTIVE, now, model=mask_secrets(str(model or "default").lower()),
-                      metadata=metadata or {})
+    session = Session(
+        check_id(session_id), mask_secrets(str(agent)).upper(), mask_secrets(str(task)),
+        SessionStatus.ACTIVE, now, model=mask_secrets(str(model or "default").lower()),
+        metadata=metadata or {})
     told = {"agent": session.agent, "task": session.task, "model": session.model}
     session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, told))
     return session
@@ -10855,8 +10873,8 @@ def _export(options: Any) -> int:
 def _scan(options: Any) -> int:
     result = options.optimizer.scan(
         options.paths or None, agent=options.agent or "", since=options.since,
-        project=options.project or "", store=not options.no_store, again=options.again, progress=_progress_bar(),
-        jobs=options.jobs)
+        project=options.project or "", store=not options.no_store, again=options.again,
+        progress=_progress_bar(), jobs=options.jobs)
     _wipe()
     there = result["found"]
     if not result["sessions"]:

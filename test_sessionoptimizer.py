@@ -7995,6 +7995,11 @@ def test_the_module_does_not_grow_and_no_room_takes_a_fifth():
     assert [(room, count) for room, count in zip(["head"] + ROOMS, counts) if count > sum(counts) / 5] == []
 
 
+def test_no_line_of_the_module_is_wider_than_100_columns():
+    lines = enumerate(read(MODULE).decode("utf-8").split("\n"), 1)
+    assert [(number, len(line)) for number, line in lines if len(line) > 100] == []
+
+
 def test_a_private_class_has_more_than_one_heir_or_none():
     classes = [node for node in ast.walk(ast.parse(read(MODULE))) if isinstance(node, ast.ClassDef)]
     bases = [base.id for node in classes for base in node.bases if isinstance(base, ast.Name)]
