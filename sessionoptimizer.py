@@ -10253,10 +10253,10 @@ class SessionOptimizer:
         keeps them) and say where the money went. Only what changed since the last scan is read,
         unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and
         ``project`` (a part of the working directory or path) narrow what is reported; with
-        ``store=False`` nothing is kept; ``progress`` is called with units done and to do; ``jobs``: processes that read (0:
-        the cores, from 20 MB on), for programs under ``if __name__ == "__main__"``.
-        Returns ``{"sessions", "totals", "bill", "advice", "skipped": [{"path", "line", "reason"}],
-        "changes": text}``; StorageError when a path is not there."""
+        ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
+        ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
+        __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
+        [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there."""
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
