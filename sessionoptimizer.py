@@ -937,7 +937,10 @@ class Session(_Record):
 
     def to_dict(self) -> Data:
         """A dict JSON can hold, events included."""
-        return dict(self._head(), events=[event.to_dict() for event in self.events], **self._foot())
+        whole = dict(self._head(), events=[event.to_dict() for event in self.events],
+                     **self._foot())
+        del whole["event_count"]
+        return whole
 
     def _head(self) -> Data:
         """What is fixed at the start."""

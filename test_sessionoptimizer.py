@@ -7348,7 +7348,8 @@ def test_quick_functions_have_the_parameters_of_their_methods():
 SIGNATURES = {
     "start_session": "agent task model='default' session_id=None metadata=None", "end_session": "session_id status=COMPLETED",
     "get_session": "session_id", "list_sessions": "agent=None status=None since=None limit=100", "delete_session": "session_id",
-    "log_event": "session_id event_type data=None tokens_input=0 tokens_output=0 duration_ms=0", "analyze": "session_id",
+    "log_event": "session_id event_type data=None tokens_input=0 tokens_output=0 duration_ms=0 usage=None model='' rate=''",
+    "analyze": "session_id",
     "compare_sessions": "session_ids", "agent_statistics": "agent days=30", "export_report": "session_id format='json'",
     "import_session": "data"}
 
