@@ -2015,7 +2015,7 @@ _FAILURES = (
     ("declined", _Pattern(
         r"doesn't want to (?:proceed|take this action)|permission to use .{0,80} has been denied|"
         r"(?:declined|rejected|denied|cancelled|aborted) by (?:the )?user|"
-        r"user (?:declined|rejected)", re.I)),
+        r"user (?:declined|rejected)|requires approval|you haven't granted it", re.I)),
     ("transient", _Pattern(r"\b(?:429|503|529)\b|overloaded|rate.?limit|too many requests|"
                            r"service unavailable", re.I)))
 
@@ -2292,8 +2292,10 @@ class ContextMemory:
             # of several questions may have no answer, which is news.
             sure = searched or given.id not in window.before
             alike = data.get("operation") == given.data.get("operation")
+            # Other questions have the same short answer by chance: a refusal, "none found".
+            tells = searched or event.tokens_input >= LEAST_POLL
             return Repeat(given, 1, 1, (), sure and (
-                alike or _questions(_command_of(data)) < 2))
+                alike or tells and _questions(_command_of(data)) < 2))
         last = held.get(("last", data.get("operation")))
         if last and event.tokens_input >= LEAST_POLL and data.get("same_lines"):
             same, total = data["same_lines"]
@@ -6466,30 +6468,40 @@ class _SeenLines:
 
     def __init__(self) -> None:
         self._known: Dict[str, Dict[int, int]] = {}  # by path: number and hash of every line known
+        self._numbered: Set[str] = set()  # paths whose lines were shown with their numbers
         self.totals: Dict[str, int] = {}  # by path: lines of the file when it was last read whole
         self._answers: Dict[str, Any] = {}  # by operation: hashes of its last answer's lines
 
     def verdict(self, path: str, first: int, count: int, text: str) -> Tuple[str, List[int]]:
         """ "same" where every line known of the file is as known, "changed" where one differs, ""
-        where none is known; how many lines were known, their characters and those of all. Keeps
-        these lines."""
+        where none is known; how many lines were known, their characters and those of all, line
+        numbers among them where they are new. Keeps these lines."""
         lines = dict(enumerate(plain_lines(text)[:count], first))
         hashes = {number: hash(line) for number, line in lines.items()}
         known = self._known.get(path, {})
         shared = known.keys() & hashes.keys()
         same = all(known[number] == hashes[number] for number in shared)
         self._known[path] = {**known, **hashes} if same else hashes
+        numbers_are_new = bool(_NUMBERED.match(text)) and path not in self._numbered
+        if _NUMBERED.match(text):
+            self._numbered.add(path)
         if not shared:
             return "", []
         sizes = [sum(len(lines[number]) + 1 for number in numbers) for numbers in (shared, lines)]
+        if numbers_are_new:
+            sizes[1] = max(sizes[1], len(text))
         return "same" if same else "changed", [len(shared), *sizes]
 
     def same_lines(self, operation: str, text: str) -> List[int]:
-        """How many of how many lines an operation's last answer had too; keeps these."""
-        lines = [hash(line) for line in text.split("\n")]
+        """How many of how many characters stand in lines that an operation's last answer had too,
+        none where they are less than nine tenths of the lines or of the characters. Keeps these
+        lines."""
+        lines = text.split("\n")
         before = self._answers.get(operation, ())
-        self._answers[operation] = frozenset(lines)
-        return [sum(line in before for line in lines), len(lines)]
+        self._answers[operation] = frozenset(map(hash, lines))
+        same = [len(line) + 1 for line in lines if hash(line) in before]
+        size = len(text) + 1
+        return [sum(same), size] if 10 * min(len(same) / len(lines), sum(same) / size) >= 9 else []
 
 
 def plain_lines(text: str) -> List[str]:
@@ -6986,9 +6998,7 @@ class _Tool:
             data["content_hash"] = _hash_of(text)
         if tells and len(text) >= 2 * LEAST_POLL:
             operation = data.setdefault("operation", _hash_of(data["tool"] + _as_json(self.given)))
-            same, total = self.window.seen.same_lines(operation, text)
-            if total <= same * 10 // 9:
-                data["same_lines"] = [same, total]
+            self.keep(same_lines=self.window.seen.same_lines(operation, text))
 
     def _lines(self, text: str, first: int, count: int, total: int) -> None:
         data, seen = self.data, self.window.seen
@@ -7002,7 +7012,7 @@ class _Tool:
             total = seen.totals[path] = count
         verdict, overlap = seen.verdict(path, start, count, text)
         self.keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
-                  overlap=overlap if verdict == "same" and overlap[0] < count else [])
+                  overlap=overlap if verdict == "same" and overlap[1] < overlap[2] else [])
 
     def failed(self, message: str, kind: str) -> None:
         """What is kept of a failure's message is a hash, the exit code and why it is nobody's

@@ -2124,6 +2124,8 @@ RETRIES = [
     ("recovered", [failure(), failure(recovered=True), failure()], []),
     ("declined", [failure("The user doesn't want to proceed with this tool use.")] * 3, []),
     ("denied", [failure("Permission to use Bash has been denied")] * 3, []),
+    ("not approved", [failure("This command requires approval")] * 3, []),
+    ("not granted", [failure("Claude requested permissions to write to a.py, but you haven't granted it yet.")] * 3, []),
     ("too many requests", [failure("429 Too Many Requests")] * 3, []),
     ("overloaded", [failure("Overloaded")] * 3, []),
     ("unavailable", [failure("HTTP 503: service unavailable")] * 3, []),
@@ -5650,12 +5652,15 @@ def told_twice(folder, first, second, between=(), name="Bash", again=None, **arg
     ("two questions, both again", {"command": "git diff; git log"}, GIT_DIFF, GIT_DIFF, (), [True]),
     ("somebody spoke in between", {}, GIT_DIFF, GIT_DIFF, ("look again",), [False]),
     ("nine lines in ten are the same", {}, GIT_DIFF, GIT_DIFF.replace("line 7 ", "line seven "), (), [False]),
+    ("nine lines in ten, and the tenth is most of it", {}, GIT_DIFF, GIT_DIFF.replace("line 7 ", "line seven " * 300), (), []),
     ("half of it is the same", {}, GIT_DIFF, GIT_DIFF[:len(GIT_DIFF) // 2] + GIT_DIFF[len(GIT_DIFF) // 2:].upper(), (), []),
     ("a short answer", {}, "ok, 1 file", "ok, 1 file", (), []),
     ("an acknowledgement", {"name": "TodoWrite", "todos": [1]}, GIT_DIFF, GIT_DIFF, (), []),
     ("an MCP server's answer", {"name": "mcp__tracker__get_issue", "id": "7"}, GIT_DIFF, GIT_DIFF, (), [True]),
     ("another question, the same answer", {"command": "git diff HEAD", "again": {"command": "git diff"}},
      GIT_DIFF, GIT_DIFF, (), [True]),
+    ("another question, the same short answer", {"command": "git diff HEAD", "again": {"command": "git diff"}},
+     GIT_DIFF[:400], GIT_DIFF[:400], (), [False]),
     ("the same grep answer for another pattern", {"name": "Grep", "pattern": "ab", "again": {"pattern": "ab+"}},
      GIT_DIFF, GIT_DIFF, (), [True]),
 ], ids=lambda value: value if isinstance(value, str) and len(value) < 45 else "")
@@ -5667,6 +5672,24 @@ def test_an_answer_given_again(tmp_path, optimizer, name, arguments, first, seco
         assert 0 < issue["estimated_waste_tokens"] and len(issue["events_involved"]) == 2
         share = sum(map(sum, issue["claims"].values()))
         assert issue["estimated_waste_tokens"] == share
+
+
+NUMBERED = "\n".join("%6d\tline %d" % (n, n) for n in range(1, 201))
+PLAIN = "\n".join("line %d" % n for n in range(1, 201))
+
+
+@pytest.mark.parametrize("first, second, whole", [
+    ("cat a.py", "cat a.py", True), ("nl -ba a.py", "nl -ba a.py", True), ("nl -ba a.py", "cat a.py", True),
+    ("cat a.py", "nl -ba a.py", False)])
+def test_line_numbers_that_are_new_are_no_repetition(tmp_path, optimizer, first, second, whole):
+    shown = [NUMBERED if "nl" in command else PLAIN for command in (first, second)]
+    transcript = told_twice(tmp_path, *shown, command=first, again={"command": second})
+    row, = optimizer.scan([transcript])["sessions"]
+    issue, = [issue for issue in row["issues"] if issue["issue_type"] == "REPEATED_FILE_READ"]
+    (event, claim), = issue["claims"].items()
+    tokens, = [e.tokens_input for e in optimizer.get_session(row["id"]).events if e.id == event]
+    share = 1 if whole else (len(PLAIN) + 1) / len(NUMBERED)
+    assert issue["measured"] and claim[0] == pytest.approx(tokens * share, abs=1)
 
 
 @pytest.mark.parametrize("command, named", [
