@@ -4213,7 +4213,13 @@ def share_text(part: float, whole: float) -> str:
 
 def dollars(amount: float) -> str:
     """USD with cents, small amounts with four decimals."""
-    return f"${amount:,.2f}" if abs(amount) >= 1 or not amount else f"${amount:.4f}"
+    size = f"{abs(amount):,.2f}" if abs(amount) >= 1 or not amount else f"{abs(amount):.4f}"
+    return f"{'-' * (amount < 0)}${size}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: "1 session", "2,000 sessions"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def bar(part: float, whole: float, width: int = 24) -> str:
@@ -4543,7 +4549,7 @@ def advice_section(advice: Rows, most: int = 5) -> Section:
         saves = low if low == high else f"{low} to {high}"
         if "per_1000_tokens" in entry:
             saves = f"{dollars(entry['per_1000_tokens']['cost'])} per 1,000 tokens removed"
-        told = f"{entry['text']} Saves {saves}; {len(entry['sessions']):,} sessions"
+        told = f"{entry['text']} Saves {saves}; {counted(len(entry['sessions']), 'session')}"
         if entry.get("worse"):
             told += f", {entry['worse']} worse ({dollars(entry['worst'])})"
         parts.append(Section(told + "."))
@@ -4715,8 +4721,9 @@ def _scan_sections(result: Data, most: int, by: Iterable[str] = (),
     rows, skipped = result["sessions"], _skipped_lines(result["skipped"])
     if not rows:
         found = result.get("found") or {"sessions": 0}
-        some = [f"{found['sessions']:,} sessions, none of them as asked for; the newest is of "
-                f"{found['newest'] or 'an unknown day'}"] if found["sessions"] else []
+        number, newest = counted(found["sessions"], "session"), found.get("newest")
+        some = [f"{number}, none of them as asked for; the newest is of "
+                f"{newest or 'an unknown day'}"] if found["sessions"] else []
         return [Section("No sessions found", lines=some + skipped or ["Nothing to read here."])]
     bill, changes = result.get("bill", {}), result.get("changes")
     return [
@@ -4820,7 +4827,7 @@ def _scan_notes(rows: Rows) -> List[str]:
     for text, found in told.items():
         for count in map(sum, zip(*found)):
             text = text.replace("\0", f"{count:,}", 1)
-        lines.append(text if found[0] else f"{plain(text)} ({len(found):,} sessions)")
+        lines.append(text if found[0] else f"{plain(text)} ({counted(len(found), 'session')})")
     return lines
 
 
@@ -5007,7 +5014,7 @@ def html_scan_report(result: Data, most: int = 12) -> str:
     """What a scan found as one HTML file: what the text says, with the dollars of every day."""
     sections = _scan_sections(result, most, ("agent", "project", "model"), Section(
         "By day", picture=_by_day(result["sessions"])))
-    return _page(f"{len(result['sessions']):,} sessions", "Scan of agent transcripts", sections)
+    return _page(counted(len(result["sessions"]), "session"), "Scan of agent transcripts", sections)
 
 
 _CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input",
@@ -5150,7 +5157,7 @@ def statistics_sections(stats: Data, rows: Rows) -> List[Section]:
     return [Section(f"{stats['agent'] or 'All agents'}, last {stats['period_days']:g} days",
                     [*headline(scan_totals(rows), rows), told]),
             *bill_sections(stats["bill"]), advice_section(stats["advice"], 1),
-            table("Most frequent findings", {"": "type", ">sessions": "count:,"},
+            table("Most frequent findings", {"": "type", ">findings": "count:,"},
                   stats["common_issues"]),
             *(group_section(groups, name) for name, groups in stats["groups"].items()),
             *split_sections(stats.get("split"))]
@@ -6474,8 +6481,9 @@ class _SeenLines:
 
     def verdict(self, path: str, first: int, count: int, text: str) -> Tuple[str, List[int]]:
         """ "same" where every line known of the file is as known, "changed" where one differs, ""
-        where none is known; how many lines were known, their characters and those of all, line
-        numbers among them where they are new. Keeps these lines."""
+        where none is known; how many lines were known (all: another read may have brought them),
+        their characters and those of all, line numbers among them where they are new. Keeps these
+        lines."""
         lines = dict(enumerate(plain_lines(text)[:count], first))
         hashes = {number: hash(line) for number, line in lines.items()}
         known = self._known.get(path, {})
@@ -6485,12 +6493,12 @@ class _SeenLines:
         numbers_are_new = bool(_NUMBERED.match(text)) and path not in self._numbered
         if _NUMBERED.match(text):
             self._numbered.add(path)
-        if not shared:
-            return "", []
-        sizes = [sum(len(lines[number]) + 1 for number in numbers) for numbers in (shared, lines)]
+        verdict = ("same" if same else "changed") if shared else ""
+        known_lines = shared or lines.keys()
+        sizes = [sum(len(lines[n]) + 1 for n in numbers) for numbers in (known_lines, lines)]
         if numbers_are_new:
             sizes[1] = max(sizes[1], len(text))
-        return "same" if same else "changed", [len(shared), *sizes]
+        return verdict, [len(known_lines), *sizes]
 
     def same_lines(self, operation: str, text: str) -> List[int]:
         """How many of how many characters stand in lines that an operation's last answer had too,
@@ -6516,6 +6524,11 @@ def digest_of(text: Any) -> str:
     from hashlib import blake2b
     raw = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
     return blake2b(raw, digest_size=8).hexdigest()
+
+
+def _masked_start(text: str) -> str:
+    """A text whose beginning is masked: of a short one the hash could tell a secret."""
+    return mask_secrets(text[:GUESSABLE]) + text[GUESSABLE:]
 
 
 def _hash_of(text: Any) -> str:
@@ -6943,11 +6956,11 @@ class _Tool:
         effects = shell_effects(command, cwd)
         text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
-        known = mask_secrets(text[:GUESSABLE]) + text[GUESSABLE:]
-        operation = digest_of(f"{' '.join(known.split())} {cwd} {rights}")
+        operation = digest_of(f"{' '.join(_masked_start(text).split())} {cwd} {rights}")
         reads = list(map(list, effects.reads))
-        self.data.update(command=_HERE.split(mask_secrets(text[:GUESSABLE]), 1)[0][:300],
-                         operation=operation, changes=effects.changes)
+        shown = mask_secrets(_beginning(text, GUESSABLE))
+        self.data.update(command=_HERE.split(shown, 1)[0][:300], operation=operation,
+                         changes=effects.changes)
         self.keep(acts=effects.acts)
         if effects.kind == "read" and effects.pure:  # of other output the file's share is not known
             path, *part = reads[0]
@@ -7012,7 +7025,7 @@ class _Tool:
             total = seen.totals[path] = count
         verdict, overlap = seen.verdict(path, start, count, text)
         self.keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
-                  overlap=overlap if verdict == "same" and overlap[1] < overlap[2] else [])
+                  overlap=overlap if verdict != "changed" and overlap[1] < overlap[2] else [])
 
     def failed(self, message: str, kind: str) -> None:
         """What is kept of a failure's message is a hash, the exit code and why it is nobody's
@@ -7022,12 +7035,18 @@ class _Tool:
             self.data["changes"] = []  # where it asks for a new read, that is no repetition
         code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
         self.data.setdefault("operation", _hash_of(json.dumps(self.given, sort_keys=True)))
-        self._becomes(EventType.ERROR, error_hash=_hash_of(normal_message(message)),
+        self._becomes(EventType.ERROR, error_hash=_hash_of(normal_message(_masked_start(message))),
                       exit_code=int(code.group(1)) if code else 0, kind=kind or _kind_of(message))
 
 
+def _beginning(text: str, size: int) -> str:
+    """The first characters of a text, without a last word that is cut off: half a secret is not
+    known as one."""
+    return text if len(text) <= size else text[:size].rsplit(None, 1)[0]
+
+
 def _short(text: Any) -> str:
-    return mask_secrets(str(text)[:600])[:300]
+    return mask_secrets(_beginning(str(text), 600))[:300]
 
 
 def _scope(key: str, value: Any) -> Any:
@@ -7163,7 +7182,7 @@ class Recorder:
     def call_failed(self, text: str = "", kind: str = "") -> SessionEvent:
         """A model call failed; ``kind`` where the text does not tell (`failure_kind`)."""
         kind = kind or failure_kind({"message": text}) or "interrupted"
-        data = {"error_hash": _hash_of(normal_message(text))} if text else {}
+        data = {"error_hash": _hash_of(normal_message(_masked_start(text)))} if text else {}
         return self._enter(EventType.ERROR, 0, tool="model call", kind=kind, changes=[], **data)
 
     def _enter(self, event_type: EventType, size: int, **data: Any) -> SessionEvent:
@@ -8130,7 +8149,7 @@ class _Rollout:
         elif kind.endswith("_output"):
             self._returned(item, key, self.open[key])
         elif kind == "mcp_tool_call_end":
-            self.told.failed(key, _as_json(item["result"]))
+            self.told.failed(key, _as_json(item.get("result")))
 
     def _tool(self, item: Data, kind: str, key: str) -> None:
         name = _text(item, "name") or _CODEX_TOOLS.get(kind) or kind[:-len("_call")]
@@ -8654,6 +8673,12 @@ _Stored.__doc__ = """A stored session: its file, facts, messages with their part
 of the file a message begins."""
 
 
+def _age(stored: _Stored) -> Tuple[int, int]:
+    """Sorts copies of a session: when it was written last (0: it does not say), its messages."""
+    updated = _as_dict(stored.info, "time").get("updated")
+    return updated if updated.__class__ is int else 0, len(stored.messages)
+
+
 class OpenCodeReader(TranscriptReader):
     """OpenCode: its SQLite database, and exported sessions. Every assistant message is one call, or
     every step of one that has several; a session with a parent is a sub-agent of it."""
@@ -8683,7 +8708,9 @@ class OpenCodeReader(TranscriptReader):
         for path in paths:
             read = _opencode_database if path.endswith(".db") else _opencode_export
             for stored in read(path, skip):
-                known.setdefault(_text(stored.info, "id") or path, stored)
+                name = _text(stored.info, "id") or path
+                if name not in known or _age(stored) > _age(known[name]):
+                    known[name] = stored  # of several copies the one that was written last
         children: Dict[str, List[str]] = {}
         for name, stored in known.items():
             children.setdefault(_text(stored.info, "parentID"), []).append(name)
@@ -9331,19 +9358,22 @@ class SessionIds:
     def __init__(self, taken: Data, free: Callable[[str, str], bool]):
         self.taken, self.free = taken, free
         self._numbers: Data = {}  # the last one given behind an id
+        self._given: Dict[str, List[str]] = {}  # by unit: one may be read again
 
     def give(self, unit: str, wanted: Iterable[str], own: Sequence[str] = ()) -> List[str]:
         """The ids of a unit's sessions in their order; of its ``own`` from before it keeps what
         fits."""
         given: List[str] = []
+        own = [*own, *self._given.get(unit, ())]
         for name in wanted:
-            kept = [old for old in own if re.match(re.escape(name) + r"-\d+\Z", old)]
-            for session_id in itertools.chain([name], kept, self._numbered(name)):
+            kept = [old for old in own if re.match(re.escape(name) + r"(-\d+)?\Z", old)]
+            for session_id in itertools.chain(kept, [name], self._numbered(name)):
                 if session_id not in given and self.taken.get(session_id, unit) == unit \
                         and (session_id in own or self.free(session_id, unit)):
                     break
             self.taken[session_id] = unit
             given.append(session_id)
+        self._given[unit] = given
         return given
 
     def _numbered(self, name: str) -> Iterator[str]:
@@ -9536,11 +9566,18 @@ class TranscriptScan:
             unit = self.files.get(path, {"unit": ""})["unit"]
             facts = dict(describe_transcript(path), stamp=seen[path], unit=unit)
             self.files[path] = self._news[path] = facts
-        gone = {os.path.basename(name): name for name in self.units if not os.path.exists(name)}
+        gone = {self._mark(name): name for name in self.units if not os.path.exists(name)}
         groups = group_transcripts(self.files[path] for path in seen)
         return {self._unit([file["path"] for file in group], fresh, gone) for group in groups}
 
-    def _unit(self, group: List[str], fresh: Any, gone: Data) -> str:
+    def _mark(self, path: str) -> Any:
+        """What tells a file that was moved from another of its name: when it begins, its size where
+        it does not say."""
+        file = self.files.get(path, {"order": "~", "size": -1})
+        begins = file["order"][0]
+        return os.path.basename(path), file["size"] if begins == "~" else begins
+
+    def _unit(self, group: List[str], fresh: Any, gone: Any) -> str:
         name = group[0]
         for path in group:
             file, before = self.files[path], self.files[path]["unit"]
@@ -9549,7 +9586,7 @@ class TranscriptScan:
             if before != name:
                 file["unit"], self._news[path] = name, file
         if name not in self.units:
-            self._drop(gone.pop(os.path.basename(name), ""))
+            self._drop(gone.pop(self._mark(name), ""))
         old = self.units.get(name, {"files": (), "lost": ()})
         if old["files"] != group or not fresh.isdisjoint(group):
             self.units[name] = {"files": group, "reader": self.files[name]["reader"],
@@ -10114,10 +10151,13 @@ class SessionOptimizer:
         if data is not None and not isinstance(data, dict):
             raise InvalidValue(f"data is a {type(data).__name__}: give an object")
         event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {},
-                             tokens_input, tokens_output, duration_ms, model=model.lower(),
-                             rate=rate)
+                             tokens_input, tokens_output, duration_ms,
+                             model=mask_secrets(str(model or "").lower()), rate=rate)
         if usage is not None:
-            event.usage = usage
+            try:
+                event.usage = Usage(*usage)
+            except TypeError:
+                raise InvalidValue(f"usage is {usage!r}: give a Usage") from None
         event._check()
 
         def make(footer: Data) -> Tuple[Data, Data]:
@@ -10833,16 +10873,25 @@ def _advice(options: Any) -> int:
             "Advice", lines=["Nothing to advise: scan first, or ask for more --days."]))
     try:
         old = ""
-        if os.path.lexists(path):
+        if options.undo or os.path.lexists(path):
             with open(path, encoding="utf-8", newline="") as file:
                 old = file.read()
-        kept = without_advice(old)
-        new = kept if options.undo else kept + "\n" * bool(kept) + advice_markdown(advice)
+        kept, lines = without_advice(old), advice_markdown(advice)
+        count = lines.count("\n- ")
+        if options.undo and kept == old:
+            raise CommandError(f"{path} is as it was: it holds no advice")
+        if not options.undo and not count:
+            raise CommandError(f"{path} is as it was: no advice is a line for a file (more --days "
+                               "may have some)")
         with open(path, "w", encoding="utf-8", newline="") as file:
-            file.write(new)
+            file.write(kept if options.undo else kept + "\n" * bool(kept) + lines)
     except (OSError, ValueError) as error:
         raise CommandError(f"{path} cannot be changed: {error}") from None
-    _say(f"{'Taken out of' if options.undo else 'Put into'} {plain(path, 1000)}")
+    if options.undo:
+        _say(f"Taken out of {plain(path, 1000)}")
+    else:
+        _say(f"Put into {plain(path, 1000)}: {counted(count, 'line')}; the rest of the advice is "
+             "for you to do (`advice` lists it)")
     return EXIT_DONE
 
 

@@ -2890,10 +2890,10 @@ def test_a_replay_is_told_with_its_range_its_worst_and_its_worth(optimizer):
 def test_advice_says_what_it_saves_and_for_how_many():
     assert [part.title for part in so.advice_section(ADVICE).parts] == [
         "Leave early? Saves $25.00 to $50.00; 2 sessions, 1 worse ($0.2000).",
-        "shop loads 41k. Saves $6.88 per 1,000 tokens removed; 1 sessions.", "Large files -- whole. Saves $3.00; 1 sessions."]
+        "shop loads 41k. Saves $6.88 per 1,000 tokens removed; 1 session.", "Large files -- whole. Saves $3.00; 1 session."]
     assert so.advice_markdown(ADVICE).splitlines() == [
         "<!-- sessionoptimizer: begin -->", "- Read in parts.",
-        "  <!-- Large files - whole. Saves $3.00; 1 sessions. -->", "<!-- sessionoptimizer: end -->"]
+        "  <!-- Large files - whole. Saves $3.00; 1 session. -->", "<!-- sessionoptimizer: end -->"]
 
 
 @pytest.mark.parametrize("before", [None, "", "# Rules\n", "# Rules\r\n\r\nno end of line", "é\n"])
@@ -2903,7 +2903,8 @@ def test_advice_goes_into_a_file_once_and_out_of_it_again(optimizer, tmp_path, b
     if before is not None:
         write(target, before)
     for _ in range(2):
-        assert run(optimizer, "advice", "--days", "9000", "--apply", str(target))[:2] == (0, f"Put into {target}\n")
+        status, out, _ = run(optimizer, "advice", "--days", "9000", "--apply", str(target))
+        assert status == 0 and out.startswith(f"Put into {target}: 1 line;")
         text = read(target).decode("utf-8")
         assert text.count(so.ADVICE_BEGIN) == 1 and text.startswith(before or "") and "- Read files of more than" in text
     assert run(optimizer, "advice", "--undo", str(target))[0] == 0
@@ -2911,6 +2912,19 @@ def test_advice_goes_into_a_file_once_and_out_of_it_again(optimizer, tmp_path, b
     status, out, _ = run(optimizer, "advice", "--days", "9000", "--format", "json")
     assert status == 0 and json.loads(out) == optimizer.agent_statistics("", 9000)["advice"]
     assert run(optimizer, "advice", "--apply", str(tmp_path))[0] == 1
+
+
+def test_a_file_is_left_alone_where_there_is_nothing_to_put_in_or_take_out(optimizer, tmp_path):
+    optimizer.scan([SAMPLES])
+    target, missing = tmp_path / "CLAUDE.md", tmp_path / "none.md"
+    assert run(optimizer, "advice", "--days", "9000", "--apply", str(target))[0] == 0
+    applied = read(target)
+    status, _, told = run(optimizer, "advice", "--days", "1", "--apply", str(target))
+    assert status == 1 and "no advice is a line for a file" in told and read(target) == applied
+    assert run(optimizer, "advice", "--undo", str(target))[0] == 0
+    status, _, told = run(optimizer, "advice", "--undo", str(target))
+    assert status == 1 and "holds no advice" in told and read(target) == b""
+    assert run(optimizer, "advice", "--undo", str(missing))[0] == 1 and not missing.exists()
 
 
 def test_sums_by_everything_add_up_to_the_bill(optimizer):
@@ -6420,6 +6434,71 @@ def test_a_moved_transcript_keeps_what_it_has_counted(tmp_path, optimizer):
     after = optimizer.scan([str(tmp_path)])
     assert after["totals"] == before["totals"] and [row["id"] for row in after["sessions"]] == [row["id"] for row in before["sessions"]]
     assert len(optimizer.list_sessions()) == 1
+
+
+def test_another_transcript_of_a_moved_ones_name_takes_nothing_away(tmp_path, optimizer):
+    path = tiny(tmp_path / "day1").save()
+    kept, = optimizer.scan([str(tmp_path)])["sessions"]
+    other = read(path).replace(b"2026-03-01", b"2026-03-02").replace(b'"m1', b'"n1').replace(b'"m2', b'"n2')
+    os.unlink(path)
+    (tmp_path / "day2").mkdir()
+    write(tmp_path / "day2" / os.path.basename(path), other)
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    stored = {session.id: session.total_tokens for session in optimizer.list_sessions()}
+    assert len(stored) == 2 and stored == {kept["id"]: kept["total_tokens"], row["id"]: row["total_tokens"]}
+
+
+def test_a_copied_transcript_is_stored_once_and_counts_once(tmp_path, optimizer):
+    path = tiny(tmp_path / "a").save()
+    (tmp_path / "b").mkdir()
+    shutil.copy(path, str(tmp_path / "b"))
+    result = optimizer.scan([str(tmp_path)])
+    stored = [session.total_tokens for session in optimizer.list_sessions()]
+    assert sum(stored) == result["totals"]["total_tokens"] and len(stored) == len(result["sessions"]) == 2
+    assert optimizer.agent_statistics("", 9000)["total_tokens"] == result["totals"]["total_tokens"]
+
+
+def test_a_session_keeps_its_number_when_the_first_of_its_name_is_deleted(tmp_path, optimizer):
+    first = tiny(tmp_path / "a").save()
+    second = str(tmp_path / "b" / os.path.basename(first))
+    os.mkdir(os.path.dirname(second))
+    write(second, read(first).replace(b'"m1', b'"n1').replace(b'"m2', b'"n2'))
+    names = sorted(row["id"] for row in optimizer.scan([str(tmp_path)])["sessions"])
+    assert optimizer.delete_session(names[0])
+    write(second, read(second) + read(second).splitlines(True)[-1].replace(b'"n2', b'"n3').replace(b'"u', b'"v', 1))
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    assert row["id"] == names[1] and row["model_calls"] == 3
+
+
+def test_of_two_exports_of_a_session_the_last_one_counts(tmp_path, optimizer):
+    export = opencode_exports("opencode-read-twice")[0]
+    whole = optimizer.scan([str(write(tmp_path / "b.json", json.dumps(export).encode()))])["totals"]
+    early = dict(export, info=dict(export["info"], time=dict(export["info"]["time"], updated=1)), messages=export["messages"][:2])
+    write(tmp_path / "a.json", json.dumps(early).encode())
+    assert SessionOptimizer(str(tmp_path / "s")).scan([str(tmp_path)])["totals"]["tokens"] == whole["tokens"]
+
+
+def test_an_odd_response_item_costs_no_rollout(tmp_path, optimizer):
+    def line(kind, **payload):
+        return json.dumps({"timestamp": "2026-03-01T10:00:00.000Z", "type": kind, "payload": payload})
+    usage = {"input_tokens": 70, "cached_input_tokens": 0, "output_tokens": 7, "total_tokens": 77}
+    write(tmp_path / "rollout-2026-03-01T10-00-00-00000000-0000-4000-8000-000000000001.jsonl", "\n".join([
+        line("session_meta", id="00000000-0000-4000-8000-000000000001", cwd="/w"),
+        line("response_item", type="function_call", name="shell", call_id="q", arguments='{"command": ["ls"]}'),
+        line("event_msg", type="token_count", info={"total_token_usage": usage, "last_token_usage": usage}),
+        line("response_item", type="mcp_tool_call_end", call_id="q"), ""]).encode())
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    assert row["total_tokens"] == 77
+
+
+@pytest.mark.parametrize("cut", range(5, 41, 5))
+@pytest.mark.parametrize("name, key, size", [("Bash", "command", so.GUESSABLE), ("Grep", "pattern", 600)])
+def test_a_secret_that_is_cut_off_is_not_kept(tmp_path, optimizer, name, key, size, cut):
+    secret = drawn(36)
+    begin = "curl -H 'X: eyJhbGciOiJIUzI1NiJ9.eyJ%s.%s' " % (drawn(380), drawn(30))
+    command = begin + "w" * (size - len(begin) - cut - 1) + " ghp_" + secret + " end"
+    row, = optimizer.scan([told_twice(tmp_path, "ok", "ok", name=name, **{key: command})])["sessions"]
+    assert secret[:8].encode() not in stored_bytes(optimizer.store.root)
 
 
 def test_what_a_fork_left_to_a_replaced_transcript_is_its_own_again(tmp_path, optimizer):
