@@ -59,10 +59,13 @@ def command_line(words: list[str], store: str | None) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else " ".join(map(shlex.quote, words))
 
 
-def hook_command(store: str | None) -> str:
-    """The command of a hook: the installed program, else this clone's module."""
+def hook_command(store: str | None, project: bool = False) -> str:
+    """The command of a hook: the installed program, else this clone's module. With its path, which the agent may not
+    have on its own (an environment that is left); a project's settings are shared, and keep the name."""
     program = shutil.which("sessionoptimizer")
-    words = ["sessionoptimizer"] if program else [sys.executable, os.path.join(ROOT, "sessionoptimizer.py")]
+    words = [sys.executable, os.path.join(ROOT, "sessionoptimizer.py")]
+    if program:
+        words = ["sessionoptimizer" if project else os.path.abspath(program)]
     return command_line(words, store) + " hook"
 
 
@@ -313,7 +316,7 @@ def change(path: str, options: argparse.Namespace) -> int:
         new = uninstalled(path, old, settings)
     else:
         status = status_entry(options.store) if options.status_line else None
-        wanted = merged(settings, entries(hook_command(options.store), options.guard), status)
+        wanted = merged(settings, entries(hook_command(options.store, bool(options.project)), options.guard), status)
         new = old if wanted is settings else write_like(wanted, old)
     if new == old:
         print(f"{path}: nothing to change")
