@@ -9974,9 +9974,10 @@ class _LiveSessions:
         parts = itertools.chain([_first_part(header)], kept[1])
         self.store.write(header["id"], parts, replace=True, sync=False)
         self.forget(header["id"])
-        info = os.stat(self.store.find(header["id"]))
-        stamp = [info.st_size, info.st_mtime_ns]
-        self.found[header["id"]] = dict(short_row(row), stamp=stamp)
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            info = os.stat(self.store.find(header["id"]))
+            stamp = [info.st_size, info.st_mtime_ns]
+            self.found[header["id"]] = dict(short_row(row), stamp=stamp)
 
     def summaries(self, settings: str, analyzers: Iterable[BaseAnalyzer]) -> Rows:
         """The summaries of all sessions; kept ones are taken from the store while nothing

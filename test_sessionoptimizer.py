@@ -7891,7 +7891,7 @@ def test_notes_of_many_sessions_are_added_up():
         ["2 responses hide 5", "3 small repeats, 1,250 tokens in all", "no price for model 'x 5'"],
         ["1 responses hide 7", "1 small repeats, 50 tokens in all", "no price for model 'x 5'"], ["no price for model 'x 6'"])]
     assert so._scan_notes(rows) == ["3 responses hide 12", "4 small repeats, 1,300 tokens in all",
-                                    "no price for model 'x 5' (2 sessions)", "no price for model 'x 6' (1 sessions)"]
+                                    "no price for model 'x 5' (2 sessions)", "no price for model 'x 6' (1 session)"]
 
 
 @pytest.mark.parametrize("width", [None, 60, 80, 120, 200])
