@@ -6387,7 +6387,8 @@ class State:
                 os.close(os.open(self.path, _CREATE, 0o600))
         target = f"file:{quote(self.path)}" + "?immutable=1" * (way == "immutable")
         target = target if os.path.exists(self.path) else ":memory:"
-        with closing(sqlite3.connect(target, _STATE_WAIT, isolation_level=None, uri=True)) as db:
+        with closing(sqlite3.connect(target, timeout=_STATE_WAIT, isolation_level=None,
+                                     uri=True)) as db:
             if way == "alone":
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA secure_delete = ON")

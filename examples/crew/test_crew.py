@@ -844,7 +844,7 @@ def check_the_sums(report, home):
 
 
 def crew(top, *arguments, stdin="", status=0):
-    """The output of ``python3 examples/crew run``. A task that was claimed at the moment of a stop waits for its lease of 60 s."""
+    """The output of ``python3 examples/crew run``. A task claimed at the moment of a stop waits for its lease of 60 s."""
     done = subprocess.run(
         [sys.executable, "-W", "error", HERE, *arguments[:1], "--repo", str(top), *arguments[1:]],
         input=stdin.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=180,
