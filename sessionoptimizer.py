@@ -8674,7 +8674,7 @@ _Stored.__doc__ = """A stored session: its file, facts, messages with their part
 of the file a message begins."""
 
 
-def _age(stored: _Stored) -> Tuple[int, int]:
+def _last_written(stored: _Stored) -> Tuple[int, int]:
     """Sorts copies of a session: when it was written last (0: it does not say), its messages."""
     updated = _as_dict(stored.info, "time").get("updated")
     return updated if updated.__class__ is int else 0, len(stored.messages)
@@ -8710,7 +8710,7 @@ class OpenCodeReader(TranscriptReader):
             read = _opencode_database if path.endswith(".db") else _opencode_export
             for stored in read(path, skip):
                 name = _text(stored.info, "id") or path
-                if name not in known or _age(stored) > _age(known[name]):
+                if name not in known or _last_written(stored) > _last_written(known[name]):
                     known[name] = stored  # of several copies the one that was written last
         children: Dict[str, List[str]] = {}
         for name, stored in known.items():
@@ -9164,7 +9164,7 @@ def _repeat_advice(call: SessionEvent, repeat: Data) -> str:
         what = f"The answer to the search '{plain(call.data.get('query'), 80)}'"
         again = "searching again"
         how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
-    size = "1 token" if repeat["tokens"] == 1 else f"{repeat['tokens']:,} tokens"
+    size = counted(repeat["tokens"], "token")
     return (f"{what} {how}: it is still in the context (about {size}). "
             f"Use that instead of {again}.")
 
