@@ -7214,14 +7214,16 @@ class Recorder:
         tokens of its thinking where the provider tells them. ``complete``: whether the output is
         final; False: a placeholder, None: not said. ``earlier``: model and usage of calls that
         were billed before it for the same response. ``fast``: billed at the price of fast mode. A
-        response that another agent told is a replay."""
+        response that another agent told is a replay: what it adds counts where it was told first."""
         identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
         call = self._calls.get((self._agent, identity))
         if call is None:
             call = self._new_call(identity, model, usage)
             call.event.duration_ms = milliseconds
-        elif usage != call.usage and usage is not None:
-            call.usage = Usage(*map(max, call.usage or usage, usage))
+        for one in (call, self._calls[self._owners[identity], identity]):
+            if usage != one.usage and usage is not None:
+                one.usage = Usage(*map(max, one.usage or usage, usage))
+            one.complete = one.complete or complete
         self._window().current = call
         for number, (its_model, its_usage) in enumerate(earlier):
             if number == len(call.earlier):
@@ -7233,7 +7235,6 @@ class Recorder:
         if thinking is not None:
             self._thought(call, thinking)
         call.thoughts = call.thoughts if thoughts is None else thoughts
-        call.complete = call.complete or complete
         call.event.rate = "fast" if fast else call.event.rate
         return call.event
 
@@ -7445,8 +7446,8 @@ class TranscriptReader:
         parents = dict(named.values())
         units: Dict[str, List[str]] = {}
         for path, (own, _) in named.items():
-            line = [own]  # of ancestors
-            while parents[line[-1]] in parents and parents[line[-1]] not in line:
+            line = [own]  # of ancestors; where it is a circle each of them leads its own
+            while parents[line[-1]] in parents and line[-1] not in line[:-1]:
                 line.append(parents[line[-1]])
             units.setdefault(line[-1], []).append(path)
         return [sorted(unit, key=lambda path: (named[path][0] != root, "archived_" in path, path))
@@ -8028,12 +8029,15 @@ class _Rollout:
         self._give_up()
 
     def _meta(self, meta: Data) -> None:
-        if not self.own:  # forks and spawned threads repeat their ancestors' after their own
-            self.own, cwd, self.version, stamp, ancestor = _texts(
-                meta, "id", "cwd", "cli_version", "timestamp", "forked_from_id")
-            self.lineage = ancestor or self.own
+        name, origin = _texts(meta, "id", "forked_from_id")
+        if not self.own:
+            self.own, cwd, self.version, stamp = name, *_texts(
+                meta, "cwd", "cli_version", "timestamp")
+            self.lineage = origin or name
             self.told.at(stamp)
-            self.told.session(self.own, cwd, self.version)
+            self.told.session(name, cwd, self.version)
+        elif name == self.lineage:  # forks repeat their ancestors' facts after their own
+            self.lineage = origin or name
 
     def _turn(self, turn: Data) -> None:
         model, name, effort, cwd = _texts(turn, "model", "turn_id", "effort", "cwd")
@@ -8071,8 +8075,8 @@ class _Rollout:
             self._metered(*spent)
 
     def _metered(self, entered: int, cached: int, write: int, output: int, thoughts: int) -> None:
-        # A fork repeats its parent's token counts: the turn's id (or the thread it was forked from)
-        # and the running total are the same in both, the time is not.
+        # A fork repeats its parent's token counts: the turn's id (or the first of the threads it
+        # goes back to) and the running total are the same in both, the time is not.
         name = self.turn if len(self.turn) > 30 else self.lineage + self.turn
         identity = f"codex:{name}:{'/'.join(map(str, self.total or (self.line,)))}"
         cached = min(cached, entered)
@@ -8712,20 +8716,14 @@ class OpenCodeReader(TranscriptReader):
                 name = _text(stored.info, "id") or path
                 if name not in known or _last_written(stored) > _last_written(known[name]):
                     known[name] = stored  # of several copies the one that was written last
-        children: Dict[str, List[str]] = {}
-        for name, stored in known.items():
-            children.setdefault(_text(stored.info, "parentID"), []).append(name)
         sessions: List[Session] = []
-        for root in known:
-            if _text(known[root].info, "parentID") not in known:
-                family = [root]
-                for member in family:  # grows while it is walked
-                    family += children.get(member, [])
-                files = list(dict.fromkeys(known[member].path for member in family))
-                told = Recorder(self, files, claim, skip)
-                for member in family:
-                    _opencode_session(told, known[member], "" if member is root else slug(member))
-                sessions += told.finish()
+        for family in self.group({name: [name, _text(stored.info, "parentID")]
+                                  for name, stored in known.items()}):
+            files = list(dict.fromkeys(known[member].path for member in family))
+            told = Recorder(self, files, claim, skip)
+            for member in family:
+                _opencode_session(told, known[member], slug(member) if member != family[0] else "")
+            sessions += told.finish()
         return sessions
 
 
@@ -8782,12 +8780,12 @@ def _opencode_session(told: Recorder, stored: _Stored, agent: str) -> None:
     for name in ("updated", "created"):
         told.at(_opencode_time(stored.info, "time", name), 1, stored.path, agent)
     told.session(*_texts(stored.info, "id", "directory", "version"))
-    for message in stored.messages:
+    for number, message in enumerate(stored.messages):
         info, parts = _as_dict(message, "info"), _dicts(message, "parts")
-        line = stored.places.get(_text(info, "id"), 1)
-        told.at(_opencode_time(info, "time", "created"), line)
+        identity = _text(info, "id") or f"{stored.path}:{_text(stored.info, 'id')}:{number}"
+        told.at(_opencode_time(info, "time", "created"), stored.places.get(identity, 1))
         if info.get("role") == "assistant":
-            _opencode_answer(told, info, parts)
+            _opencode_answer(told, identity, info, parts)
             continue
         for part in parts:
             text = _text(part, "text")
@@ -8798,7 +8796,7 @@ def _opencode_session(told: Recorder, stored: _Stored, agent: str) -> None:
     told.session(task=_text(stored.info, "title"))
 
 
-def _opencode_answer(told: Recorder, info: Data, parts: List[Data]) -> None:
+def _opencode_answer(told: Recorder, message: str, info: Data, parts: List[Data]) -> None:
     """Tell a message of the model: a call, or one for each of its steps."""
     ends = [end for end, part in enumerate(parts, 1)
             if part.get("type") == "step-finish" and any(_opencode_usage(part)[0])]
@@ -8807,21 +8805,22 @@ def _opencode_answer(told: Recorder, info: Data, parts: List[Data]) -> None:
         steps = [(parts, info)]
     for number, (step, metered) in enumerate(steps):
         usage, thoughts = _opencode_usage(metered)
-        identity = f"{info.get('id')}" + (f"/{number}" if number else "")
+        identity = f"{message}/{number}" if number else message
         if any(usage) or step and not info.get("error"):
             told.call(identity, _text(info, "modelID"), usage if any(usage) else None,
                       thoughts=thoughts or None)
         elif info.get("error"):
             told.call_failed(
                 _text(info, "error", "data", "message") or _text(info, "error", "name"))
-        for part in step:
+        for place, part in enumerate(step):
             kind, size = part.get("type"), len(_text(part, "text"))
             if kind == "text":
                 told.call(identity, "", None, text=size)
             elif kind == "reasoning" and not thoughts:
                 told.call(identity, "", None, thinking=size)
             elif kind == "tool":
-                _opencode_tool(told, part)
+                key = f"{part.get('callID')}:{part.get('id') or (identity, place)}"
+                _opencode_tool(told, key, part)
     if info.get("summary") is True:
         told.compaction(sum(len(_text(part, "text")) for part in parts))
 
@@ -8836,10 +8835,10 @@ def _opencode_usage(metered: Data) -> Tuple[Usage, int]:
     return Usage(entered, write, 0, read, output + thoughts * apart), thoughts
 
 
-def _opencode_tool(told: Recorder, part: Data) -> None:
+def _opencode_tool(told: Recorder, key: str, part: Data) -> None:
     """Tell a tool call and what it returned, unless it was still running."""
     state, name = _as_dict(part, "state"), _text(part, "tool")
-    key, arguments = f"{part.get('callID')}:{part.get('id')}", _arguments(state.get("input"))
+    arguments = _arguments(state.get("input"))
     if "patchText" in arguments:
         arguments["patch"] = arguments["patchText"]
     told.at(_opencode_time(state, "time", "start"))

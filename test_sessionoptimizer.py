@@ -4677,6 +4677,24 @@ def test_failures_told_and_what_they_keep():
     assert told.call_failed("no such model").data["kind"] == "interrupted"
 
 
+@pytest.mark.parametrize("told_first, replayed, counted", [(6, 900, 900), (900, 6, 900), (70, 70, 70)])
+def test_a_response_counts_its_largest_output_whichever_agent_told_it(tmp_path, optimizer, told_first, replayed, counted):
+    """The main file ends in mid-response, of which an aside holds the rest."""
+    main = Transcript(tmp_path)
+    main.prompt("go")
+    main.answer("m1", (10, 1_000, 0, told_first), text(40))
+    aside = Transcript(tmp_path / main.session / "subagents", "agent-aside")
+    aside.session = main.session
+    for identity, output in (("m1", replayed), ("m2", 30)):
+        aside.answer(identity, (10, 1_000, 0, output), text(40), uuid=identity, isSidechain=True, agentId="aside")
+    main.save()
+    aside.save()
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    assert (row["tokens"]["output"], row["model_calls"]) == (counted + 30, 2)
+    events = [event for event in optimizer.get_session(row["id"]).events if event.event_type is EventType.AI_RESPONSE]
+    assert [(event.agent_id, event.tokens_output) for event in events] == [("", counted), ("aside", 30)]
+
+
 def test_nothing_told_is_no_session_and_a_sum_is_laid_on_no_item():
     assert recorder().finish() == []
     told = recorder()
@@ -5220,6 +5238,20 @@ def test_a_session_without_a_start_begins_with_its_first_event(agent):
     assert agent.session().task == "Fix the loader" and agent.session().model == "default"
 
 
+@pytest.mark.parametrize("without", [0, 1, 3, 5])
+def test_no_event_is_lost_where_the_first_hooks_name_no_transcript(agent, source, without):
+    agent_path = agent.common.pop("transcript_path")
+    steps = [lambda: agent.hook("SessionStart", source="startup"), lambda: agent.hook("UserPromptSubmit", prompt="go"),
+             lambda: agent.read(source), lambda: agent.bash("ls"), lambda: agent.hook("Stop", last_assistant_message="Done.")]
+    for number, step in enumerate(steps):
+        if number == without:
+            agent.common["transcript_path"] = agent_path
+            transcript_of(agent)
+        step()
+    assert [event.event_type.name for event in agent.session().events] == [
+        "SESSION_START", "USER_MESSAGE", "FILE_READ", "SEARCH", "AI_RESPONSE"]
+
+
 def test_the_store_keeps_no_prompt_and_no_output(agent, source):
     agent.hook("SessionStart", source="startup")
     agent.hook("UserPromptSubmit", prompt=PROMPT)
@@ -5470,6 +5502,33 @@ def test_all_queries_of_a_web_search_are_compared(optimizer, tmp_path, queries, 
     assert [issue["issue_type"] == "REPEATED_SEARCH" for issue in row["issues"] if issue["measured"]] == [True] * repeated
 
 
+def rollout(folder, name, metas, totals, turn=""):
+    """A rollout: facts of the thread and of those it goes back to, then calls by their running totals."""
+    items = [("session_meta", dict(meta, cwd="/p", cli_version="0.98.0")) for meta in metas]
+    items.append(("turn_context", {"model": "gpt-5", "turn_id": turn}))
+    for total in totals:
+        items.append(("response_item", {"type": "message", "role": "assistant", "content": [{"text": "so"}]}))
+        items.append(("event_msg", {"type": "token_count", "info": {"total_token_usage": {
+            "input_tokens": 1_000 * total, "output_tokens": 10 * total}}}))
+    write(str(folder / ("rollout-%s.jsonl" % name)), "".join(json.dumps(
+        {"timestamp": "2026-11-20T%s:00:%02dZ" % (name, second), "type": kind, "payload": payload}) + "\n"
+        for second, (kind, payload) in enumerate(items)))
+
+
+@pytest.mark.parametrize("forked, calls", [(True, 4), (False, 9)])
+@pytest.mark.parametrize("turn", ["", "1"])
+def test_a_fork_of_a_fork_counts_its_own_calls_alone(optimizer, tmp_path, turn, forked, calls):
+    """Each repeats the facts and the token counts of all it goes back to; threads that only have the same totals are
+    others."""
+    metas = []
+    for number, name in enumerate(("10", "11", "12"), 1):
+        origin = {"forked_from_id": "thread-%d" % (number - 1)} if forked and number > 1 else {}
+        metas.insert(0, dict(origin, id="thread-%d" % number))
+        rollout(tmp_path, name, metas if forked else metas[:1], [1, 2, 3, 4][:number + 1], turn)
+    result = optimizer.scan([str(tmp_path)])
+    assert (len(result["sessions"]), result["totals"]["model_calls"]) == (3, calls)
+
+
 def hooks_of(path):
     """The hook payloads that the calls of a transcript would have made, by the line of the call."""
     calls, payloads = {}, {}
@@ -5612,6 +5671,40 @@ def test_a_message_of_several_steps_is_several_calls(optimizer, tmp_path):
     after, = told_by(optimizer, tmp_path)
     assert after[2] == before[2] + 1
     assert after[1]["uncached_input"] == before[1]["uncached_input"] + 7
+
+
+@pytest.mark.parametrize("parents, rows", [
+    ((None, 0), 1), ((1, 0), 2), ((0, 0), 1), ((1, 0, 0), 2), ((None, 0, 1), 1), ((2, 0, 1), 3)])
+@pytest.mark.parametrize("shape", ["exports", "database"])
+def test_sessions_that_are_each_others_parent_are_read(optimizer, tmp_path, parents, rows, shape):
+    """None of a circle is a sub-agent; what hangs on it, and on a session without a parent, is."""
+    export, = opencode_exports("opencode-read-twice")
+    exports = []
+    for number, parent in enumerate(parents):
+        copy = json.loads(json.dumps(export).replace("ses_", "ses_%d" % number).replace("msg_", "msg_%d" % number))
+        copy["info"]["parentID"] = None if parent is None else copy["info"]["id"].replace("ses_%d" % number, "ses_%d" % parent, 1)
+        exports.append(copy)
+        if shape == "exports":
+            write(str(tmp_path / ("%d.json" % number)), json.dumps(copy))
+    if shape == "database":
+        opencode_database(tmp_path / "opencode.db", exports).close()
+    (_, _, calls, _, _, _), = told_by(optimizer, os.path.join(OPENCODE_SAMPLES, "opencode-read-twice"))
+    found = told_by(optimizer, tmp_path)
+    assert len(found) == rows and sum(told[2] for told in found) == calls * len(parents)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_messages_without_an_id_count_each(optimizer, tmp_path, named):
+    export, = opencode_exports("opencode-read-twice")
+    expected = told_by(optimizer, os.path.join(OPENCODE_SAMPLES, "opencode-read-twice"))
+    for message in [] if named else export["messages"]:
+        del message["info"]["id"]
+        for part in message["parts"]:
+            part.pop("id", None)
+            part.pop("callID", None)
+    for name in "ab" if named else "a":  # a copy of a message is the same one
+        write(str(tmp_path / (name + ".json")), json.dumps(export))
+    assert told_by(optimizer, tmp_path) == expected
 
 
 def test_a_database_of_another_kind_is_no_transcript(optimizer, tmp_path):
