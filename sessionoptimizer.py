@@ -4217,9 +4217,10 @@ def dollars(amount: float) -> str:
     return f"{'-' * (amount < 0)}${size}"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts: "1 session", "2,000 sessions"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: int, noun: str, form: str = ",") -> str:
+    """A number and what it counts: "1 session", "2,000 sessions"; "+1 session" in the form
+    "+,"."""
+    return f"{number:{form}} {noun}{'s' * (abs(number) != 1)}"
 
 
 def bar(part: float, whole: float, width: int = 24) -> str:
@@ -4399,10 +4400,11 @@ def rows_of_agent(rows: Rows, agent: Optional[str]) -> Rows:
     return [row for row in rows if not agent or row["agent"].upper() == str(agent).upper()]
 
 
-def selection(rows: Rows) -> Data:
-    """What there is before anything is filtered: how many sessions, the newest, and the agents."""
+def selection(rows: Rows, only_stored: int = 0) -> Data:
+    """What there is before anything is filtered: how many sessions, the newest, the agents, and how
+    many more the store alone has, since their transcripts are gone."""
     newest = max((_day(row["last_at"]) for row in rows), default="")
-    return {"sessions": len(rows), "newest": newest,
+    return {"sessions": len(rows), "newest": newest, "only_stored": only_stored,
             "agents": sorted({row["agent"] for row in rows})}
 
 
@@ -4719,17 +4721,21 @@ def json_report(session: Session, report: OptimizationReport) -> str:
 def _scan_sections(result: Data, most: int, by: Iterable[str] = (),
                    *more: Section) -> List[Section]:
     rows, skipped = result["sessions"], _skipped_lines(result["skipped"])
+    found, facts = result.get("found") or selection(rows), []
+    if result.get("changes"):
+        facts.append(("Changed", result["changes"]))
+    if found.get("only_stored"):
+        facts.append(("Stored", f"{counted(found['only_stored'], 'more session')} in the store "
+                                "alone: transcript gone. `stats` and `list` count all"))
     if not rows:
-        found = result.get("found") or {"sessions": 0}
-        number, newest = counted(found["sessions"], "session"), found.get("newest")
-        some = [f"{number}, none of them as asked for; the newest is of "
-                f"{newest or 'an unknown day'}"] if found["sessions"] else []
-        return [Section("No sessions found", lines=some + skipped or ["Nothing to read here."])]
-    bill, changes = result.get("bill", {}), result.get("changes")
+        some = [f"{counted(found['sessions'], 'session')}, none of them as asked for; the newest "
+                f"is of {found['newest'] or 'an unknown day'}"] if found["sessions"] else []
+        return [Section("No sessions found", facts, lines=some + skipped
+                        or ["Nothing to read here."])]
+    bill = result.get("bill", {})
     return [
         *bill_sections(bill, date_range(rows)), *more, advice_section(result.get("advice", [])),
-        Section("Sessions", headline(result["totals"], rows)
-                + [("Changed", changes)] * bool(changes)),
+        Section("Sessions", headline(result["totals"], rows) + facts),
         *(group_section(grouped(rows, name, bill), name) for name in by),
         _kinds_section(rows), _worst_section(rows, most),
         Section("Notes", lines=_scan_notes(rows) + skipped)]
@@ -9529,6 +9535,8 @@ class TranscriptScan:
         self.scope: List[str] = []  # the units that the paths of this scan hold
         self.changed: List[str] = []
         self.dropped: List[str] = []  # units whose files have moved or now belong to others
+        self.gone: List[str] = []  # units below the paths of this scan whose transcript is gone
+        self._last = "", files  # what marks a scan of these paths, and where the last one's sums are
         self.told: Data = {}  # of the units read: outputs by id of a response
         self._news: Data = {}  # files the state does not know so
 
@@ -9539,6 +9547,11 @@ class TranscriptScan:
             paths = [root for reader in READERS for root in reader.roots() if os.path.exists(root)]
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         self.look(find_transcripts(roots), set(map(os.path.abspath, roots)))
+        folders = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
+        self.gone = [name for name in self.units.keys() - set(self.scope)
+                     if name.startswith(folders) and not os.path.exists(name)]
+        if all(map(os.path.isdir, roots)):
+            self._last = _encode(["last scan", *sorted(folders)]), self._last[1]
 
     def look(self, found: Iterable[Tuple[str, int, int]], named: Any = ()) -> None:
         """Compare what is there with the state; sets ``scope`` and ``changed``. Files that somebody
@@ -9710,10 +9723,31 @@ class TranscriptScan:
                        or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
                   and (not project or project in row["project"] or project in row["path"])]
         skipped = [entry for unit in self.scope for entry in self.units[unit]["skipped"]]
-        changes = _changes_text(before, rows) if before else ""
+        kept = list(self.state.units_of_rows().values()) if self.state and self.gone else []
+        found = selection(rows, sum(map(kept.count, self.gone)))
         with _CollectorPaused():
-            return dict(scan_result(chosen, skipped + self.skipped), changes=changes,
-                        found=selection(rows))
+            return dict(scan_result(chosen, skipped + self.skipped), found=found,
+                        changes=self._changes(before, rows))
+
+    def _changes(self, before: Rows, after: Rows) -> str:
+        """What is new, or gone, since the last scan of these folders (of others: since the rows
+        were as before), in words; keeps the sums for the next one."""
+        key, known = self._last
+        now, last = scan_totals(after), known.get(key) or scan_totals(before)
+        sums = {name: now[name] for name in ("sessions", "model_calls", "estimated_cost", "tokens")}
+        if key and self.state and known.get(key) != sums:
+            with suppress(StorageError):  # a store for reading only
+                self.state.save_scan({key: sums}, {}, {}, {}, (), 0)
+        if not last["sessions"]:
+            return ""
+        news = {name: sums[name] - last[name] for name in sums if name != "tokens"}
+        news["tokens"] = sum(sums["tokens"].values()) - sum(last["tokens"].values())
+        if not any(news.values()):
+            return "nothing since the last scan"
+        parts = [counted(news["sessions"], "session", "+,"),
+                 counted(news["model_calls"], "model call", "+,"),
+                 counted(news["tokens"], "token", "+,"), f"{news['estimated_cost']:+.4f} USD"]
+        return f"since the last scan: {', '.join(parts)}"
 
 
 def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]]) -> Data:
@@ -9809,20 +9843,11 @@ def _replaceable(store: Store, session_id: str, path: str) -> bool:
     except (StorageError, SessionNotFound):
         return False
     transcript, source = metadata.get("transcript_path"), metadata.get("source")
+    if metadata.get("live") and not transcript:
+        return True  # its hooks did not name the transcript, whose id it has
     if transcript is not None and os.path.realpath(str(transcript)) == os.path.realpath(path):
         return True
     return isinstance(source, dict) and source.get("path") == path
-
-
-def _changes_text(before: Rows, after: Rows) -> str:
-    """What a later scan found new, in words; "nothing" when all is as it was."""
-    old, new = scan_totals(before), scan_totals(after)
-    if old == new:
-        return "nothing since the last scan"
-    tokens = sum(new["tokens"].values()) - sum(old["tokens"].values())
-    return (f"since the last scan: {new['sessions'] - old['sessions']:+,} sessions, "
-            f"{new['model_calls'] - old['model_calls']:+,} model calls, {tokens:+,} tokens, "
-            f"{new['estimated_cost'] - old['estimated_cost']:+.4f} USD")
 
 
 # ==================================================================================================
@@ -10961,7 +10986,8 @@ def _scan_text(options: Any, result: Data) -> str:
     sections = _scan_sections(result, 8, [options.by] * bool(options.by))
     if not result["found"]["sessions"] and not options.paths:
         places = (root for reader in READERS for root in reader.roots())
-        sections = [Section("No transcripts found", [("Looked in", ", ".join(places))], lines=[
+        looked = ("Looked in", ", ".join(places))
+        sections = [Section("No transcripts found", [looked, *sections[0].facts], lines=[
             "Give a path: sessionoptimizer scan PATH"])]
     elif result["sessions"] and not result["changes"] and not options.no_store:
         sections.append(Section("Kept, also when the agent deletes its transcripts", lines=[

@@ -5458,6 +5458,24 @@ def test_a_scan_replaces_the_estimates_in_place(agent):
     assert agent.optimizer.analyze(agent.id).notes == []
 
 
+@pytest.mark.parametrize("begun", ["by a hook without its path", "by hand"])
+def test_a_scan_takes_the_place_of_what_hooks_logged_without_a_path(optimizer, tmp_path, begun):
+    """What was logged by hand under the same id stays beside it."""
+    transcript = tiny(tmp_path / "t")
+    agent = Agent(optimizer, tmp_path, transcript.session)
+    agent.common["transcript_path"] = ""
+    if begun == "by hand":
+        optimizer.start_session("forge", "mine", session_id=agent.id)
+    else:
+        del agent.common["transcript_path"]
+        agent.hook("UserPromptSubmit", prompt=PROMPT)
+    row, = optimizer.scan([transcript.save()])["sessions"]
+    ids = sorted(session.id for session in optimizer.list_sessions())
+    assert ids == ([agent.id, agent.id + "-2"] if begun == "by hand" else [agent.id]) and row["id"] == ids[-1]
+    assert optimizer.get_session(row["id"]).total_tokens == row["total_tokens"] > 0
+    assert optimizer.scan([transcript.path])["changes"] == "nothing since the last scan"
+
+
 def test_a_scan_in_the_middle_and_one_at_the_end(agent):
     agent.hook("UserPromptSubmit", prompt="Fix the loader")
     path = transcript_of(agent, reads=1)
@@ -5947,7 +5965,7 @@ def test_a_second_scan_reads_only_what_changed(tmp_path, optimizer, monkeypatch)
     second.save()
     del reads[:]
     later = optimizer.scan([str(tmp_path / "p")])
-    assert reads == [[second.path]] and "+0 sessions, +1 model calls, +1,172 tokens" in later["changes"]
+    assert reads == [[second.path]] and "+0 sessions, +1 model call, +1,172 tokens" in later["changes"]
     consistent(later, optimizer)
     os.utime(first.path, ns=(1, 1))
     del reads[:]
@@ -5955,6 +5973,49 @@ def test_a_second_scan_reads_only_what_changed(tmp_path, optimizer, monkeypatch)
     del reads[:]
     optimizer.scan([str(tmp_path / "p")], again=True)
     assert len(reads) == 2
+
+
+def test_a_scan_says_what_went_and_what_came_back(tmp_path, optimizer):
+    first, second, third = (tiny(tmp_path / "p", name=f"{digit * 8}-2222-4333-8444-555555555555") for digit in "789")
+    for transcript in (first, second, third):
+        transcript.save()
+
+    def scan():
+        found = optimizer.scan([str(tmp_path / "p")])
+        return found["changes"], found["found"]["only_stored"]
+
+    assert scan() == ("", 0) and scan() == ("nothing since the last scan", 0)
+    os.rename(first.path, first.path + ".away")
+    gone, stored = scan()
+    assert gone.startswith("since the last scan: -1 session, -2 model calls, -2,250 tokens, -0.")
+    assert stored == 1 and scan() == ("nothing since the last scan", 1) and len(optimizer.list_sessions()) == 3
+    optimizer.scan([second.path])  # of one file alone: the folder's last scan stays what it was
+    os.rename(first.path + ".away", first.path)
+    back, stored = scan()
+    assert back.startswith("since the last scan: +1 session, +2 model calls, +2,250 tokens, +0.") and stored == 0
+    for transcript in (second, third):
+        optimizer.delete_session(transcript.session)
+    os.remove(third.path)  # deleted on purpose: not only stored
+    assert scan()[0].startswith("since the last scan: -2 sessions, -4 model calls, ")
+    assert scan() == ("nothing since the last scan", 0)
+    os.remove(first.path), os.remove(second.path)
+    empty = optimizer.scan([str(tmp_path / "p")])
+    shown = so.scan_report(empty)
+    assert "NO SESSIONS FOUND" in shown and "1 more session in the store alone" in " ".join(shown.split())
+    assert optimizer.agent_statistics("", 9_000)["sessions_analyzed"] == 1
+    assert optimizer.scan([str(tmp_path / "p")], store=False)["found"]["only_stored"] == 0
+
+
+def test_what_a_scan_changed_is_told_of_a_store_for_reading_only(tmp_path, optimizer, monkeypatch):
+    path = tiny(tmp_path / "p").save()
+    optimizer.scan([str(tmp_path / "p")])
+    os.remove(path)
+
+    def refuse(*_):
+        raise StorageError("state.sqlite3", "it is for reading only", "make it writable")
+    monkeypatch.setattr(so.State, "save_scan", refuse)
+    for _ in range(2):
+        assert optimizer.scan([str(tmp_path / "p")])["changes"].startswith("since the last scan: -1 session, ")
 
 
 def read_apart(paths, seed=0):
