@@ -66,6 +66,7 @@ from _thread import RLock
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, namedtuple
 from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -7220,7 +7221,8 @@ class Recorder:
         tokens of its thinking where the provider tells them. ``complete``: whether the output is
         final; False: a placeholder, None: not said. ``earlier``: model and usage of calls that
         were billed before it for the same response. ``fast``: billed at the price of fast mode. A
-        response that another agent told is a replay: what it adds counts where it was told first."""
+        response that another agent told is a replay: what it adds counts where it was told first.
+        """
         identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
         call = self._calls.get((self._agent, identity))
         if call is None:
@@ -7426,10 +7428,14 @@ class TranscriptReader:
 
     name = agent = ""
     stamp = rb'"timestamp"\s*:\s*"([^"]{4,40})"'  # how a time is written
+    home = ("", "", "")  # environment variable, where it is not set; folders in there
 
     def roots(self) -> List[str]:
-        """Directories where the agent keeps its transcripts; none by default."""
-        return []
+        """Where the agent keeps its transcripts: the folders in its homes; none by default."""
+        variable, usual, folders = self.home
+        homes = filter(str.strip, (os.environ.get(variable) or usual).split(","))
+        return [os.path.join(os.path.expanduser(home.strip()), folder)
+                for home in homes for folder in folders.split()]
 
     def detect(self, path: str, head: bytes) -> bool:
         """Whether a file that begins with ``head`` (at most 64 KB, cut anywhere) is in this
@@ -7480,14 +7486,14 @@ class TranscriptReader:
 _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 MAX_LINE = 1 << 26    # bytes of a line, or of a file that is one document; larger ones are named
 _TOO_LONG = f"longer than {MAX_LINE >> 20} MB: left out"
-_OPENER: Any = []     # a context variable with what opens transcripts, made when it is first set
+_OPENER: Any = ContextVar("opener", default=open)  # what opens transcripts
 
 
 def open_transcript(path: str, buffering: int = -1) -> Any:
     """A transcript opened for reading bytes, by what `read_session_files` was given. OSError when
     it cannot be, and for pipes and devices, which could block or never end."""
-    opener = _OPENER[0].get() if _OPENER else None
-    if opener is not None:
+    opener = _OPENER.get()
+    if opener is not open:
         import io
         # Some have no readline(size).
         return io.BufferedReader(opener(path, "rb"), max(buffering, 1 << 13))
@@ -7501,21 +7507,15 @@ def open_transcript(path: str, buffering: int = -1) -> Any:
         raise
 
 
-class _Opening:
+@contextmanager
+def _opening(opener: Any) -> Iterator[None]:
     """Context in which ``opener(path, "rb")`` opens transcripts; the built-in open stands for the
     disk."""
-
-    def __init__(self, opener: Any):
-        self.opener = None if opener is open else opener
-
-    def __enter__(self) -> None:
-        if not _OPENER:
-            from contextvars import ContextVar
-            _OPENER.append(ContextVar("opener", default=None))
-        self.token = _OPENER[0].set(self.opener)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        _OPENER[0].reset(self.token)
+    token = _OPENER.set(opener)
+    try:
+        yield
+    finally:
+        _OPENER.reset(token)
 
 
 def _head_of(path: str, size: int = _HEAD_SIZE) -> bytes:
@@ -7671,11 +7671,7 @@ class ClaudeCodeReader(TranscriptReader):
 
     name = "claude-code"
     agent = "CLAUDE-CODE"
-
-    def roots(self) -> List[str]:
-        homes = os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude,~/.config/claude"
-        return [os.path.join(os.path.expanduser(home.strip()), "projects")
-                for home in homes.split(",") if home.strip()]
+    home = ("CLAUDE_CONFIG_DIR", "~/.claude,~/.config/claude", "projects")
 
     def detect(self, path: str, head: bytes) -> bool:
         marks = (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')
@@ -7713,7 +7709,7 @@ class _ClaudeSession:
     def __init__(self, told: Recorder):
         self.told = told
         self.final: Optional[bool] = None  # whether an output without a stop reason is the last
-        self.facts: Texts = {}             # of the first line that has each
+        self.facts = {"sessionId": "", "cwd": "", "version": ""}  # of the first line with each
         self.command = ""                  # the first slash command, for want of a prompt
         self.mode = self.marker = ""       # of permissions; a hook that ran since the last call
         self.agent = ""                    # whose line is told
@@ -7747,7 +7743,7 @@ class _ClaudeSession:
             self.told.returned(key, None, len(text.split(b'"toolUseResult"')[0]), cut=True)
 
     def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
-        if len(self.facts) < 3:
+        if not all(self.facts.values()):
             self._note_facts(entry)
         kind = _text(entry, "type")
         if kind in ("progress", "attachment"):
@@ -7767,12 +7763,10 @@ class _ClaudeSession:
                      overhead=_OVERHEAD.get(agent.partition("-")[0], ""))
 
     def _note_facts(self, entry: Data) -> None:
-        names = ("sessionId", "cwd", "version")
-        found = {name: text for name, text in zip(names, _texts(entry, *names)) if text}
-        self.facts = {**found, **self.facts}
-        identity, cwd, version = _texts(self.facts, *names)
-        self.told.session(identity, cwd, version)
-        numbers = map(int, re.findall(r"\d{1,9}", version)[:3])
+        for name, known in self.facts.items():
+            self.facts[name] = known or _text(entry, name)
+        self.told.session(*self.facts.values())
+        numbers = map(int, re.findall(r"\d{1,9}", self.facts["version"])[:3])
         self.final = False if tuple(numbers) >= _PLACEHOLDERS_FROM else None
 
     def _agent_of(self, entry: Data, own: str) -> str:
@@ -7977,10 +7971,7 @@ class CodexReader(TranscriptReader):
 
     name = "codex"
     agent = "CODEX"
-
-    def roots(self) -> List[str]:
-        home = os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex")
-        return [os.path.join(home, "sessions"), os.path.join(home, "archived_sessions")]
+    home = ("CODEX_HOME", "~/.codex", "sessions archived_sessions")
 
     def detect(self, path: str, head: bytes) -> bool:
         return b'"parentUuid"' not in head and bool(_ROLLOUT.search(head))
@@ -8254,10 +8245,7 @@ class GeminiReader(TranscriptReader):
     name = "gemini-cli"
     agent = "GEMINI-CLI"
     stamp = rb'"(?:timestamp|startTime)"\s*:\s*"([^"]{4,40})"'
-
-    def roots(self) -> List[str]:
-        home = os.environ.get("GEMINI_CLI_HOME") or os.path.expanduser("~")
-        return [os.path.join(home, ".gemini", "tmp")]
+    home = ("GEMINI_CLI_HOME", "~", os.path.join(".gemini", "tmp"))
 
     def detect(self, path: str, head: bytes) -> bool:
         start = head[:4096]
@@ -9250,7 +9238,7 @@ def describe_transcript(path: str, open: Any = open) -> Data:
     facts = {"path": path, "size": 0, "reader": "", "reason": "", "kin": [],
              "order": ["~", "~", path]}
     try:
-        with _Opening(open), open_transcript(path, _HEAD_SIZE) as file:
+        with _opening(open), open_transcript(path, _HEAD_SIZE) as file:
             head = file.read(_HEAD_SIZE) or b""
             facts["size"] = size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _HEAD_SIZE))
@@ -9325,7 +9313,7 @@ def read_unit(facts: Sequence[Data], elsewhere: Any, tell: _Tell, open: Any = op
     found: Data = {"rows": []}
     try:
         reader = next(reader for reader in READERS if reader.name == facts[0]["reader"])
-        with _Opening(open):
+        with _opening(open):
             sessions = reader.read([file["path"] for file in facts], claim, skip)
             for session in sessions:
                 tell(session, found)
