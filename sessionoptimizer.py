@@ -64,7 +64,7 @@ import time
 import warnings
 from _thread import RLock
 from bisect import bisect_left, bisect_right
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -6520,6 +6520,53 @@ class _SeenLines:
         return [sum(same), size] if 10 * min(len(same) / len(lines), sum(same) / size) >= 9 else []
 
 
+def _under(value: Any, keys: Iterable[str]) -> Any:
+    """What stands under these keys, one inside the other; None where it is not there."""
+    for key in keys:
+        value = value.get(key) if value.__class__ is dict else None
+    return value
+
+
+def _text(value: Any, *keys: str) -> str:
+    """What stands under the keys where it is a text, else ""."""
+    for key in keys:  # not by `_under`: this is called for every field of every line
+        value = value.get(key) if value.__class__ is dict else None
+    return value if value.__class__ is str else ""
+
+
+def _texts(value: Any, *names: str) -> List[str]:
+    """What stands under each of these keys of an object, "" for what is no text."""
+    return [_text(value, name) for name in names]
+
+
+def _first_text(value: Any, *names: str) -> str:
+    """The first of these keys' values that is a text and says something; "" where none is."""
+    return next(filter(None, _texts(value, *names)), "")
+
+
+def _counts(value: Any, *names: str) -> List[int]:
+    """The token counts under these keys of an object, each 0 where there is none (`_count_of`)."""
+    value = _as_dict(value)
+    return [_count_of(value.get(name)) for name in names]
+
+
+def _as_dict(value: Any, *keys: str) -> Data:
+    """What stands under the keys where it is an object, else an empty one."""
+    for key in keys:
+        value = value.get(key) if value.__class__ is dict else None
+    return value if value.__class__ is dict else {}
+
+
+def _as_list(value: Any, *keys: str) -> List[Any]:
+    value = _under(value, keys)
+    return value if value.__class__ is list else []
+
+
+def _dicts(value: Any, *keys: str) -> List[Data]:
+    """The objects of the list under the keys; none where there is no list."""
+    return [part for part in _as_list(value, *keys) if part.__class__ is dict]
+
+
 def plain_lines(text: str) -> List[str]:
     """The lines of what a read returned, without the numbers some tools put before them."""
     numbered = _NUMBERED.match(text)
@@ -6909,15 +6956,14 @@ class _Tool:
         self.given = _arguments(arguments)
         self.step, self.calls = window.add(event), window.calls
 
-    def describe(self, kind: str) -> None:
+    def describe(self) -> None:
         """What the call reads, searches, writes or changes."""
         tool, given = self.data["tool"].lower(), self.given
-        kind = kind or TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool[:5] == "mcp__" else tool, "")
-        path = self._text(
-            "file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
+        kind = TOOL_KINDS.get(tool.rsplit("__", 1)[-1] if tool[:5] == "mcp__" else tool, "")
+        path = _first_text(
+            given, "file_path", "notebook_path", "path", "filePath", "absolute_path", "dir_path")
         place = canonical_path(path, self.cwd) if path else ""
         command = given.get("command") or given.get("cmd") or given.get("script")
-        several = given.get("include") or given.get("paths")
         if kind == "shell" and command:
             self._command(command)
         elif kind == "search":
@@ -6926,10 +6972,8 @@ class _Tool:
             part = {key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))}
             self._becomes(EventType.FILE_READ, file_path=place,
                           pages=str(given.get("pages") or "")[:40], **part)
-        elif kind == "read" and several.__class__ is list:
-            self._read([name for name in several if name.__class__ is str])
         elif kind == "write":
-            names = [path] if path else patched_paths(self._text("input", "patch"))
+            names = [path] if path else patched_paths(_first_text(given, "input", "patch"))
             paths = [canonical_path(name, self.cwd) for name in names]
             self._becomes(EventType.FILE_WRITE, changes=paths or ["*"],
                           file_path="".join(paths[:1]))
@@ -6937,7 +6981,7 @@ class _Tool:
             self.data["changes"] = [] if kind or _QUERY_TOOL.search(tool) else ["?"]
             if tool.startswith("mcp_"):
                 self.keep(file_path="" if kind == "harmless" else place,
-                          query=_short(self._text("query", "pattern", "url")))
+                          query=_short(_first_text(given, "query", "pattern", "url")))
 
     def _becomes(self, event_type: EventType, **data: Any) -> None:
         self.event.event_type = event_type
@@ -6947,20 +6991,8 @@ class _Tool:
         """Keep what says something."""
         self.data.update((name, value) for name, value in data.items() if value)
 
-    def _text(self, *names: str) -> str:
-        return next((self.given[n] for n in names if self.given.get(n).__class__ is str), "")
-
-    def _read(self, several: List[str]) -> None:
-        """With patterns among the files it is a search."""
-        names = " ".join(several)
-        if re.search(r"[*?\[{]", names):
-            self._becomes(EventType.SEARCH, query=_short(names))
-        elif names:
-            reads = [[canonical_path(name, self.cwd), 1, None] for name in several]
-            self._becomes(EventType.FILE_READ, reads=reads, file_path=reads[0][0])
-
     def _command(self, command: Any) -> None:
-        cwd = self._text("workdir", "dir_path") or self.cwd
+        cwd = _first_text(self.given, "workdir", "dir_path") or self.cwd
         effects = shell_effects(command, cwd)
         text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
@@ -7096,8 +7128,8 @@ class Recorder:
         self._calls: Dict[Tuple[str, str], _Call] = {}  # by agent and id
         self._owners: Dict[str, str] = {}               # by id of a response: who told it first
         self._tools: Dict[str, _Tool] = {}
-        self._counters: Dict[str, int] = {}
-        self._models: Dict[str, int] = {}               # calls of the main agent by model
+        self._counters: Data = Counter()
+        self._models: Any = Counter()                   # calls of the main agent by model
         self._source: Data = {}
         self._place: Data = {"line": 0}
 
@@ -7134,7 +7166,7 @@ class Recorder:
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter of the session's metadata, such as ``damaged_lines``."""
         if by:
-            self._counters[name] = self._counters.get(name, 0) + by
+            self._counters[name] += by
 
     def skip(self, path: str, line: int, reason: str) -> None:
         """A line is damaged: it is counted and named."""
@@ -7213,7 +7245,7 @@ class Recorder:
     def call(self, identity: str, model: str, usage: Optional[Usage], *, text: int = 0,
              thinking: Optional[int] = None, thoughts: Optional[int] = None,
              complete: Optional[bool] = True, earlier: Iterable[Tuple[str, Usage]] = (),
-             fast: bool = False, milliseconds: int = 0) -> SessionEvent:
+             fast: bool = False) -> SessionEvent:
         """A response, or more of one: told again it is the same, and its largest usage counts
         (None: its usage is not known). What is told next of this agent belongs to it.
 
@@ -7224,10 +7256,7 @@ class Recorder:
         response that another agent told is a replay: what it adds counts where it was told first.
         """
         identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
-        call = self._calls.get((self._agent, identity))
-        if call is None:
-            call = self._new_call(identity, model, usage)
-            call.event.duration_ms = milliseconds
+        call = self._calls.get((self._agent, identity)) or self._new_call(identity, model, usage)
         for one in (call, self._calls[self._owners[identity], identity]):
             if usage != one.usage and usage is not None:
                 one.usage = Usage(*map(max, one.usage or usage, usage))
@@ -7280,18 +7309,16 @@ class Recorder:
         """Whether a response counts in this session; if so, note its model."""
         counted = self._claim(event.data["response_id"], usage.output)
         if counted:
-            model = event.model or "default"
-            self._models[model] = self._models.get(model, 0) + (not event.agent_id)
+            self._models[event.model or "default"] += not event.agent_id
         else:
             self.count("calls_elsewhere")
         return counted
 
     def tool(self, key: str, name: str, arguments: Any, size: Optional[int] = None, *,
-             kind: str = "", response: str = "", milliseconds: int = 0) -> SessionEvent:
+             response: str = "") -> SessionEvent:
         """The response that was told last calls a tool; told twice it is one. ``size``: characters
-        of the call (None: those of its name and arguments as JSON). ``kind``: what the tool does
-        where its name does not tell (`TOOL_KINDS`). ``response``: the id of the response where
-        none was told. ``milliseconds``: how long it took; 0: until it returns."""
+        of the call (None: those of its name and arguments as JSON). ``response``: the id of the
+        response where none was told."""
         if key and key in self._tools:
             return self._tools[key].event
         call = self._window().current
@@ -7299,8 +7326,7 @@ class Recorder:
         event = self._event(EventType.TOOL_CALL, call.event.model if call else "", tool=name,
                             response_id=response)
         tool = self._add_tool(key or f"#{len(self._tools)}", event, arguments)
-        tool.describe(kind)
-        event.duration_ms = milliseconds
+        tool.describe()
         if call:
             size = len(name) + len(_to_json(tool.given)) if size is None else size
             call.parts.append((size, event))
@@ -7391,8 +7417,7 @@ class Recorder:
                 text = sum(size for size, _ in call.parts)
                 low = call.complete is None and 8 * call.usage.output < text
                 self.count("output_lower_bound_calls", low or call.complete is False)
-        models = self._models
-        return max(models, key=lambda name: models[name]) if models else "default"
+        return max(self._models, key=self._models.get, default="default")
 
     def _joined(self) -> Events:
         """The events of all agents in one order: by time, and each agent's own order kept."""
@@ -7481,7 +7506,7 @@ class TranscriptReader:
         raise NotImplementedError
 
 
-# -- what readers share: files, and the values in them
+# -- what readers share: files
 
 _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 MAX_LINE = 1 << 26    # bytes of a line, or of a file that is one document; larger ones are named
@@ -7497,14 +7522,9 @@ def open_transcript(path: str, buffering: int = -1) -> Any:
         import io
         # Some have no readline(size).
         return io.BufferedReader(opener(path, "rb"), max(buffering, 1 << 13))
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        return open(fd, "rb", buffering)
-    except BaseException:
-        os.close(fd)
-        raise
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return open(path, "rb", buffering)
 
 
 @contextmanager
@@ -7518,13 +7538,11 @@ def _opening(opener: Any) -> Iterator[None]:
         _OPENER.reset(token)
 
 
-def _head_of(path: str, size: int = _HEAD_SIZE) -> bytes:
+def _head_of(path: str) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
-    try:
-        with open_transcript(path) as file:
-            return file.read(size) or b""
-    except OSError:
-        return b""
+    with suppress(OSError), open_transcript(path) as file:
+        return file.read(_HEAD_SIZE) or b""
+    return b""
 
 
 def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
@@ -7587,53 +7605,6 @@ def places_of(path: str, key: bytes) -> Dict[Any, int]:
         for identity in re.findall(rb'"(?:%s)"\s*:\s*"([^"]{1,200})"' % key, line):
             found.setdefault(identity.decode("utf-8", "replace"), number)
     return found
-
-
-def _under(value: Any, keys: Iterable[str]) -> Any:
-    """What stands under these keys, one inside the other; None where it is not there."""
-    for key in keys:
-        value = value.get(key) if value.__class__ is dict else None
-    return value
-
-
-def _text(value: Any, *keys: str) -> str:
-    """What stands under the keys where it is a text, else ""."""
-    for key in keys:  # not by `_under`: this is called for every field of every line
-        value = value.get(key) if value.__class__ is dict else None
-    return value if value.__class__ is str else ""
-
-
-def _texts(value: Any, *names: str) -> List[str]:
-    """What stands under each of these keys of an object, "" for what is no text."""
-    return [_text(value, name) for name in names]
-
-
-def _first_text(value: Any, *names: str) -> str:
-    """The first of these keys' values that is a text and says something; "" where none is."""
-    return next(filter(None, _texts(value, *names)), "")
-
-
-def _counts(value: Any, *names: str) -> List[int]:
-    """The token counts under these keys of an object, each 0 where there is none (`_count_of`)."""
-    value = _as_dict(value)
-    return [_count_of(value.get(name)) for name in names]
-
-
-def _as_dict(value: Any, *keys: str) -> Data:
-    """What stands under the keys where it is an object, else an empty one."""
-    for key in keys:
-        value = value.get(key) if value.__class__ is dict else None
-    return value if value.__class__ is dict else {}
-
-
-def _as_list(value: Any, *keys: str) -> List[Any]:
-    value = _under(value, keys)
-    return value if value.__class__ is list else []
-
-
-def _dicts(value: Any, *keys: str) -> List[Data]:
-    """The objects of the list under the keys; none where there is no list."""
-    return [part for part in _as_list(value, *keys) if part.__class__ is dict]
 
 
 def _time_text(value: Any) -> str:
@@ -8604,9 +8575,10 @@ class _Conversation:
             told.call_failed(span.message)
             return
         answers = _messages(span.given.get("gen_ai.output.messages"))
-        told.call(span.identity, span.model, usage if span.has_usage else None,
-                  text=sum(_content(parts)[1] for _, parts in answers),
-                  thoughts=min(thoughts, output), milliseconds=(span.end - span.start) // 10**6)
+        event = told.call(span.identity, span.model, usage if span.has_usage else None,
+                          text=sum(_content(parts)[1] for _, parts in answers),
+                          thoughts=min(thoughts, output))
+        event.duration_ms = (span.end - span.start) // 10**6
 
     def _tool(self, span: _Span) -> None:
         told, given = self.told, span.given.get("gen_ai.tool.call.arguments")
@@ -8614,9 +8586,10 @@ class _Conversation:
         arguments = _arguments(given)
         if "glob" in arguments and not arguments.get("query"):
             arguments.setdefault("pattern", arguments["glob"])
-        told.tool(span.identity, name, arguments,
-                  len(name) + _json_size(arguments if given is None else given),
-                  response=span.parent, milliseconds=(span.end - span.start) // 10**6)
+        event = told.tool(span.identity, name, arguments,
+                          len(name) + _json_size(arguments if given is None else given),
+                          response=span.parent)
+        event.duration_ms = (span.end - span.start) // 10**6
         result = span.given.get("gen_ai.tool.call.result", "")
         text = result if result.__class__ is str else _as_json(result)
         why = span.message or text if span.failed else text
@@ -8899,6 +8872,9 @@ def hook_event(payload: Data) -> Optional[SessionEvent]:
         event = told.tool("call", _text(payload, "tool_name"), arguments)
         written = len(json.dumps(arguments, ensure_ascii=False, separators=(",", ":")))
         entered = 0 if kind == "PreToolUse" else _hook_result(told, payload)
+    elif kind == "SessionEnd":
+        event = told.context("", 0)
+        event.event_type, event.data = EventType.SESSION_END, {"status": "COMPLETED"}
     else:
         return None
     event.tokens_input, event.tokens_output = map(estimated_tokens, (entered, written))
@@ -8960,20 +8936,14 @@ def _transcript_of(told: Data) -> str:
 
 def _last_model(path: str) -> str:
     """The model of a transcript's last answer; "" where its end holds none."""
-    last = ""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD_SIZE))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return ""
-    for line in lines:
-        try:
-            model = _text(json.loads(line), "message", "model")
-        except (ValueError, RecursionError):
-            continue  # the first line is cut
-        last = model.lower() if model and model[0] != "<" else last
-    return last
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD_SIZE))
+        for line in reversed(file.read().split(b"\n")):
+            with suppress(ValueError, RecursionError):  # the first line is cut
+                model = _text(json.loads(line), "message", "model")
+                if model[:1] not in ("", "<"):
+                    return model.lower()
+    return ""
 
 
 def _agent_runs(metadata: Data) -> bool:
@@ -8987,15 +8957,14 @@ def _agent_runs(metadata: Data) -> bool:
     except OSError:
         return not os.path.exists(path) or time.time() - os.path.getmtime(path) < _GONE
     for name in names:
-        try:
+        # What cannot be read is not of an agent, or of one that has ended.
+        with suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
             with open(os.path.join(home, "sessions", name), encoding="utf-8") as file:
                 entry = json.load(file)
             if entry["sessionId"] == stem:
                 if os.name != "nt":  # there it would end the process
                     os.kill(entry["pid"], 0)
                 return True
-        except (OSError, ValueError, TypeError, KeyError, OverflowError):
-            continue  # not of an agent, or of one that has ended
     return False
 
 
@@ -9008,18 +8977,14 @@ class LiveHooks:
 
     def log(self, payload: Data) -> Optional[SessionEvent]:
         """See ``SessionOptimizer.log_hook``."""
-        if not all(_text(payload, key) for key in ("session_id", "hook_event_name")):
+        name, kind = _texts(payload, "session_id", "hook_event_name")
+        if not name or not kind:
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
-        session_id, kind = slug(payload["session_id"]), payload["hook_event_name"]
-        event = hook_event(payload) if kind != "PreToolUse" else None
+        session_id, event = slug(name), hook_event(payload)
         known = os.path.lexists(self.store.find(session_id))
-        if kind == "SessionEnd":
-            if not known or self._caught_up(session_id, payload):
-                return None
-            event = SessionEvent("", now_text(), EventType.SESSION_END, {
-                "status": SessionStatus.COMPLETED.value,
-                "reason": _text(payload, "reason")[:40]})
-        elif event is None and kind != "SessionStart":
+        if kind == "PreToolUse" or event is None and kind != "SessionStart":
+            return None
+        if kind == "SessionEnd" and (not known or self._caught_up(session_id, payload)):
             return None
         if not known:
             self._begin(session_id, payload)
@@ -9034,27 +8999,22 @@ class LiveHooks:
         return event if event is not None and event.id else None
 
     def _begin(self, session_id: str, payload: Data) -> None:
-        transcript = os.path.expanduser(_text(payload, "transcript_path"))
-        try:
+        prompt, model, cwd = _texts(payload, "prompt", "model", "cwd")
+        facts = {"transcript_path": _transcript_of(payload), "cwd": cwd, "live": True}
+        with suppress(SessionExists):  # another hook of the same moment was first
             self.optimizer.start_session(
-                ClaudeCodeReader.agent, task_line(_text(payload, "prompt")),
-                _text(payload, "model"), session_id,
-                {"transcript_path": transcript, "cwd": _text(payload, "cwd"), "live": True})
-        except SessionExists:
-            pass  # another hook of the same moment was first
+                ClaudeCodeReader.agent, task_line(prompt), model, session_id, facts)
 
     def _append(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> None:
         """Append an event, or change the session's state alone."""
         def make(footer: Data) -> Tuple[Optional[Data], Data]:
             ended, changes = footer["status"] != SessionStatus.ACTIVE.value, {}
-            if kind == "SessionEnd" and event is not None:
-                if ended:
-                    return None, {}
-                changes = {"status": SessionStatus.COMPLETED.value, "ended_at": event.timestamp}
-            elif ended and kind in _REVIVING:
+            if ended and kind in _REVIVING:
                 changes = {"status": SessionStatus.ACTIVE.value, "ended_at": ""}
-            if event is None:
+            if event is None or ended and kind == "SessionEnd":
                 return None, changes
+            if kind == "SessionEnd":
+                changes = dict(event.data, ended_at=event.timestamp)
             event.id = event_id(session_id, footer, event.timestamp)
             event.data = masked(event.data)
             return event.to_dict(), changes
@@ -11022,7 +10982,7 @@ def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
     """The ids of the sessions a file brought: a session's own JSON, else a transcript."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise CommandError(f"{path} is not a regular file: give a file")
-    head = _head_of(path, _HEAD_SIZE)
+    head = _head_of(path)
     if not any(reader.detect(path, head) for reader in READERS) and head.lstrip()[:1] == b"{":
         try:
             with open(path, encoding="utf-8-sig") as file:

@@ -4647,8 +4647,6 @@ def test_a_response_that_another_agent_told_is_a_replay():
 
 @pytest.mark.parametrize("name, arguments, kind, data", [
     ("Read", {"file_path": "a.py", "offset": 3, "limit": 2}, "FILE_READ", {"file_path": "/w/a.py", "offset": 3}),
-    ("read_many_files", {"paths": ["a.py", "b.py"]}, "FILE_READ", {"reads": [["/w/a.py", 1, None], ["/w/b.py", 1, None]]}),
-    ("read_many_files", {"paths": ["src/*.py"]}, "SEARCH", {"query": "src/*.py"}),
     ("Bash", {"command": "cat a.py"}, "FILE_READ", {"file_path": "/w/a.py"}),
     ("Bash", {"command": "curl -u me:hunter2 example.org"}, "TOOL_CALL", {"command": "curl -u me:*** example.org"}),
     ("grep", {"pattern": "x"}, "SEARCH", {"query": "x"}),
