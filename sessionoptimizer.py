@@ -689,19 +689,23 @@ class _Record:
     """What `dataclass` would generate for each of the records, at a quarter of the time that
     importing takes."""
 
+    __slots__ = ()
     __hash__ = None  # type: ignore[assignment]
     __dataclass_fields__: Data
     _made_by: Data = {}  # functions that make the value of a field of what JSON holds
 
+    def _fields(self) -> Data:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     def __repr__(self) -> str:
-        values = (f"{name}={getattr(self, name)!r}" for name in self.__dataclass_fields__)
+        values = (f"{name}={value!r}" for name, value in self._fields().items())
         return f"{type(self).__qualname__}({', '.join(values)})"
 
     def __eq__(self, other: Any) -> Any:
         if other.__class__ is not self.__class__:
             return NotImplemented
-        names = self.__dataclass_fields__
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        found: bool = self._fields() == other._fields()
+        return found
 
     @classmethod
     def from_dict(cls, data: Data) -> Any:
@@ -715,6 +719,15 @@ class _Record:
             raise InvalidValue(f"not an {cls.__name__}: {error!r}") from None
 
 
+def _without_dict(cls: Any) -> Any:
+    """The dataclass with slots for its fields: large sessions have millions of events."""
+    names = tuple(cls.__dataclass_fields__)
+    kept = {name: value for name, value in vars(cls).items()
+            if name not in (*names, "__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, cls.__bases__, dict(kept, __slots__=names))
+
+
+@_without_dict
 @dataclass(eq=False, repr=False)
 class SessionEvent(_Record):
     """One thing that happened in a session.
@@ -768,7 +781,7 @@ class SessionEvent(_Record):
 
     def to_dict(self) -> Data:
         """A dict JSON can hold; fields that are 0 or empty beyond the first seven are left out."""
-        result = dict(vars(self), event_type=self.event_type._value_)
+        result = dict(self._fields(), event_type=self.event_type._value_)
         for name in self._rare:
             if not result[name]:
                 del result[name]
@@ -795,9 +808,8 @@ class SessionEvent(_Record):
         return event
 
     def _check(self) -> None:
-        values = vars(self)
         for name in self._counts:
-            value = values[name]
+            value = getattr(self, name)
             if value.__class__ is not int or not 0 <= value <= MAX_TOKENS:
                 setattr(self, name, _checked_count(name, value))
         if not self.tokens_cache_write_1h <= self.tokens_cache_write <= self.tokens_input:
@@ -805,10 +817,11 @@ class SessionEvent(_Record):
                 f"event {self.id!r} has more cache writes than the tokens they are part of: "
                 "one-hour writes are part of the cache writes, and those of the input")
         if self.data.__class__ is not dict:
-            self.data = _typed(values, "data", dict)
+            self.data = _typed({"data": self.data}, "data", dict)
         for name in self._texts:
-            if values[name].__class__ is not str:
-                setattr(self, name, str(values[name] or ""))
+            value = getattr(self, name)
+            if value.__class__ is not str:
+                setattr(self, name, str(value or ""))
 
 
 @dataclass(eq=False, repr=False)
@@ -4667,7 +4680,7 @@ def _evidence(session: Session, event: SessionEvent, issue: EfficiencyIssue) -> 
     claim = issue.claims.get(event.id) or 0
     own = event.data.get("line") and not event.data.get("path")
     where = f"line {event.data['line']}" if own else event_place(session, event)
-    return dict(vars(event), where=where, what=event_extract(session, event),
+    return dict(event.to_dict(), where=where, what=event_extract(session, event),
                 wasted=sum(claim) if isinstance(claim, (list, tuple)) else claim)
 
 
@@ -5040,7 +5053,7 @@ def csv_report(session: Session, report: OptimizationReport) -> str:
     charged = ClaimsLedger(Analysis(session), report.issues).by_event
     for event in session.events:
         data = event.data
-        known = dict(data, **vars(event))
+        known = dict(data, **event._fields())
         known.update(file_path=(_paths_of(data) or [""])[0], command=_command_of(data),
                      query=data.get("query") or data.get("pattern") or "",
                      event_type=event.event_type.value, model=event.model or session.model,
@@ -5763,6 +5776,16 @@ def _sync_folder(path: str) -> None:
         os.close(fd)
 
 
+def _share_texts(parts: Iterable[Data], known: Data) -> None:
+    """Hold texts that come again, as the names of tools and responses do, in memory once."""
+    for part in parts:
+        for name, value in part.items():
+            if value.__class__ is str:
+                part[name] = known.setdefault(value, value)
+            elif value.__class__ is dict:
+                _share_texts((value,), known)
+
+
 def _stream(fd: int, info: os.stat_result, make: Any, start: int) -> Any:
     """(events, footer, mark for `Store.tail`) of what stands from `start` on in a locked session,
     which is unlocked while its events are read, a megabyte at a time, each handed through `make`.
@@ -5782,6 +5805,7 @@ def _stream(fd: int, info: os.stat_result, make: Any, start: int) -> Any:
         found = _decoded(b"[%s]" % rest[:cut].lstrip(b","))
         if not more or found is None or any(type(event) is not dict for event in found):
             return None
+        _share_texts(found, {})
         events.extend(map(make, found))
         rest, block = rest[cut:], _BLOCK if cut else 2 * block  # for a longer line
     before = _read(fd, max(end - _FINGERPRINT, 0), end)

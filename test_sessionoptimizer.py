@@ -4,7 +4,9 @@ Everything runs in a home of its own below pytest's temporary directory, and war
 SESSIONOPTIMIZER_KILLS=2000 kills that many writing processes instead of 100.
 """
 import ast
+import copy
 import csv
+import dataclasses
 import doctest
 import errno
 import io
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
@@ -393,6 +396,16 @@ def test_a_session_survives_a_round_trip():
     assert session.to_dict() == WHOLE_SESSION == json.loads(json.dumps(session.to_dict()))
     assert (session.status, session.total_tokens, session.events[0].tokens) == (SessionStatus.FAILED, 137, 105)
     assert session.events[1].event_type is EventType.AI_RESPONSE and session.events[1].agent_id == "sub"
+
+
+def test_an_event_is_a_dataclass_as_any_other_without_a_dict_of_its_own():
+    event = so.SessionEvent.from_dict(dict(WHOLE_SESSION["events"][1], data={"a": [1]}, of_a_later_version=1))
+    assert not hasattr(event, "__dict__") and not hasattr(event, "of_a_later_version")
+    for same in (pickle.loads(pickle.dumps(event)), copy.deepcopy(event), dataclasses.replace(event),
+                 so.SessionEvent(**dataclasses.asdict(event))):
+        assert same == event and same is not event and repr(same) == repr(event)
+    assert event != dataclasses.replace(event, tokens_output=3) and event != so.Session("e2", "", "")
+    assert so.SessionEvent("a", "", EventType.CUSTOM).data is not so.SessionEvent("b", "", EventType.CUSTOM).data
 
 
 def test_fields_that_are_empty_are_left_out_of_an_event():
@@ -4237,6 +4250,23 @@ def test_a_large_session_is_never_whole_in_memory_as_text(store):
             "optimizer = so.SessionOptimizer(%r); optimizer.store.load_marked('s1', lambda one: one['id']); optimizer.repair(); "
             "optimizer.log_event('s1', 'CUSTOM'); optimizer.list_sessions(); optimizer.delete_session('s1'); print(peak() - before)" % store.root)
     assert int(python("-c", code, PYTHONPATH=HERE)[1]) < 20_000  # KB, of a file of 60 MB
+
+
+def test_a_loaded_session_takes_about_twice_its_file_in_memory(optimizer):
+    session = session_of(*(E("FILE_READ", 1_000 + number, 40, _at=number // 3, file_path="/src/module_%d.py" % (number % 50),
+                             tool="Read", content_hash="%016x" % number, line=number, response_id="msg_%020d" % (number // 3))
+                           for number in range(20_000)), source={"reader": "claude-code", "path": "/t.jsonl"})
+    optimizer._live.create(session)
+    size = os.path.getsize(optimizer.store.find("s"))
+    tracemalloc.start()
+    try:
+        events = optimizer.get_session("s").events
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert events == session.events and kept < 2.3 * size
+    assert events[0].data["response_id"] is events[1].data["response_id"]  # told once
+    assert events[0].data is not events[1].data
 
 
 def test_durable_forces_every_event_to_the_disk(tmp_path, monkeypatch, capsys):
