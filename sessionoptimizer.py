@@ -6285,6 +6285,8 @@ def own_prices(root: str) -> Data:
 _STATE_TABLES = ("files", "units", "responses", "rows", "deleted", "summaries")
 _STATE_VERSION = 1
 _STATE_WAIT = 60.0  # seconds to wait for other processes
+_SHOWN = "shown"  # stands where summaries have their settings
+_MOST_SHOWN = 4 << 20  # characters of what is kept of one command's output
 # The state files of version 2.0: the deletions are taken over, all else is made again.
 _OLD_STATE = ("deleted.json", "scan.json", "scan-responses.json", "summaries.json")
 
@@ -6301,7 +6303,7 @@ class State:
         self._report = report
 
     def generation(self) -> int:
-        """A number that grows whenever a scan saves what it found."""
+        """A number that grows whenever a scan saves what it found, or a session is deleted."""
         found: int = self._run(_generation)
         return found
 
@@ -6347,6 +6349,21 @@ class State:
             _put(db, "summaries", rows, settings)
         self._run(work, write=True)
 
+    def shown(self, key: str, generation: int, show: Callable[[], Any]) -> Any:
+        """What a command showed under this key, [text, ...], or what it shows now. That is kept,
+        while what was found is of this generation."""
+        query, part = "SELECT value FROM summaries WHERE key = ? AND part = ?", _encode(_SHOWN)
+        kept = self._run(lambda db: _listed(db, query, _encode(key), part))
+        shown = kept[0] if kept else show()
+
+        def work(db: Any) -> None:
+            if _generation(db) == generation:
+                _put(db, "summaries", {key: shown}, _SHOWN)
+        if not kept and len(shown[0]) < _MOST_SHOWN:
+            with suppress(StorageError):  # a store that is for reading only
+                self._run(work, write=True)
+        return shown
+
     def save_scan(self, files: Data, units: Data, told: Data, rows: Data,
                   dropped: Iterable[str], mark: int) -> Any:
         """Keep what a scan has read: `files`, `units`, the responses each has `told`, and its
@@ -6364,6 +6381,7 @@ class State:
                 kept = {row["id"]: row for row in rows[unit] if row["id"] not in late}
                 _put(db, "rows", kept, unit)
             db.execute("DELETE FROM deleted WHERE key IN (SELECT key FROM rows)")
+            _forget_shown(db)
             return late
         return self._run(work, write=True)
 
@@ -6380,6 +6398,7 @@ class State:
         def work(db: Any) -> None:
             known = db.execute("DELETE FROM rows WHERE key = ?", key).rowcount
             db.execute("DELETE FROM summaries WHERE key = ?", key)
+            _forget_shown(db)
             if imported or known:
                 db.execute("REPLACE INTO deleted(key) VALUES (?)", key)
         if imported or os.path.exists(self.path):
@@ -6475,8 +6494,13 @@ def _listed(db: Any, query: str, *values: Any) -> List[Any]:
     return found
 
 
+def _forget_shown(db: Any) -> None:
+    db.execute("DELETE FROM summaries WHERE part = ?", (_encode(_SHOWN),))
+
+
 def _generation(db: Any) -> int:
-    query = "SELECT total(seq) FROM sqlite_sequence WHERE name IN ('files', 'units')"
+    query = ("SELECT total(seq) FROM sqlite_sequence "
+             "WHERE name IN ('files', 'units', 'deleted')")
     found: int = db.execute(query).fetchone()[0]
     return found
 
@@ -9502,15 +9526,15 @@ class TranscriptScan:
         self.generation, files, self.units, self.deleted = known
         self.files = {path: file for path, file in files.items() if "stamp" in file
                       and (not file["unit"] or file["unit"] in self.units)}
-        self.rows: Data = {}  # of the units in scope or read, by unit
         self.skipped: List[Any] = []  # files that are in no unit
         self.scope: List[str] = []  # the units that the paths of this scan hold
         self.changed: List[str] = []
         self.dropped: List[str] = []  # units whose files have moved or now belong to others
         self.gone: List[str] = []  # units below the paths of this scan whose transcript is gone
-        self._last = "", files  # what marks a scan of these paths, and where the last one's sums are
+        self.last = "", files  # what marks a scan of these paths, and where the last one's sums are
         self.told: Data = {}  # of the units read: outputs by id of a response
         self._news: Data = {}  # files the state does not know so
+        self._before: Optional[Rows] = None  # the rows, where some were read since
 
     def look_at(self, paths: Optional[Iterable[str]]) -> None:
         """``look`` below these paths (None: where each agent keeps its transcripts). StorageError
@@ -9520,10 +9544,10 @@ class TranscriptScan:
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         self.look(find_transcripts(roots), set(map(os.path.abspath, roots)))
         folders = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
-        self.gone = [name for name in self.units.keys() - set(self.scope)
-                     if name.startswith(folders) and not os.path.exists(name)]
+        self.gone = sorted(name for name in self.units.keys() - set(self.scope)
+                           if name.startswith(folders) and not os.path.exists(name))
         if all(map(os.path.isdir, roots)):
-            self._last = _encode(["last scan", *sorted(folders)]), self._last[1]
+            self.last = _encode(["last scan", *sorted(folders)]), self.last[1]
 
     def look(self, found: Iterable[Tuple[str, int, int]], named: Any = ()) -> None:
         """Compare what is there with the state; sets ``scope`` and ``changed``. Files that somebody
@@ -9541,9 +9565,6 @@ class TranscriptScan:
         self.scope = sorted(units)
         self.changed = sorted((unit for unit in units if self.again
                                or self.units[unit]["settings"] != self.settings), key=self._order)
-        if self.state:
-            with _CollectorPaused():
-                self.rows = self.state.rows_of(self.scope + self.dropped)
         self.skipped = left_out([self.files[path] for path in seen], named)
 
     def _regroup(self, seen: Data, fresh: Any) -> Any:
@@ -9634,7 +9655,7 @@ class TranscriptScan:
         session's row and what ``keep(it, row)`` stores (unless there is no state); ``drop`` removes
         one. ``jobs``: worker processes, 0 for as many as there are cores where more than JOBS_FROM
         bytes changed."""
-        state = self.state
+        state, self._before = self.state, self._rows_in(self.scope)
         for row in self._rows_in(self.dropped) if state else ():
             drop(row["id"])
         before = state.units_of_rows() if state else {}
@@ -9680,15 +9701,16 @@ class TranscriptScan:
     def _rows_in(self, units: Iterable[str]) -> Rows:
         return [row for unit in units for row in self.rows.get(unit, ())]
 
-    def all_rows(self) -> Rows:
-        """The ``session_row`` of every session in scope."""
-        return self._rows_in(self.scope)
+    @functools.cached_property
+    def rows(self) -> Data:
+        """The rows by unit: of those in scope as the state has them, of others once they are
+        read."""
+        return self.state.rows_of(self.scope + self.dropped) if self.state else {}
 
-    def result(self, before: Rows, agent: str, since: Optional[datetime],
-               project: str) -> Data:
-        """What ``SessionOptimizer.scan`` returns; ``before``: the rows as they were."""
+    def result(self, agent: str, since: Optional[datetime], project: str) -> Data:
+        """What ``SessionOptimizer.scan`` returns."""
         after, names = since_seconds(since), (agent.lower(), agent.lower().replace(" ", "-"))
-        rows = self.all_rows()
+        rows = self._rows_in(self.scope)
         chosen = [row for row in rows
                   if (not agent or row["agent"].lower() in names or row["source"] in names)
                   and (after is None
@@ -9697,14 +9719,14 @@ class TranscriptScan:
         skipped = [entry for unit in self.scope for entry in self.units[unit]["skipped"]]
         kept = list(self.state.units_of_rows().values()) if self.state and self.gone else []
         found = selection(rows, sum(map(kept.count, self.gone)))
-        with _CollectorPaused():
-            return dict(scan_result(chosen, skipped + self.skipped), found=found,
-                        changes=self._changes(before, rows))
+        before = rows if self._before is None else self._before
+        return dict(scan_result(chosen, skipped + self.skipped, found),
+                    changes=self._changes(before, rows))
 
     def _changes(self, before: Rows, after: Rows) -> str:
         """What is new, or gone, since the last scan of these folders (of others: since the rows
         were as before), in words; keeps the sums for the next one."""
-        key, known = self._last
+        key, known = self.last
         now, last = scan_totals(after), known.get(key) or scan_totals(before)
         sums = {name: now[name] for name in ("sessions", "model_calls", "estimated_cost", "tokens")}
         if key and self.state and known.get(key) != sums:
@@ -9722,14 +9744,16 @@ class TranscriptScan:
         return f"since the last scan: {', '.join(parts)}"
 
 
-def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]]) -> Data:
-    """What a scan says of the rows and the skipped lines of all units, given in any order."""
+def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]],
+                found: Optional[Data] = None) -> Data:
+    """What a scan says of the rows and the skipped lines of all units, given in any order, and of
+    what it ``found`` (else these)."""
     rows = sorted(rows, key=lambda row: (row["started_at"], row["id"]))
     return {"sessions": [dict(row, **in_usd({name: row[name] for name in _IN_PICO}))
                          for row in rows],
             "totals": scan_totals(rows), **billed(rows),
             "skipped": [dict(zip(("path", "line", "reason"), entry)) for entry in sorted(skipped)],
-            "changes": "", "found": selection(rows)}
+            "changes": "", "found": found or selection(rows)}
 
 
 def usage_rows(session: Session) -> Rows:
@@ -10298,8 +10322,8 @@ class SessionOptimizer:
 
     def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
              since: Optional[datetime] = None, project: str = "", store: bool = True,
-             again: bool = False,
-             progress: Optional[Callable[[int, int], None]] = None, jobs: int = 1) -> Data:
+             again: bool = False, progress: Optional[Callable[[int, int], None]] = None,
+             jobs: int = 1, show: Any = None, shown_as: Any = ()) -> Data:
         """Read agent transcripts at ``paths`` (files or directories; default: where each agent
         keeps them) and say where the money went. Only what changed since the last scan is read,
         unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and
@@ -10307,18 +10331,25 @@ class SessionOptimizer:
         ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
         ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
         __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
-        [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there."""
+        [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there.
+        ``show(result)`` makes of that a list to be returned instead, [text, ...] as JSON holds it,
+        which is kept while a scan would find the same and ``shown_as`` (what else it depends on)
+        is the same."""
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
             return scan
 
+        def tell() -> Data:
+            with _CollectorPaused():
+                result = scan.result(agent, since, project)
+                return show(result) if show else result
+
         if store:
             mask_older(self.store)
         settings = self._settings()
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else paths and list(paths)
-        scan = look()
-        before, lock = scan.all_rows(), None
+        scan, lock = look(), None
         if scan.changed or scan.dropped:
             try:
                 if store:
@@ -10334,7 +10365,14 @@ class SessionOptimizer:
                 self._live.found = {}
                 if lock is not None:
                     _release(lock)
-        return scan.result(before, agent, since, project)
+        elif show and store and scan.scope and since is None:
+            parts = (settings, _stamp_of(__file__), self.store.root, now_text()[:10], time.timezone,
+                     time.tzname, scan.scope, scan.gone, scan.skipped, scan.last[0], agent, project,
+                     shown_as)
+            shown: Data = self.store.state.shown(
+                digest_of(json.dumps(parts)), scan.generation, tell)
+            return shown
+        return tell()
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
                progress: Optional[Callable[[int], Any]] = None) -> Data:
@@ -10931,30 +10969,37 @@ def _export(options: Any) -> int:
 
 
 def _scan(options: Any) -> int:
-    result = options.optimizer.scan(
+    width = 80 if options.output else _width()
+
+    def show(result: Data) -> Tuple[str, float, int]:
+        _wipe()
+        if not result["sessions"]:
+            readers = [reader.name for reader in READERS]
+            _known_agent(options, result["found"]["agents"] + readers)
+        if options.by:
+            groups = grouped(result["sessions"], options.by, result["bill"])
+            result["groups"] = {options.by: groups}
+        if options.format == "json":
+            text = json.dumps(result, indent=2)
+        elif options.format == "html":
+            text = html_scan_report(result)
+        else:
+            text = _scan_text(options, result, width)
+        return text, result["totals"]["efficiency_score"], len(result["sessions"])
+
+    shown: Any = options.optimizer.scan(
         options.paths or None, agent=options.agent or "", since=options.since,
         project=options.project or "", store=not options.no_store, again=options.again,
-        progress=_progress_bar(), jobs=options.jobs)
-    _wipe()
-    there = result["found"]
-    if not result["sessions"]:
-        _known_agent(options, there["agents"] + [reader.name for reader in READERS])
-    if options.by:
-        groups = grouped(result["sessions"], options.by, result["bill"])
-        result["groups"] = {options.by: groups}
-    if options.format == "json":
-        text = json.dumps(result, indent=2)
-    elif options.format == "html":
-        text = html_scan_report(result)
-    else:
-        text = _scan_text(options, result)
+        progress=_progress_bar(), jobs=options.jobs, show=show,
+        shown_as=(options.format, options.by, width))
+    text, *judged = shown
+    if options.format == "text" and not options.output:
+        text = _painted(text, options.color)
     _write_out(text, options.output)
-    return _judged_score(
-        options, result["totals"]["efficiency_score"], len(result["sessions"]))
+    return _judged_score(options, *judged)
 
 
-def _scan_text(options: Any, result: Data) -> str:
-    width = 80 if options.output else _width()
+def _scan_text(options: Any, result: Data, width: int) -> str:
     sections = _scan_sections(result, 8, [options.by] * bool(options.by))
     if not result["found"]["sessions"] and not options.paths:
         places = (root for reader in READERS for root in reader.roots())
@@ -10964,8 +11009,7 @@ def _scan_text(options: Any, result: Data) -> str:
     elif result["sessions"] and not result["changes"] and not options.no_store:
         sections.append(Section("Kept, also when the agent deletes its transcripts", lines=[
             options.optimizer.store.root], hint="Claude Code does after 30 days"))
-    text = text_sections(sections, width)
-    return text if options.output else _painted(text, options.color)
+    return text_sections(sections, width)
 
 
 def _wipe() -> None:

@@ -5978,6 +5978,72 @@ def test_real_transcripts_add_up_and_every_file_is_read_or_named(optimizer):
     assert so.scan_report(result)
 
 
+SHOWN_AS = [words.split() for words in (
+    "", "--by day --format json", "--format html", "--agent codex", "--project project --fail-under 100", "--since 2026-01-01")]
+NAMES = ["%d1111111-2222-4333-8444-555555555555" % number for number in range(3)]
+
+
+def grow(folder):
+    transcript = tiny(folder, name=NAMES[0])
+    transcript.answer("m3", (5, 0, 1_160, 7), text(20))
+    transcript.save()
+
+
+CHANGES = {  # what is done between two scans of a folder into an optimizer's store; whether the next scan's output is made anew
+    "nothing": (lambda o, folder, patch: None, False),
+    "a file grows": (lambda o, folder, patch: grow(folder), True),
+    "a file is cut": (lambda o, folder, patch: os.truncate(tiny(folder, name=NAMES[0]).save(), 900), True),
+    "a session comes": (lambda o, folder, patch: tiny(folder, name=NAMES[2]).save(), True),
+    "a transcript goes": (lambda o, folder, patch: os.unlink(tiny(folder, name=NAMES[1]).save()), True),
+    "a file of no agent comes": (lambda o, folder, patch: write(os.path.join(folder, "odd.jsonl"), "?"), True),
+    "a session is deleted": (lambda o, folder, patch: o.delete_session(o.list_sessions()[0].id), True),
+    "one is read again": (lambda o, folder, patch: o.scan([folder], again=True), True),
+    "prices": (lambda o, folder, patch: write(os.path.join(o.store.root, "prices.json"), '{"opus": {"input": 1, "output": 2}}'), True),
+    "a version": (lambda o, folder, patch: patch.setattr(so, "__version__", "9"), True),
+    "a zone": (lambda o, folder, patch: set_zone(patch, "Asia/Tokyo"), True),
+    "a day": (lambda o, folder, patch: patch.setattr(so, "now_text", lambda: "2031-01-01T00:00:00Z"), True),
+    "a width": (lambda o, folder, patch: patch.setenv("COLUMNS", "61"), True),
+    "a session is logged": (lambda o, folder, patch: o.start_session("FORGE", "t"), False)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_scan_has_shown_is_kept_only_while_it_would_be_made_the_same(tmp_path, utc, monkeypatch, capsys, change):
+    root, folder, made = str(tmp_path / "store"), str(tmp_path / "t"), []
+    monkeypatch.setenv("COLUMNS", "90")
+    for name in NAMES[:2]:
+        tiny(folder, name=name).save()
+    result = so.TranscriptScan.result
+    monkeypatch.setattr(so.TranscriptScan, "result", lambda scan, *how: made.append(1) or result(scan, *how))
+
+    def shown():
+        del made[:]
+        return [(so.main(["--store", root, "scan", folder] + words), capsys.readouterr().out) for words in SHOWN_AS]
+    shown()
+    before = shown()
+    do, anew = CHANGES[change]
+    do(SessionOptimizer(root), folder, monkeypatch)
+    if anew:
+        shown()
+        assert len(made) == len(SHOWN_AS)
+    kept = shown()
+    assert kept == before or anew
+    with monkeypatch.context() as patch:
+        patch.setattr(so.State, "shown", lambda state, key, generation, show: show())
+        assert shown() == kept and len(made) == len(SHOWN_AS)
+    assert shown() == kept and len(made) == 1  # with a time
+
+
+def test_what_is_shown_of_an_earlier_state_is_not_kept(store):
+    state = store.state
+    state.save_scan(*unit_of("a"), [], 0)
+    earlier = state.generation()
+    assert state.shown("k", earlier, lambda: ["one"]) == state.shown("k", earlier, lambda: ["two"]) == ["one"]
+    state.forget("a-0", False)
+    assert state.shown("k", earlier, lambda: ["three"]) == ["three"] and state.shown("k", earlier, lambda: ["four"]) == ["four"]
+    assert state.shown("k", state.generation(), lambda: ["five"]) == state.shown("k", -1, lambda: ["six"]) == ["five"]
+    assert state.shown("long", state.generation(), lambda: ["x" * so._MOST_SHOWN]) and state.shown("long", -1, lambda: ["y"]) == ["y"]
+
+
 def test_a_second_scan_reads_only_what_changed(tmp_path, optimizer, monkeypatch):
     first, second = tiny(tmp_path / "p"), tiny(tmp_path / "p", name="99999999-2222-4333-8444-555555555555")
     first.save(), second.save()
