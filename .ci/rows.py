@@ -1,7 +1,9 @@
 """Every row of a scan as one line, to hold two versions of the module against each other.
 
-    python3 .ci/rows.py save FILE MODULE FOLDER...     rows of `scan --format json --no-store`, one per line
-    python3 .ci/rows.py compare OLD NEW                the rows and keys that differ; status 1 when any does
+    python3 .ci/rows.py save FILE MODULE FOLDER...     rows of `scan --format json --no-store`, one
+                                                       per line
+    python3 .ci/rows.py compare OLD NEW                the rows and keys that differ; status 1 when
+                                                       any does
 """
 import json
 import os
@@ -14,8 +16,9 @@ def save(out, module, folders):
     with open(out, "w", encoding="utf-8") as file:
         for folder in folders:
             result = subprocess.run(
-                [sys.executable, module, "scan", "--no-store", "--format", "json", os.path.abspath(folder)],
-                stdout=subprocess.PIPE, check=True, env=dict(os.environ, HOME=tempfile.gettempdir(), TZ="UTC"))
+                [sys.executable, module, "scan", "--no-store", "--format", "json",
+                 os.path.abspath(folder)], stdout=subprocess.PIPE, check=True,
+                env=dict(os.environ, HOME=tempfile.gettempdir(), TZ="UTC"))
             found = json.loads(result.stdout)
             rows = found["sessions"] + [dict(entry, id="skipped") for entry in found["skipped"]]
             lines = sorted(json.dumps(row, sort_keys=True) for row in rows)
@@ -39,15 +42,19 @@ def compare(old, new):
     for path in (old, new):
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        sides.append({(row.get("path"), row["id"], row.get("line"), row.get("reason")): row for row in rows})
+        sides.append(
+            {(row.get("path"), row["id"], row.get("line"), row.get("reason")): row for row in rows})
     before, after = sides
     different = 0
     for key in sorted(set(before) | set(after), key=str):
         left, right = before.get(key, {}), after.get(key, {})
-        names = [name for name in sorted(set(left) | set(right)) if not alike(left.get(name), right.get(name))]
+        names = [name for name in sorted(set(left) | set(right))
+                 if not alike(left.get(name), right.get(name))]
         if names:
             different += 1
-            print(key, *(f"\n    {name}: {str(left.get(name))[:300]} -> {str(right.get(name))[:300]}" for name in names))
+            print(key,
+                  *(f"\n    {name}: {str(left.get(name))[:300]} -> {str(right.get(name))[:300]}"
+                    for name in names))
     print(f"{len(before)} rows before, {len(after)} after, {different} differ")
     return int(bool(different))
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""How every agent is doing: HEALTHY, WARNING or CRITICAL, from its sessions and, for a crew, from its queue.
+"""How every agent is doing: HEALTHY, WARNING or CRITICAL, by its sessions and a crew's queue.
 
-    python3 examples/agent_health.py [--agent NAME] [--days 7] [--store DIR] [--queue WHERE] [--format text|json]
+    python3 examples/agent_health.py [--agent NAME] [--days 7] [--store DIR] [--queue WHERE] \\
+        [--format text|json]
 
-HEALTHY from an average efficiency of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without sessions. With ``--queue``
-(a crew's queue.db, or redis://HOST#crew:NAME) a worker is CRITICAL when a task ended after it gave no sign of life, and
-WARNING when one of its attempts failed. Status 3 when somebody is CRITICAL, for a health check from cron.
+HEALTHY from an average efficiency of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without
+sessions. With ``--queue`` (a crew's queue.db, or redis://HOST#crew:NAME) a worker is CRITICAL when
+a task ended after it gave no sign of life, and WARNING when one of its attempts failed. Status 3
+when somebody is CRITICAL, for a health check from cron.
 """
 from __future__ import annotations
 
@@ -22,14 +24,16 @@ if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clon
 if HERE not in sys.path:
     sys.path.append(HERE)
 from crew import Bus, CrewError, open_bus  # noqa: E402
-from sessionoptimizer import EventType, SessionOptimizer, SessionOptimizerError, now_text, plain  # noqa: E402
+from sessionoptimizer import (  # noqa: E402
+    EventType, SessionOptimizer, SessionOptimizerError, now_text, plain)
 
 HEALTHY_FROM, WARNING_FROM = 85.0, 70.0  # average efficiency, percent
 DONE, FAILED, UNWELL = 0, 1, 3
 
 
 def session_metrics(optimizer: SessionOptimizer, session_id: str) -> dict[str, Any] | None:
-    """What a monitor wants to know of a session (rates in percent, seconds, USD); None when there is none."""
+    """What a monitor wants to know of a session (rates in percent, seconds, USD); None when there
+    is none."""
     report, session = optimizer.analyze(session_id), optimizer.get_session(session_id)
     if report is None or session is None:
         return None
@@ -50,24 +54,28 @@ def health_status(average_efficiency: float) -> str:
 
 
 def health_summary(optimizer: SessionOptimizer, agent: str, days: int = 7) -> dict[str, Any]:
-    """An agent's last days: status, sessions, average efficiency, wasted tokens, USD, trend, common issues."""
+    """An agent's last days: status, sessions, average efficiency, wasted tokens, USD, trend, common
+    issues."""
     stats = optimizer.agent_statistics(agent, days)
     count = stats.get("sessions_analyzed", 0)
     return {"agent": agent, "period_days": days, "sessions": count,
             "status": health_status(stats["average_efficiency"]) if count else "UNKNOWN",
             "average_efficiency": stats.get("average_efficiency"),
-            "waste_tokens": stats.get("total_waste_tokens", 0), "cost": stats.get("total_cost", 0.0),
+            "waste_tokens": stats.get("total_waste_tokens", 0),
+            "cost": stats.get("total_cost", 0.0),
             "trend": stats["trends"]["trend"] if count else "insufficient_data",
             "common_issues": stats.get("common_issues", [])}
 
 
 def worker_health(bus: Bus) -> list[dict[str, Any]]:
-    """By worker of a crew, as its last tasks tell: what it holds, did, failed at, and where it was not heard of again."""
+    """By worker of a crew, as its last tasks tell: what it holds, did, failed at, and where it was
+    not heard of again."""
     workers: dict[str, dict[str, Any]] = {}
     for state in bus.tasks():
         if not state.agent:
             continue
-        row = workers.setdefault(state.agent, {"agent": state.agent, "holds": [], "done": 0, "failed": 0, "lost": 0})
+        row = workers.setdefault(
+            state.agent, {"agent": state.agent, "holds": [], "done": 0, "failed": 0, "lost": 0})
         lost = state.status == "FAILED" and state.error.startswith("no sign of life")
         row["holds"] += [state.task.id] if state.status == "CLAIMED" else []
         row["done"] += state.status == "DONE"
@@ -94,12 +102,14 @@ def print_health(agents: list[dict[str, Any]], workers: list[dict[str, Any]]) ->
     """The tables for people."""
     for row in agents:
         average = row["average_efficiency"]
-        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['sessions']} sessions in {row['period_days']} days"
-              + (f", average efficiency {average:.1f}%, trend {row['trend']}" if average is not None else ""))
+        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['sessions']} sessions in "
+              f"{row['period_days']} days" + (f", average efficiency {average:.1f}%, trend "
+                                              f"{row['trend']}" if average is not None else ""))
         for issue in row["common_issues"]:
             print(f"  {issue['type']}: {issue['count']}")
     for row in workers:
-        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['done']} tasks done, {row['failed']} failed, {row['lost']} lost"
+        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['done']} tasks done, "
+              f"{row['failed']} failed, {row['lost']} lost"
               + (f", works on {plain(', '.join(row['holds']))}" if row["holds"] else ""))
 
 
@@ -107,8 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the agents' health."""
     parser = argparse.ArgumentParser(description="How every agent is doing.")
     parser.add_argument("--agent", metavar="NAME", help="this agent only")
-    parser.add_argument("--days", type=int, default=7, metavar="N", help="of the last N days (default 7)")
-    parser.add_argument("--store", metavar="DIR", help="the store (default: as for sessionoptimizer)")
+    parser.add_argument(
+        "--days", type=int, default=7, metavar="N", help="of the last N days (default 7)")
+    parser.add_argument(
+        "--store", metavar="DIR", help="the store (default: as for sessionoptimizer)")
     parser.add_argument("--queue", metavar="WHERE", help="the workers of this queue too")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(argv)

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Log what a provider's client answers: one line in the loop of an agent of your own.
 
-    python3 examples/agent_loop.py                   a small agent with scripted answers, and its report
+    python3 examples/agent_loop.py                   a small agent with scripted answers, and its
+                                                     report
     from agent_loop import log_response, usage_of    in a program of yours, beside this file
 
-``log_response(optimizer, session.id, response)`` takes what the clients of Anthropic (messages) and OpenAI (responses, chat
-completions) return, or their JSON, and logs it as one model call. docs/agent-loop.md says how to put it into a loop.
+``log_response(optimizer, session.id, response)`` takes what the clients of Anthropic (messages) and
+OpenAI (responses, chat completions) return, or their JSON, and logs it as one model call.
+docs/agent-loop.md says how to put it into a loop.
 """
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from typing import Any, Iterable
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import (EventType, SessionEvent, SessionOptimizer, Usage, estimated_tokens,  # noqa: E402
-                              text_report)
+from sessionoptimizer import (  # noqa: E402
+    EventType, SessionEvent, SessionOptimizer, Usage, estimated_tokens, text_report)
 
 
 def value(holder: Any, *names: str) -> Any:
@@ -29,9 +31,11 @@ def value(holder: Any, *names: str) -> Any:
 
 
 def usage_of(usage: Any) -> tuple[Usage, int]:
-    """The tokens of a response's ``usage``, each in one class, and how many of the output were thinking.
+    """The tokens of a response's ``usage``, each in one class, and how many of the output were
+    thinking.
 
-    Anthropic tells the input that no cache held; OpenAI all of it, cached or not. With both, output includes thinking."""
+    Anthropic tells the input that no cache held; OpenAI all of it, cached or not. With both, output
+    includes thinking."""
     def count(*names: str) -> int:
         return value(usage, *names) or 0
 
@@ -40,27 +44,33 @@ def usage_of(usage: Any) -> tuple[Usage, int]:
     sent, output = count(f"{kind}_tokens"), count(f"{words}_tokens")
     details = f"{words}_tokens_details"
     thinking = min(output, count(details, "reasoning_tokens") or count(details, "thinking_tokens"))
-    if value(usage, f"{kind}_tokens_details") is not None:  # OpenAI's: what was cached is part of what was sent
+    # OpenAI's: what was cached is part of what was sent
+    if value(usage, f"{kind}_tokens_details") is not None:
         read = count(f"{kind}_tokens_details", "cached_tokens")
         written = count(f"{kind}_tokens_details", "cache_write_tokens")
         return Usage(max(0, sent - read - written), written, 0, read, output), thinking
-    written, hour = count("cache_creation_input_tokens"), count("cache_creation", "ephemeral_1h_input_tokens")
+    written, hour = (count("cache_creation_input_tokens"),
+                     count("cache_creation", "ephemeral_1h_input_tokens"))
     written = max(written, hour + count("cache_creation", "ephemeral_5m_input_tokens"))
     return Usage(sent, written - hour, hour, count("cache_read_input_tokens"), output), thinking
 
 
-def log_response(optimizer: SessionOptimizer, session_id: str, response: Any, entered: Iterable[tuple] = (), *,
-                 duration_ms: int = 0) -> SessionEvent | None:
-    """Log a response, an object of the client or its JSON, as AI_RESPONSE, and what it thought as THINKING; the event.
+def log_response(optimizer: SessionOptimizer, session_id: str, response: Any,
+                 entered: Iterable[tuple] = (), *, duration_ms: int = 0) -> SessionEvent | None:
+    """Log a response, an object of the client or its JSON, as AI_RESPONSE, and what it thought as
+    THINKING; the event.
 
-    ``entered``: (event type, data, text) of what its prompt brought, results of tools say, each logged before it with its part of
-    the input; what is left of a session's first input is its start load. The tokens of all these events are those of the usage.
-    ValueError where there is none: of a stream log the last chunk, with ``stream_options={"include_usage": True}``."""
+    ``entered``: (event type, data, text) of what its prompt brought, results of tools say, each
+    logged before it with its part of the input; what is left of a session's first input is its
+    start load. The tokens of all these events are those of the usage. ValueError where there is
+    none: of a stream log the last chunk, with ``stream_options={"include_usage": True}``."""
     usage, session = value(response, "usage"), optimizer.get_session(session_id)
     if usage is None or session is None:
-        raise ValueError(f"no usage in {type(response).__name__}" if session else f"no session {session_id}")
+        raise ValueError(f"no usage in {type(response).__name__}" if session
+                         else f"no session {session_id}")
     told, thinking = usage_of(usage)
-    billed = {"model": value(response, "model") or "", "rate": "fast" if value(usage, "speed") == "fast" else ""}
+    billed = {"model": value(response, "model") or "",
+              "rate": "fast" if value(usage, "speed") == "fast" else ""}
     left = told._replace(read=0, output=0)
 
     def log(kind: Any, data: dict, tokens: int) -> None:
@@ -85,19 +95,23 @@ def log_response(optimizer: SessionOptimizer, session_id: str, response: Any, en
 
 ANSWERS = [  # of a Claude, in the shape of its JSON
     {"id": "msg_1", "model": "claude-sonnet-4-5", "stop_reason": "tool_use", "usage": {
-        "input_tokens": 12, "cache_creation_input_tokens": 4200, "cache_read_input_tokens": 0, "output_tokens": 180,
+        "input_tokens": 12, "cache_creation_input_tokens": 4200, "cache_read_input_tokens": 0,
+        "output_tokens": 180,
         "cache_creation": {"ephemeral_5m_input_tokens": 4200, "ephemeral_1h_input_tokens": 0}}},
     {"id": "msg_2", "model": "claude-sonnet-4-5", "stop_reason": "end_turn", "usage": {
-        "input_tokens": 8, "cache_creation_input_tokens": 950, "cache_read_input_tokens": 4200, "output_tokens": 90,
-        "output_tokens_details": {"thinking_tokens": 30}}}]
+        "input_tokens": 8, "cache_creation_input_tokens": 950, "cache_read_input_tokens": 4200,
+        "output_tokens": 90, "output_tokens_details": {"thinking_tokens": 30}}}]
 
 
 def main() -> int:
     optimizer, results = SessionOptimizer(tempfile.mkdtemp()), []
-    with optimizer.session("my agent", "say what setup.py does", model="claude-sonnet-4-5") as session:
+    with optimizer.session(
+            "my agent", "say what setup.py does", model="claude-sonnet-4-5") as session:
         for answer in ANSWERS:  # of client.messages.create(...), say
             log_response(optimizer, session.id, answer, results)
-            results = [("FILE_READ", {"file_path": "setup.py"}, "from setuptools import setup\n" * 90)]  # what a tool returned
+            # what a tool returned
+            results = [("FILE_READ", {"file_path": "setup.py"},
+                        "from setuptools import setup\n" * 90)]
     report = optimizer.analyze(session.id)
     print(text_report(session, report) if report else "")
     return 0

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""From a list of tasks to a checked bill: agents work on a repository, and every figure afterwards comes from a program here.
+"""From a list of tasks to a checked bill: agents work, and every figure comes from a program here.
 
-    python3 examples/complete_workflow.py --repo DIR --agent 'claude:2=claude -p {prompt} --permission-mode acceptEdits' \\
-        [--test COMMAND] [--tasks FILE] [--knowledge FILE] [--ccusage FILE] [--name NAME] [--store DIR]
-    python3 examples/complete_workflow.py               # the same on a repository of its own, with a script for an agent
+    python3 examples/complete_workflow.py --repo DIR \\
+        --agent 'claude:2=claude -p {prompt} --permission-mode acceptEdits' [--test COMMAND] \\
+        [--tasks FILE] [--knowledge FILE] [--ccusage FILE] [--name NAME] [--store DIR]
+    python3 examples/complete_workflow.py               # the same, with a script for an agent
 
-1 queue the tasks · 2 add what is known · 3 let the agents work · 4 what was merged · 5 what was not · 6 what it cost ·
-7 tell who wasted · 8 reconcile with ccusage's count · 9 health · 10 keep what was learned. Tasks are those of examples/crew, one
-JSON object per line. Copy ``crew/`` and the programs it imports along.
+1 queue the tasks · 2 add what is known · 3 let the agents work · 4 what was merged · 5 what was not
+· 6 what it cost · 7 tell who wasted · 8 reconcile with ccusage's count · 9 health · 10 keep what
+was learned. Tasks are those of examples/crew, one JSON object per line. Copy ``crew/`` and the
+programs it imports along.
 """
 from __future__ import annotations
 
@@ -38,17 +40,20 @@ from token_tracker import from_ccusage, print_rows, reconcile  # noqa: E402
 
 ALERT_BELOW = 80.0  # percent
 KNOWN = 3           # entries that go with a prompt
-# Reads a file twice, writes one, and logs what it did as any agent may; one of its tasks is protected.
+# Reads a file twice, writes one, and logs what it did as any agent may; one of its tasks is
+# protected.
 SCRIPT = """import os
 from sessionoptimizer import SessionOptimizer
-optimizer, session, task = SessionOptimizer(), os.environ["SESSIONOPTIMIZER_SESSION"], os.environ["CREW_TASK"]
+optimizer, task = SessionOptimizer(), os.environ["CREW_TASK"]
+session, read = os.environ["SESSIONOPTIMIZER_SESSION"], {"file_path": os.path.abspath("app.txt")}
 for _ in range(2):
-    optimizer.log_event(session, "FILE_READ", {"file_path": os.path.abspath("app.txt")}, tokens_input=900)
+    optimizer.log_event(session, "FILE_READ", read, tokens_input=900)
 with open({"ci": ".gitlab-ci.yml"}.get(task, task + ".txt"), "w") as file:
     file.write(os.environ["CREW_PROMPT"] + "\\n")
 optimizer.log_event(session, "AI_RESPONSE", tokens_output=400)
 """
-TASKS = [Task("docs", "Write the API page", "Describe the endpoints."), Task("login", "Fix the login", "Lock it.", priority=90),
+TASKS = [Task("docs", "Write the API page", "Describe the endpoints."),
+         Task("login", "Fix the login", "Lock it.", priority=90),
          Task("ci", "Speed up the tests", after=("docs",), max_attempts=1)]
 
 
@@ -61,7 +66,8 @@ def with_knowledge(task: Task, base: SqliteKnowledge) -> Task:
     """The task with what is known about its subject in its prompt."""
     found = base.query(f"{task.title} {task.prompt}", KNOWN)
     lines = "\n".join(f"- {topic}: {text}" for _, topic, text in found)
-    prompt = (task.prompt or task.title) + (f"\n\nKnown from earlier work:\n{lines}" if lines else "")
+    prompt = ((task.prompt or task.title)
+              + (f"\n\nKnown from earlier work:\n{lines}" if lines else ""))
     return Task(**{**task.__dict__, "prompt": prompt})
 
 
@@ -100,24 +106,29 @@ def let_them_work(crew: Crew, bus: Bus) -> dict[str, Any]:
 
 
 def look_back(crew: Crew, bus: Bus, ccusage: str) -> bool:
-    """Phases 7 to 9; whether the reconciled tokens agree (True where there is nothing to reconcile with)."""
+    """Phases 7 to 9; whether the reconciled tokens agree (True where there is nothing to reconcile
+    with)."""
     optimizer, agree = crew.optimizer(), True
     found = [session for session, _ in sessions_of(optimizer, crew.repository.crew,
-                                                   os.path.join(crew.repository.state, "sessions.jsonl"))]
+                                                   os.path.join(
+                                                       crew.repository.state, "sessions.jsonl"))]
     phase(7, "Tell who wasted")
-    told = [send_efficiency_alert(optimizer, session.id, to_stdout, ALERT_BELOW) for session in found]
+    told = [send_efficiency_alert(optimizer, session.id, to_stdout, ALERT_BELOW)
+            for session in found]
     print(f"{sum(told)} of {len(found)} sessions below {ALERT_BELOW:g}%")
     phase(8, "Reconcile")
     if ccusage:
         with open(ccusage, encoding="utf-8") as file:
             counted = from_ccusage(file.read())
-        rows = reconcile(optimizer, {session.id: counted[session.id] for session in found if session.id in counted})
+        rows = reconcile(optimizer, {session.id: counted[session.id] for session in found
+                                     if session.id in counted})
         print_rows(rows)
         agree = all(row["equal"] for row in rows)
     else:
         print("no other count was given: npx ccusage session --json > FILE, then --ccusage FILE")
     phase(9, "Health")
-    print_health([health_summary(optimizer, name) for name in sorted({session.agent for session in found})], worker_health(bus))
+    print_health([health_summary(optimizer, name)
+                  for name in sorted({session.agent for session in found})], worker_health(bus))
     return agree
 
 
@@ -126,15 +137,18 @@ def keep_learned(report: dict[str, Any], base: SqliteKnowledge) -> None:
     phase(10, "Keep what was learned")
     for row in report["tasks"]:
         text = f"changed {', '.join(row['files'])}" if row.get("commit") else row.get("error", "")
-        if text and not any(topic == row["title"] for _, topic, _ in base.query(row["title"], KNOWN)):
+        if text and not any(topic == row["title"]
+                            for _, topic, _ in base.query(row["title"], KNOWN)):
             base.save(row["title"], plain(text))
             print(f"{plain(row['title'])}: {plain(text)}")
 
 
 def workflow(options: argparse.Namespace, tasks: list[Task]) -> int:
     """The ten phases: 0; 3 when a task is not done, or another count differs."""
-    arguments = ["run", "--repo", options.repo, "--name", options.name, "--test", options.test, "--store", options.store or ""]
-    given = build_parser().parse_args(arguments + [word for agent in options.agent for word in ("--agent", agent)])
+    arguments = ["run", "--repo", options.repo, "--name", options.name, "--test", options.test,
+                 "--store", options.store or ""]
+    given = build_parser().parse_args(
+        arguments + [word for agent in options.agent for word in ("--agent", agent)])
     crew = Crew(given, settings_of(given))
     crew.repository.prepare()
     path = options.knowledge or os.path.join(crew.repository.state, "knowledge.db")
@@ -157,22 +171,32 @@ def scratch_repository(folder: str) -> tuple[str, str]:
     with open(os.path.join(top, "app.txt"), "w", encoding="utf-8") as file:
         file.write("an app\n")
     git(["git", "add", "-A"])
-    git(["git", "-c", "user.name=Demo", "-c", "user.email=demo@example.org", "commit", "-q", "-m", "Base"])
+    git(["git", "-c", "user.name=Demo", "-c", "user.email=demo@example.org", "commit", "-q",
+         "-m", "Base"])
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
     return top, f"script:2={sys.executable} {script}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the workflow."""
-    parser = argparse.ArgumentParser(description="From a list of tasks to a checked bill, in ten phases.")
-    parser.add_argument("--repo", metavar="DIR", help="the repository (default: one of its own, with a script for an agent)")
-    parser.add_argument("--agent", action="append", default=[], metavar="NAME[:COUNT]=COMMAND", help="as for examples/crew")
-    parser.add_argument("--tasks", metavar="FILE", help="a file of tasks; without it, go on with those in the queue")
-    parser.add_argument("--test", default="", metavar="COMMAND", help="what has to pass before a merge")
-    parser.add_argument("--knowledge", metavar="FILE", help="the knowledge base (default: in the repository's .git)")
-    parser.add_argument("--ccusage", default="", metavar="FILE", help="what ccusage session --json printed")
-    parser.add_argument("--name", default="workflow", metavar="NAME", help="the crew's name (workflow)")
-    parser.add_argument("--store", metavar="DIR", help="where the sessions go (default: as for sessionoptimizer)")
+    parser = argparse.ArgumentParser(
+        description="From a list of tasks to a checked bill, in ten phases.")
+    parser.add_argument("--repo", metavar="DIR",
+                        help="the repository (default: one of its own, with a script for an agent)")
+    parser.add_argument("--agent", action="append", default=[], metavar="NAME[:COUNT]=COMMAND",
+                        help="as for examples/crew")
+    parser.add_argument("--tasks", metavar="FILE",
+                        help="a file of tasks; without it, go on with those in the queue")
+    parser.add_argument(
+        "--test", default="", metavar="COMMAND", help="what has to pass before a merge")
+    parser.add_argument("--knowledge", metavar="FILE",
+                        help="the knowledge base (default: in the repository's .git)")
+    parser.add_argument(
+        "--ccusage", default="", metavar="FILE", help="what ccusage session --json printed")
+    parser.add_argument(
+        "--name", default="workflow", metavar="NAME", help="the crew's name (workflow)")
+    parser.add_argument(
+        "--store", metavar="DIR", help="where the sessions go (default: as for sessionoptimizer)")
     options = parser.parse_args(argv)
     if bool(options.repo) != bool(options.agent):
         parser.error("give --repo and --agent together")

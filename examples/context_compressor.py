@@ -3,10 +3,11 @@
 
     python3 examples/context_compressor.py [FILE ...] [--show] [--store DIR]
 
-Python needs nothing: imports, constants, classes, decorators, signatures and docstrings stay, bodies become
-``...``, and the outline is valid Python. Go, TypeScript, JavaScript, Rust, Java and markdown need the extra
-`compression` (see compression.py, which tells what outlines would have saved in recorded sessions). An outline
-answers "what is in this file?" for a fraction of the tokens; the lines of a body are read when they matter.
+Python needs nothing: imports, constants, classes, decorators, signatures and docstrings stay,
+bodies become ``...``, and the outline is valid Python. Go, TypeScript, JavaScript, Rust, Java and
+markdown need the extra `compression` (see compression.py, which tells what outlines would have
+saved in recorded sessions). An outline answers "what is in this file?" for a fraction of the
+tokens; the lines of a body are read when they matter.
 """
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ import compression  # noqa: E402  (the program beside this one)
 import sessionoptimizer  # noqa: E402
 from sessionoptimizer import EventType, Session, SessionOptimizer  # noqa: E402
 
-# A compressor is any function from a text and its path to a shorter text. To use your own, import it instead:
-# from contextcompressor import ContextCompressor, whose compress_text(text)[0] is the shorter text.
+# A compressor is any function from a text and its path to a shorter text. To use your own, import
+# it instead: from contextcompressor import ContextCompressor, whose compress_text(text)[0] is the
+# shorter text.
 Compressor = Callable[[str, str], str]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -43,13 +45,14 @@ class CompressedRead:
 
 
 def estimate_tokens(text: str) -> int:
-    """About four characters per token. For exact figures, put your provider's token counter here."""
+    """About four characters per token. For exact figures, put your provider's token counter
+    here."""
     return (len(text) + 3) // 4
 
 
 def outline(text: str, path: str) -> str:
-    """A source without function bodies; text in no known language, and Python that does not parse, unchanged.
-    ImportError where the language needs the extra."""
+    """A source without function bodies; text in no known language, and Python that does not parse,
+    unchanged. ImportError where the language needs the extra."""
     if not path.endswith((".py", ".pyi")):
         return compression.outline(text, compression.Tool("Read", path))
     try:
@@ -63,7 +66,8 @@ def outline(text: str, path: str) -> str:
     for line in source.split(b"\n"):
         starts.append(starts[-1] + len(line) + 1)
     for first, last in sorted(bodies(tree), key=lambda pair: -pair[0].lineno):
-        line = min([first.lineno] + [decorator.lineno for decorator in getattr(first, "decorator_list", [])])
+        line = min([first.lineno]
+                   + [decorator.lineno for decorator in getattr(first, "decorator_list", [])])
         begin = starts[line - 1] + first.col_offset  # where the @ is too, for a decorated one
         end = starts[last.end_lineno - 1] + last.end_col_offset
         if end - begin > len(b"..."):
@@ -72,12 +76,14 @@ def outline(text: str, path: str) -> str:
 
 
 def bodies(node: ast.AST) -> Iterator[tuple[Any, Any]]:
-    """First and last statement of every function's body, without its docstring; nested ones stay in it."""
+    """First and last statement of every function's body, without its docstring; nested ones stay in
+    it."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, FUNCTIONS):
             yield from bodies(child)
             continue
-        statements = child.body[1:] if ast.get_docstring(child, clean=False) is not None else child.body
+        statements = (child.body[1:] if ast.get_docstring(child, clean=False) is not None
+                      else child.body)
         if statements:
             yield statements[0], statements[-1]
 
@@ -94,7 +100,8 @@ def read_text(path: str) -> str:
 
 def read_compressed(optimizer: SessionOptimizer, session_id: str, path: str,
                     compress: Compressor = outline) -> CompressedRead:
-    """Read a file in short and log the read; one that does not get shorter is logged as an ordinary read."""
+    """Read a file in short and log the read; one that does not get shorter is logged as an ordinary
+    read."""
     text = read_text(path)
     short = compress(text, path)
     read = CompressedRead(short, estimate_tokens(text), estimate_tokens(short))
@@ -117,11 +124,13 @@ def compression_stats(session: Session) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compress the files (default: the sessionoptimizer module itself) and return 0; 1 where one cannot be read."""
+    """Compress the files (default: the sessionoptimizer module itself) and return 0; 1 where one
+    cannot be read."""
     parser = argparse.ArgumentParser(description="Read files as outlines and log what that saved.")
     parser.add_argument("files", nargs="*", metavar="FILE", default=[sessionoptimizer.__file__])
     parser.add_argument("--show", action="store_true", help="print the outlines too")
-    parser.add_argument("--store", metavar="DIR", help="keep the session there (default: a temporary store)")
+    parser.add_argument(
+        "--store", metavar="DIR", help="keep the session there (default: a temporary store)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         optimizer = SessionOptimizer(options.store or scratch)
@@ -131,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
                 read = read_compressed(optimizer, session.id, path)
             except (ImportError, OSError) as error:
                 parser.exit(1, f"{path}: {error}\n")
-            print(f"{os.path.basename(path)}: {read.original_tokens:,} -> {read.compressed_tokens:,} tokens "
+            print(f"{os.path.basename(path)}: "
+                  f"{read.original_tokens:,} -> {read.compressed_tokens:,} tokens "
                   "(estimated)")
             if options.show:
                 print(read.text)

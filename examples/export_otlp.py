@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Write a stored session as OpenTelemetry GenAI spans in OTLP/JSON, to a file or to an OTLP/HTTP endpoint.
+"""Write a stored session as OpenTelemetry GenAI spans (OTLP/JSON), to a file or an endpoint.
 
     python3 examples/export_otlp.py SESSION_ID > session.jsonl
     python3 examples/export_otlp.py last --output session.jsonl
-    python3 examples/export_otlp.py last --endpoint http://127.0.0.1:4318 --header "Authorization=Bearer KEY"
+    python3 examples/export_otlp.py last --endpoint http://127.0.0.1:4318 \\
+        --header "Authorization=Bearer KEY"
 
-An agent is an invoke_agent span (sub-agents below it), a model call a chat span with its usage, a tool call
-an execute_tool span; prompts and context loads are events of the agent's span. As the conventions ask, input
-tokens include cache reads and writes. Ids come from the session's: the same export twice is the same spans.
+An agent is an invoke_agent span (sub-agents below it), a model call a chat span with its usage, a
+tool call an execute_tool span; prompts and context loads are events of the agent's span. As the
+conventions ask, input tokens include cache reads and writes. Ids come from the session's: the same
+export twice is the same spans.
 
-``sessionoptimizer scan session.jsonl`` reads it back: same tokens, model calls, cache reads and writes. What
-spans cannot say is lost: the one-hour part of cache writes, compactions, which tokens belong to which read.
-Tokens of an agent without any model call are put on its invoke_agent span, which readers count as one call.
+``sessionoptimizer scan session.jsonl`` reads it back: same tokens, model calls, cache reads and
+writes. What spans cannot say is lost: the one-hour part of cache writes, compactions, which tokens
+belong to which read. Tokens of an agent without any model call are put on its invoke_agent span,
+which readers count as one call.
 """
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer
 
 TOOLS = {EventType.FILE_READ: "read", EventType.FILE_WRITE: "write", EventType.SEARCH: "search",
          EventType.TOOL_CALL: "tool", EventType.ERROR: "tool"}
-PROVIDERS = (("claude", "anthropic"), ("opus", "anthropic"), ("sonnet", "anthropic"), ("gpt", "openai"),
+PROVIDERS = (("claude", "anthropic"), ("opus", "anthropic"), ("sonnet", "anthropic"),
+             ("gpt", "openai"),
              ("o3", "openai"), ("o4", "openai"), ("gemini", "gcp.gemini"), ("grok", "x_ai"),
              ("deepseek", "deepseek"))
 ARGUMENTS = ("file_path", "file_paths", "lines", "offset", "limit", "query", "scope", "command")
@@ -81,7 +85,8 @@ class Usage:
         self.reasoning += event.tokens_output if event.event_type is EventType.THINKING else 0
 
     def attributes(self) -> dict[str, Any]:
-        """The attributes of the conventions: input with the cached part, output with the reasoning."""
+        """The attributes of the conventions: input with the cached part, output with the
+        reasoning."""
         return {"gen_ai.usage.input_tokens": self.input + self.read,
                 "gen_ai.usage.output_tokens": self.output,
                 "gen_ai.usage.cache_read.input_tokens": self.read or None,
@@ -90,16 +95,19 @@ class Usage:
 
 
 def usages(events: list[SessionEvent], imported: bool) -> dict[str, Usage]:
-    """The usage of every model call of one agent, by event id; under "" that of an agent without any.
+    """The usage of every model call of one agent, by event id; under "" that of an agent without
+    any.
 
-    What entered before a call belongs to it, what entered after the last to the last. In an imported session
-    a call's own ``tokens_input`` entered with the call after it, and what follows it is part of its output.
+    What entered before a call belongs to it, what entered after the last to the last. In an
+    imported session a call's own ``tokens_input`` entered with the call after it, and what follows
+    it is part of its output.
     """
     calls = [event.id for event in events if event.event_type is EventType.AI_RESPONSE] or [""]
     result = {name: Usage() for name in calls}
     done = 0  # model calls so far
     for event in events:
-        following, latest = result[calls[min(done, len(calls) - 1)]], result[calls[max(done - 1, 0)]]
+        following, latest = (result[calls[min(done, len(calls) - 1)]],
+                             result[calls[max(done - 1, 0)]])
         if event.event_type is EventType.AI_RESPONSE:
             done += 1
             after = result[calls[min(done, len(calls) - 1)]]
@@ -121,18 +129,20 @@ class Exporter:
         self.usage: dict[str, dict[str, Usage]] = {}
 
     def time(self, text: str) -> int:
-        """Nanoseconds of a time, later than the last one given: some logs have no times, or equal ones."""
+        """Nanoseconds of a time, later than the last one given: some logs have no times, or equal
+        ones."""
         self.clock = max(self.clock + STEP, int((seconds_of(text) or 0) * 1e6) * 1_000)
         return self.clock
 
     def span(self, name: str, key: str, parent: str, start: int, duration_ms: int, kind: int,
              values: dict[str, Any]) -> dict[str, Any]:
         """A span of the session's trace."""
-        return {"traceId": self.trace, "spanId": hex_id("span", self.session.id, key), "parentSpanId": parent,
-                "name": name, "kind": kind, "startTimeUnixNano": str(start),
-                "endTimeUnixNano": str(start + duration_ms * 1_000_000),
-                "attributes": attributes(dict({"gen_ai.conversation.id": self.session.id}, **values)),
-                "status": {}, "events": []}
+        return {
+            "traceId": self.trace, "spanId": hex_id("span", self.session.id, key),
+            "parentSpanId": parent, "name": name, "kind": kind, "startTimeUnixNano": str(start),
+            "endTimeUnixNano": str(start + duration_ms * 1_000_000),
+            "attributes": attributes(dict({"gen_ai.conversation.id": self.session.id}, **values)),
+            "status": {}, "events": []}
 
     def spans(self) -> list[dict[str, Any]]:
         """All spans, the agents' first."""
@@ -155,7 +165,8 @@ class Exporter:
         parent = self.agents[""]["spanId"] if agent else ""
         alone = self.usage[agent].get("")  # tokens without a model call
         tokens = alone is None or alone.input + alone.output + alone.read
-        operation = "invoke_agent" if tokens else "invoke_workflow"  # the first of them implies a model call
+        # the first of them implies a model call
+        operation = "invoke_agent" if tokens else "invoke_workflow"
         values = {"gen_ai.operation.name": operation, "gen_ai.agent.name": name,
                   "gen_ai.request.model": self.session.model}
         if not agent:
@@ -164,10 +175,12 @@ class Exporter:
         if alone is not None and tokens:
             values.update(alone.attributes())
         start = self.time(started)
-        return self.span(f"{operation} {name}", f"agent {agent}", parent, start, 0, INTERNAL, values)
+        return self.span(f"{operation} {name}", f"agent {agent}", parent, start, 0,
+                         INTERNAL, values)
 
     def event_span(self, event: SessionEvent) -> dict[str, Any] | None:
-        """The span of a model call or a tool; None for others, which become events of the agent's span."""
+        """The span of a model call or a tool; None for others, which become events of the agent's
+        span."""
         parent, start = self.agents[event.agent_id], self.time(event.timestamp)
         if event.event_type is EventType.AI_RESPONSE:
             model = event.model or self.session.model
@@ -175,27 +188,30 @@ class Exporter:
                       "gen_ai.request.model": model, "gen_ai.response.model": model,
                       "gen_ai.response.id": event.data.get("response_id") or event.id}
             values.update(self.usage[event.agent_id][event.id].attributes())
-            return self.span(f"chat {model}", event.id, parent["spanId"], start, event.duration_ms, CLIENT,
-                             values)
+            return self.span(f"chat {model}", event.id, parent["spanId"], start, event.duration_ms,
+                             CLIENT, values)
         if event.event_type in TOOLS:
             return self.tool_span(event, parent["spanId"], start)
         if event.event_type is not EventType.THINKING:
-            parent["events"].append({"timeUnixNano": str(start), "name": event.event_type.value.lower(),
-                                     "attributes": attributes({"source": event.data.get("source"),
-                                                               "tokens": event.tokens})})
+            parent["events"].append(
+                {"timeUnixNano": str(start), "name": event.event_type.value.lower(),
+                 "attributes": attributes({"source": event.data.get("source"),
+                                           "tokens": event.tokens})})
         return None
 
     def tool_span(self, event: SessionEvent, parent: str, start: int) -> dict[str, Any]:
-        """The span of a tool call; ``result_tokens`` is what its result brought into the context."""
+        """The span of a tool call; ``result_tokens`` is what its result brought into the
+        context."""
         name = str(event.data.get("tool") or TOOLS[event.event_type])
         arguments = {key: event.data[key] for key in ARGUMENTS if event.data.get(key)}
         failed = event.event_type is EventType.ERROR
-        span = self.span(f"execute_tool {name}", event.id, parent, start, event.duration_ms, INTERNAL, {
-            "gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name,
-            "gen_ai.tool.call.id": event.id,
-            "gen_ai.tool.call.arguments": json.dumps(arguments) if arguments else "",
-            "error.type": str(event.data.get("error_type") or "tool_error") if failed else "",
-            "result_tokens": event.tokens_input})
+        span = self.span(
+            f"execute_tool {name}", event.id, parent, start, event.duration_ms, INTERNAL, {
+                "gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name,
+                "gen_ai.tool.call.id": event.id,
+                "gen_ai.tool.call.arguments": json.dumps(arguments) if arguments else "",
+                "error.type": str(event.data.get("error_type") or "tool_error") if failed else "",
+                "result_tokens": event.tokens_input})
         if failed:
             span["status"] = {"code": ERROR, "message": plain(event.data.get("message") or "")}
         return span
@@ -218,8 +234,10 @@ def documents(session: Session, batch: int = BATCH) -> Iterator[dict[str, Any]]:
 
 
 def post(endpoint: str, document: dict[str, Any], headers: dict[str, str]) -> None:
-    """Send a document to an OTLP/HTTP endpoint; OSError when it is refused or some of its spans are."""
-    url = endpoint if endpoint.rstrip("/").endswith("/v1/traces") else endpoint.rstrip("/") + "/v1/traces"
+    """Send a document to an OTLP/HTTP endpoint; OSError when it is refused or some of its spans
+    are."""
+    url = (endpoint if endpoint.rstrip("/").endswith("/v1/traces")
+           else endpoint.rstrip("/") + "/v1/traces")
     headers = dict({"Content-Type": "application/json"}, **headers)
     request = urllib.request.Request(url, json.dumps(document).encode(), headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
@@ -234,11 +252,14 @@ def post(endpoint: str, document: dict[str, Any], headers: dict[str, str]) -> No
 
 def main(argv: list[str] | None = None) -> int:
     """Export a session; 0, or 1 when it is not there or could not be written."""
-    parser = argparse.ArgumentParser(description="Export a stored session as OTLP/JSON GenAI spans.")
+    parser = argparse.ArgumentParser(
+        description="Export a stored session as OTLP/JSON GenAI spans.")
     parser.add_argument("session_id", help="the session's id, or 'last'")
-    parser.add_argument("--output", metavar="FILE", help="write to FILE (.jsonl) instead of standard output")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write to FILE (.jsonl) instead of standard output")
     parser.add_argument("--endpoint", metavar="URL", help="POST to this OTLP/HTTP endpoint instead")
-    parser.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="to send along")
+    parser.add_argument(
+        "--header", action="append", default=[], metavar="NAME=VALUE", help="to send along")
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
     if not all("=" in header for header in options.header):

@@ -21,7 +21,8 @@ import sessionoptimizer as so
 
 TABLES = {  # columns; money in whole pico-dollars (1e-12 USD)
     "sessions": "day session unit agent source model project status started_at ended_at minutes "
-                "model_calls uncached_input cache_write cache_read output total_tokens waste_tokens "
+                "model_calls uncached_input cache_write cache_read output total_tokens "
+    "waste_tokens "
                 "measured_waste_tokens waste_cost cost row".split(),
     "findings": "day session type severity measured tokens charged_tokens cost events".split(),
     "usage": "day session model tool project calls".split() + [*so.CLASSES, "cost"],
@@ -88,7 +89,8 @@ def table_rows(found, ids):
     for row, usage, session in zip(found["rows"], found["usage"], ids):
         row, seconds = so.renamed(row, session), so.seconds_of(row["started_at"])
         day = "" if seconds is None else time.strftime("%Y-%m-%d", time.gmtime(seconds))
-        rows = [("usage", part) for part in usage] + [("bill", cell) for cell in row["bill"]["cells"]]
+        rows = ([("usage", part) for part in usage]
+                + [("bill", cell) for cell in row["bill"]["cells"]])
         rows += [("findings", dict(
             issue, type=issue["issue_type"], tokens=issue["estimated_waste_tokens"],
             cost=round(issue["charged_cost"] * so.PICO),
@@ -125,7 +127,8 @@ def run(context, source, target):
     for file in context.parallelize(sorted(files.keys() - facts), parts).map(
             lambda path: so.describe_transcript(path, opener(path, HEAD))).collect():
         facts[file["path"]] = [files[file["path"]], file]
-    units = {unit[0]["path"]: unit for unit in so.group_transcripts(file for _, file in facts.values())}
+    units = {unit[0]["path"]: unit
+             for unit in so.group_transcripts(file for _, file in facts.values())}
 
     def read(lost):
         """Read what was not read yet of these units, given what others count; where it is."""

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""A knowledge base on SQLite's full-text search whose loads, queries and saves are logged to a session.
+"""A knowledge base on SQLite's full-text search; loads, queries and saves go to a session's log.
 
     python3 examples/knowledge_base.py [--base FILE] [--store DIR]
 
-A load is a CONTEXT_LOAD, a query a SEARCH (so asking the same twice is found), a save a CUSTOM event that
-says the base has changed (so asking again after it is not). Without FTS5 in SQLite the search compares words.
+A load is a CONTEXT_LOAD, a query a SEARCH (so asking the same twice is found), a save a CUSTOM
+event that says the base has changed (so asking again after it is not). Without FTS5 in SQLite the
+search compares words.
 """
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from sessionoptimizer import EventType, SessionOptimizer  # noqa: E402
 
 
 class Knowledge(Protocol):
-    """What is needed of a base. To use your own, import it: ``from knowledgesync import KnowledgeSync``."""
+    """What is needed of a base. To use your own, import it: ``from
+    knowledgesync import KnowledgeSync``."""
 
     name: str
     def load(self, entry_id: int) -> tuple[str, str] | None: ...
@@ -61,7 +63,8 @@ class SqliteKnowledge:
         return self._db.execute(question, (entry_id,)).fetchone()
 
     def query(self, words: str, limit: int = 5) -> list[tuple[int, str, str]]:
-        """The entries that hold any of the words, best match first; [] where there is no word to look for."""
+        """The entries that hold any of the words, best match first; [] where there is no word to
+        look for."""
         terms = sorted(set(re.findall(r"\w+", words.lower())))
         if not terms:
             return []
@@ -77,7 +80,8 @@ class SqliteKnowledge:
     def save(self, topic: str, text: str) -> int:
         """Add an entry and return its id."""
         with self._db:  # commits
-            return self._db.execute(f"INSERT INTO {self._table} VALUES (?, ?)", (topic, text)).lastrowid
+            return self._db.execute(f"INSERT INTO {self._table} VALUES (?, ?)",
+                                    (topic, text)).lastrowid
 
 
 def estimate_tokens(text: str) -> int:
@@ -85,7 +89,8 @@ def estimate_tokens(text: str) -> int:
     return -(-len(text) // 4)
 
 
-def load_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge, entry_id: int) -> str:
+def load_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge,
+                   entry_id: int) -> str:
     """The text of an entry, logged as context; "" when there is none."""
     topic, text = base.load(entry_id) or ("", "")
     if text:
@@ -97,7 +102,8 @@ def load_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge
 
 def query_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge, words: str,
                     limit: int = 5) -> list[tuple[int, str, str]]:
-    """The entries that match, logged as a search; the tokens are those of the answer and of the question."""
+    """The entries that match, logged as a search; the tokens are those of the answer and of the
+    question."""
     found = base.query(words, limit)
     optimizer.log_event(session_id, EventType.SEARCH,
                         {"tool": "knowledge", "query": words, "scope": f"{base.name} {limit}",
@@ -121,7 +127,8 @@ def save_knowledge(optimizer: SessionOptimizer, session_id: str, base: Knowledge
 def demo(optimizer: SessionOptimizer, base: SqliteKnowledge) -> None:
     """Save two entries, ask the same question twice, load what was found."""
     session = optimizer.start_session("FORGE", "Collect what we know of tokens", model="opus")
-    save_knowledge(optimizer, session.id, base, "JWT", "Signed tokens; rotate the signing keys weekly.")
+    save_knowledge(optimizer, session.id, base, "JWT",
+                   "Signed tokens; rotate the signing keys weekly.")
     save_knowledge(optimizer, session.id, base, "Sessions", "They end when the cookie expires.")
     for _ in range(2):
         found = query_knowledge(optimizer, session.id, base, "which keys sign our tokens?")
@@ -137,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demonstration and return 0."""
     parser = argparse.ArgumentParser(description="A knowledge base whose use is logged.")
     parser.add_argument("--base", metavar="FILE", help="the SQLite file (default: a temporary one)")
-    parser.add_argument("--store", metavar="DIR", help="keep the session there (default: a temporary store)")
+    parser.add_argument(
+        "--store", metavar="DIR", help="keep the session there (default: a temporary store)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         path = options.base or os.path.join(scratch, "knowledge.db")

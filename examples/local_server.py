@@ -1,13 +1,14 @@
-"""An HTTP server that is safe to run on a desk: a page, its API, a stream of events. For dashboard.py.
+"""An HTTP server that is safe on a desk: a page, its API, a stream of events. For dashboard.py.
 
-It answers GET and HEAD. It refuses pages of other sites (Host, Origin and Sec-Fetch-Site are checked, which
-also stops DNS rebinding), asks for a token where it has one, lets the page run its own script and style and
-nothing else. Errors are JSON, ``{"error": text}``.
+It answers GET and HEAD. It refuses pages of other sites (Host, Origin and Sec-Fetch-Site are
+checked, which also stops DNS rebinding), asks for a token where it has one, lets the page run its
+own script and style and nothing else. Errors are JSON, ``{"error": text}``.
 
-Connections cost no thread: one loop waits for all of them, and a few workers make the answers. What a client can
-take is bounded: the size of a request, the time to send it and to take its answer, the number of connections and
-of event streams. Where there are too many, the one that has kept the server waiting longest is closed for a new
-one, so clients that are slow or hostile shut out none that is not.
+Connections cost no thread: one loop waits for all of them, and a few workers make the answers. What
+a client can take is bounded: the size of a request, the time to send it and to take its answer, the
+number of connections and of event streams. Where there are too many, the one that has kept the
+server waiting longest is closed for a new one, so clients that are slow or hostile shut out none
+that is not.
 """
 import asyncio
 import base64
@@ -31,16 +32,19 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_CONNECTIONS, MAX_STREAMS = 128, 32  # of these, event streams: one per open page
 MAX_HEAD, MAX_TARGET = 16_384, 2_048  # bytes of a request; characters of its path and query
 MAX_WAITING = 32  # requests that wait for a long answer
-REQUEST_SECONDS, IDLE_SECONDS = 10, 30  # to send a request once begun; between two on one connection
+# to send a request once begun; between two on one connection
+REQUEST_SECONDS, IDLE_SECONDS = 10, 30
 TAKE_SECONDS = 10  # for a client to take its answer
-SEND_BUFFER = 65_536  # bytes the system holds for one that does not: nothing more is made for it meanwhile
+# bytes the system holds for one that does not: nothing more is made for it meanwhile
+SEND_BUFFER = 65_536
 POLL_SECONDS, KEEP_ALIVE_SECONDS = 1, 15  # of an event stream: looks at the state, signs of life
 JSON = "application/json"
 GONE = (OSError, EOFError, asyncio.TimeoutError)  # what a client that goes, or is too slow, raises
 
 
 class Refused(Exception):
-    """A request that gets an error instead of an answer: status, message and, at need, a dict of headers."""
+    """A request that gets an error instead of an answer: status, message and, at need, a dict of
+    headers."""
 
 
 def same(given, wanted):
@@ -58,15 +62,19 @@ class LocalServer:
 
     def __init__(self, page, *, host="127.0.0.1", port=8765, token=""):
         self.page, self.token, self.local = page, token, host in LOOPBACK
-        self.names = set(LOOPBACK) | (set() if self.local else {host.lower(), socket.gethostname().lower()})
-        hashes = [base64.b64encode(hashlib.sha256(re.search(tag, page, re.S).group(1)).digest()).decode()
-                  for tag in (b"<script>(.*?)</script>", b"<style>(.*?)</style>")]
-        self.policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src data:; "
-                       "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-                       "require-trusted-types-for 'script'; trusted-types 'none'").format(*hashes)
+        self.names = (
+            set(LOOPBACK) | (set() if self.local else {host.lower(), socket.gethostname().lower()}))
+        hashes = [
+            base64.b64encode(hashlib.sha256(re.search(tag, page, re.S).group(1)).digest()).decode()
+            for tag in (b"<script>(.*?)</script>", b"<style>(.*?)</style>")]
+        self.policy = (
+            ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src data:; "
+             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+             "require-trusted-types-for 'script'; trusted-types 'none'").format(*hashes))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=256)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections take it over
+        # its connections take it over
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.server_address = self.socket.getsockname()
         secret = hmac.new(token.encode(), b"cookie of this server", "sha256").hexdigest()
         self.cookie = f"dashboard_{self.server_address[1]}={secret}"
@@ -82,12 +90,13 @@ class LocalServer:
         raise NotImplementedError
 
     def takes_long(self, path):
-        """Whether an answer may take long: those wait for each other, and no other request waits for them."""
+        """Whether an answer may take long: those wait for each other, and no other request waits
+        for them."""
         return False
 
     def state(self, max_age):
-        """(a number that grows with every change, seconds to wait before asking again); the number may be
-        ``max_age`` seconds old. Called in a worker."""
+        """(a number that grows with every change, seconds to wait before asking again); the number
+        may be ``max_age`` seconds old. Called in a worker."""
         raise NotImplementedError
 
     def serve_forever(self):
@@ -113,7 +122,8 @@ class LocalServer:
 
     async def _serve(self):
         self._loop, end = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connected, sock=self.socket, limit=MAX_HEAD, backlog=256)
+        server = await asyncio.start_server(
+            self._connected, sock=self.socket, limit=MAX_HEAD, backlog=256)
         self._end = end
         try:
             self._loop.add_signal_handler(signal.SIGINT, self._interrupt)
@@ -126,7 +136,8 @@ class LocalServer:
             open_ones = list(self.connections)
             for connection in open_ones:
                 connection.drop()
-            await asyncio.gather(*(connection.task for connection in open_ones), return_exceptions=True)
+            await asyncio.gather(
+                *(connection.task for connection in open_ones), return_exceptions=True)
             await asyncio.sleep(0)  # the transports end
 
     def _interrupt(self):
@@ -142,9 +153,11 @@ class LocalServer:
             connection.task = self._loop.create_task(connection.turn_away())
 
     def _make_room(self):
-        """Close connections that keep the server waiting, the longest first; False where too many are at work."""
+        """Close connections that keep the server waiting, the longest first; False where too many
+        are at work."""
         while len(self.connections) >= MAX_CONNECTIONS:
-            waiting = [connection for connection in self.connections if connection.since is not None]
+            waiting = [connection for connection in self.connections
+                       if connection.since is not None]
             if not waiting:
                 return False
             min(waiting, key=lambda connection: connection.since).drop()
@@ -152,7 +165,8 @@ class LocalServer:
 
 
 class Connection:
-    """One client. ``since``: when the server began to wait for it, None while it waits for the server."""
+    """One client. ``since``: when the server began to wait for it, None while it waits for the
+    server."""
 
     def __init__(self, server, reader, writer):
         self.server, self.reader, self.writer, self.since = server, reader, writer, time.monotonic()
@@ -209,7 +223,8 @@ class Connection:
             await self.refuse(500, f"this request failed: {type(error).__name__}")
 
     async def _head(self):
-        """The lines of the next request, bounded in size and, as a whole, in time; empty where none comes."""
+        """The lines of the next request, bounded in size and, as a whole, in time; empty where none
+        comes."""
         self.since, self.headers, self.method = time.monotonic(), {}, ""
         try:
             first = await asyncio.wait_for(self.reader.read(1), IDLE_SECONDS)
@@ -269,24 +284,29 @@ class Connection:
         except HTTPException:
             raise Refused(431, "a request has at most 100 headers") from None
         wish = self.headers.get("Connection", "").lower()
-        self.keep = self.keep and wish != "close" and (version == "HTTP/1.1" or wish == "keep-alive")
+        self.keep = (self.keep and wish != "close"
+                     and (version == "HTTP/1.1" or wish == "keep-alive"))
 
     def _check_sender(self, path):
-        """Refuse pages of other sites, also those whose name was made to lead here (DNS rebinding)."""
+        """Refuse pages of other sites, also those whose name was made to lead here (DNS
+        rebinding)."""
         if len(self.target) > MAX_TARGET:
             raise Refused(414, f"a path has at most {MAX_TARGET:,} characters")
         if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
-            raise Refused(400 if self.method in ("GET", "HEAD") else 405, "a request has no body here",
-                          {"Allow": "GET, HEAD"})
+            raise Refused(400 if self.method in ("GET", "HEAD") else 405,
+                          "a request has no body here", {"Allow": "GET, HEAD"})
         hosts = self.headers.get_all("Host", [])
-        found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\[\]]+)(:\d*)?", hosts[0].lower() if hosts else "")
+        found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\[\]]+)(:\d*)?",
+                             hosts[0].lower() if hosts else "")
         if not found or len(hosts) > 1:
             raise Refused(400, "a request names one Host")
         name = found.group(1).strip("[]")
-        by_address = not self.server.local and (":" in name or re.fullmatch("[0-9.]+", name))  # asks no DNS
+        # asks no DNS
+        by_address = not self.server.local and (":" in name or re.fullmatch("[0-9.]+", name))
         if not by_address and name not in self.server.names:
             raise Refused(403, f"this server does not answer to the name {name!r}: use its address")
-        site = "none" if path == "/" else self.headers.get("Sec-Fetch-Site", "none")  # a link may lead there
+        # a link may lead there
+        site = "none" if path == "/" else self.headers.get("Sec-Fetch-Site", "none")
         origins = (None, f"http://{hosts[0]}", f"https://{hosts[0]}")
         if self.headers.get("Origin") not in origins or site not in ("none", "same-origin"):
             raise Refused(403, "requests of other sites are refused")
@@ -294,13 +314,16 @@ class Connection:
     def _check_token(self):
         kind, _, given = self.headers.get("Authorization", "").partition(" ")
         cookies = [part.strip() for part in self.headers.get("Cookie", "").split(";")]
-        if self.server.token and not (kind.lower() == "bearer" and same(given.strip(), self.server.token)
-                                      or any(same(cookie, self.server.cookie) for cookie in cookies)):
-            raise Refused(401, "a token is needed: open /?token=TOKEN once or send Authorization: Bearer",
-                          {"WWW-Authenticate": "Bearer"})
+        if (self.server.token
+                and not (kind.lower() == "bearer" and same(given.strip(), self.server.token)
+                         or any(same(cookie, self.server.cookie) for cookie in cookies))):
+            raise Refused(
+                401, "a token is needed: open /?token=TOKEN once or send Authorization: Bearer",
+                {"WWW-Authenticate": "Bearer"})
 
     async def _stream(self):
-        """Server-sent events: the number of the state, now and whenever it changes, until the client goes."""
+        """Server-sent events: the number of the state, now and whenever it changes, until the
+        client goes."""
         server, loop = self.server, asyncio.get_running_loop()
         if len(server.streams) >= MAX_STREAMS:
             server.streams[0].drop()  # that page, if it is still one, comes back
@@ -311,10 +334,12 @@ class Connection:
         sent, spoke = None, time.monotonic()
         try:
             while self.method != "HEAD" and not closed.done():
-                number, wait = await loop.run_in_executor(server.workers, server.state, POLL_SECONDS * 0.9)
+                number, wait = await loop.run_in_executor(server.workers, server.state,
+                                                          POLL_SECONDS * 0.9)
                 text = ": still here\n\n" if time.monotonic() - spoke > KEEP_ALIVE_SECONDS else ""
                 if number != sent:
-                    text = f'retry: 2000\nid: {number}\nevent: change\ndata: {{"version": {number}}}\n\n'
+                    text = (f'retry: 2000\nid: {number}\nevent: change\n'
+                            f'data: {{"version": {number}}}\n\n')
                 if text:
                     await self._write(text.encode())
                     sent, spoke = number, time.monotonic()
@@ -331,9 +356,11 @@ class Connection:
     async def send(self, status, kind, body, headers=None):
         """Write an answer; ``body`` None for none (a stream follows, or there is none)."""
         headers = dict({
-            "Content-Type": kind, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff",
+            "Content-Type": kind, "Cache-Control": "private, no-cache",
+            "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}, **headers or {})
+            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"},
+            **headers or {})
         if "ETag" in headers:
             known = self.headers.get("If-None-Match", "").split(",")
             if headers["ETag"] in [tag.strip().replace("W/", "") for tag in known]:

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""A queue of commands on disk: the most urgent first, a session for each, and what each priority costs.
+"""A queue of commands on disk: the most urgent first, a session for each, costs by priority.
 
-    python3 examples/priority_queue.py add QUEUE ID [--priority 50] [--after ID] [--requires NAME] [--attempts 3] -- COMMAND...
+    python3 examples/priority_queue.py add QUEUE ID [--priority 50] [--after ID] \\
+        [--requires NAME] [--attempts 3] -- COMMAND...
     python3 examples/priority_queue.py work QUEUE [--as NAME] [--can NAME] [--stay] [--store DIR]
     python3 examples/priority_queue.py list QUEUE
 
-QUEUE is a file (SQLite) or a redis:// URL, the queue of examples/crew: as many workers as you like share it, one that is killed
-loses its task to the next, tasks of equal priority keep their order. A command runs in the directory it was added from, with its
-session in SESSIONOPTIMIZER_SESSION for ``sessionoptimizer log``; what fails is tried again while attempts are left.
+QUEUE is a file (SQLite) or a redis:// URL, the queue of examples/crew: as many workers as you like
+share it, one that is killed loses its task to the next, tasks of equal priority keep their order. A
+command runs in the directory it was added from, with its session in SESSIONOPTIMIZER_SESSION for
+``sessionoptimizer log``; what fails is tried again while attempts are left.
 """
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ if HERE not in sys.path:
     sys.path.append(HERE)
 from crew import Bus, Claim, CrewError, Task, open_bus  # noqa: E402
 from crew.agents import Runner  # noqa: E402
-from sessionoptimizer import (EventType, SessionOptimizer, SessionOptimizerError, SessionStatus,  # noqa: E402
-                              mask_secrets, plain, slug)
+from sessionoptimizer import (  # noqa: E402
+    EventType, SessionOptimizer, SessionOptimizerError, SessionStatus, mask_secrets, plain, slug)
 
 DONE, FAILED, NOT_ALL = 0, 1, 3
 LONGEST = 86_400.0  # seconds for one command
@@ -36,10 +38,11 @@ IDLE_SECONDS = 1.0
 
 
 def run_task(optimizer: SessionOptimizer, claim: Claim, output: str) -> dict[str, Any]:
-    """Run one task's command in a session of its own: what it did, what it cost, how long it had waited (seconds)."""
+    """Run a task's command in a session: what it did, what it cost, how many seconds it waited."""
     task, began = claim.task, time.monotonic()
-    session = optimizer.start_session(claim.agent, task.title, session_id=slug(f"{task.id}-{claim.attempt}-{int(time.time())}"),
-                                      metadata={"task_id": task.id, "priority": task.priority, "attempt": claim.attempt})
+    session = optimizer.start_session(
+        claim.agent, task.title, session_id=slug(f"{task.id}-{claim.attempt}-{int(time.time())}"),
+        metadata={"task_id": task.id, "priority": task.priority, "attempt": claim.attempt})
     runner, over = Runner(os.path.dirname(output)), threading.Event()
 
     def stay_alive() -> None:
@@ -51,22 +54,27 @@ def run_task(optimizer: SessionOptimizer, claim: Claim, output: str) -> dict[str
     thread.start()
     try:
         ended = runner.run(task.data["command"], task.data["cwd"], LONGEST, output, environment={
-            "SESSIONOPTIMIZER_HOME": os.path.abspath(str(optimizer.storage_path)), "SESSIONOPTIMIZER_SESSION": session.id})
+            "SESSIONOPTIMIZER_HOME": os.path.abspath(str(optimizer.storage_path)),
+            "SESSIONOPTIMIZER_SESSION": session.id})
     finally:
         over.set()
         thread.join()
     if ended.status != 0:
-        optimizer.log_event(session.id, EventType.ERROR, {"command": mask_secrets(" ".join(task.data["command"]))[:200],
-                                                          "message": mask_secrets(ended.tail)[-300:]})
-    optimizer.end_session(session.id, SessionStatus.FAILED if ended.status else SessionStatus.COMPLETED)
+        optimizer.log_event(session.id, EventType.ERROR,
+                            {"command": mask_secrets(" ".join(task.data["command"]))[:200],
+                             "message": mask_secrets(ended.tail)[-300:]})
+    optimizer.end_session(session.id,
+                          SessionStatus.FAILED if ended.status else SessionStatus.COMPLETED)
     report = optimizer.analyze(session.id)
-    return {"task": task.id, "priority": task.priority, "session": session.id, "success": ended.status == 0, "error": ended.tail,
-            "tokens": report.total_tokens, "cost": report.estimated_cost, "efficiency": report.efficiency_score,
+    return {"task": task.id, "priority": task.priority, "session": session.id,
+            "success": ended.status == 0, "error": ended.tail, "tokens": report.total_tokens,
+            "cost": report.estimated_cost, "efficiency": report.efficiency_score,
             "seconds": time.monotonic() - began}
 
 
-def work_off(optimizer: SessionOptimizer, bus: Bus, name: str, able: list[str], *, stay: bool = False) -> list[dict[str, Any]]:
-    """Do tasks until none is left that could become ours (``stay``: for ever); what ``run_task`` said of each."""
+def work_off(optimizer: SessionOptimizer, bus: Bus, name: str, able: list[str], *,
+             stay: bool = False) -> list[dict[str, Any]]:
+    """Do tasks until none is left for us (``stay``: for ever); what ``run_task`` said of each."""
     results = []
     folder = os.path.join(str(optimizer.storage_path), "commands")
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -75,24 +83,29 @@ def work_off(optimizer: SessionOptimizer, bus: Bus, name: str, able: list[str], 
         if claim is not None:
             output = os.path.join(folder, f"{slug(claim.task.id)}-{claim.attempt}.log")
             results.append(run_task(optimizer, claim, output))
-            settled = bus.complete(claim, results[-1]) if results[-1]["success"] else bus.fail(claim, results[-1]["error"][-300:])
-            print(f"{claim.task.priority:>4} {plain(claim.task.id, 20):<20} {results[-1]['tokens']:>9,} tokens "
-                  f"{results[-1]['seconds']:>8.1f} s {'done' if results[-1]['success'] else 'failed'}"
-                  + ("" if settled else ", too late: another worker has it"), flush=True)
-        elif stay or any(state.status in ("READY", "WAITING", "CLAIMED") and set(state.task.requires) <= set(able)
-                         for state in bus.tasks()):
+            settled = (bus.complete(claim, results[-1]) if results[-1]["success"]
+                       else bus.fail(claim, results[-1]["error"][-300:]))
+            print(
+                f"{claim.task.priority:>4} {plain(claim.task.id, 20):<20} "
+                f"{results[-1]['tokens']:>9,} tokens "
+                f"{results[-1]['seconds']:>8.1f} s {'done' if results[-1]['success'] else 'failed'}"
+                + ("" if settled else ", too late: another worker has it"), flush=True)
+        elif stay or any(state.status in ("READY", "WAITING", "CLAIMED")
+                         and set(state.task.requires) <= set(able) for state in bus.tasks()):
             time.sleep(IDLE_SECONDS)
         else:
             return results
 
 
 def statistics(results: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """By priority, most urgent first: runs, successes, tokens, USD, mean efficiency (percent), longest run (seconds)."""
+    """By priority: runs, successes, tokens, USD, mean efficiency (percent), longest run
+    (seconds)."""
     groups = defaultdict(list)
     for result in results:
         groups[result["priority"]].append(result)
     return {priority: {"runs": len(group), "succeeded": sum(row["success"] for row in group),
-                       "tokens": sum(row["tokens"] for row in group), "cost": sum(row["cost"] for row in group),
+                       "tokens": sum(row["tokens"] for row in group),
+                       "cost": sum(row["cost"] for row in group),
                        "average_efficiency": sum(row["efficiency"] for row in group) / len(group),
                        "longest": max(row["seconds"] for row in group)}
             for priority, group in sorted(groups.items(), reverse=True)}
@@ -100,7 +113,8 @@ def statistics(results: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 def add(options: argparse.Namespace, bus: Bus) -> int:
     """Put a command into the queue."""
-    bus.submit(Task(options.id, " ".join(options.command)[:100], priority=options.priority, after=tuple(options.after),
+    bus.submit(Task(options.id, " ".join(options.command)[:100], priority=options.priority,
+                    after=tuple(options.after),
                     requires=tuple(options.requires), max_attempts=options.attempts,
                     data={"command": options.command, "cwd": os.getcwd()}))
     return DONE
@@ -108,9 +122,11 @@ def add(options: argparse.Namespace, bus: Bus) -> int:
 
 def work(options: argparse.Namespace, bus: Bus) -> int:
     """Do what is in the queue; NOT_ALL when a task is FAILED in the end."""
-    results = work_off(SessionOptimizer(options.store), bus, options.name, options.can, stay=options.stay)
+    results = work_off(
+        SessionOptimizer(options.store), bus, options.name, options.can, stay=options.stay)
     for priority, row in statistics(results).items():
-        print(f"priority {priority}: {row['succeeded']} of {row['runs']} runs succeeded, {row['tokens']:,} tokens, "
+        print(f"priority {priority}: {row['succeeded']} of {row['runs']} runs succeeded, "
+              f"{row['tokens']:,} tokens, "
               f"${row['cost']:.4f}, {row['average_efficiency']:.1f}% efficient")
     return NOT_ALL if any(state.status == "FAILED" for state in bus.tasks()) else DONE
 
@@ -118,7 +134,8 @@ def work(options: argparse.Namespace, bus: Bus) -> int:
 def show(options: argparse.Namespace, bus: Bus) -> int:
     """Print how every task stands."""
     for state in bus.tasks():
-        print(f"{state.status:<8}{state.task.priority:>4} {plain(state.task.id, 20):<20} {plain(state.task.title, 60)}"
+        print(f"{state.status:<8}{state.task.priority:>4} {plain(state.task.id, 20):<20} "
+              f"{plain(state.task.title, 60)}"
               + (f"  ({plain(state.error, 80)})" if state.status == "FAILED" else ""))
     return DONE
 
@@ -133,15 +150,23 @@ def main(argv: list[str] | None = None) -> int:
         one.add_argument("queue", metavar="QUEUE", help="a file, or a redis:// URL")
     adding, working = commands.choices["add"], commands.choices["work"]
     adding.add_argument("id", metavar="ID")
-    adding.add_argument("--priority", type=int, default=50, metavar="N", help="larger is more urgent (50)")
-    adding.add_argument("--after", action="append", default=[], metavar="ID", help="only when this task is done")
-    adding.add_argument("--requires", action="append", default=[], metavar="NAME", help="what a worker has to be able to do")
-    adding.add_argument("--attempts", type=int, default=3, metavar="N", help="try at most N times (3)")
+    adding.add_argument(
+        "--priority", type=int, default=50, metavar="N", help="larger is more urgent (50)")
+    adding.add_argument(
+        "--after", action="append", default=[], metavar="ID", help="only when this task is done")
+    adding.add_argument("--requires", action="append", default=[], metavar="NAME",
+                        help="what a worker has to be able to do")
+    adding.add_argument(
+        "--attempts", type=int, default=3, metavar="N", help="try at most N times (3)")
     adding.add_argument("command", nargs="+", metavar="COMMAND")
-    working.add_argument("--as", dest="name", default=f"worker-{os.getpid()}", metavar="NAME", help="the worker's name")
-    working.add_argument("--can", action="append", default=[], metavar="NAME", help="what this worker can do")
-    working.add_argument("--stay", action="store_true", help="wait for more when the queue is empty")
-    working.add_argument("--store", metavar="DIR", help="where the sessions go (default: as for sessionoptimizer)")
+    working.add_argument("--as", dest="name", default=f"worker-{os.getpid()}", metavar="NAME",
+                         help="the worker's name")
+    working.add_argument(
+        "--can", action="append", default=[], metavar="NAME", help="what this worker can do")
+    working.add_argument(
+        "--stay", action="store_true", help="wait for more when the queue is empty")
+    working.add_argument(
+        "--store", metavar="DIR", help="where the sessions go (default: as for sessionoptimizer)")
     options = parser.parse_args(argv)
     try:
         with open_bus(options.queue, name="priority-queue") as bus:

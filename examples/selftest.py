@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Scan the labelled sample transcripts, hold what is found against the labels, and print the error rates.
+"""Scan the labelled sample transcripts and hold what is found against the labels: error rates.
 
     python3 examples/selftest.py                 the samples beside this program
     python3 examples/selftest.py DIR             a folder of your own with a labels.json
     python3 examples/selftest.py --format json   the same for programs
 
-Status 3 when a case is wrong. A case counts for the analyzer it is about; a finding of any other analyzer that no
-label expects is a false positive of that one. transcripts/README.md says how a case is labelled.
+Status 3 when a case is wrong. A case counts for the analyzer it is about; a finding of any other
+analyzer that no label expects is a false positive of that one. transcripts/README.md says how a
+case is labelled.
 """
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import BUILT_IN_ANALYZERS, SessionOptimizer, SessionOptimizerError  # noqa: E402
+from sessionoptimizer import (  # noqa: E402
+    BUILT_IN_ANALYZERS, SessionOptimizer, SessionOptimizerError)
 
 EXIT_FAILED, EXIT_WRONG = 1, 3
 
@@ -40,7 +42,8 @@ class Tally:
     off: int = 0       # by how many tokens the findings miss them
 
     def count(self, want: list[int], have: list[int]) -> None:
-        """Count one case: the wasted tokens of the findings that are labelled, and of those that were made."""
+        """Count one case: the wasted tokens of the findings that are labelled, and of those that
+        were made."""
         right = min(len(want), len(have))
         self.true_positives += right
         self.false_negatives += len(want) - right
@@ -61,8 +64,9 @@ class Tally:
 
 
 def run_labelled_cases(folder: str) -> dict[str, Any]:
-    """What a scan makes of the cases of a folder with labels.json: ``{"cases", "wrong", "mistakes": [text],
-    "analyzers": [Tally.to_dict()]}``. OSError, ValueError or KeyError when the folder holds no labels."""
+    """What a scan makes of the cases of a folder with labels.json:
+    ``{"cases", "wrong", "mistakes": [text], "analyzers": [Tally.to_dict()]}``. OSError, ValueError
+    or KeyError when the folder holds no labels."""
     with open(os.path.join(folder, "labels.json"), encoding="utf-8") as file:
         cases = json.load(file)["cases"]
     tallies = {cls.issue_type.value: Tally(cls.__name__) for cls in BUILT_IN_ANALYZERS}
@@ -78,7 +82,8 @@ def run_labelled_cases(folder: str) -> dict[str, Any]:
             "analyzers": [tally.to_dict() for tally in tallies.values()]}
 
 
-def wrong_findings(case: dict[str, Any], result: dict[str, Any], tallies: dict[str, Tally]) -> list[str]:
+def wrong_findings(case: dict[str, Any], result: dict[str, Any],
+                   tallies: dict[str, Tally]) -> list[str]:
     """Count a case's findings and say which differ from its labels."""
     expected: dict[str, list[int]] = {}
     found: dict[str, list[int]] = {}
@@ -99,18 +104,23 @@ def wrong_findings(case: dict[str, Any], result: dict[str, Any], tallies: dict[s
 def wrong_totals(case: dict[str, Any], totals: dict[str, Any]) -> list[str]:
     """Which of the totals that the case's provider billed differ from those of the scan."""
     have = {**totals["tokens"], "model_calls": totals["model_calls"]}
-    return [f"{name} expected {value}, found {have[name]}" for name, value in case.get("totals", {}).items()
+    return [f"{name} expected {value}, found {have[name]}"
+            for name, value in case.get("totals", {}).items()
             if value is not None and have[name] != value]
 
 
 def selftest_report(result: dict[str, Any]) -> str:
     """The table: per analyzer what was right and wrong, precision, recall, error of the tokens."""
-    lines = [f"{result['cases']} labelled cases, {result['cases'] - result['wrong']} right, {result['wrong']} wrong",
-             "", f"{'analyzer':<28}{'TP':>5}{'FP':>5}{'TN':>5}{'FN':>5}{'precision':>11}{'recall':>8}{'tokens off':>12}"]
+    lines = [(f"{result['cases']} labelled cases, {result['cases'] - result['wrong']} right, "
+              f"{result['wrong']} wrong"),
+             "", (f"{'analyzer':<28}{'TP':>5}{'FP':>5}{'TN':>5}{'FN':>5}{'precision':>11}"
+                  f"{'recall':>8}{'tokens off':>12}")]
     for row in result["analyzers"]:
-        ratios = ["-" if row[name] is None else f"{100 * row[name]:.0f}%" for name in ("precision", "recall")]
+        ratios = ["-" if row[name] is None else f"{100 * row[name]:.0f}%"
+                  for name in ("precision", "recall")]
         lines.append(f"{row['analyzer']:<28}{row['true_positives']:>5}{row['false_positives']:>5}"
-                     f"{row['true_negatives']:>5}{row['false_negatives']:>5}{ratios[0]:>11}{ratios[1]:>8}"
+                     f"{row['true_negatives']:>5}{row['false_negatives']:>5}{ratios[0]:>11}"
+                     f"{ratios[1]:>8}"
                      f"{row['token_error_percent']:>11.1f}%")
     if result["mistakes"]:
         lines += ["", *(f"WRONG {mistake}" for mistake in result["mistakes"])]
@@ -120,14 +130,16 @@ def selftest_report(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the status."""
     parser = argparse.ArgumentParser(description="Hold the analyzers against labelled transcripts.")
-    parser.add_argument("folder", nargs="?", metavar="DIR", default=os.path.join(HERE, "transcripts"),
-                        help="a folder with labels.json (default: transcripts beside this program)")
+    parser.add_argument(
+        "folder", nargs="?", metavar="DIR", default=os.path.join(HERE, "transcripts"),
+        help="a folder with labels.json (default: transcripts beside this program)")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args(argv)
     try:
         result = run_labelled_cases(options.folder)
     except (OSError, ValueError, KeyError, SessionOptimizerError) as error:
-        print(f"{os.path.join(options.folder, 'labels.json')} cannot be used: {error!r}", file=sys.stderr)
+        print(f"{os.path.join(options.folder, 'labels.json')} cannot be used: {error!r}",
+              file=sys.stderr)
         return EXIT_FAILED
     print(json.dumps(result, indent=2) if options.format == "json" else selftest_report(result))
     return EXIT_WRONG if result["wrong"] else 0
