@@ -8070,10 +8070,6 @@ class _Rollout:
             self.turn = _text(message, "turn_id") or self.turn
         elif kind == "context_compacted" and not self.compacted or kind == "thread_rolled_back":
             self._compaction({})
-        elif kind == "mcp_tool_call_end" and (
-                "Err" in _as_dict(message, "result")
-                or _under(message, ("result", "Ok", "isError")) is True):
-            self._item(message)
 
     # usage
 
@@ -8136,19 +8132,15 @@ class _Rollout:
         wrote = kind == "reasoning" or kind.endswith("_call") or item.get("role") == "assistant"
         if wrote and key:
             self.open[key] = item
-        elif key not in self.open and kind.endswith(("_output", "_end")):
+        elif key not in self.open and kind.endswith("_output"):
             return  # of a call that is not told
-        if self.call and (wrote and self._late() or _is_prompt(item)):
+        if self.call and (_is_prompt(item) or wrote and _LAYOUT_GAP < (
+                seconds_of(self.now) or 0) - (seconds_of(self.called_at) or 0)):
             self.call = ""
         if self.call if wrote else not self.waiting:
             self._tell(item, self.call)
         else:
             self.waiting.append((self.now, self.line, wrote, item))
-
-    def _late(self) -> bool:
-        """Whether it is too long since the metered call that would take what follows."""
-        then, now = seconds_of(self.called_at), seconds_of(self.now)
-        return then is not None and now is not None and now - then > _LAYOUT_GAP
 
     def _key(self, item: Data) -> str:
         identity = _text(item, "call_id")
@@ -8169,8 +8161,6 @@ class _Rollout:
             self._tool(item, kind, key)
         elif kind.endswith("_output"):
             self._returned(item, key, self.open[key])
-        elif kind == "mcp_tool_call_end":
-            self.told.failed(key, _as_json(item.get("result")))
 
     def _tool(self, item: Data, kind: str, key: str) -> None:
         name = _text(item, "name") or _CODEX_TOOLS.get(kind) or kind[:-len("_call")]
@@ -8543,8 +8533,6 @@ def _integer(value: Any, *keys: str) -> int:
     value = _under(value, keys)
     if value.__class__ is str:
         return int(value) if re.match(r"\d{1,20}\Z", value, re.A) else 0
-    if value.__class__ is float:
-        return int(value) if 0 <= value < 1e19 and value == int(value) else 0
     return value if value.__class__ is int else 0
 
 
@@ -8786,19 +8774,19 @@ def _opencode_row(row: Any) -> Data:
             **_arguments(columns.get("data")), **columns}
 
 
-def _opencode_time(value: Any, *keys: str) -> str:
-    return _iso_time(_integer(value, *keys) * 10**6)
+def _opencode_time(value: Any, name: str) -> str:
+    return _iso_time(_integer(value, "time", name) * 10**6)
 
 
 def _opencode_session(told: Recorder, stored: _Stored, agent: str) -> None:
     """Tell a session, the main one of its family or a sub-agent's."""
     for name in ("updated", "created"):
-        told.at(_opencode_time(stored.info, "time", name), 1, stored.path, agent)
+        told.at(_opencode_time(stored.info, name), 1, stored.path, agent)
     told.session(*_texts(stored.info, "id", "directory", "version"))
     for number, message in enumerate(stored.messages):
         info, parts = _as_dict(message, "info"), _dicts(message, "parts")
         identity = _text(info, "id") or f"{stored.path}:{_text(stored.info, 'id')}:{number}"
-        told.at(_opencode_time(info, "time", "created"), stored.places.get(identity, 1))
+        told.at(_opencode_time(info, "created"), stored.places.get(identity, 1))
         if info.get("role") == "assistant":
             _opencode_answer(told, identity, info, parts)
             continue
@@ -8856,9 +8844,9 @@ def _opencode_tool(told: Recorder, key: str, part: Data) -> None:
     arguments = _arguments(state.get("input"))
     if "patchText" in arguments:
         arguments["patch"] = arguments["patchText"]
-    told.at(_opencode_time(state, "time", "start"))
+    told.at(_opencode_time(state, "start"))
     told.tool(key, name, arguments)
-    told.at(_opencode_time(state, "time", "end"))
+    told.at(_opencode_time(state, "end"))
     status, code = state.get("status"), _integer(state, "metadata", "exit")
     text = _text(state, "error" if status == "error" else "output")
     size, lines = len(text), (0, 0, 0)
@@ -8902,17 +8890,19 @@ def hook_event(payload: Data) -> Optional[SessionEvent]:
     """The event that a hook of Claude Code tells of, without an id; None where it tells of none. Of
     a call to be made it is the one a scan would make. No prompt and no output is kept. Tokens are
     estimates (``data["estimated"]``): a hook knows texts, not usage, line or response."""
-    told, kind = Recorder(ClaudeCodeReader(), [""]), payload.get("hook_event_name")
-    told.session(cwd=_text(payload, "cwd"))
-    told.at(now_text(), agent=_text(payload, "agent_id"))
-    entered = written = 0
+    kind, cwd, agent, agent_type, prompt, answer = _texts(
+        payload, "hook_event_name", "cwd", "agent_id", "agent_type", "prompt",
+        "last_assistant_message")
+    told, entered, written = Recorder(ClaudeCodeReader(), [""]), len(prompt), len(answer)
+    told.session(cwd=cwd)
+    told.at(now_text(), agent=agent)
     if kind == "UserPromptSubmit":
-        event, entered = told.prompt(_text(payload, "prompt")), len(_text(payload, "prompt"))
+        event = told.prompt(prompt)
     elif kind in ("Stop", "SubagentStop"):
-        event, written = told.call("", "", None), len(_text(payload, "last_assistant_message"))
+        event = told.call("", "", None)
         if kind == "SubagentStop":
             event.event_type = EventType.CUSTOM
-            event.data.update(source="sub-agent", agent_type=_text(payload, "agent_type")[:80])
+            event.data.update(source="sub-agent", agent_type=agent_type[:80])
     elif kind == "PreCompact":
         event = told.compaction(trigger=_text(payload, "trigger")[:20])
     elif kind in ("PreToolUse", "PostToolUse", "PostToolUseFailure"):
@@ -8945,8 +8935,8 @@ def _hook_result(told: Recorder, payload: Data) -> int:
     cut = bool(details.get("persistedOutputPath")) or True in (
         details.get("interrupted"), details.get("truncated"))
     unchanged = details.get("type") == "file_unchanged"
-    event = told.returned("call", None if unchanged else text, lines=_file_lines(details), cut=cut)
-    event.data.update({"unchanged": True} if unchanged else {})
+    told.returned("call", details["type"] if unchanged else text, lines=_file_lines(details),
+                  cut=cut)
     return size
 
 
@@ -9112,7 +9102,7 @@ class LiveHooks:
         session_id, call = slug(_text(payload, "session_id")), hook_event(payload)
         if payload.get("hook_event_name") != "PreToolUse" or call is None:
             return None
-        agent, read = _text(payload, "agent_id"), call.event_type is EventType.FILE_READ
+        agent, read = call.agent_id, call.event_type is EventType.FILE_READ
         data = dict(call.data, content="same") if read else call.data  # the file's own time tells
         repeat = self.optimizer.would_repeat(session_id, call.event_type, data, agent)
         if repeat is None or repeat["lines"] < repeat["of_lines"]:
@@ -9126,7 +9116,7 @@ class LiveHooks:
         elif any(event.event_type is EventType.USER_MESSAGE for event in later):
             return None
         advice = _repeat_advice(call, repeat)
-        answer = {"hookEventName": "PreToolUse", "additionalContext": advice}
+        answer = {"additionalContext": advice}
         if deny:
             refused = {"refused_repeat_of": repeat["event_id"]}
             if any(event.agent_id == agent and refused.items() <= event.data.items()
@@ -9135,9 +9125,8 @@ class LiveHooks:
             self._append(session_id, "PreToolUse", SessionEvent(
                 "", now_text(), EventType.CUSTOM, refused, agent_id=agent))
             advice += " If it is not in view any more, make the same call again."
-            answer = {"hookEventName": "PreToolUse", "permissionDecision": "deny",
-                      "permissionDecisionReason": advice}
-        return {"hookSpecificOutput": answer}
+            answer = {"permissionDecision": "deny", "permissionDecisionReason": advice}
+        return {"hookSpecificOutput": {"hookEventName": "PreToolUse", **answer}}
 
 
 def event_id(session_id: str, footer: Data, timestamp: str) -> str:
@@ -9147,27 +9136,22 @@ def event_id(session_id: str, footer: Data, timestamp: str) -> str:
 
 def _unchanged_since(paths: Iterable[str], seconds: Optional[float]) -> bool:
     """Whether every file is there and neither its content nor its name has changed since."""
-    try:
-        stats = [os.stat(path) for path in paths]
-    except (OSError, ValueError):
-        return False
-    changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime)  # there: of creation
-               for info in stats]
-    return seconds is not None and all(change <= seconds for change in changes)
+    with suppress(OSError, ValueError):
+        changes = [max(info.st_mtime, 0 if os.name == "nt" else info.st_ctime)  # there: of creation
+                   for info in map(os.stat, paths)]
+        return seconds is not None and all(change <= seconds for change in changes)
+    return False
 
 
 def _repeat_advice(call: SessionEvent, repeat: Data) -> str:
     """What to tell an agent that is about to read or search again."""
+    size, at = counted(repeat["tokens"], "token"), repeat["timestamp"][11:16]
+    held = f"since: it is still in the context (about {size}). Use that instead of"
     if call.event_type is EventType.FILE_READ:
-        what, again = plain(_paths_of(call.data)[0], 120), "reading it again"
-        how = f"was read at {repeat['timestamp'][11:16]} and has not changed since"
-    else:
-        what = f"The answer to the search '{plain(call.data.get('query'), 80)}'"
-        again = "searching again"
-        how = f"came at {repeat['timestamp'][11:16]} and nothing was changed since"
-    size = counted(repeat["tokens"], "token")
-    return (f"{what} {how}: it is still in the context (about {size}). "
-            f"Use that instead of {again}.")
+        path = plain(_paths_of(call.data)[0], 120)
+        return f"{path} was read at {at} and has not changed {held} reading it again."
+    return (f"The answer to the search '{plain(call.data.get('query'), 80)}' came at {at} and "
+            f"nothing was changed {held} searching again.")
 
 
 def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Data]:
