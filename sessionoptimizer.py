@@ -1316,7 +1316,7 @@ class ShellEffects:
     __slots__ = ("reads", "searches", "writes", "changes", "pure", "acts")
 
     def __init__(self) -> None:
-        self.reads: List[Tuple[str, int, Optional[int]]] = []
+        self.reads: List[Any] = []
         self.searches: Pairs = []
         self.writes: Words = []
         self.changes: Words = []
@@ -6530,10 +6530,10 @@ class _SeenLines:
     """The lines that reads have shown in one window, to tell whether a later one shows the same."""
 
     def __init__(self) -> None:
-        self._known: Dict[str, Dict[int, int]] = {}  # by path: number and hash of every line known
+        self._known: Data = {}  # by path: number and hash of every line known
         self._numbered: Set[str] = set()  # paths whose lines were shown with their numbers
-        self.totals: Dict[str, int] = {}  # by path: lines of the file when it was last read whole
-        self._answers: Dict[str, Any] = {}  # by operation: hashes of its last answer's lines
+        self.totals: Data = {}  # by path: lines of the file when it was last read whole
+        self._answers: Data = {}  # by operation: hashes of its last answer's lines
 
     def verdict(self, path: str, first: int, count: int, text: str) -> Tuple[str, List[int]]:
         """ "same" where every line known of the file is as known, "changed" where one differs, ""
@@ -6745,7 +6745,7 @@ class _Call:
 
     def __init__(self, event: SessionEvent, usage: Any, counted: bool = True):
         self.event, self.usage, self.counted = event, usage, counted
-        self.parts: List[Tuple[int, SessionEvent]] = []
+        self.parts: List[Any] = []
         self.earlier: List[_Call] = []
 
     def share_output(self, resends_thoughts: bool) -> None:
@@ -6789,7 +6789,7 @@ class _Layout:
         self._previous: Optional[_Call] = None
         self._context, self._start = 0, start  # of the call before; where this call's items begin
         self._results: Events = []             # what may leave the window, oldest first
-        self._history: Dict[str, int] = {}     # tokens that calls counted elsewhere brought
+        self._history: Data = {}     # tokens that calls counted elsewhere brought
 
     def enter(self, event: SessionEvent, characters: int) -> None:
         """What enters with the next call; a compaction begins a window."""
@@ -7173,8 +7173,8 @@ class Recorder:
         self.reader, self.paths, self._agent_name = reader, paths, reader.agent
         self._claim, self._skip, self._resends = claim, skip, resends_thoughts
         self._windows: Dict[str, _Window] = {}
-        self._calls: Dict[Tuple[str, str], _Call] = {}  # by agent and id
-        self._owners: Dict[str, str] = {}               # by id of a response: who told it first
+        self._calls: Any = {}  # by agent and id
+        self._owners: Data = {}               # by id of a response: who told it first
         self._tools: Dict[str, _Tool] = {}
         self._counters: Data = Counter()
         self._models: Any = Counter()                   # calls of the main agent by model
@@ -7469,7 +7469,7 @@ class Recorder:
 
     def _joined(self) -> Events:
         """The events of all agents in one order: by time, and each agent's own order kept."""
-        keyed: List[Tuple[str, SessionEvent]] = []
+        keyed: List[Any] = []
         for window in self._windows.values():
             events = window.finish(self._resends)
             keyed += zip(itertools.accumulate((e.timestamp for e in events), max), events)
@@ -7529,7 +7529,7 @@ class TranscriptReader:
         its sub-agents, its own first. Looks into no file."""
         named = {path: (own or path, parent) for path, (own, parent) in sorted(files.items())}
         parents = dict(named.values())
-        units: Dict[str, List[str]] = {}
+        units: Data = {}
         for path, (own, _) in named.items():
             line = [own]  # of ancestors; where it is a circle each of them leads its own
             while parents[line[-1]] in parents and line[-1] not in line[:-1]:
@@ -7648,7 +7648,7 @@ def transcript_entries(path: str, skip: Skip, broken: Any = None) -> Iterator[Tu
 def places_of(path: str, key: bytes) -> Dict[Any, int]:
     """The line at which each text under a key (a regular expression) stands first, in a file that
     is one JSON document."""
-    found: Dict[Any, int] = {}
+    found: Data = {}
     for number, line in numbered_lines(path):
         for identity in re.findall(rb'"(?:%s)"\s*:\s*"([^"]{1,200})"' % key, line):
             found.setdefault(identity.decode("utf-8", "replace"), number)
@@ -7737,7 +7737,7 @@ class _ClaudeSession:
         self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
                      "attachment": self._attachment}
         self.roots: Texts = {}             # by uuid of an inline sidechain's line: its agent
-        self.echoes: List[Tuple[str, int, str, Data]] = []
+        self.echoes: List[Any] = []
 
     def read(self) -> List[Session]:
         """Tell all files."""
@@ -8002,7 +8002,7 @@ class CodexReader(TranscriptReader):
 
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         threads = {path: self.kin(path, _head_of(path))[0] for path in paths}
-        copies: Dict[Any, str] = {}  # an archived copy has the name of its original
+        copies: Any = {}  # an archived copy has the name of its original
         for path in paths:
             copies.setdefault((os.path.basename(path), threads[path]), path)
         told = Recorder(self, list(copies.values()), claim, skip)
@@ -8028,7 +8028,7 @@ class _Rollout:
         self.total: List[int] = []  # input, cached and written in it, output, reasoning in it
         self.call = self.called_at = ""  # a metered call that takes what follows; its time
         # Time, line, whether the model wrote it, item.
-        self.waiting: List[Tuple[str, int, bool, Data]] = []
+        self.waiting: List[Any] = []
         self.open: Data = {}               # tool calls by their key
         self.running: Texts = {}           # keys by id of a process
 
@@ -8269,7 +8269,7 @@ class GeminiReader(TranscriptReader):
 
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         told = Recorder(self, paths, claim, skip, resends_thoughts=False)
-        chats: Dict[str, _Chat] = {}
+        chats: Data = {}
         for path in paths:
             own = self.kin(path, _head_of(path))[0]
             chats.setdefault(own, _Chat(told)).add(path)
@@ -8287,7 +8287,7 @@ class _Chat:
         self.told, self.identity, self.tools = told, "", 0
         self.times: List[str] = []
         self.order: List[str] = []  # ids in the order they came; "" where messages were taken back
-        self.messages: Dict[str, Tuple[int, str, Data]] = {}
+        self.messages: Data = {}
 
     def add(self, path: str) -> None:
         """Take a file in."""
@@ -8433,38 +8433,36 @@ class OtelReader(TranscriptReader):
         return [os.path.dirname(path), ""]
 
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
-        spans: Dict[Tuple[str, str], _Span] = {}
-        damaged: List[int] = []  # lines, of whichever conversation
-
-        def note(path: str, line: int, reason: str) -> None:
-            damaged.append(line)
-            skip(path, line, reason)
-
+        told = Recorder(self, paths, claim, skip)  # the first has the damage of all files
+        spans: Data = {}
+        by_trace: Data = {}
         for path in paths:
-            for span in _spans_of(path, note):
-                spans.setdefault((span.trace, span.id), span)
-        by_trace: Texts = {}
+            for span in _spans_of(path, told.skip):
+                spans.setdefault(span.identity, span)
         for span in spans.values():
+            span.above = spans.get(f"otel:{span.trace}:{span.parent}")
             if span.conversation:
                 by_trace.setdefault(span.trace, span.conversation)
-        conversations: Dict[str, List[_Span]] = {}
+        conversations: Data = {}
         for span in sorted(spans.values(), key=lambda span: span.start):
-            above = next((one.conversation for one in _ancestry(span, spans) if one.conversation),
-                         by_trace.get(span.trace, span.trace))
-            conversations.setdefault(above, []).append(span)
+            identity = next((one.conversation for one in _ancestry(span) if one.conversation),
+                            by_trace.get(span.trace, span.trace))
+            conversations.setdefault(identity, []).append(span)
         sessions: List[Session] = []
         for identity, members in conversations.items():
             if any(span.operation for span in members):
                 own = list(dict.fromkeys(span.path for span in members))
-                told = Recorder(self, own[:1] + sorted(own[1:]), claim, skip)
-                told.count("damaged_lines", 0 if sessions else len(damaged))
-                _Conversation(told, members, spans).tell(identity)
+                told.paths = own[:1] + sorted(own[1:])
+                _Conversation(told, members).tell(identity)
                 sessions += told.finish()
+                told = Recorder(self, paths, claim, skip)
         return sessions
 
 
 class _Span:
     """One span: names, nanoseconds and attributes in their Python types."""
+
+    above: Optional[_Span] = None
 
     def __init__(self, span: Data, service: Data, path: str, line: int):
         self.given, self.service = _attributes(span.get("attributes")), service
@@ -8536,14 +8534,13 @@ def _integer(value: Any, *keys: str) -> int:
     return value if value.__class__ is int else 0
 
 
-def _ancestry(span: _Span, spans: Dict[Tuple[str, str], _Span]) -> Iterator[_Span]:
+def _ancestry(span: Optional[_Span]) -> Iterator[_Span]:
     """The span and those above it, nearest first."""
     seen: Set[Any] = set()
-    above: Optional[_Span] = span
-    while above is not None and above.id not in seen:
-        seen.add(above.id)
-        yield above
-        above = spans.get((span.trace, above.parent))
+    while span and span.id not in seen:
+        seen.add(span.id)
+        yield span
+        span = span.above
 
 
 def _iso_time(nanoseconds: int) -> str:
@@ -8556,13 +8553,12 @@ def _iso_time(nanoseconds: int) -> str:
 class _Conversation:
     """One conversation's spans, in the order of their beginnings."""
 
-    def __init__(self, told: Recorder, members: List[_Span],
-                 spans: Dict[Tuple[str, str], _Span]):
-        self.told, self.members, self.spans = told, members, spans
+    def __init__(self, told: Recorder, members: List[_Span]):
+        self.told, self.members = told, members
         self.seen: Data = {}   # how many input messages each agent's window has seen
         self.open: Texts = {}  # keys of tool calls whose result no span gave, by their id
         calls = [span for span in members if span.operation in _MODEL_CALLS]
-        self.above = {one.id for span in calls for one in _ancestry(span, spans) if one is not span}
+        self.above = {one.id for span in calls for one in _ancestry(span) if one is not span}
         # Cached tokens are part of the input by convention; a call with more shows otherwise.
         self.exclusive = any(
             span.usage[2] + span.usage[3] > span.usage[0]
@@ -8588,7 +8584,7 @@ class _Conversation:
     def _agent_of(self, span: _Span) -> str:
         """The agent of a span: the nearest invoke_agent that another one called; "" for the
         outermost."""
-        agents = [one for one in _ancestry(span, self.spans) if one.operation == "invoke_agent"]
+        agents = [one for one in _ancestry(span) if one.operation == "invoke_agent"]
         if len(agents) > 1:
             return slug(f"{agents[0].text('gen_ai.agent.name') or 'agent'}-{agents[0].id[:8]}")
         return "embeddings" if span.operation == "embeddings" else ""
@@ -8712,7 +8708,7 @@ class OpenCodeReader(TranscriptReader):
         return [_value_in(head, key, b"ses_") for key in keys]
 
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
-        known: Dict[str, _Stored] = {}
+        known: Data = {}
         for path in paths:
             read = _opencode_database if path.endswith(".db") else _opencode_export
             for stored in read(path, skip):
@@ -8756,7 +8752,7 @@ def _opencode_database(path: str, skip: Skip) -> List[_Stored]:
     else:
         skip(path, 0, reason)
         return []
-    below: Dict[str, List[Data]] = {}  # by the id of a message or of a session
+    below: Data = {}  # by the id of a message or of a session
     for part in parts:
         below.setdefault(_text(part, "message_id"), []).append(part)
     for message in messages:
