@@ -1313,8 +1313,6 @@ class ShellEffects:
     more. In one command line changes come before reads.
     """
 
-    __slots__ = ("reads", "searches", "writes", "changes", "pure", "acts")
-
     def __init__(self) -> None:
         self.reads: List[Any] = []
         self.searches: Pairs = []
@@ -7021,7 +7019,7 @@ class _Tool:
             self._becomes(EventType.FILE_READ, file_path=place,
                           pages=str(given.get("pages") or "")[:40], **part)
         elif kind == "write":
-            names = [path] if path else patched_paths(_first_text(given, "input", "patch"))
+            names = [path] if path else patched_paths(_first_text(given, "input", "patch", "patchText"))
             paths = [canonical_path(name, self.cwd) for name in names]
             self._becomes(EventType.FILE_WRITE, changes=paths or ["*"],
                           file_path="".join(paths[:1]))
@@ -7346,10 +7344,8 @@ class Recorder:
         event = self._event(EventType.AI_RESPONSE, model, response_id=identity)
         if self._counts(event, usage):
             rest = self.context(Source.UNATTRIBUTED, 0, rolled_up=True)
-            rest.model = event.model
-            rest.tokens_input, rest.tokens_cache_write = sum(usage[:3]), sum(usage[1:3])
-            rest.tokens_cache_write_1h = usage.write_1h
-            event.tokens_cache_read, event.tokens_output = usage.read, usage.output
+            rest.model, rest.usage = event.model, usage._replace(read=0, output=0)
+            event.usage = Usage(read=usage.read, output=usage.output)
             self._window().add(event)
         return event
 
@@ -7653,11 +7649,6 @@ def places_of(path: str, key: bytes) -> Dict[Any, int]:
         for identity in re.findall(rb'"(?:%s)"\s*:\s*"([^"]{1,200})"' % key, line):
             found.setdefault(identity.decode("utf-8", "replace"), number)
     return found
-
-
-def _time_text(value: Any) -> str:
-    """The value where it is a time, else ""."""
-    return value if value.__class__ is str and _TIME.match(value) else ""
 
 
 def _content(content: Any) -> Tuple[str, int]:
@@ -8037,7 +8028,7 @@ class _Rollout:
         verbs = {"session_meta": self._meta, "turn_context": self._turn, "event_msg": self._message,
                  "response_item": self._item, "compacted": self._compaction}
         for line, entry in transcript_entries(self.path, self.told.skip):
-            self.line, self.now = line, _time_text(entry.get("timestamp")) or self.now
+            self.line, self.now = line, _text(entry, "timestamp") or self.now
             self.told.at(self.now, line)
             kind, payload = _text(entry, "type"), _as_dict(entry, "payload")
             if kind in verbs:
@@ -8171,9 +8162,9 @@ class _Rollout:
             raw = {"command": action.get("command"), "workdir": action.get("working_directory")}
         elif kind == "web_search_call":
             queries = " | ".join(filter(None, map(_text, _as_list(action, "queries"))))
-            raw = dict(zip(("pattern", "query", "url"), _texts(action, "pattern", "query", "url")))
-            raw["query"] = queries or raw["query"]
-            raw = {key: text for key, text in raw.items() if text}
+            raw = {name: action[name] for name in ("pattern", "query", "url")
+                   if _text(action, name)}
+            raw.update({"query": queries} if queries else {})
         if _text(item, "namespace"):
             name = item["namespace"].rstrip("_") + "__" + name.lstrip("_")
         arguments = _arguments(raw)
@@ -8679,8 +8670,7 @@ of the file a message begins."""
 
 def _last_written(stored: _Stored) -> Tuple[int, int]:
     """Sorts copies of a session: when it was written last (0: it does not say), its messages."""
-    updated = _as_dict(stored.info, "time").get("updated")
-    return updated if updated.__class__ is int else 0, len(stored.messages)
+    return _integer(stored.info, "time", "updated"), len(stored.messages)
 
 
 class OpenCodeReader(TranscriptReader):
@@ -8837,11 +8827,8 @@ def _opencode_usage(metered: Data) -> Tuple[Usage, int]:
 def _opencode_tool(told: Recorder, key: str, part: Data) -> None:
     """Tell a tool call and what it returned, unless it was still running."""
     state, name = _as_dict(part, "state"), _text(part, "tool")
-    arguments = _arguments(state.get("input"))
-    if "patchText" in arguments:
-        arguments["patch"] = arguments["patchText"]
     told.at(_opencode_time(state, "start"))
-    told.tool(key, name, arguments)
+    told.tool(key, name, state.get("input"))
     told.at(_opencode_time(state, "end"))
     status, code = state.get("status"), _integer(state, "metadata", "exit")
     text = _text(state, "error" if status == "error" else "output")
