@@ -6686,11 +6686,6 @@ _OF_OUTPUT = ("declined", "transient")  # may be said by what a command printed
 _COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
 
 
-def _is_cut_off(text: str) -> bool:
-    """Whether a result says at its end or its beginning that it is not all there."""
-    return "truncated…" in text or bool(_CUT_OFF.search(text[:200] + text[-300:]))
-
-
 def _too_deep(value: Any, levels: int = 40) -> bool:  # real arguments have fewer than 10
     """True for nesting that later steps (writing JSON, hashing) could not follow."""
     parts = value.values() if value.__class__ is dict else value
@@ -6836,7 +6831,12 @@ class _Layout:
         if self._previous is None:
             self._base = context  # of the window's first call
         elif call.counted and not self._previous.counted:
-            self._resume(call, self._previous)
+            # It goes on with a context that others have paid for; a mark stands for the answer.
+            self._previous.event = self._load(call, Source.RESUME, self._start)
+            if self._history:
+                self._load(call, Source.HISTORY, self._start + 1, contents=self._history)
+            self._start += 1 + bool(self._history)
+            self._history = {}
         self._lay_out(call, context - self._context)
         if not call.counted:
             # What led to a response that is counted elsewhere is told there, but for what a
@@ -6849,16 +6849,6 @@ class _Layout:
         self._results += [event for event, _ in self._pending if "tool" in event.data]
         self._previous, self._context, self._pending = call, context, []
         self._start = len(self.events)
-
-    def _resume(self, call: _Call, previous: _Call) -> None:
-        """The first call that counts here goes on with a context that others have paid for. A mark
-        stands for the answer it goes on with."""
-        previous.event = self._load(call, Source.RESUME, self._start)
-        self._start += 1
-        if self._history:
-            self._load(call, Source.HISTORY, self._start, contents=self._history)
-            self._start += 1
-        self._history = {}
 
     def _lay_out(self, call: _Call, growth: int) -> None:
         fresh = sum(call.usage[:3])
@@ -6953,7 +6943,7 @@ class _Window:
         self.seen = _SeenLines()
         self._steps: List[List[Any]] = []  # event or _Call, characters that enter
 
-    def add(self, entry: Any, characters: int = 0) -> int:
+    def add(self, entry: Any, characters: int = 0) -> List[Any]:
         """The step that an event or a call becomes; a compaction told twice (its boundary and its
         summary) is one."""
         last = self._steps[-1][0] if self._steps else None
@@ -6962,15 +6952,7 @@ class _Window:
             self._steps[-1][1] += characters
         else:
             self._steps.append([entry, characters])
-        return len(self._steps) - 1
-
-    def returned(self, tool: _Tool, characters: int) -> None:
-        """A tool's result enters; one that comes after a later call has begun enters there."""
-        if tool.calls == self.calls:
-            self._steps[tool.step][1] += characters
-        else:
-            self._steps[tool.step] = [None, 0]
-            self.add(tool.event, characters)
+        return self._steps[-1]
 
     def finish(self, resends_thoughts: bool) -> Events:
         """The events in order, tokens laid out."""
@@ -7019,7 +7001,8 @@ class _Tool:
             self._becomes(EventType.FILE_READ, file_path=place,
                           pages=str(given.get("pages") or "")[:40], **part)
         elif kind == "write":
-            names = [path] if path else patched_paths(_first_text(given, "input", "patch", "patchText"))
+            patch = _first_text(given, "input", "patch", "patchText")
+            names = [path] if path else patched_paths(patch)
             paths = [canonical_path(name, self.cwd) for name in names]
             self._becomes(EventType.FILE_WRITE, changes=paths or ["*"],
                           file_path="".join(paths[:1]))
@@ -7077,27 +7060,27 @@ class _Tool:
         them otherwise. First line, how many there are and how many the file has: 0 for not said."""
         data = self.data
         if self.event.event_type is not EventType.FILE_READ:
-            self._answer(text)
+            # What a search, a command or a tool that tells something answered.
+            tells = data.get("command") or data["tool"].lower().startswith(_TELLING)
+            searched = self.event.event_type is EventType.SEARCH
+            if searched or tells and len(text) >= 2 * LEAST_ANSWER:
+                data["content_hash"] = _hash_of(text)
+            if tells and len(text) >= 2 * LEAST_POLL:
+                operation = data.setdefault(
+                    "operation", _hash_of(data["tool"] + _as_json(self.given)))
+                self.keep(same_lines=self.window.seen.same_lines(operation, text))
         elif len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
             data["unchanged"] = True
         elif not text:
             data["truncated"] = True  # an image, say: what it showed is not known
         else:
             data["content_hash"] = _hash_of(text)
-            if _is_cut_off(text) or "command" in data and _COMPLAINT.match(text):
+            ends = text[:200] + text[-300:]  # say that it is not all there
+            if "truncated…" in text or _CUT_OFF.search(ends) \
+                    or "command" in data and _COMPLAINT.match(text):
                 data["truncated"] = True
             elif "reads" not in data and "pages" not in data:
                 self._lines(text, first, count, total)
-
-    def _answer(self, text: str) -> None:
-        """What a search, a command or a tool that tells something answered."""
-        data = self.data
-        tells = data.get("command") or data["tool"].lower().startswith(_TELLING)
-        if self.event.event_type is EventType.SEARCH or tells and len(text) >= 2 * LEAST_ANSWER:
-            data["content_hash"] = _hash_of(text)
-        if tells and len(text) >= 2 * LEAST_POLL:
-            operation = data.setdefault("operation", _hash_of(data["tool"] + _as_json(self.given)))
-            self.keep(same_lines=self.window.seen.same_lines(operation, text))
 
     def _lines(self, text: str, first: int, count: int, total: int) -> None:
         data, seen = self.data, self.window.seen
@@ -7171,7 +7154,7 @@ class Recorder:
         self.reader, self.paths, self._agent_name = reader, paths, reader.agent
         self._claim, self._skip, self._resends = claim, skip, resends_thoughts
         self._windows: Dict[str, _Window] = {}
-        self._calls: Any = {}  # by agent and id
+        self._calls: Dict[Any, _Call] = {}              # by agent and id
         self._owners: Data = {}               # by id of a response: who told it first
         self._tools: Dict[str, _Tool] = {}
         self._counters: Data = Counter()
@@ -7302,12 +7285,18 @@ class Recorder:
         response that another agent told is a replay: what it adds counts where it was told first.
         """
         identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
-        call = self._calls.get((self._agent, identity)) or self._new_call(identity, model, usage)
+        window, key = self._window(), (self._agent, identity)
+        if key not in self._calls:
+            self._owners.setdefault(identity, self._agent)
+            event = self._event(EventType.AI_RESPONSE, model, response_id=identity)
+            self._calls[key] = _Call(event, usage, self._owners[identity] == self._agent)
+            window.calls += usage is not None
+            window.add(self._calls[key])
+        call = window.current = self._calls[key]
         for one in (call, self._calls[self._owners[identity], identity]):
             if usage != one.usage and usage is not None:
                 one.usage = Usage(*map(max, one.usage or usage, usage))
             one.complete = one.complete or complete
-        self._window().current = call
         for number, (its_model, its_usage) in enumerate(earlier):
             if number == len(call.earlier):
                 event = self._event(EventType.AI_RESPONSE, its_model or call.event.model,
@@ -7315,28 +7304,14 @@ class Recorder:
                 call.earlier.append(_Call(event, its_usage))
         if text:
             call.parts.append((text, call.event))
-        if thinking is not None:
-            self._thought(call, thinking)
+        if thinking and call.thinking is None:
+            call.thinking = self._event(EventType.THINKING, call.event.model, response_id=identity)
+        if thinking is not None:  # hidden thinking is written by the response itself
+            call.hidden = call.hidden or not thinking
+            call.parts.append((thinking, (thinking and call.thinking) or call.event))
         call.thoughts = call.thoughts if thoughts is None else thoughts
         call.event.rate = "fast" if fast else call.event.rate
         return call.event
-
-    def _new_call(self, identity: str, model: str, usage: Optional[Usage]) -> _Call:
-        event = self._event(EventType.AI_RESPONSE, model, response_id=identity)
-        window = self._window()
-        counted = self._owners.setdefault(identity, self._agent) == self._agent
-        call = self._calls[self._agent, identity] = _Call(event, usage, counted)
-        window.calls += usage is not None
-        window.add(call)
-        return call
-
-    def _thought(self, call: _Call, size: int) -> None:
-        """Hidden thinking (of 0 characters) is written by the response itself."""
-        if size and call.thinking is None:
-            call.thinking = self._event(EventType.THINKING, call.event.model,
-                                        response_id=call.event.data["response_id"])
-        call.hidden = call.hidden or not size
-        call.parts.append((size, call.thinking if size and call.thinking else call.event))
 
     def rolled_up(self, identity: str, model: str, usage: Usage) -> SessionEvent:
         """Several calls of which only the sum is known: their contexts are not, so what they took
@@ -7394,7 +7369,12 @@ class Recorder:
         if not tool.open:
             return event
         tool.open = False
-        tool.window.returned(tool, len(text or "") if size is None else size)
+        size = len(text or "") if size is None else size
+        if tool.calls == tool.window.calls:
+            tool.step[1] += size
+        else:  # a later call has begun: it enters there
+            tool.step[0] = None
+            tool.window.add(event, size)
         began, ended = seconds_of(event.timestamp), seconds_of(self._time)
         if not event.duration_ms and began and ended:
             event.duration_ms = max(0, int((ended - began) * 1000))
@@ -7435,7 +7415,12 @@ class Recorder:
         session = Session(slug(name or source["session_id"]), self._agent_name, self.task,
                           SessionStatus.COMPLETED, started, self._last or started,
                           model=mask_secrets(model), metadata=dict(self._counters, source=source))
-        for number, event in enumerate(self._joined(), 1):
+        keyed: List[Any] = []  # by time, and each agent's own order kept
+        for window in self._windows.values():
+            events = window.finish(self._resends)
+            keyed += zip(itertools.accumulate((e.timestamp for e in events), max), events)
+        keyed.sort(key=lambda pair: pair[0])
+        for number, (_, event) in enumerate(keyed, 1):
             event.id = f"e{number}"
             event.model = mask_secrets(event.model) if event.model != model else ""
             event.input_model = mask_secrets(event.input_model)
@@ -7462,15 +7447,6 @@ class Recorder:
                 low = call.complete is None and 8 * call.usage.output < text
                 self.count("output_lower_bound_calls", low or call.complete is False)
         return max(self._models, key=self._models.get, default="default")
-
-    def _joined(self) -> Events:
-        """The events of all agents in one order: by time, and each agent's own order kept."""
-        keyed: List[Any] = []
-        for window in self._windows.values():
-            events = window.finish(self._resends)
-            keyed += zip(itertools.accumulate((e.timestamp for e in events), max), events)
-        return [event for _, event in sorted(keyed, key=lambda pair: pair[0])]
-
 
 def _changed_at(path: str) -> float:
     """When a file was changed, in seconds since 1970; 0 where that is not known."""
@@ -7754,7 +7730,11 @@ class _ClaudeSession:
 
     def _entry(self, entry: Data, path: str, line: int, own: str) -> None:
         if not all(self.facts.values()):
-            self._note_facts(entry)
+            for name, known in self.facts.items():
+                self.facts[name] = known or _text(entry, name)
+            self.told.session(*self.facts.values())
+            numbers = map(int, re.findall(r"\d{1,9}", self.facts["version"])[:3])
+            self.final = False if tuple(numbers) >= _PLACEHOLDERS_FROM else None
         kind = _text(entry, "type")
         if kind in ("progress", "attachment"):
             data = _as_dict(entry, "data") or _as_dict(entry, "attachment")
@@ -7771,13 +7751,6 @@ class _ClaudeSession:
         self.agent = agent
         self.told.at(_text(entry, "timestamp"), line, agent=agent,
                      overhead=_OVERHEAD.get(agent.partition("-")[0], ""))
-
-    def _note_facts(self, entry: Data) -> None:
-        for name, known in self.facts.items():
-            self.facts[name] = known or _text(entry, name)
-        self.told.session(*self.facts.values())
-        numbers = map(int, re.findall(r"\d{1,9}", self.facts["version"])[:3])
-        self.final = False if tuple(numbers) >= _PLACEHOLDERS_FROM else None
 
     def _agent_of(self, entry: Data, own: str) -> str:
         """The agent a line belongs to: "" for the main one. Inline sidechains without an id are
@@ -7812,18 +7785,15 @@ class _ClaudeSession:
                 earlier=[(_text(one, "model"), _claude_usage(one))
                          for one in _dicts(usage, "iterations")[:-1]],
                 fast=usage.get("speed") == "fast")
-            self._note_call(event, entry, message)
+            self.marker, self.called = "", self.called or not self.agent
+            # What the bill asks: why its cache was missed, and in what settings it ran.
+            facts = {CACHE_MISS: _text(message, "diagnostics", "cache_miss_reason", "type"),
+                     VERSION: _text(entry, "version"), MODE: self.mode,
+                     EFFORT: _text(entry, "effort", "level") or _text(entry, "effort")}
+            event.data.update((name, fact[:40]) for name, fact in facts.items() if fact)
             for kind, block in blocks:
                 if kind.endswith("tool_use"):
                     told.tool(_text(block, "id"), _text(block, "name"), block.get("input"))
-
-    def _note_call(self, event: SessionEvent, entry: Data, message: Data) -> None:
-        """What the bill asks of a call: why its cache was missed, and in what settings it ran."""
-        self.marker, self.called = "", self.called or not self.agent
-        facts = {CACHE_MISS: _text(message, "diagnostics", "cache_miss_reason", "type"),
-                 VERSION: _text(entry, "version"), MODE: self.mode,
-                 EFFORT: _text(entry, "effort", "level") or _text(entry, "effort")}
-        event.data.update((name, text[:40]) for name, text in facts.items() if text)
 
     # what entered
 
@@ -7852,7 +7822,10 @@ class _ClaudeSession:
         text, size = "", 0
         for block in content if isinstance(content, list) else [content]:
             if _text(block, "type") == "tool_result":
-                self._result(block, entry)
+                shown, characters = _content(block.get("content"))
+                self.told.returned(_text(block, "tool_use_id"), _without_reminders(shown),
+                                   characters, failed=block.get("is_error") is True,
+                                   lines=_file_lines(entry.get("toolUseResult")))
             else:
                 part, characters = _content([block])
                 text, size = text + part, size + characters
@@ -7871,12 +7844,6 @@ class _ClaudeSession:
             event.data.update({"changes": ["?"], COMMAND: mask_secrets(command)})
             if not self.agent and not self.command:
                 self.command = f"{command} {_tagged(text, 'command-args')}"
-
-    def _result(self, block: Data, entry: Data) -> None:
-        text, size = _content(block.get("content"))
-        self.told.returned(_text(block, "tool_use_id"), _without_reminders(text), size,
-                           failed=block.get("is_error") is True,
-                           lines=_file_lines(entry.get("toolUseResult")))
 
     def _system(self, entry: Data) -> None:
         subtype = entry.get("subtype")
@@ -8322,14 +8289,24 @@ class _Chat:
             if kind == "user":
                 told.prompt(text, size)
             elif kind in ("gemini", "model"):
-                usage, thoughts = _gemini_usage(message)
-                told.call(f"{self.identity}:{identity}", _text(message, "model"), usage, text=size,
-                          thoughts=thoughts)
+                self._call(f"{self.identity}:{identity}", message, size)
                 for tool in _dicts(message, "toolCalls"):
                     told.at(stamp)
                     self._tool(tool)
             elif kind == "error":
                 told.call_failed(text, "transient")
+
+    def _call(self, identity: str, message: Data, size: int) -> None:
+        """A message of the model; its thoughts stand beside its output."""
+        tokens, model = _as_dict(message, "tokens"), _text(message, "model")
+        entered, output, cached, thoughts, tool = _counts(
+            tokens, "input", "output", "cached", "thoughts", "tool")
+        cached = min(cached, entered)
+        usage = Usage(entered - cached + tool, 0, 0, cached, output + thoughts)
+        if tokens:
+            self.told.call(identity, model, usage, text=size, thoughts=thoughts)
+        else:
+            self.told.call(identity, model, None, text=size)
 
     def _tool(self, tool: Data) -> None:
         told, name, given = self.told, _text(tool, "name"), tool.get("args")
@@ -8351,17 +8328,6 @@ class _Chat:
         told.at(_text(tool, "timestamp"))
         told.returned(key, text, size, failed=failed, lines=lines,
                       kind="declined" if tool.get("status") == "cancelled" else "")
-
-
-def _gemini_usage(message: Data) -> Tuple[Optional[Usage], Optional[int]]:
-    """The usage of a message, and its thoughts, which stand beside its output; None where none is
-    told."""
-    if message.get("tokens").__class__ is not dict:
-        return None, None
-    entered, output, cached, thoughts, tool = _counts(
-        message["tokens"], "input", "output", "cached", "thoughts", "tool")
-    cached = min(cached, entered)
-    return Usage(entered - cached + tool, 0, 0, cached, output + thoughts), thoughts
 
 
 def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
@@ -8837,19 +8803,13 @@ def _opencode_tool(told: Recorder, key: str, part: Data) -> None:
     if code and status == "completed":
         text = f"Exit code {code}\n{text}"
     elif name == "read" and not failed:
-        text, lines = _opencode_lines(text)
+        numbered = _OPENCODE_LINE.findall(text)  # without the frame around them
+        if numbered:
+            lines = (int(numbered[0][0]), len(numbered), 0)
+            text = "\n".join(line for _, line in numbered)
     if status in ("completed", "error"):
         told.returned(key, text, size, failed=failed, lines=lines,
                       cut=_under(state, ("metadata", "truncated")) is True)
-
-
-def _opencode_lines(text: str) -> Tuple[str, Lines]:
-    """A file's own lines without the frame and the numbers around them; where they begin and how
-    many."""
-    numbered = _OPENCODE_LINE.findall(text)
-    if not numbered:
-        return text, (0, 0, 0)
-    return "\n".join(line for _, line in numbered), (int(numbered[0][0]), len(numbered), 0)
 
 
 READERS: List[TranscriptReader] = [
@@ -9008,7 +8968,11 @@ class LiveHooks:
         if kind == "SessionEnd" and (not known or self._caught_up(session_id, payload)):
             return None
         if not known:
-            self._begin(session_id, payload)
+            prompt, model, cwd = _texts(payload, "prompt", "model", "cwd")
+            facts = {"transcript_path": _transcript_of(payload), "cwd": cwd, "live": True}
+            with suppress(SessionExists):  # another hook of the same moment was first
+                self.optimizer.start_session(
+                    ClaudeCodeReader.agent, task_line(prompt), model, session_id, facts)
         head = self.store.head(session_id)
         live = head["metadata"].get("live") or head["status"] == SessionStatus.ACTIVE.value
         if not live and kind not in _REVIVING and not _agent_runs(head["metadata"]):
@@ -9018,13 +8982,6 @@ class LiveHooks:
         if session_id in self.optimizer._sessions:
             self.optimizer._live.refreshed(session_id)
         return event if event is not None and event.id else None
-
-    def _begin(self, session_id: str, payload: Data) -> None:
-        prompt, model, cwd = _texts(payload, "prompt", "model", "cwd")
-        facts = {"transcript_path": _transcript_of(payload), "cwd": cwd, "live": True}
-        with suppress(SessionExists):  # another hook of the same moment was first
-            self.optimizer.start_session(
-                ClaudeCodeReader.agent, task_line(prompt), model, session_id, facts)
 
     def _append(self, session_id: str, kind: str, event: Optional[SessionEvent]) -> None:
         """Append an event, or change the session's state alone."""
