@@ -1,6 +1,7 @@
 """Tests of agent_session's recorder: what it shows, what it passes on, where its tokens come from.
 
-Real agents (npm) run against the scripted model on loopback; what is not here is skipped with its name.
+Real agents (npm) run against the scripted model on loopback; what is not here is skipped with its
+name.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
-from agent_session.fake_api import CLASSES, FakeApi, codex_config, gemini_settings  # noqa: E402  (found above)
+from agent_session.fake_api import (  # noqa: E402  (found above)
+    CLASSES, FakeApi, codex_config, gemini_settings)
 from agent_session.logs import Watch, agent_of, roots_of  # noqa: E402
 from agent_session.proxy import Meter, PassThrough, figures_of  # noqa: E402
 from agent_session.record import Volume  # noqa: E402
@@ -33,7 +35,8 @@ from agent_session.terminal import processes  # noqa: E402
 
 from sessionoptimizer import SessionOptimizer, SessionStatus  # noqa: E402
 
-pytest.importorskip("ptyprocess", reason="ptyprocess is not installed: pip install 'sessionoptimizer[agents]'")
+pytest.importorskip(
+    "ptyprocess", reason="ptyprocess is not installed: pip install 'sessionoptimizer[agents]'")
 RECORD = [sys.executable, os.path.join(HERE, "agent_session", "record.py")]
 TIMEOUT = 120  # seconds for one program, a real agent among them
 SIZE = (30, 100)
@@ -43,16 +46,19 @@ SIZE = (30, 100)
 # A terminal to test in
 # ============================================================================
 
-IN_FRONT = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+IN_FRONT = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "os.execvp(sys.argv[1], sys.argv[1:])")
 
 
 def shown(command, steps=(), *, cwd=None, env=None, size=SIZE):
-    """(bytes, return code) of a command in a terminal of its own. A step is (bytes to wait for, what is typed then, or a
-    function of process and terminal); the output is waited for to be quiet before."""
+    """(bytes, return code) of a command in a terminal of its own. A step is (bytes to wait for,
+    what is typed then, or a function of process and terminal); the output is waited for to be quiet
+    before."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", IN_FRONT, *command], stdin=slave, stdout=slave, stderr=slave,
-                               cwd=cwd, env=env, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_FRONT, *command], stdin=slave, stdout=slave, stderr=slave,
+        cwd=cwd, env=env, start_new_session=True)
     os.close(slave)
     steps, output, since, until = list(steps), b"", 0, time.monotonic() + TIMEOUT
     try:
@@ -89,7 +95,8 @@ def program(name):
 @pytest.fixture
 def store(tmp_path):
     yield str(tmp_path / "store")
-    assert [process for process in processes() if process.parent == os.getpid() and process.zombie] == []
+    assert ([process for process in processes() if process.parent == os.getpid() and process.zombie]
+            == [])
 
 
 def recorded(store, command, *options):
@@ -122,12 +129,16 @@ def sums(store):
 
 SAME = {  # command, steps: bytes and status are those under script(1)
     "output": (["sh", "-c", "echo out; echo err >&2"], ()),
-    "every byte": ([sys.executable, "-c", "import os; os.system('stty raw'); os.write(1, bytes(range(256)))"], ()),
+    "every byte": ([sys.executable, "-c",
+                    "import os; os.system('stty raw'); os.write(1, bytes(range(256)))"], ()),
     "the terminal's settings": (["stty", "-a"], ()),
     "its size": (["stty", "size"], ()),
-    "typed lines": (["sh", "-c", "echo go; read a; read b; echo $b$a"], ((b"go", b"one\n"), (b"one", b"two\n"))),
+    "typed lines": (["sh", "-c", "echo go; read a; read b; echo $b$a"],
+                    ((b"go", b"one\n"), (b"one", b"two\n"))),
     "end of input": (["sh", "-c", "echo go; cat"], ((b"go", b"line\n"), (b"line", b"\x04"))),
-    "an interrupt": (["sh", "-c", "trap 'echo caught; exit 9' INT; echo go; while :; do sleep 0.05; done"], ((b"go", b"\x03"),)),
+    "an interrupt": (
+        ["sh", "-c", "trap 'echo caught; exit 9' INT; echo go; while :; do sleep 0.05; done"],
+        ((b"go", b"\x03"),)),
     "no end of line": (["printf", "abc"], ()),
     "a full screen": (["vim", "-u", "NONE", "-i", "NONE", "-n", "file.txt"],
                       ((b"file.txt", b"ihello\x1b"), (b"hello", b"yyp"), (b"hello", b":wq\r"))),
@@ -139,14 +150,17 @@ def test_a_recorded_command_looks_the_same_as_under_script(case, store, tmp_path
     program("script")
     command, steps = SAME[case]
     program(command[0])
-    for attempt in range(3 if case == "a full screen" else 1):  # an editor draws as its input arrives, which a busy machine may cut
+    # an editor draws as its input arrives, which a busy machine may cut
+    for attempt in range(3 if case == "a full screen" else 1):
         seen = []
-        # exec: not every shell that script starts makes way for its last command, and one that stays takes the signals too
+        # exec: not every shell that script starts makes way for its last command, and one that
+        # stays takes the signals too
         under_script = ["script", "-qe", "-c", "exec " + shlex.join(command), "/dev/null"]
         for name, line in (("script", under_script), ("record", recorded(store, command))):
             place = tmp_path / f"{name}{attempt}" / "work"
             place.mkdir(parents=True)
-            seen.append(shown(line, steps, cwd=str(place)) + tuple(path.read_bytes() for path in place.iterdir()))
+            seen.append(shown(line, steps, cwd=str(place))
+                        + tuple(path.read_bytes() for path in place.iterdir()))
         if seen[0] == seen[1]:
             break
     assert seen[0] == seen[1]
@@ -165,14 +179,17 @@ def typescript(path):
 
 @pytest.mark.parametrize("command, steps", [
     (["top", "-d", "0.3", "-n", "3"], ()),
-    (["vim", "-u", "NONE", "-i", "NONE", "-n", "file.txt"], ((b"file.txt", b"ihello\x1b"), (b"hello", b":q!\r"))),
+    (["vim", "-u", "NONE", "-i", "NONE", "-n", "file.txt"],
+     ((b"file.txt", b"ihello\x1b"), (b"hello", b":q!\r"))),
 ])
 def test_what_script_keeps_of_one_run_is_what_is_shown_of_it(command, steps, store, tmp_path):
     """For what is never twice the same: top under script under record, and record under script."""
     program("script"), program(command[0])
     kept, cast = str(tmp_path / "kept"), str(tmp_path / "run.cast")
-    output, code = shown(recorded(store, ["script", "-qe", "-c", "exec " + shlex.join(command), kept], "--cast", cast), steps)
-    assert code == 0 and len(output) > 500 and output.rstrip(b"\n") == typescript(kept).rstrip(b"\n")
+    output, code = shown(recorded(store, ["script", "-qe", "-c", "exec " + shlex.join(command),
+                                          kept], "--cast", cast), steps)
+    assert (code == 0 and len(output) > 500
+            and output.rstrip(b"\n") == typescript(kept).rstrip(b"\n"))
     with open(cast, encoding="utf-8") as file:
         events = [json.loads(line) for line in file][1:]
     assert "".join(event[2] for event in events if event[1] == "o").encode() == output
@@ -181,16 +198,19 @@ def test_what_script_keeps_of_one_run_is_what_is_shown_of_it(command, steps, sto
     assert code == 0 and output.rstrip(b"\n") == typescript(kept).rstrip(b"\n")
     with open(cast, encoding="utf-8") as file:
         events = [json.loads(line) for line in file][1:]
-    assert "".join(event[2] for event in events if event[1] == "o").encode().strip() == output.strip()
+    assert ("".join(event[2] for event in events if event[1] == "o").encode().strip()
+            == output.strip())
 
 
-ENDS = ["exit 0", "exit 3", "exit 255", "kill -TERM $$", "kill -KILL $$", "kill -SEGV $$", "kill -HUP $$", "ulimit -c 0; kill -ABRT $$"]
+ENDS = ["exit 0", "exit 3", "exit 255", "kill -TERM $$", "kill -KILL $$", "kill -SEGV $$",
+        "kill -HUP $$", "ulimit -c 0; kill -ABRT $$"]
 
 
 @pytest.mark.parametrize("script", ENDS)
 def test_it_ends_as_the_command_ends(script, store):
     bare = subprocess.run(["sh", "-c", script], timeout=TIMEOUT).returncode
-    kept = subprocess.run(recorded(store, ["sh", "-c", script]), stdin=subprocess.DEVNULL, timeout=TIMEOUT).returncode
+    kept = subprocess.run(
+        recorded(store, ["sh", "-c", script]), stdin=subprocess.DEVNULL, timeout=TIMEOUT).returncode
     assert kept == bare
     session, = SessionOptimizer(store).list_sessions()
     assert session.status is (SessionStatus.FAILED if bare else SessionStatus.COMPLETED)
@@ -200,15 +220,18 @@ def test_it_ends_as_the_command_ends(script, store):
     (["no-such-program"], 127, "no-such-program"), (["/etc/passwd"], 126, "/etc/passwd"),
 ])
 def test_a_command_that_cannot_be_run_ends_as_a_shell_says_it(command, code, says, store):
-    done = subprocess.run(recorded(store, command), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    done = subprocess.run(recorded(store, command), stdin=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert done.returncode == code and says in done.stderr
     session, = SessionOptimizer(store).list_sessions()
     assert session.status is SessionStatus.FAILED and session.total_tokens == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["ls"], ["--"], ["--data", "x", "--", "ls"], ["--usage", "screen", "--", "ls"]])
+@pytest.mark.parametrize("arguments", [[], ["ls"], ["--"], ["--data", "x", "--", "ls"],
+                                       ["--usage", "screen", "--", "ls"]])
 def test_a_command_line_that_is_wrong_is_refused(arguments):
-    assert subprocess.run([*RECORD, *arguments], stderr=subprocess.DEVNULL, timeout=TIMEOUT).returncode == 2
+    assert subprocess.run(
+        [*RECORD, *arguments], stderr=subprocess.DEVNULL, timeout=TIMEOUT).returncode == 2
 
 
 # ============================================================================
@@ -236,7 +259,8 @@ while True:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"])
 def test_signals_are_passed_on(name, store):
-    process = subprocess.Popen(recorded(store, [sys.executable, "-c", CATCHES, name]), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(recorded(store, [sys.executable, "-c", CATCHES, name]),
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         assert process.stdout.readline() == b"ready\r\n"
         process.send_signal(getattr(signal, name))
@@ -247,7 +271,8 @@ def test_signals_are_passed_on(name, store):
 def test_a_signal_for_the_command_is_none_for_what_it_has_started(store):
     """As without a recorder; what a keyboard sends goes to all, as a terminal does it."""
     script = "trap 'echo asked' TERM; sleep 1; echo slept $?"
-    process = subprocess.Popen(recorded(store, ["sh", "-c", "echo ready; " + script]), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(recorded(store, ["sh", "-c", "echo ready; " + script]),
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         assert process.stdout.readline() == b"ready\r\n"
         time.sleep(0.3)
@@ -264,20 +289,24 @@ def test_the_command_inherits_no_ignored_signals(store):
 
 @pytest.mark.parametrize("given", [b"one\ntwo\n", b"", b"no end of line", b"x" * 3000 + b"\n"])
 def test_input_that_is_no_terminal_is_passed_on_to_its_end(given, store):
-    done = subprocess.run(recorded(store, ["cat"]), input=given, stdout=subprocess.PIPE, timeout=TIMEOUT)
+    done = subprocess.run(
+        recorded(store, ["cat"]), input=given, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert (done.returncode, done.stdout) == (0, given.replace(b"\n", b"\r\n"))
 
 
 def test_much_input_and_output_at_once_is_no_deadlock(store):
     line = b"y" * 99 + b"\n"
-    done = subprocess.run(recorded(store, ["sh", "-c", "stty raw -echo; head -c 1000000 /dev/zero | tr '\\0' z; head -c 500000"]),
-                          input=line * 5000, stdout=subprocess.PIPE, timeout=TIMEOUT)
+    done = subprocess.run(
+        recorded(store, ["sh", "-c",
+                         "stty raw -echo; head -c 1000000 /dev/zero | tr '\\0' z; head -c 500000"]),
+        input=line * 5000, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.returncode == 0 and done.stdout.count(b"z") == 1_000_000
     assert len(done.stdout) == 1_500_000
 
 
 def test_it_ends_when_nobody_reads_any_more(store):
-    process = subprocess.Popen(recorded(store, ["yes"]), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        recorded(store, ["yes"]), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     with process:
         assert process.stdout.readline() == b"y\r\n"
         process.stdout.close()
@@ -285,15 +314,16 @@ def test_it_ends_when_nobody_reads_any_more(store):
 
 
 def test_what_holds_the_terminal_open_is_not_waited_for(store):
-    done = subprocess.run(recorded(store, ["sh", "-c", "(trap '' HUP; sleep 20) & echo over"]), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, timeout=15)
+    done = subprocess.run(recorded(store, ["sh", "-c", "(trap '' HUP; sleep 20) & echo over"]),
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=15)
     assert done.stdout == b"over\r\n"
 
 
 def test_a_recorder_that_is_killed_takes_its_command_along_and_leaves_no_open_session(store):
     mark = f"sleep 4321.{os.getpid()}1"
-    process = subprocess.Popen(recorded(store, ["sh", "-c", f"echo ready; {mark}; true"], "--session-id", "lost"),
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        recorded(store, ["sh", "-c", f"echo ready; {mark}; true"], "--session-id", "lost"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         assert process.stdout.readline() == b"ready\r\n"
         process.kill()
@@ -301,23 +331,27 @@ def test_a_recorder_that_is_killed_takes_its_command_along_and_leaves_no_open_se
     while any(mark in told for told in command_lines()) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(mark in told for told in command_lines())
-    subprocess.run(recorded(store, ["true"], "--session-id", "next"), stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+    subprocess.run(recorded(store, ["true"], "--session-id", "next"), stdin=subprocess.DEVNULL,
+                   timeout=TIMEOUT)
     if os.path.isdir("/proc/self"):
         assert SessionOptimizer(store).get_session("lost").status is SessionStatus.ABANDONED
     assert os.listdir(os.path.join(store, "recordings")) in ([], ["lost"])
 
 
 def command_lines():
-    told = subprocess.run(["ps", "-axo", "args="], stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    told = subprocess.run(
+        ["ps", "-axo", "args="], stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
     return told.stdout.splitlines()
 
 
 def test_the_session_says_what_was_run_and_how_it_ended(store, tmp_path):
-    told, _, code = result_of(store, ["sh", "-c", "TOKEN=sk-ant-api03-abcdefghijklmnopqrstuvwxyz0123456789; exit 4"],
-                              "--data", "task=7", "--data", "team=a=b", "--agent", "worker", "--session-id", "w1")
+    told, _, code = result_of(
+        store, ["sh", "-c", "TOKEN=sk-ant-api03-abcdefghijklmnopqrstuvwxyz0123456789; exit 4"],
+        "--data", "task=7", "--data", "team=a=b", "--agent", "worker", "--session-id", "w1")
     session = SessionOptimizer(store).get_session("w1")
     assert code == told["exit_status"] == 4 and told["session"] == "w1" and told["signal"] == 0
-    assert (session.agent, session.metadata["task"], session.metadata["team"]) == ("WORKER", "7", "a=b")
+    assert ((session.agent, session.metadata["task"], session.metadata["team"])
+            == ("WORKER", "7", "a=b"))
     assert "abcdefghijklmnop" not in json.dumps(session.to_dict())
     kinds = [event.event_type.value for event in session.events]
     assert kinds[0] == "SESSION_START" and kinds[-2:] == ["TOKEN_USAGE", "SESSION_END"]
@@ -326,9 +360,13 @@ def test_the_session_says_what_was_run_and_how_it_ended(store, tmp_path):
 
 
 def test_a_store_that_is_lost_meanwhile_does_not_change_how_the_command_ends(store):
-    done = subprocess.run(recorded(store, ["sh", "-c", f"rm -rf {shlex.quote(store)}; : >{shlex.quote(store)}; exit 7"]), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
-    assert (done.returncode, done.stdout) == (7, "") and done.stderr.startswith("record.py: not written down") and "Traceback" not in done.stderr
+    done = subprocess.run(recorded(
+        store, ["sh", "-c", f"rm -rf {shlex.quote(store)}; : >{shlex.quote(store)}; exit 7"]),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert ((done.returncode, done.stdout) == (7, "")
+            and done.stderr.startswith("record.py: not written down")
+            and "Traceback" not in done.stderr)
 
 
 # ============================================================================
@@ -337,12 +375,15 @@ def test_a_store_that_is_lost_meanwhile_does_not_change_how_the_command_ends(sto
 
 CLIENT = """
 import json, os, sys, urllib.request
-paths = {"messages": ("ANTHROPIC_BASE_URL", "/v1/messages"), "responses": ("OPENAI_BASE_URL", "/responses"),
-         "chat": ("OPENAI_BASE_URL", "/chat/completions"), "gemini": ("GOOGLE_GEMINI_BASE_URL", "/v1beta/models/m:%s")}
+paths = {"messages": ("ANTHROPIC_BASE_URL", "/v1/messages"),
+         "responses": ("OPENAI_BASE_URL", "/responses"),
+         "chat": ("OPENAI_BASE_URL", "/chat/completions"),
+         "gemini": ("GOOGLE_GEMINI_BASE_URL", "/v1beta/models/m:%s")}
 protocol, how, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 name, path = paths[protocol]
 for _ in range(times):
-    body = {"model": "claude-opus-4-6", "tools": [{}], "messages": [{"role": "user", "content": "Hi"}]}
+    body = {"model": "claude-opus-4-6", "tools": [{}],
+            "messages": [{"role": "user", "content": "Hi"}]}
     if protocol == "responses":
         body = {"model": "gpt-5-codex", "tools": [{}], "input": "Hi"}
     if protocol == "gemini":
@@ -350,14 +391,16 @@ for _ in range(times):
         url = path % ("streamGenerateContent?alt=sse" if how == "stream" else "generateContent")
     else:
         body["stream"], url = how == "stream", path
-    request = urllib.request.Request(os.environ[name] + url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(os.environ[name] + url, json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         print(len(answer.read()))
 """
 
 
 def plain_environment(**more):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR")
+            if name in os.environ}
     return dict(kept, TERM="xterm-256color", **more)
 
 
@@ -366,7 +409,8 @@ def plain_environment(**more):
 def test_tokens_come_from_the_answers_where_no_log_is(protocol, how, store, tmp_path):
     with FakeApi([{"thinking": "Hm, let me see.", "tool": "t", "input": {"a": 1}}]) as api:
         env = plain_environment(**dict(api.environment(), HOME=str(tmp_path)))
-        told, output, code = result_of(store, [sys.executable, "-c", CLIENT, protocol, how, "3"], env=env)
+        told, output, code = result_of(
+            store, [sys.executable, "-c", CLIENT, protocol, how, "3"], env=env)
     truth = api.sums()
     assert code == 0 and len(api.truth) == 3 == told["calls"] and truth["cache_read"] > 0
     assert (told["source"], told["estimated"], told["sessions"]) == ("pass-through", False, [])
@@ -374,25 +418,33 @@ def test_tokens_come_from_the_answers_where_no_log_is(protocol, how, store, tmp_
     session, = SessionOptimizer(store).list_sessions()
     assert session.status is SessionStatus.COMPLETED
     assert session.estimated_cost == pytest.approx(told["cost"]) and told["cost"] > 0
-    assert session.model == {"messages": "claude-opus-4-6", "responses": "gpt-5-codex", "chat": "claude-opus-4-6"}.get(protocol, "m")
+    assert session.model == {"messages": "claude-opus-4-6", "responses": "gpt-5-codex",
+                             "chat": "claude-opus-4-6"}.get(protocol, "m")
 
 
 def test_what_was_cut_off_or_says_no_usage_is_estimated_and_called_so(store):
     meter = Meter("messages", "/v1/messages", b'{"model": "m"}' + b" " * 386, streamed=True)
     meter.feed(b'event: ping\ndata: {"type": "ping"}\n\n' + b"x" * 60)
     answer = meter.answer(5)
-    assert (answer.estimated, answer.model, answer.uncached_input, answer.output) == (True, "m", 100, 24)
+    assert ((answer.estimated, answer.model, answer.uncached_input, answer.output)
+            == (True, "m", 100, 24))
 
 
 USAGE = [  # protocol, what the provider says, classes
-    ("messages", {"input_tokens": 3, "cache_creation_input_tokens": 10, "cache_read_input_tokens": 20, "output_tokens": 4,
+    ("messages", {"input_tokens": 3, "cache_creation_input_tokens": 10,
+                  "cache_read_input_tokens": 20, "output_tokens": 4,
                   "cache_creation": {"ephemeral_1h_input_tokens": 6}},
      {"uncached_input": 3, "cache_write": 10, "cache_write_1h": 6, "cache_read": 20, "output": 4}),
-    ("messages", {"input_tokens": None, "output_tokens": True}, {"uncached_input": 0, "cache_write": 0, "cache_write_1h": 0, "cache_read": 0, "output": 0}),
-    ("responses", {"input_tokens": 30, "input_tokens_details": {"cached_tokens": 20}, "output_tokens": 4}, {"uncached_input": 10, "cache_read": 20, "output": 4}),
-    ("responses", {"input_tokens": 30, "input_tokens_details": None, "output_tokens": 4}, {"uncached_input": 30, "cache_read": 0, "output": 4}),
-    ("chat", {"prompt_tokens": 30, "prompt_tokens_details": {"cached_tokens": 20}, "completion_tokens": 4}, {"uncached_input": 10, "cache_read": 20, "output": 4}),
-    ("gemini", {"promptTokenCount": 30, "cachedContentTokenCount": 20, "candidatesTokenCount": 4, "thoughtsTokenCount": 5, "toolUsePromptTokenCount": 2},
+    ("messages", {"input_tokens": None, "output_tokens": True},
+     {"uncached_input": 0, "cache_write": 0, "cache_write_1h": 0, "cache_read": 0, "output": 0}),
+    ("responses", {"input_tokens": 30, "input_tokens_details": {"cached_tokens": 20},
+                   "output_tokens": 4}, {"uncached_input": 10, "cache_read": 20, "output": 4}),
+    ("responses", {"input_tokens": 30, "input_tokens_details": None, "output_tokens": 4},
+     {"uncached_input": 30, "cache_read": 0, "output": 4}),
+    ("chat", {"prompt_tokens": 30, "prompt_tokens_details": {"cached_tokens": 20},
+              "completion_tokens": 4}, {"uncached_input": 10, "cache_read": 20, "output": 4}),
+    ("gemini", {"promptTokenCount": 30, "cachedContentTokenCount": 20, "candidatesTokenCount": 4,
+                "thoughtsTokenCount": 5, "toolUsePromptTokenCount": 2},
      {"uncached_input": 12, "cache_read": 20, "output": 9}),
 ]
 
@@ -404,14 +456,16 @@ def test_usage_becomes_disjoint_classes(protocol, usage, classes):
 
 @pytest.mark.parametrize("pieces", [1, 7, 4096])
 def test_a_stream_is_read_however_it_is_cut(pieces):
-    stream = (b'event: message_start\ndata: {"type": "message_start", "message": {"id": "a", "model": "m", "usage": {"input_tokens": 5, "output_tokens": 1}}}\n\n'
+    stream = (b'event: message_start\ndata: {"type": "message_start", "message": {"id": "a", '
+              b'"model": "m", "usage": {"input_tokens": 5, "output_tokens": 1}}}\n\n'
               b'data: {"type": "content_block_delta", "delta": {"text": "the usage of words"}}\n\n'
               b'data: {"type": "message_delta", "usage": {"output_tokens": 9}}\n\n')
     meter = Meter("messages", "/v1/messages", b"{}", streamed=True)
     for at in range(0, len(stream), pieces):
         meter.feed(stream[at:at + pieces])
     answer = meter.answer(1)
-    assert (answer.id, answer.model, answer.uncached_input, answer.output, answer.estimated) == ("a", "m", 5, 9, False)
+    assert ((answer.id, answer.model, answer.uncached_input, answer.output, answer.estimated)
+            == ("a", "m", 5, 9, False))
 
 
 @contextlib.contextmanager
@@ -435,26 +489,36 @@ def test_the_pass_through_hands_on_what_is_asked_and_answered():
             with error:
                 return error.code, error.read(), error.headers
 
-    body = json.dumps({"model": "m", "tools": [{}], "stream": True, "messages": [{"role": "user", "content": "Hi"}]}).encode()
-    with FakeApi([{"text": "h\u00e9", "status": 529}]) as api, passing({"ANTHROPIC_BASE_URL": api.url, "OPENAI_BASE_URL": "http://127.0.0.1:9"}) as (env, told):
+    body = json.dumps({"model": "m", "tools": [{}], "stream": True,
+                       "messages": [{"role": "user", "content": "Hi"}]}).encode()
+    with FakeApi([{"text": "h\u00e9", "status": 529}]) as api, passing({
+            "ANTHROPIC_BASE_URL": api.url, "OPENAI_BASE_URL": "http://127.0.0.1:9"}) as (env, told):
         base = env["ANTHROPIC_BASE_URL"]
         assert ask(base + "/v1/messages?beta=true", body)[0] == 529 and told == []
         status, answer, headers = ask(base + "/v1/messages?beta=true", body)
         assert status == 200 and headers.get_content_type() == "text/event-stream"
-        assert answer == ask(api.url + "/v1/messages", body)[1].replace(b"000002", b"000001").replace(b'_read_input_tokens": 29', b'_read_input_tokens": 0') or b"h" in answer
+        assert (
+            answer == ask(api.url + "/v1/messages", body)[1].replace(b"000002", b"000001").replace(
+                b'_read_input_tokens": 29', b'_read_input_tokens": 0') or b"h" in answer)
         assert ask(base + "/", method="HEAD")[:2] == (200, b"")
         assert ask(base + "/v1/models")[0] == 200
-        assert json.loads(ask(base + "/v1/messages/count_tokens", b"x" * 40)[1])["input_tokens"] == 10
-        assert ask(base.rpartition("/")[0].rpartition("/")[0] + "/guess/0/v1/messages", body)[0] == 404
+        assert (json.loads(ask(base + "/v1/messages/count_tokens", b"x" * 40)[1])["input_tokens"]
+                == 10)
+        assert (ask(base.rpartition("/")[0].rpartition("/")[0] + "/guess/0/v1/messages", body)[0]
+                == 404)
         assert ask(env["OPENAI_BASE_URL"] + "/responses", b"{}")[0] == 502
         assert ("POST", "/v1/messages?beta=true") in api.requests and len(told) == 1
         assert told[0].output == api.truth[0]["output"] and told[0].id.endswith("000001")
 
 
 def test_a_client_that_goes_away_is_counted_to_the_end():
-    with FakeApi([{"text": "word " * 50_000}]) as api, passing({"ANTHROPIC_BASE_URL": api.url}) as (env, told):
-        body = json.dumps({"model": "m", "tools": [{}], "stream": True, "messages": [{"role": "user", "content": "Hi"}]}).encode()
-        answer = urllib.request.urlopen(urllib.request.Request(env["ANTHROPIC_BASE_URL"] + "/v1/messages", body), timeout=TIMEOUT)
+    with FakeApi([{"text": "word " * 50_000}]) as api, passing(
+            {"ANTHROPIC_BASE_URL": api.url}) as (env, told):
+        body = json.dumps({"model": "m", "tools": [{}], "stream": True,
+                           "messages": [{"role": "user", "content": "Hi"}]}).encode()
+        answer = urllib.request.urlopen(
+            urllib.request.Request(env["ANTHROPIC_BASE_URL"] + "/v1/messages", body),
+            timeout=TIMEOUT)
         answer.read(100)
         answer.close()
         until = time.monotonic() + 30
@@ -475,13 +539,15 @@ def test_an_estimate_is_called_one_and_takes_no_figure_from_the_screen(store, tm
     session = SessionOptimizer(store).get_session(told["session"])
     event, = [event for event in session.events if event.event_type.value == "AI_RESPONSE"]
     assert event.data["estimated"] is True and session.total_tokens == 4
-    told, _, _ = result_of(store, ["printf", "Tokens: 90,000"], "--usage", "none", env=plain_environment(HOME=str(tmp_path)))
+    told, _, _ = result_of(store, ["printf", "Tokens: 90,000"], "--usage", "none",
+                           env=plain_environment(HOME=str(tmp_path)))
     assert (told["source"], sum(told["tokens"].values())) == ("none", 0)
 
 
 VOLUME = [  # pieces printed, characters counted
     ([b"hello"], 5), ([b"\x1b[31mred\x1b[0m\r\n"], 3), ([b"a\x1b[?1049hdrawn\x1b[?1049lb"], 2),
-    ([b"\x1b[?1049h", b"drawn", b"\x1b[?1049l", b"b"], 1), (["h\u00e9".encode()], 2), ([b"x" * 100] * 20_000, 1 << 20),
+    ([b"\x1b[?1049h", b"drawn", b"\x1b[?1049l", b"b"], 1), (["h\u00e9".encode()], 2),
+    ([b"x" * 100] * 20_000, 1 << 20),
 ]
 
 
@@ -491,7 +557,8 @@ def test_an_estimate_counts_text_that_is_no_full_screen_up_to_a_megabyte(pieces,
     for piece in pieces:
         if volume.counting:
             volume.printed(piece)
-    assert abs(volume.answered - characters) < 100 if characters > 100 else volume.answered == characters
+    assert (abs(volume.answered - characters) < 100 if characters > 100
+            else volume.answered == characters)
 
 
 # ============================================================================
@@ -500,14 +567,19 @@ def test_an_estimate_counts_text_that_is_no_full_screen_up_to_a_megabyte(pieces,
 
 
 def response(session, cwd, number, output, at=None):
-    """One line of a Claude Code transcript: a response of 3 uncached, 100 read and ``output`` tokens."""
+    """One line of a Claude Code transcript: a response of 3 uncached, 100 read and ``output``
+    tokens."""
     at = at or time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1000):03d}Z"
-    usage = {"input_tokens": 3, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 100, "output_tokens": output}
-    message = {"id": f"msg_{session}_{number}", "type": "message", "role": "assistant", "model": "claude-opus-4-6", "stop_reason": "end_turn",
+    usage = {"input_tokens": 3, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 100,
+             "output_tokens": output}
+    message = {"id": f"msg_{session}_{number}", "type": "message", "role": "assistant",
+               "model": "claude-opus-4-6", "stop_reason": "end_turn",
                "content": [{"type": "text", "text": "Done."}], "usage": usage}
-    return json.dumps({"parentUuid": None, "isSidechain": False, "userType": "external", "cwd": cwd, "sessionId": session, "version": "2.1.200",
-                       "type": "assistant", "uuid": f"u-{session}-{number}", "timestamp": stamp, "message": message, "requestId": f"req_{session}_{number}"}) + "\n"
+    return json.dumps({"parentUuid": None, "isSidechain": False, "userType": "external", "cwd": cwd,
+                       "sessionId": session, "version": "2.1.200",
+                       "type": "assistant", "uuid": f"u-{session}-{number}", "timestamp": stamp,
+                       "message": message, "requestId": f"req_{session}_{number}"}) + "\n"
 
 
 WRITES = """
@@ -532,12 +604,16 @@ def test_the_log_of_the_directory_and_the_time_is_taken_and_no_other(store, tmp_
     with open(old, "w", encoding="utf-8") as file:
         file.write(response("old", str(work), 1, 1000, time.time() - 3600))
     os.utime(old, (time.time() - 3600,) * 2)
-    lines = [(log_of(home, "mine"), response("mine", str(work), 1, 7)), (log_of(home, "theirs"), response("theirs", str(other), 1, 500))]
-    command = ["sh", "-c", " && ".join(shlex.join([sys.executable, "-c", WRITES, *pair]) for pair in lines)]
+    lines = [(log_of(home, "mine"), response("mine", str(work), 1, 7)),
+             (log_of(home, "theirs"), response("theirs", str(other), 1, 500))]
+    command = ["sh", "-c",
+               " && ".join(shlex.join([sys.executable, "-c", WRITES, *pair]) for pair in lines)]
     told, _, code = result_of(store, command, env=plain_environment(HOME=str(home)), cwd=str(work))
     assert code == 0 and (told["source"], told["sessions"], told["calls"]) == ("log", ["mine"], 1)
-    assert told["tokens"] == {"uncached_input": 3, "cache_write": 0, "cache_write_1h": 0, "cache_read": 100, "output": 7}
-    assert {session.id for session in SessionOptimizer(store).list_sessions()} == {"mine", told["session"]}
+    assert told["tokens"] == {"uncached_input": 3, "cache_write": 0, "cache_write_1h": 0,
+                              "cache_read": 100, "output": 7}
+    assert ({session.id for session in SessionOptimizer(store).list_sessions()}
+            == {"mine", told["session"]})
     assert sums(store)["output"] == 7
     with_all = SessionOptimizer(store).scan([str(home / ".claude")])["totals"]
     assert with_all["sessions"] == 3 and sums(store)["output"] == 1507  # nothing twice
@@ -549,11 +625,14 @@ def test_transcripts_of_other_directories_are_not_even_read(tmp_path):
     work.mkdir()
     watch = Watch(str(work), {"HOME": str(home)})
     os.makedirs(os.path.dirname(log_of(home, "here")))
-    for name, cwd in (("here", work), ("there", tmp_path), ("damaged", work), ("told", tmp_path), ("none", "")):
+    for name, cwd in (("here", work), ("there", tmp_path), ("damaged", work), ("told", tmp_path),
+                      ("none", "")):
         with open(log_of(home, name), "w", encoding="utf-8") as file:
-            file.write('{"cwd": "broken\\' if name == "damaged" else response(name, str(cwd), 1, 1) if cwd else "{}")
+            file.write('{"cwd": "broken\\' if name == "damaged" else response(name, str(cwd), 1, 1)
+                       if cwd else "{}")
     watch.sessions.add("told")
-    assert [os.path.basename(path) for path in sorted(watch.transcripts())] == ["here.jsonl", "told.jsonl"]
+    assert ([os.path.basename(path) for path in sorted(watch.transcripts())]
+            == ["here.jsonl", "told.jsonl"])
 
 
 def test_of_a_session_that_goes_on_only_the_new_part_is_this_recordings(store, tmp_path):
@@ -563,7 +642,8 @@ def test_of_a_session_that_goes_on_only_the_new_part_is_this_recordings(store, t
     os.makedirs(os.path.dirname(path))
     with open(path, "w", encoding="utf-8") as file:
         file.write(response("long", str(work), 1, 1000, time.time() - 3600))
-    command = [sys.executable, "-c", WRITES, path, response("long", str(work), 2, 7, time.time() + 1)]
+    command = [sys.executable, "-c", WRITES, path,
+               response("long", str(work), 2, 7, time.time() + 1)]
     told, _, _ = result_of(store, command, env=plain_environment(HOME=str(home)), cwd=str(work))
     assert (told["sessions"], told["calls"], told["tokens"]["output"]) == (["long"], 1, 7)
     assert sums(store)["output"] == 1007
@@ -578,8 +658,9 @@ def test_what_the_processes_say_goes_before_directory_and_time(tmp_path):
     for place in (work, sessions, rollouts):
         place.mkdir(parents=True)
     rollout = rollouts / "rollout-2026-01-01T00-00-00-mine.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", "import sys; f = open(sys.argv[1], 'a'); sys.stdin.read()", str(rollout)],
-                               stdin=subprocess.PIPE, cwd=str(work), env=plain_environment(HOME=str(home)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; f = open(sys.argv[1], 'a'); sys.stdin.read()",
+         str(rollout)], stdin=subprocess.PIPE, cwd=str(work), env=plain_environment(HOME=str(home)))
     with process:
         for pid, identity in ((process.pid, "mine"), (1, "theirs")):
             (sessions / f"{pid}.json").write_text(json.dumps({"pid": pid, "sessionId": identity}))
@@ -589,14 +670,18 @@ def test_what_the_processes_say_goes_before_directory_and_time(tmp_path):
             watch.look(process.pid)
         process.stdin.close()
     claude = {"source": "claude-code", "project": str(work)}
-    assert watch.is_ours(dict(claude, path=str(home / "mine.jsonl"))) and not watch.is_ours(dict(claude, path=str(home / "theirs.jsonl")))
-    assert watch.is_ours(dict(claude, path=str(home / "unknown.jsonl"))) and not watch.is_ours(dict(claude, project="/", path="/unknown.jsonl"))
+    assert (watch.is_ours(dict(claude, path=str(home / "mine.jsonl")))
+            and not watch.is_ours(dict(claude, path=str(home / "theirs.jsonl"))))
+    assert (watch.is_ours(dict(claude, path=str(home / "unknown.jsonl")))
+            and not watch.is_ours(dict(claude, project="/", path="/unknown.jsonl")))
     codex = {"source": "codex", "project": str(work)}
-    assert watch.is_ours(dict(codex, path=str(rollout))) and not watch.is_ours(dict(codex, path=str(rollouts / "rollout-other.jsonl")))
+    assert (watch.is_ours(dict(codex, path=str(rollout)))
+            and not watch.is_ours(dict(codex, path=str(rollouts / "rollout-other.jsonl"))))
 
 
 @pytest.mark.parametrize("command, agent", [
-    (["claude", "-p", "x"], "claude"), (["/usr/bin/codex", "exec"], "codex"), (["node", "/usr/bin/gemini"], "gemini"), (["claude.exe"], "claude"),
+    (["claude", "-p", "x"], "claude"), (["/usr/bin/codex", "exec"], "codex"),
+    (["node", "/usr/bin/gemini"], "gemini"), (["claude.exe"], "claude"),
     (["vim", "x"], ""), (["sh", "-c", "claude"], ""), (["echo", "hello", "claude"], ""),
 ])
 def test_an_agent_is_known_by_its_programs_name(command, agent):
@@ -604,9 +689,11 @@ def test_an_agent_is_known_by_its_programs_name(command, agent):
 
 
 def test_logs_are_looked_for_where_the_agents_variables_say():
-    assert roots_of({"HOME": "/h"}) == ["/h/.claude/projects", "/h/.config/claude/projects", "/h/.codex/sessions", "/h/.gemini/tmp"]
-    assert roots_of({"HOME": "/h", "CLAUDE_CONFIG_DIR": "/a, /b", "CODEX_HOME": "/c", "GEMINI_CLI_HOME": "/g"}) == [
-        "/a/projects", "/b/projects", "/c/sessions", "/g/.gemini/tmp"]
+    assert roots_of({"HOME": "/h"}) == ["/h/.claude/projects", "/h/.config/claude/projects",
+                                        "/h/.codex/sessions", "/h/.gemini/tmp"]
+    assert roots_of({"HOME": "/h", "CLAUDE_CONFIG_DIR": "/a, /b", "CODEX_HOME": "/c",
+                     "GEMINI_CLI_HOME": "/g"}) == [
+                         "/a/projects", "/b/projects", "/c/sessions", "/g/.gemini/tmp"]
 
 
 # ============================================================================
@@ -624,15 +711,18 @@ def run_of(name, place, url):
     """(script, command) that let an agent look at a.txt in two calls and answer."""
     (place / "a.txt").write_text("hello\n" * 50)
     if name == "claude":
-        calls = [("Read", {"file_path": str(place / "a.txt")}), ("Bash", {"command": "wc -l a.txt"})]
+        calls = [("Read", {"file_path": str(place / "a.txt")}),
+                 ("Bash", {"command": "wc -l a.txt"})]
         command = ["claude", "-p", "How many lines?", "--allowedTools", "Read,Bash"]
     elif name == "codex":
         calls = [("exec_command", {"cmd": "cat a.txt"}), ("exec_command", {"cmd": "wc -l a.txt"})]
-        command = ["codex", "exec", "--skip-git-repo-check", "--sandbox", "danger-full-access", *codex_config(url),
-                   "How many lines?"]
+        command = ["codex", "exec", "--skip-git-repo-check", "--sandbox", "danger-full-access",
+                   *codex_config(url), "How many lines?"]
     else:
-        calls = [("read_file", {"file_path": str(place / "a.txt")}), ("run_shell_command", {"command": "wc -l a.txt"})]
-        command = ["gemini", "-p", "How many lines?", "--yolo", "--skip-trust", "-m", "gemini-2.5-pro"]
+        calls = [("read_file", {"file_path": str(place / "a.txt")}),
+                 ("run_shell_command", {"command": "wc -l a.txt"})]
+        command = ["gemini", "-p", "How many lines?", "--yolo", "--skip-trust", "-m",
+                   "gemini-2.5-pro"]
     turns = [dict({"tool": tool, "input": given}, thinking="Let me look.") for tool, given in calls]
     return turns + [{"text": "Fifty lines."}], command
 
@@ -644,10 +734,11 @@ def empty_home(tmp_path):
     home.mkdir()
     work.mkdir()
     gemini_settings(str(home))
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "SYSTEMROOT", "TMPDIR") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "SYSTEMROOT", "TMPDIR")
+            if name in os.environ}
     return home, work, dict(kept, HOME=str(home), TERM="xterm-256color", DISABLE_AUTOUPDATER="1",
-                            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", HTTPS_PROXY="http://127.0.0.1:9",
-                            NO_PROXY="127.0.0.1")
+                            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+                            HTTPS_PROXY="http://127.0.0.1:9", NO_PROXY="127.0.0.1")
 
 
 READ_BACK = ["--usage", "log"]
@@ -662,16 +753,20 @@ def test_a_real_agents_tokens_are_the_models_to_the_token(name, wrapped, empty_h
         api.script, command = run_of(name, work, api.url)
         cwd = str(work)
         if wrapped:
-            cwd, command = str(home), ["sh", "-c", f"cd {shlex.quote(str(work))} && {shlex.join(command)}; exit 5"]
+            cwd, command = str(home), [
+                "sh", "-c", f"cd {shlex.quote(str(work))} && {shlex.join(command)}; exit 5"]
         told, output, code = result_of(store, command, env=dict(env, **api.environment()), cwd=cwd)
     assert code == (5 if wrapped else 0) and b"Fifty lines." in output, output
     assert (told["source"], told["calls"], len(told["sessions"])) == ("log", 3, 1)
     truth = api.sums(main=True)
     assert {name: told["tokens"][name] for name in CLASSES} == truth == sums(store)
-    before = sorted((session.id, session.total_tokens) for session in SessionOptimizer(store).list_sessions())
-    logs = [str(home / place) for place in (".claude", ".codex/sessions", ".gemini/tmp") if (home / place).is_dir()]
+    before = sorted((session.id, session.total_tokens)
+                    for session in SessionOptimizer(store).list_sessions())
+    logs = [str(home / place) for place in (".claude", ".codex/sessions", ".gemini/tmp")
+            if (home / place).is_dir()]
     SessionOptimizer(store).scan(logs)
-    assert before == sorted((session.id, session.total_tokens) for session in SessionOptimizer(store).list_sessions())
+    assert before == sorted((session.id, session.total_tokens)
+                            for session in SessionOptimizer(store).list_sessions())
 
 
 @pytest.mark.parametrize("name", ["claude", "codex", "gemini"])
@@ -683,7 +778,8 @@ def test_without_its_log_a_real_agents_tokens_come_from_the_answers(name, empty_
         if name == "codex":  # it takes the address from its configuration alone
             told_address = shlex.join(command).replace(api.url + "/v1", "'$OPENAI_BASE_URL'")
             command = ["sh", "-c", told_address]
-        told, output, code = result_of(store, command, "--usage", "pass-through", env=dict(env, **api.environment()), cwd=str(work))
+        told, output, code = result_of(store, command, "--usage", "pass-through",
+                                       env=dict(env, **api.environment()), cwd=str(work))
     assert code == 0 and b"Fifty lines." in output, output
     assert (told["source"], told["calls"]) == ("pass-through", len(api.truth))
     assert {name: told["tokens"][name] for name in CLASSES} == api.sums() == sums(store)
@@ -697,27 +793,32 @@ def test_agents_in_one_directory_at_one_time_are_told_apart(name, empty_home, st
         scripts, runs = {}, []
         for number in range(3):
             turns, command = run_of(name, work, api.url)
-            turns[1]["delay"], turns[2] = 2.0, {"text": "x" * (100 * number + 50)}  # they overlap, and differ
+            # they overlap, and differ
+            turns[1]["delay"], turns[2] = 2.0, {"text": "x" * (100 * number + 50)}
             scripts[f"Task {number}:"] = turns
-            runs.append([word.replace("How many lines?", f"Task {number}: How many lines?") for word in command])
+            runs.append([word.replace("How many lines?", f"Task {number}: How many lines?")
+                         for word in command])
         api.script = scripts
         results = [os.path.join(str(home), f"result-{number}.json") for number in range(3)]
-        started = [subprocess.Popen(recorded(store, command, "--session-id", f"r{number}", "--result", results[number]),
-                                    cwd=str(work), env=dict(env, **api.environment()), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-                   for number, command in enumerate(runs)]
+        started = [subprocess.Popen(
+            recorded(store, command, "--session-id", f"r{number}", "--result", results[number]),
+            cwd=str(work), env=dict(env, **api.environment()), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL) for number, command in enumerate(runs)]
         assert [process.wait(TIMEOUT) for process in started] == [0, 0, 0]
     for number, path in enumerate(results):
         with open(path, encoding="utf-8") as file:
             told = json.load(file)
-        assert {name: told["tokens"][name] for name in CLASSES} == api.sums(main=True, conversation=f"Task {number}:")
+        assert ({name: told["tokens"][name] for name in CLASSES}
+                == api.sums(main=True, conversation=f"Task {number}:"))
     assert sums(store) == api.sums(main=True)
 
 
 def test_claudes_full_screen_is_worked_in_as_without_a_recorder(empty_home, store):
     agent("claude")
     home, work, env = empty_home
-    known = {"hasCompletedOnboarding": True, "theme": "dark", "customApiKeyResponses": {"approved": ["none"]},
-             "projects": {str(work): {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}}}
+    known = {"hasCompletedOnboarding": True, "theme": "dark",
+             "customApiKeyResponses": {"approved": ["none"]}, "projects": {str(work): {
+                 "hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}}}
     (home / ".claude.json").write_text(json.dumps(known))
 
     def grow(process, master):
@@ -726,8 +827,9 @@ def test_claudes_full_screen_is_worked_in_as_without_a_recorder(empty_home, stor
     with FakeApi() as api:
         api.script, _ = run_of("claude", work, api.url)
         told, output, code = result_of(
-            store, ["claude", "--allowedTools", "Read,Bash"], env=dict(env, **api.environment()), cwd=str(work),
-            steps=((b"effort", b"How many lines?"), (b"lines", b"\r"), (b"Fifty", grow), (b"", b"/exit"), (b"", b"\r"), (b"", b"\r")))
+            store, ["claude", "--allowedTools", "Read,Bash"], env=dict(env, **api.environment()),
+            cwd=str(work), steps=((b"effort", b"How many lines?"), (b"lines", b"\r"),
+                                  (b"Fifty", grow), (b"", b"/exit"), (b"", b"\r"), (b"", b"\r")))
     assert code == 0 and told["source"] == "log", output[-2000:]
     assert {name: told["tokens"][name] for name in CLASSES} == api.sums(main=True)
     assert told["calls"] == 3
@@ -737,8 +839,10 @@ def processes_at(home):
     """The processes of this home, recorders left out."""
     for process in processes():
         with contextlib.suppress(OSError):
-            with open(f"/proc/{process.pid}/environ", "rb") as env, open(f"/proc/{process.pid}/cmdline", "rb") as line:
-                if f"HOME={home}".encode() in env.read().split(b"\0") and b"record.py" not in line.read():
+            with open(f"/proc/{process.pid}/environ",
+                      "rb") as env, open(f"/proc/{process.pid}/cmdline", "rb") as line:
+                if (f"HOME={home}".encode() in env.read().split(b"\0")
+                        and b"record.py" not in line.read()):
                     yield process.pid
 
 
@@ -766,6 +870,8 @@ def test_a_real_agent_that_is_killed_leaves_what_it_had_used(name, empty_home, s
         killer.start()
         told, _, code = result_of(store, command, env=dict(env, **api.environment()), cwd=str(work))
         killer.join(TIMEOUT)
-    assert code in (-9, 137) and 9 in (told["signal"], told["exit_status"] - 128) and told["source"] == "log" and told["calls"] >= 1
+    assert (code in (-9, 137) and 9 in (told["signal"], told["exit_status"] - 128)
+            and told["source"] == "log" and told["calls"] >= 1)
     first = [row for row in api.truth if row["main"]][:told["calls"]]
-    assert {name: told["tokens"][name] for name in CLASSES} == {name: sum(row[name] for row in first) for name in CLASSES}
+    assert ({name: told["tokens"][name] for name in CLASSES}
+            == {name: sum(row[name] for row in first) for name in CLASSES})

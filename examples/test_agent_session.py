@@ -1,4 +1,5 @@
-"""Tests of agent_session: the scripted model, sessions in a terminal, the HTTP API. The recorder has a file of its own.
+"""Tests of agent_session: the scripted model, sessions in a terminal, the HTTP API. The recorder
+has a file of its own.
 
 What needs a tool or a package that is not here is skipped with its name.
 """
@@ -22,12 +23,15 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
-from agent_session import SessionConfig, SessionError, SessionManager, UnknownSession  # noqa: E402  (found above)
+from agent_session import (  # noqa: E402  (found above)
+    SessionConfig, SessionError, SessionManager, UnknownSession)
 from agent_session.fake_api import FakeApi  # noqa: E402
 from agent_session.terminal import CLEAN_BYTES, Cast, clean_text, processes  # noqa: E402
 
 PROGRAMS = os.path.join(HERE, "agent_session")
-posix = pytest.mark.skipif(os.name == "nt", reason="the Windows half is written to pywinpty's documentation and not tested")
+posix = pytest.mark.skipif(
+    os.name == "nt",
+    reason="the Windows half is written to pywinpty's documentation and not tested")
 TIMEOUT = 120  # seconds for one program, a real agent among them
 
 
@@ -36,15 +40,20 @@ TIMEOUT = 120  # seconds for one program, a real agent among them
 # ============================================================================
 
 ASKED = {  # protocol: path, request
-    "messages": ("/v1/messages", {"model": "m", "tools": [{"name": "t"}], "messages": [{"role": "user", "content": "Hi"}]}),
-    "responses": ("/v1/responses", {"model": "m", "tools": [{"name": "t"}], "input": [{"role": "user", "content": "Hi"}]}),
-    "chat": ("/v1/chat/completions", {"model": "m", "tools": [{"name": "t"}], "messages": [{"role": "user", "content": "Hi"}]}),
-    "gemini": ("/v1beta/models/m:generateContent", {"tools": [{"name": "t"}], "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}),
+    "messages": ("/v1/messages", {"model": "m", "tools": [{"name": "t"}],
+                                  "messages": [{"role": "user", "content": "Hi"}]}),
+    "responses": ("/v1/responses", {"model": "m", "tools": [{"name": "t"}],
+                                    "input": [{"role": "user", "content": "Hi"}]}),
+    "chat": ("/v1/chat/completions", {"model": "m", "tools": [{"name": "t"}],
+                                      "messages": [{"role": "user", "content": "Hi"}]}),
+    "gemini": ("/v1beta/models/m:generateContent", {
+        "tools": [{"name": "t"}], "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}),
 }
 
 
 def ask(url, body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return answer.read().decode()
 
@@ -60,11 +69,14 @@ def usage_told(protocol, answer):
     usage = answer["usageMetadata" if protocol == "gemini" else "usage"]
     if protocol == "messages":
         cached = usage["cache_read_input_tokens"]
-        return usage["input_tokens"] + usage["cache_creation_input_tokens"] + cached, cached, usage["output_tokens"]
+        return (usage["input_tokens"] + usage["cache_creation_input_tokens"] + cached, cached,
+                usage["output_tokens"])
     if protocol == "responses":
-        return usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"], usage["output_tokens"]
+        return (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"],
+                usage["output_tokens"])
     if protocol == "chat":
-        return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"]
+        return (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"],
+                usage["completion_tokens"])
     return (usage["promptTokenCount"], usage["cachedContentTokenCount"],
             usage["candidatesTokenCount"] + usage["thoughtsTokenCount"])
 
@@ -75,7 +87,8 @@ def last_usage(protocol, stream):
     for line in stream.splitlines():
         if line.startswith("data: {"):
             data = json.loads(line[6:])
-            told.update({k: v for k, v in data.get("response", data).items() if k in ("usage", "usageMetadata") and v})
+            told.update({k: v for k, v in data.get("response", data).items()
+                         if k in ("usage", "usageMetadata") and v})
     return usage_told(protocol, told)
 
 
@@ -88,7 +101,8 @@ def test_the_model_answers_whole_and_streamed_with_the_usage_of_its_truth(protoc
         stream = ask(api.url + streaming_path, streaming)
     first, second = api.truth
     for row, told in ((first, usage_told(protocol, whole)), (second, last_usage(protocol, stream))):
-        assert told == (row["uncached_input"] + row["cache_write"] + row["cache_read"], row["cache_read"], row["output"])
+        assert told == (row["uncached_input"] + row["cache_write"] + row["cache_read"],
+                        row["cache_read"], row["output"])
         assert row["protocol"] == protocol and row["main"] and row["model"] == "m"
     assert first["cache_read"] == 0 < second["cache_read"]
     assert '"t"' in json.dumps(whole) and '"t"' in stream.replace('\\"', '"')
@@ -97,16 +111,19 @@ def test_the_model_answers_whole_and_streamed_with_the_usage_of_its_truth(protoc
 def test_the_turn_that_is_due_follows_from_the_request(tmp_path):
     """So a retry gets the same answer, and parallel conversations get their own script."""
     def said(*messages):
-        body = {"model": "m", "tools": [{}], "messages": [{"role": role, "content": text} for role, text in messages]}
+        body = {"model": "m", "tools": [{}],
+                "messages": [{"role": role, "content": text} for role, text in messages]}
         return json.loads(ask(api.url + "/v1/messages", body))["content"][0]["text"]
 
     script = {"task one": [{"text": "a"}, {"text": "b"}], "": [{"text": "other"}]}
     with FakeApi(script, str(tmp_path / "truth.jsonl")) as api:
-        assert [said(("user", "task one")), said(("user", "task one")), said(("user", "task two"))] == ["a", "a", "other"]
+        assert ([said(("user", "task one")), said(("user", "task one")), said(("user", "task two"))]
+                == ["a", "a", "other"])
         assert said(("user", "task one"), ("assistant", "a"), ("user", "go on")) == "b"
         assert said(("user", "task one"), *[("assistant", "a"), ("user", "go on")] * 2) == "Done."
     rows = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text().splitlines()]
-    assert rows == api.truth and [row["conversation"] for row in rows] == ["task one", "task one", "", "task one", "task one"]
+    assert (rows == api.truth and [row["conversation"] for row in rows]
+            == ["task one", "task one", "", "task one", "task one"])
 
 
 def test_the_model_fails_once_where_the_script_says_so_and_counts_nothing_for_it():
@@ -126,7 +143,8 @@ def test_the_model_fails_once_where_the_script_says_so_and_counts_nothing_for_it
 
 def extra(*names):
     for name in names:
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'sessionoptimizer[agents]'")
+        pytest.importorskip(
+            name, reason=f"{name} is not installed: pip install 'sessionoptimizer[agents]'")
 
 
 CLEAN = [  # bytes, kept lines, text on a screen of 3 rows and 10 columns
@@ -158,14 +176,18 @@ def test_clean_text_is_made_of_the_last_256_kilobytes():
 
 
 def test_a_recording_is_asciicast_and_its_owners_alone(tmp_path):
-    cast = Cast(str(tmp_path / "a.cast"), rows=24, columns=80, command=["ls", "-l"], env={"TERM": "xterm", "KEY": "secret"})
+    cast = Cast(str(tmp_path / "a.cast"), rows=24, columns=80, command=["ls", "-l"],
+                env={"TERM": "xterm", "KEY": "secret"})
     for piece in (b"h\xc3", b"\xa9\r\n", b"\xff"):
         cast.output(piece)
     cast.resized(30, 100)
     cast.close()
-    header, *events = [json.loads(line) for line in (tmp_path / "a.cast").read_text(encoding="utf-8").splitlines()]
-    assert (header["version"], header["width"], header["height"], header["env"]) == (2, 80, 24, {"TERM": "xterm"})
-    assert [event[1:] for event in events] == [["o", "h"], ["o", "\u00e9\r\n"], ["o", "\ufffd"], ["r", "100x30"]]
+    header, *events = [json.loads(line)
+                       for line in (tmp_path / "a.cast").read_text(encoding="utf-8").splitlines()]
+    assert ((header["version"], header["width"], header["height"], header["env"])
+            == (2, 80, 24, {"TERM": "xterm"}))
+    assert [event[1:] for event in events] == [["o", "h"], ["o", "\u00e9\r\n"], ["o", "\ufffd"],
+                                               ["r", "100x30"]]
     assert [event[0] for event in events] == sorted(event[0] for event in events)
     if os.name != "nt":
         assert os.stat(tmp_path / "a.cast").st_mode & 0o777 == 0o600
@@ -178,7 +200,8 @@ def test_a_recording_is_asciicast_and_its_owners_alone(tmp_path):
 
 @pytest.fixture
 def place(tmp_path):
-    """A directory of sessions; what still runs there afterwards is ended, and nothing of ours is left a zombie."""
+    """A directory of sessions; what still runs there afterwards is ended, and nothing of ours is
+    left a zombie."""
     extra("ptyprocess", "pyte")
     directory = str(tmp_path / "sessions")
 
@@ -189,14 +212,16 @@ def place(tmp_path):
 
     yield directory
     asyncio.run(clear())
-    assert [process for process in processes() if process.parent == os.getpid() and process.zombie] == []
+    assert ([process for process in processes() if process.parent == os.getpid() and process.zombie]
+            == [])
 
 
 def in_session(place, use, **config):
     """What ``use(session)`` returns, in a session of this configuration."""
     async def work():
         async with SessionManager(place) as manager:
-            session = await manager.create_session(SessionConfig(**dict({"name": "s", "shell": SHELL}, **config)))
+            session = await manager.create_session(
+                SessionConfig(**dict({"name": "s", "shell": SHELL}, **config)))
             result = await use(session)
             await manager.remove_session("s")
             return result
@@ -231,14 +256,17 @@ def test_the_end_of_a_command_is_found_with_its_status(place, shell):
         pytest.skip(f"{shell.split()[0]} is not installed")
 
     async def all_of(session):
-        return [await session.execute(command.replace("X=5", "set -g X 5") if shell.startswith("fish") else command)
+        return [await session.execute(command.replace("X=5", "set -g X 5")
+                                      if shell.startswith("fish") else command)
                 for command, _, _ in COMMANDS]
 
     for (command, output, code), result in zip(COMMANDS, in_session(place, all_of, shell=shell)):
         if output is not None:
             assert result.output == output, command
-        assert result.exit_code == code if code is not None else result.exit_code not in (0, None), command
-        assert result.success is (result.exit_code == 0) and bool(result.error) is not result.success
+        assert (result.exit_code == code if code is not None
+                else result.exit_code not in (0, None)), command
+        assert (result.success is (result.exit_code == 0)
+                and bool(result.error) is not result.success)
 
 
 @posix
@@ -284,7 +312,8 @@ def test_a_time_out_ends_the_process_group_and_the_shell_goes_on(place, command)
         return before, result, running(SLEEP), await session.execute("echo $X")
 
     before, result, left, after = in_session(place, late)
-    assert (result.success, result.exit_code) == (False, None) and "timed out after 500 ms" in result.error
+    assert ((result.success, result.exit_code) == (False, None)
+            and "timed out after 500 ms" in result.error)
     assert 500 <= result.execution_time_ms
     assert left == [] and before.output == after.output == "7"
 
@@ -327,10 +356,12 @@ def test_a_shell_that_ends_says_how_and_stays_terminated(place):
             session = await manager.restore_session("gone")
             status = await session.status()
             text = await session.read_output()
-            return result, status, text, await manager.cleanup_terminated(), await manager.list_sessions()
+            return (result, status, text, await manager.cleanup_terminated(),
+                    await manager.list_sessions())
 
     result, status, text, removed, left = asyncio.run(work())
-    assert (result.success, result.exit_code, result.output) == (False, 7, "bye") and "ended (exit status 7)" in result.error
+    assert ((result.success, result.exit_code, result.output) == (False, 7, "bye")
+            and "ended (exit status 7)" in result.error)
     assert (status["status"], status["exit_status"], status["signal"]) == ("terminated", 7, None)
     assert "bye" in text and removed == ["gone"] and left == [] and os.listdir(place) == []
 
@@ -338,7 +369,8 @@ def test_a_shell_that_ends_says_how_and_stays_terminated(place):
 @posix
 def test_commands_at_once_in_one_session_run_one_after_the_other(place):
     async def many(session):
-        return await asyncio.gather(*(session.execute(f"n=$((n+1)); echo {i} $n") for i in range(30)))
+        return await asyncio.gather(
+            *(session.execute(f"n=$((n+1)); echo {i} $n") for i in range(30)))
 
     outputs = [result.output.split() for result in in_session(place, many)]
     assert [int(first) for first, _ in outputs] == list(range(30))
@@ -360,7 +392,8 @@ def test_a_program_that_is_no_shell_is_typed_to_and_read(place):
         return await session.read_output(), await session.raw_output(), status
 
     text, raw, status = in_session(place, work, shell="", command=["cat"])
-    assert text.split() == ["hello", "hello"] and raw.startswith(b"hello\r\nhello\r\n") and status == 0
+    assert (text.split() == ["hello", "hello"] and raw.startswith(b"hello\r\nhello\r\n")
+            and status == 0)
 
 
 @posix
@@ -375,7 +408,8 @@ def test_the_program_sees_the_size_and_its_change(place):
 
 @posix
 def test_signals_reach_a_program_as_in_any_terminal(place):
-    """Python ignores SIGPIPE, and a host handles its own; what it starts must know nothing of that."""
+    """Python ignores SIGPIPE, and a host handles its own; what it starts must know nothing of
+    that."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs /proc")
 
@@ -388,7 +422,8 @@ def test_signals_reach_a_program_as_in_any_terminal(place):
 @posix
 def test_the_buffer_is_bounded_and_says_so(place):
     async def work(session):
-        result = await session.execute("i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
+        result = await session.execute(
+            "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
         return result, await session.raw_output(), await session.status()
 
     result, raw, status = in_session(place, work, buffer_bytes=8192)
@@ -400,8 +435,9 @@ def test_the_buffer_is_bounded_and_says_so(place):
 def test_metadata_history_and_context_are_kept(place):
     async def work():
         async with SessionManager(place) as manager:
-            session = await manager.create_session(SessionConfig("s", cwd="/", shell=SHELL, role="reviewer",
-                                                                 env={"API_KEY": "value-of-the-key"}))
+            session = await manager.create_session(
+                SessionConfig("s", cwd="/", shell=SHELL, role="reviewer",
+                              env={"API_KEY": "value-of-the-key"}))
             await session.set_metadata("ticket", {"id": 7})
             await session.set_metadata("gone", 1)
             await session.set_metadata("gone", None)
@@ -413,9 +449,12 @@ def test_metadata_history_and_context_are_kept(place):
             return await session.get_ai_context(200), (await session.execute("echo on")).output
 
     context, on = asyncio.run(work())
-    assert (context["role"], context["status"], context["metadata"]) == ("reviewer", "running", {"ticket": {"id": 7}})
-    assert [(entry["command"], entry["exit_code"]) for entry in context["recent_commands"]] == [("echo $API_KEY; cd /usr; false", 1)]
-    assert "echo $API_KEY; cd /usr; false\nvalue-of-the-key" in context["recent_output"] and "__so" not in context["recent_output"]
+    assert ((context["role"], context["status"], context["metadata"])
+            == ("reviewer", "running", {"ticket": {"id": 7}}))
+    assert ([(entry["command"], entry["exit_code"]) for entry in context["recent_commands"]]
+            == [("echo $API_KEY; cd /usr; false", 1)])
+    assert ("echo $API_KEY; cd /usr; false\nvalue-of-the-key" in context["recent_output"]
+            and "__so" not in context["recent_output"])
     assert on == "on"
     with open(os.path.join(place, "s", "state.json"), encoding="utf-8") as file:
         assert "value-of-the-key" not in file.read()
@@ -431,8 +470,10 @@ def test_a_recording_of_a_session_holds_its_output_and_sizes(place, tmp_path):
         return await session.execute("stty size")
 
     in_session(place, work, cast=str(tmp_path / "s.cast"))
-    header, *events = [json.loads(line) for line in (tmp_path / "s.cast").read_text(encoding="utf-8").splitlines()]
-    assert header["width"] == 120 and "recorded" in "".join(event[2] for event in events if event[1] == "o")
+    header, *events = [json.loads(line)
+                       for line in (tmp_path / "s.cast").read_text(encoding="utf-8").splitlines()]
+    assert (header["width"] == 120
+            and "recorded" in "".join(event[2] for event in events if event[1] == "o"))
     assert [event[2] for event in events if event[1] == "r"] == ["100x30"]
 
 
@@ -453,7 +494,8 @@ asyncio.run(main())
 
 @posix
 def test_sessions_survive_the_death_of_their_manager(place):
-    first = subprocess.Popen([sys.executable, "-c", MANAGER, HERE, place, SHELL], stdout=subprocess.PIPE)
+    first = subprocess.Popen(
+        [sys.executable, "-c", MANAGER, HERE, place, SHELL], stdout=subprocess.PIPE)
     with first:
         assert first.stdout.readline() == b"ready\n"
         first.kill()
@@ -485,13 +527,15 @@ def test_a_killed_session_is_honestly_terminated(place, who):
             return await session.status()
 
     status = asyncio.run(asyncio.wait_for(work(), TIMEOUT))
-    assert status["status"] == "terminated" and status["exit_status"] == (None if who == "host" else 0)
+    assert (status["status"] == "terminated"
+            and status["exit_status"] == (None if who == "host" else 0))
     assert status["signal"] == (None if who == "host" else 9)
 
     async def again():
         async with SessionManager(place) as manager:
             session = await manager.restore_session("s")
-            return session.state, await manager.remove_session("s"), await manager.remove_session("s")
+            return (session.state, await manager.remove_session("s"),
+                    await manager.remove_session("s"))
 
     assert asyncio.run(again()) == ("terminated", True, False)
     assert running(SLEEP) == [] or who == "shell"
@@ -500,9 +544,9 @@ def test_a_killed_session_is_honestly_terminated(place, who):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"name": ""}, {"name": "../up"}, {"name": ".hidden"}, {"name": "a/b"}, {"name": "x" * 101}, {"name": 7},
-    {"rows": 0}, {"columns": 10**6}, {"rows": "24"}, {"buffer_bytes": 1}, {"timeout": 0}, {"timeout": "1"},
-    {"env": {"A": 1}}, {"env": ["A"]},
+    {"name": ""}, {"name": "../up"}, {"name": ".hidden"}, {"name": "a/b"}, {"name": "x" * 101},
+    {"name": 7}, {"rows": 0}, {"columns": 10**6}, {"rows": "24"}, {"buffer_bytes": 1},
+    {"timeout": 0}, {"timeout": "1"}, {"env": {"A": 1}}, {"env": ["A"]},
 ])
 def test_a_configuration_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError):
@@ -550,7 +594,8 @@ TOKEN = "a-token-of-the-tests"
 
 def start_server(place, *options):
     """(process, base URL) of a server on a free port."""
-    process = subprocess.Popen([sys.executable, os.path.join(PROGRAMS, "server.py"), "--port", "0", "--directory", place, *options],
+    process = subprocess.Popen([sys.executable, os.path.join(PROGRAMS, "server.py"), "--port", "0",
+                                "--directory", place, *options],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     line = process.stdout.readline()
     if not line.startswith("http://"):
@@ -571,13 +616,16 @@ def server(place):
 
 def call(url, method="GET", body=None, **headers):
     """(status, answer) of a request with the token, unless the headers say otherwise."""
-    given = {"Authorization": f"Bearer {TOKEN}", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    given = {"Authorization": f"Bearer {TOKEN}",
+             **{name.replace("_", "-"): value for name, value in headers.items()}}
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {k: v for k, v in given.items() if v is not None}, method=method)
+    request = urllib.request.Request(
+        url, data, {k: v for k, v in given.items() if v is not None}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             text = answer.read()
-            return answer.status, json.loads(text) if answer.headers.get_content_type() == "application/json" else text
+            return (answer.status, json.loads(text)
+                    if answer.headers.get_content_type() == "application/json" else text)
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.loads(error.read())
@@ -592,28 +640,37 @@ def test_every_request_needs_the_token_and_this_machines_name(server):
         assert call(server + path, Host="attacker.example")[0] == 421
         assert call(server + path, Host="127.0.0.1.attacker.example:80")[0] == 421
         assert call(server + path, Origin="https://attacker.example")[0] == 403
-    assert call(server + "/health", Host="localhost:1") == (200, {"status": "ok", "sessions": 0, "running": 0})
+    assert (call(server + "/health", Host="localhost:1")
+            == (200, {"status": "ok", "sessions": 0, "running": 0}))
 
 
 @posix
 def test_a_session_over_http_from_its_creation_to_its_end(server, tmp_path):
-    assert call(server + "/sessions", "POST", {"name": "web", "cwd": str(tmp_path), "shell": SHELL, "role": "builder",
-                                               "metadata": {"ticket": 7}})[0] == 201
-    status, result = call(server + "/sessions/web/execute", "POST", {"command": "echo hi; pwd; false", "timeout_ms": 5000})
+    assert call(server + "/sessions", "POST",
+                {"name": "web", "cwd": str(tmp_path), "shell": SHELL, "role": "builder",
+                 "metadata": {"ticket": 7}})[0] == 201
+    status, result = call(server + "/sessions/web/execute", "POST",
+                          {"command": "echo hi; pwd; false", "timeout_ms": 5000})
     assert status == 200 and result["output"] == f"hi\n{os.path.realpath(tmp_path)}"
     assert (result["success"], result["error"], result["exit_code"]) == (False, "exit status 1", 1)
     assert 0 <= result["execution_time_ms"] < 5000
-    assert call(server + "/sessions/web/execute", "POST", {"command": SLEEP, "timeout_ms": 300})[1]["error"].startswith("timed out after 300 ms")
+    assert call(server + "/sessions/web/execute", "POST",
+                {"command": SLEEP, "timeout_ms": 300})[1]["error"].startswith(
+                    "timed out after 300 ms")
     assert running(SLEEP) == []
     status, output = call(server + "/sessions/web/output")
-    assert "hi" in output["clean"] and "\x1b" not in output["clean"] and "\x1b]7773;" in output["raw"]
+    assert ("hi" in output["clean"] and "\x1b" not in output["clean"]
+            and "\x1b]7773;" in output["raw"])
     assert b"\x1b]7773;" in call(server + "/sessions/web/output?form=raw")[1]
-    assert call(server + "/sessions/web/output?form=clean")[1].decode() == call(server + "/sessions/web/output")[1]["clean"]
+    assert (call(server + "/sessions/web/output?form=clean")[1].decode()
+            == call(server + "/sessions/web/output")[1]["clean"])
     assert call(server + "/sessions/web/resize", "POST", {"rows": 50})[1]["rows"] == 50
-    assert call(server + "/sessions/web/metadata", "PUT", {"owner": "me"})[1] == {"metadata": {"ticket": 7, "owner": "me"}}
+    assert (call(server + "/sessions/web/metadata", "PUT", {"owner": "me"})[1]
+            == {"metadata": {"ticket": 7, "owner": "me"}})
     assert call(server + "/sessions/web/input", "POST", {"text": "echo typed\n"})[0] == 200
     shown = call(server + "/sessions/web")[1]
-    assert shown["status"] == "running" and shown["role"] == "builder" and shown["context"]["recent_commands"]
+    assert (shown["status"] == "running" and shown["role"] == "builder"
+            and shown["context"]["recent_commands"])
     assert [row["name"] for row in call(server + "/sessions")[1]["sessions"]] == ["web"]
     assert call(server + "/sessions/web/status")[1]["name"] == "web"
     assert call(server + "/sessions/web", "DELETE") == (200, {"removed": "web"})
@@ -624,25 +681,35 @@ def test_a_session_over_http_from_its_creation_to_its_end(server, tmp_path):
 def test_what_cannot_be_done_is_an_error_in_json(server):
     assert call(server + "/sessions", "POST", {"name": "s", "shell": SHELL})[0] == 201
     cases = [
-        ("/nothing", "GET", None, 404), ("/sessions/none", "GET", None, 404), ("/sessions/none/execute", "POST", {"command": "ls"}, 404),
-        ("/sessions", "PUT", None, 405), ("/sessions", "POST", b"{", 400), ("/sessions", "POST", [], 400), ("/sessions", "POST", {}, 400),
-        ("/sessions", "POST", {"name": "../x"}, 400), ("/sessions", "POST", {"name": "t", "colour": 1}, 400),
-        ("/sessions", "POST", {"name": "s"}, 409), ("/sessions", "POST", {"name": "t", "command": ["no-such-program"]}, 409),
-        ("/sessions/s/execute", "POST", {"command": ""}, 400), ("/sessions/s/execute", "POST", {"command": 7}, 400),
-        ("/sessions/s/execute", "POST", {"command": "ls", "timeout_ms": -1}, 400), ("/sessions/s/execute", "POST", {"command": "ls", "timeout_ms": "1"}, 400),
-        ("/sessions/s/output?form=odd", "GET", None, 400), ("/sessions/s/output?last=-1", "GET", None, 400),
+        ("/nothing", "GET", None, 404), ("/sessions/none", "GET", None, 404),
+        ("/sessions/none/execute", "POST", {"command": "ls"}, 404),
+        ("/sessions", "PUT", None, 405), ("/sessions", "POST", b"{", 400),
+        ("/sessions", "POST", [], 400), ("/sessions", "POST", {}, 400),
+        ("/sessions", "POST", {"name": "../x"}, 400),
+        ("/sessions", "POST", {"name": "t", "colour": 1}, 400),
+        ("/sessions", "POST", {"name": "s"}, 409),
+        ("/sessions", "POST", {"name": "t", "command": ["no-such-program"]}, 409),
+        ("/sessions/s/execute", "POST", {"command": ""}, 400),
+        ("/sessions/s/execute", "POST", {"command": 7}, 400),
+        ("/sessions/s/execute", "POST", {"command": "ls", "timeout_ms": -1}, 400),
+        ("/sessions/s/execute", "POST", {"command": "ls", "timeout_ms": "1"}, 400),
+        ("/sessions/s/output?form=odd", "GET", None, 400),
+        ("/sessions/s/output?last=-1", "GET", None, 400),
         ("/sessions/s/resize", "POST", {"rows": 0}, 400), ("/sessions/s/input", "POST", {}, 400),
         ("/sessions/s/execute", "POST", {"command": "x" * 5_000_000}, 413),
     ]
     for path, method, body, expected in cases:
         status, answer = call(server + path, method, body)
-        assert (status, list(answer)) == (expected, ["error"]), (path, method, str(body)[:80], answer)
-    assert call(server + "/sessions/s/execute", "POST", {"command": "echo well"})[1]["output"] == "well"
+        assert (status, list(answer)) == (expected, ["error"]), (
+            path, method, str(body)[:80], answer)
+    assert (call(server + "/sessions/s/execute", "POST", {"command": "echo well"})[1]["output"]
+            == "well")
 
 
 @posix
 def test_a_hundred_commands_at_once(server):
-    """Fifty in one session and one in each of ten, five times: each gets its own output, none waits for ever."""
+    """Fifty in one session and one in each of ten, five times: each gets its own output, none waits
+    for ever."""
     names = ["one"] + [f"s{i}" for i in range(10)]
     for name in names:
         assert call(server + "/sessions", "POST", {"name": name, "shell": SHELL})[0] == 201
@@ -650,14 +717,16 @@ def test_a_hundred_commands_at_once(server):
     answers = {}
 
     def execute(name, number):
-        answers[name, number] = call(f"{server}/sessions/{name}/execute", "POST", {"command": f"echo {name} {number}"})
+        answers[name, number] = call(f"{server}/sessions/{name}/execute", "POST",
+                                     {"command": f"echo {name} {number}"})
 
     threads = [threading.Thread(target=execute, args=pair) for pair in asked]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(TIMEOUT)
-    assert {pair: answer["output"] for pair, (_, answer) in answers.items()} == {(n, i): f"{n} {i}" for n, i in asked}
+    assert ({pair: answer["output"] for pair, (_, answer) in answers.items()}
+            == {(n, i): f"{n} {i}" for n, i in asked})
 
 
 @posix
@@ -666,7 +735,8 @@ def test_events_are_streamed_as_they_happen(server, path):
     assert call(server + "/sessions", "POST", {"name": "s", "shell": SHELL})[0] == 201
     request = urllib.request.Request(server + path, headers={"Authorization": f"Bearer {TOKEN}"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as stream:
-        assert stream.headers.get_content_type() == "text/event-stream" and stream.readline() == b": connected\n"
+        assert (stream.headers.get_content_type() == "text/event-stream"
+                and stream.readline() == b": connected\n")
         call(server + "/sessions/s/execute", "POST", {"command": "echo h\u00e9llo"})
         call(server + "/sessions/s", "DELETE")
         events, name = [], ""
@@ -678,7 +748,8 @@ def test_events_are_streamed_as_they_happen(server, path):
                 if name == "terminated":
                     break
     assert "h\u00e9llo" in "".join(data["data"] for name, data in events if name == "output")
-    assert [(data["command"], data["exit_code"]) for name, data in events if name == "executed"] == [("echo h\u00e9llo", 0)]
+    assert ([(data["command"], data["exit_code"]) for name, data in events if name == "executed"]
+            == [("echo h\u00e9llo", 0)])
     assert all(data["session"] == "s" for _, data in events)
 
 
@@ -692,7 +763,8 @@ def test_a_killed_server_finds_its_sessions_again(place):
         process.kill()
     process, url = start_server(place, "--token", TOKEN)
     with process:
-        assert call(url + "/sessions/kept/execute", "POST", {"command": "echo $X"})[1]["output"] == "here"
+        assert (call(url + "/sessions/kept/execute", "POST", {"command": "echo $X"})[1]["output"]
+                == "here")
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 0
 
@@ -703,10 +775,13 @@ def test_the_token_comes_from_a_file_that_nobody_else_reads(place, tmp_path):
     path = tmp_path / "token"
     path.write_text(TOKEN + "\n")
     path.chmod(0o644)
-    program = [sys.executable, os.path.join(PROGRAMS, "server.py"), "--port", "0", "--directory", place]
-    refused = subprocess.run(program + ["--token-file", str(path)], stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    program = [sys.executable, os.path.join(PROGRAMS, "server.py"), "--port", "0",
+               "--directory", place]
+    refused = subprocess.run(
+        program + ["--token-file", str(path)], stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert refused.returncode == 2 and f"chmod 600 {path}" in refused.stderr
-    short = subprocess.run(program + ["--token", "short"], stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    short = subprocess.run(
+        program + ["--token", "short"], stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert short.returncode == 2 and "8 characters" in short.stderr
     path.chmod(0o600)
     made = os.path.join(place, ".token")
@@ -720,15 +795,20 @@ def test_the_token_comes_from_a_file_that_nobody_else_reads(place, tmp_path):
 
 @posix
 @pytest.mark.parametrize("package, program, options", [
-    ("aiohttp", "server.py", ["--port", "0", "--token", TOKEN]), ("ptyprocess", "record.py", ["--", "true"]),
+    ("aiohttp", "server.py", ["--port", "0", "--token", TOKEN]),
+    ("ptyprocess", "record.py", ["--", "true"]),
 ])
 def test_a_package_that_is_missing_is_named_with_its_extra(package, program, options, tmp_path):
     path = os.path.join(PROGRAMS, program)
-    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.path[0] = {PROGRAMS!r}; sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, *options], env=dict(os.environ, SESSIONOPTIMIZER_HOME=str(tmp_path)), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    code = (f"import runpy, sys; sys.modules[{package!r}] = None; sys.path[0] = {PROGRAMS!r}; "
+            f"sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        env=dict(os.environ, SESSIONOPTIMIZER_HOME=str(tmp_path)), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr == f"{program}: {package} is not installed: pip install 'sessionoptimizer[agents]'\n"
+    assert (done.stderr
+            == f"{program}: {package} is not installed: pip install 'sessionoptimizer[agents]'\n")
 
 
 # ============================================================================
@@ -762,11 +842,15 @@ def test_what_the_page_shows_is_what_happens(tmp_path):
         os.symlink(os.path.join(ROOT, name), str(tmp_path / name))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").symlink_to(sys.executable)
-    script = "".join(command.replace("8791", port) + "\nprintf '\\n@@@\\n'\n" for command, _ in steps)
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    env = dict(kept, PATH=str(tmp_path / "bin") + os.pathsep + os.environ["PATH"], HOME=str(tmp_path), VIRTUAL_ENV=sys.prefix,
+    script = "".join(command.replace("8791", port) + "\nprintf '\\n@@@\\n'\n"
+                     for command, _ in steps)
+    kept = {name: value for name, value in os.environ.items()
+            if not name.lower().endswith("_proxy")}
+    env = dict(kept, PATH=str(tmp_path / "bin") + os.pathsep + os.environ["PATH"],
+               HOME=str(tmp_path), VIRTUAL_ENV=sys.prefix,
                PYTHONPATH=os.pathsep.join(filter(None, map(str, sys.path))))
-    process = subprocess.Popen(["sh", "-c", script], cwd=str(tmp_path), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    process = subprocess.Popen(["sh", "-c", script], cwd=str(tmp_path), env=env,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         told = process.communicate(timeout=TIMEOUT)[0]
@@ -777,7 +861,8 @@ def test_what_the_page_shows_is_what_happens(tmp_path):
     assert len(outputs) == len(steps) + 1, told
     for (command, shown), output in zip(steps, outputs):
         wanted = re.sub(r"(?:\\ )+", "[ ]+", ".*".join(map(re.escape, shown.split("..."))))
-        assert not shown or re.fullmatch(wanted, output.strip("\n"), re.S), f"$ {command}\n{output}\n--- expected\n{shown}"
+        assert not shown or re.fullmatch(wanted, output.strip("\n"), re.S), (
+            f"$ {command}\n{output}\n--- expected\n{shown}")
 
 
 def free_port():

@@ -1,5 +1,7 @@
-"""Sessions of any agent in a terminal: recorded, kept over a restart, and driven over HTTP. docs/agent-session.md."""
-__all__ = ["AISession", "ExecuteResult", "SessionConfig", "SessionError", "SessionManager", "UnknownSession"]
+"""Sessions of any agent in a terminal: recorded, kept over a restart, and driven over HTTP
+(docs/agent-session.md)."""
+__all__ = ["AISession", "ExecuteResult", "SessionConfig", "SessionError", "SessionManager",
+           "UnknownSession"]
 
 
 def __getattr__(name):  # a host, of which there is one per session, needs none of them

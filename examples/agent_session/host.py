@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The process that holds one session's terminal, so that the session outlives the program that made it.
+"""The process that holds one session's terminal, which so outlives the program that made it.
 
-Started by session.py with an order (JSON) on standard input, answers with one JSON line (``{"port", "pid"}`` or
-``{"error"}``) and goes on alone: it reads the terminal, keeps the last output, records, and serves whoever proves that
-it knows the session's secret, on loopback. It ends with its command, and leaves ``exit.json`` and the last output in the
-session's directory.
+Started by session.py with an order (JSON) on standard input, answers with one JSON line
+(``{"port", "pid"}`` or ``{"error"}``) and goes on alone: it reads the terminal, keeps the last
+output, records, and serves whoever proves that it knows the session's secret, on loopback. It ends
+with its command, and leaves ``exit.json`` and the last output in the session's directory.
 
 link.py is the other side, and says what a message is.
 """
@@ -25,8 +25,8 @@ from typing import Any, Dict, Optional, Set
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from agent_session.link import NONCE_BYTES, Tail, packed, proof, read_message  # noqa: E402
-from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Cast, exit_of, release, signal_begun,  # noqa: E402
-                                    signal_groups, spawn, write_private)
+from agent_session.terminal import (  # noqa: E402
+    CLEAN_BYTES, WINDOWS, Cast, exit_of, release, signal_begun, signal_groups, spawn, write_private)
 
 CHUNK = 65_536
 MAX_BEHIND = 4 * 1024 * 1024  # bytes that wait for a listener before the terminal waits too
@@ -45,16 +45,19 @@ class Host:
         self.exit: Optional[Dict[str, Any]] = None
         self.cast: Optional[Cast] = None
         env = dict(os.environ, **order["env"])
-        self.terminal = spawn(order["argv"], cwd=order["cwd"], env=env, rows=order["rows"], columns=order["columns"])
+        self.terminal = spawn(
+            order["argv"], cwd=order["cwd"], env=env, rows=order["rows"], columns=order["columns"])
         if order.get("cast"):
-            self.cast = Cast(order["cast"], rows=order["rows"], columns=order["columns"], command=order["argv"], env=env)
+            self.cast = Cast(order["cast"], rows=order["rows"], columns=order["columns"],
+                             command=order["argv"], env=env)
         if not WINDOWS:
             os.set_blocking(self.terminal.fd, False)
 
     async def run(self) -> None:
         self.loop = asyncio.get_running_loop()
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        print(json.dumps({"port": server.sockets[0].getsockname()[1], "pid": self.terminal.pid}), flush=True)
+        print(json.dumps({"port": server.sockets[0].getsockname()[1], "pid": self.terminal.pid}),
+              flush=True)
         _let_go_of_output()
         ended = self.loop.create_task(self._wait())
         await self._pump(ended)
@@ -67,7 +70,7 @@ class Host:
             writer.close()
         server.close()
 
-    # -- the terminal ---------------------------------------------------------------------------------------------
+    # -- the terminal ------------------------------------------------------------------------------
 
     async def _wait(self) -> Dict[str, int]:
         """The exit of the command, once it has one."""
@@ -86,8 +89,9 @@ class Host:
             changed.clear()
 
     async def _pump(self, ended: "asyncio.Task[Dict[str, int]]") -> None:
-        """Hand on output until the terminal is closed, or the command has ended and nothing more comes at once. A
-        listener that falls behind slows the terminal down for a while, as a slow screen does."""
+        """Hand on output until the terminal is closed, or the command has ended and nothing more
+        comes at once. A listener that falls behind slows the terminal down for a while, as a slow
+        screen does."""
         chunks: "asyncio.Queue[bytes]" = asyncio.Queue(8)
         if WINDOWS:
             threading.Thread(target=self._read_windows, args=(chunks,), daemon=True).start()
@@ -108,7 +112,8 @@ class Host:
     async def _caught_up(self, writer: asyncio.StreamWriter) -> None:
         try:
             await asyncio.wait_for(writer.drain(), PATIENCE)
-        except (ConnectionError, asyncio.TimeoutError):  # it may come back, and gets what the tail holds
+        except (ConnectionError, asyncio.TimeoutError):
+            # it may come back, and gets what the tail holds
             self.listeners.discard(writer)
             writer.transport.abort()
 
@@ -126,7 +131,8 @@ class Host:
             readable = self.loop.create_future()
             self.loop.add_reader(descriptor, _wake, readable)
             try:
-                if ended.done():  # others may hold the terminal open: what they write later is not the command's
+                # others may hold the terminal open: what they write later is not the command's
+                if ended.done():
                     await asyncio.wait_for(readable, 0.1)
                 else:
                     await asyncio.wait({readable, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -160,7 +166,8 @@ class Host:
         self.loop.remove_writer(self.terminal.fd)
 
     def _leave(self) -> None:
-        """Close the terminal, which hangs up what still runs in it, and keep what is worth keeping."""
+        """Close the terminal, which hangs up what still runs in it, and keep what is worth
+        keeping."""
         if not WINDOWS:
             if self.stopping:
                 signal_begun(self.terminal.pid, signal.SIGKILL)
@@ -172,7 +179,7 @@ class Host:
             write_private(os.path.join(directory, "output"), self.tail.last(CLEAN_BYTES))
             write_private(os.path.join(directory, "exit.json"), json.dumps(self.exit).encode())
 
-    # -- listeners ------------------------------------------------------------------------------------------------
+    # -- listeners ---------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -192,7 +199,8 @@ class Host:
         """Both sides know the secret; neither has said it."""
         theirs, ours = await reader.readexactly(NONCE_BYTES), os.urandom(NONCE_BYTES)
         writer.write(proof(self.secret, b"host", theirs) + ours)
-        return hmac.compare_digest(await reader.readexactly(32), proof(self.secret, b"client", ours))
+        return hmac.compare_digest(await reader.readexactly(32),
+                                   proof(self.secret, b"client", ours))
 
     def _obey(self, kind: bytes, data: bytes) -> None:
         if kind == b"i":

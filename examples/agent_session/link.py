@@ -1,8 +1,9 @@
-"""The talk between a session and the host that holds its terminal (host.py), and the session's side of it.
+"""The talk between a session and the host of its terminal (host.py), and the session's side.
 
-A message is a letter, four bytes of length and that many bytes. To the host: ``i`` input, ``w`` window size, ``k`` end the
-session. From it: ``h`` hello, ``o`` output, ``x`` the exit. Before that each side proves that it knows the session's secret,
-which is never said: the port may belong to somebody else by now.
+A message is a letter, four bytes of length and that many bytes. To the host: ``i`` input, ``w``
+window size, ``k`` end the session. From it: ``h`` hello, ``o`` output, ``x`` the exit. Before that
+each side proves that it knows the session's secret, which is never said: the port may belong to
+somebody else by now.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def packed(kind: bytes, data: bytes) -> bytes:
 
 
 async def read_message(reader: asyncio.StreamReader) -> Tuple[bytes, bytes]:
-    """The next message; asyncio.IncompleteReadError at the end, ConnectionError for one that is too long."""
+    """The next message; asyncio.IncompleteReadError at the end, ConnectionError for one that is too
+    long."""
     kind, size = struct.unpack(">cI", await reader.readexactly(5))
     if size > MAX_MESSAGE:
         raise ConnectionError(f"a message of {size} bytes")
@@ -56,8 +58,9 @@ class Tail:
 
 
 class Link:
-    """A session's connection to its host. ``take`` gets what the terminal shows, first what it has shown of late; ``over`` is
-    called once, with what the host said of the end, or None where it said nothing."""
+    """A session's connection to its host. ``take`` gets what the terminal shows, first what it has
+    shown of late; ``over`` is called once, with what the host said of the end, or None where it
+    said nothing."""
 
     trouble = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)  # what connect raises
 
@@ -69,8 +72,10 @@ class Link:
         self._listening: Optional["asyncio.Task[None]"] = None
 
     async def connect(self) -> None:
-        """ConnectionError when who answers is not the session's host; see ``trouble`` for when nobody does."""
-        reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", self.port), SECONDS)
+        """ConnectionError when who answers is not the session's host; see ``trouble`` for when
+        nobody does."""
+        reader, writer = await asyncio.wait_for(
+            asyncio.open_connection("127.0.0.1", self.port), SECONDS)
         try:
             nonce = os.urandom(NONCE_BYTES)
             writer.write(nonce)

@@ -1,4 +1,4 @@
-"""Which transcripts an agent wrote while it ran in a terminal: by its processes, its directory and the time.
+"""Which transcripts an agent wrote while it ran in a terminal: by processes, directory, time.
 
 What they say of tokens is read by SessionOptimizer's own readers.
 """
@@ -19,7 +19,9 @@ from sessionoptimizer import SessionOptimizer, parse_time
 
 AGENTS = {"claude": "claude-code", "codex": "codex", "gemini": "gemini-cli"}  # command: reader
 HOMES = ("HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "GEMINI_CLI_HOME")  # where they keep them
-EARLIER = 1.0  # seconds that a transcript may be written before the recording began: clocks of file systems are coarse
+# seconds that a transcript may be written before the recording began: clocks of file systems are
+# coarse
+EARLIER = 1.0
 HEAD = 1 << 20  # bytes of a transcript, at either end, that are looked at for its directory
 _CWD = re.compile(rb'"cwd"\s*:\s*"((?:[^"\\]|\\.)*)"')
 CLASSES = ("uncached_input", "cache_write", "cache_write_1h", "cache_read", "output")
@@ -40,17 +42,19 @@ def roots_of(env: Dict[str, str]) -> List[str]:
     """Where agents with these variables keep their transcripts."""
     home = env.get("HOME") or os.path.expanduser("~")
     given = env.get("CLAUDE_CONFIG_DIR")
-    claude = given.split(",") if given else [os.path.join(home, ".claude"), os.path.join(home, ".config", "claude")]
+    claude = (given.split(",") if given
+              else [os.path.join(home, ".claude"), os.path.join(home, ".config", "claude")])
     return [os.path.join(place.strip(), "projects") for place in claude if place.strip()] + [
         os.path.join(env.get("CODEX_HOME") or os.path.join(home, ".codex"), "sessions"),
         os.path.join(env.get("GEMINI_CLI_HOME") or home, ".gemini", "tmp")]
 
 
 class Watch:
-    """Looks now and then at the processes under one process: where they are, which transcripts they say are theirs.
+    """Looks now and then at the processes under one process: where they are, which transcripts they
+    say are theirs.
 
-    Claude Code says so in ``sessions/PID.json`` of its directory; Codex keeps its rollout open. Where the system tells
-    nothing of processes (no /proc), directory and time have to do.
+    Claude Code says so in ``sessions/PID.json`` of its directory; Codex keeps its rollout open.
+    Where the system tells nothing of processes (no /proc), directory and time have to do.
     """
 
     def __init__(self, cwd: str, env: Dict[str, str]):
@@ -89,7 +93,8 @@ class Watch:
         for descriptor in os.listdir(f"{place}/fd"):
             with contextlib.suppress(OSError):
                 path = os.readlink(f"{place}/fd/{descriptor}")
-                if path.endswith(".jsonl") and any(path.startswith(root + os.sep) for root in self.roots):
+                if (path.endswith(".jsonl")
+                        and any(path.startswith(root + os.sep) for root in self.roots)):
                     self.open_files.add(path)
 
     def _claude_sessions(self, directory: str, ours: Set[int]) -> None:
@@ -98,18 +103,20 @@ class Watch:
                 with contextlib.suppress(OSError, ValueError, AttributeError):
                     with open(os.path.join(directory, name), encoding="utf-8") as file:
                         told = json.load(file)
-                    (self.sessions if told.get("pid") in ours else self.others).add(str(told.get("sessionId")))
+                    (self.sessions if told.get("pid") in ours else self.others).add(
+                        str(told.get("sessionId")))
 
     def transcripts(self) -> List[str]:
-        """The files under the roots that were written since the recording began and may be ours: to read all of them would
-        take the longer the more agents are at work."""
+        """The files under the roots that were written since the recording began and may be ours: to
+        read all of them would take the longer the more agents are at work."""
         found = []
         for root in sorted(self.roots):
             for place, _, names in os.walk(root):
                 for name in names:
                     path = os.path.join(place, name)
                     with contextlib.suppress(OSError, ValueError):
-                        if (name.endswith((".json", ".jsonl")) and os.stat(path).st_mtime >= self.began - EARLIER
+                        if (name.endswith((".json", ".jsonl"))
+                                and os.stat(path).st_mtime >= self.began - EARLIER
                                 and self._may_be_ours(path)):
                             found.append(path)
         return found
@@ -118,21 +125,25 @@ class Watch:
         identity = os.path.splitext(os.path.basename(path))[0]
         if identity in self.sessions or os.path.realpath(path) in self.open_files:
             return True
-        if f"{os.sep}.gemini{os.sep}tmp{os.sep}" in path:  # its transcripts do not say where they were written
+        # its transcripts do not say where they were written
+        if f"{os.sep}.gemini{os.sep}tmp{os.sep}" in path:
             return True
         with open(path, "rb") as file:
             ends = file.read(HEAD)
             file.seek(max(len(ends), os.fstat(file.fileno()).st_size - HEAD))
             told = set(_CWD.findall(ends + file.read()))
-        return any(os.path.realpath(json.loads(b'"%s"' % place)) in self.directories for place in told)
+        return any(os.path.realpath(json.loads(b'"%s"' % place)) in self.directories
+                   for place in told)
 
     def is_ours(self, row: Dict[str, Any]) -> bool:
         """Whether a session that the module has read was this recording's."""
         path = os.path.realpath(row["path"])
         identity = os.path.splitext(os.path.basename(path))[0]
-        if row["source"] == "claude-code" and (identity in self.sessions or identity in self.others):
+        if (row["source"] == "claude-code"
+                and (identity in self.sessions or identity in self.others)):
             return identity in self.sessions
-        opened = {file for file in self.open_files if file.endswith(".jsonl") and "rollout-" in file}
+        opened = {file for file in self.open_files
+                  if file.endswith(".jsonl") and "rollout-" in file}
         if row["source"] == "codex" and opened:
             return path in opened
         return row["source"] in AGENTS.values() and self._is_here(row, path)
@@ -141,7 +152,8 @@ class Watch:
         project = row.get("project") or ""
         if not project and row["source"] == "gemini-cli":
             above = os.path.dirname(os.path.dirname(path))  # tmp/NAME/chats/session-....json
-            with contextlib.suppress(OSError), open(os.path.join(above, ".project_root"), encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(
+                    os.path.join(above, ".project_root"), encoding="utf-8") as file:
                 project = file.read().strip()
             if not project:
                 hashes = {hashlib.sha256(place.encode()).hexdigest() for place in self.directories}
@@ -174,8 +186,8 @@ class Found(NamedTuple):
 
 
 def read_logs(watch: Watch, optimizer: SessionOptimizer) -> Optional[Found]:
-    """The tokens that the recorded agents' own logs name, which become sessions of the store, as ``scan`` makes them;
-    None when no log of theirs is found."""
+    """The tokens that the recorded agents' own logs name, which become sessions of the store, as
+    ``scan`` makes them; None when no log of theirs is found."""
     files = watch.transcripts()
     if not files:
         return None
@@ -212,10 +224,12 @@ def _rows(files: Iterable[str]) -> List[Dict[str, Any]]:
 
 
 def _since(session: Any, moment: float) -> Optional[Tuple[Dict[str, int], int, float]]:
-    """(tokens by class, model calls, USD) of a session's events since then; None when there was no call."""
+    """(tokens by class, model calls, USD) of a session's events since then; None when there was no
+    call."""
     import copy
     part = copy.copy(session)
-    part.events, part.total_tokens_input, part.total_tokens_output, part.total_duration_ms = [], 0, 0, 0
+    part.events, part.total_tokens_input, part.total_tokens_output, part.total_duration_ms = (
+        [], 0, 0, 0)
     tokens, calls = dict.fromkeys(CLASSES, 0), 0
     for event in session.events:
         at = parse_time(event.timestamp)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What recording costs: processor time of record.py over a bare pseudo terminal, for output at a steady rate.
+"""What recording costs: processor time of record.py over a bare pseudo terminal, by output rate.
 
     python3 examples/agent_session/measure.py [--megabytes 10] [--seconds 5] [--rounds 3]
 
-Both copy the same command's output to /dev/null. Bare: a loop of read and write in Python, which nothing can undercut
-without leaving Python. Rounds alternate, since machines differ from minute to minute; the figure is the median.
+Both copy the same command's output to /dev/null. Bare: a loop of read and write in Python, which
+nothing can undercut without leaving Python. Rounds alternate, since machines differ from minute to
+minute; the figure is the median.
 """
 from __future__ import annotations
 
@@ -55,9 +56,11 @@ def processor_seconds(pid: int) -> float:
 
 
 def share(command: List[str], done: str, env: "dict[str, str]", seconds: float) -> float:
-    """Percent of one processor that a program takes from its start until ``done`` is there; its start is left out."""
+    """Percent of one processor that a program takes from its start until ``done`` is there; its
+    start is left out."""
     began = time.monotonic()
-    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         time.sleep(1.0)  # interpreter, imports, the session's beginning
         first, at = processor_seconds(process.pid), time.monotonic()
@@ -72,8 +75,10 @@ def share(command: List[str], done: str, env: "dict[str, str]", seconds: float) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("--megabytes", type=float, default=10.0, help="of output per second (default: 10)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument(
+        "--megabytes", type=float, default=10.0, help="of output per second (default: 10)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="of each (default: 3)")
     given = parser.parse_args()
@@ -82,9 +87,11 @@ def main() -> int:
         for number in range(given.rounds):
             for name in found:
                 done = os.path.join(place, f"{name}-{number}")
-                writer = [sys.executable, "-c", WRITER, str(given.megabytes), str(given.seconds + 1), done]
+                writer = [sys.executable, "-c", WRITER, str(given.megabytes),
+                          str(given.seconds + 1), done]
                 program = [sys.executable, "-c", BARE] if name == "bare" else [
-                    sys.executable, os.path.join(HERE, "record.py"), "--store", os.path.join(place, "store"), "--"]
+                    sys.executable, os.path.join(HERE, "record.py"), "--store",
+                    os.path.join(place, "store"), "--"]
                 env = dict(os.environ, DONE=os.path.join(place, "unused"))
                 found[name].append(share(program + writer, done, env, given.seconds))
                 print(f"{name:8} {found[name][-1]:5.2f}% of one processor", flush=True)

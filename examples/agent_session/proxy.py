@@ -1,8 +1,8 @@
-"""A pass-through on loopback that reads the ``usage`` in the answers of model providers. record.py uses it for agents
-whose own log cannot be read.
+"""A pass-through on loopback that reads the ``usage`` in the answers of model providers. record.py
+uses it for agents whose own log cannot be read.
 
-Requests and answers go on unchanged, but for the encoding (answers are asked for uncompressed) and what belongs to one
-connection (RFC 9110, 7.6.1). Nothing is kept but the figures.
+Requests and answers go on unchanged, but for the encoding (answers are asked for uncompressed) and
+what belongs to one connection (RFC 9110, 7.6.1). Nothing is kept but the figures.
 """
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ UPSTREAM = {  # variable that points an agent at a provider: where it points by 
 }
 ENDINGS = {"/messages": "messages", "/responses": "responses", "/chat/completions": "chat",
            ":generateContent": "gemini", ":streamGenerateContent": "gemini"}
-OF_ONE_CONNECTION = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-                     "transfer-encoding", "upgrade", "host", "content-length", "accept-encoding", "expect"}
-MAX_ANSWER = 64 * 1024 * 1024  # of a JSON answer that is looked into; a longer one passes and is estimated
+OF_ONE_CONNECTION = {
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+    "transfer-encoding", "upgrade", "host", "content-length", "accept-encoding", "expect"}
+# of a JSON answer that is looked into; a longer one passes and is estimated
+MAX_ANSWER = 64 * 1024 * 1024
 ANSWER_SECONDS = 3600
 CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass
 class Answer:
-    """The tokens of one model call, classes disjoint; ``estimated`` when the provider's answer did not say them."""
+    """The tokens of one model call, classes disjoint; ``estimated`` when the provider's answer did
+    not say them."""
 
     protocol: str
     model: str = ""
@@ -51,25 +54,27 @@ class Answer:
 
 
 def figures_of(protocol: str, usage: Dict[str, Any]) -> Dict[str, int]:
-    """The disjoint classes of a provider's usage object. Cached input is part of the input everywhere but at Anthropic;
-    thinking is part of the output everywhere but at Gemini."""
+    """The disjoint classes of a provider's usage object. Cached input is part of the input
+    everywhere but at Anthropic; thinking is part of the output everywhere but at Gemini."""
     def count(value: Any, *path: str) -> int:
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
     if protocol == "messages":
-        return {"uncached_input": count(usage, "input_tokens"), "cache_write": count(usage, "cache_creation_input_tokens"),
+        return {"uncached_input": count(usage, "input_tokens"),
+                "cache_write": count(usage, "cache_creation_input_tokens"),
                 "cache_write_1h": count(usage, "cache_creation", "ephemeral_1h_input_tokens"),
-                "cache_read": count(usage, "cache_read_input_tokens"), "output": count(usage, "output_tokens")}
+                "cache_read": count(usage, "cache_read_input_tokens"),
+                "output": count(usage, "output_tokens")}
     if protocol == "responses":
         cached = count(usage, "input_tokens_details", "cached_tokens")
-        return {"uncached_input": max(0, count(usage, "input_tokens") - cached), "cache_read": cached,
-                "output": count(usage, "output_tokens")}
+        return {"uncached_input": max(0, count(usage, "input_tokens") - cached),
+                "cache_read": cached, "output": count(usage, "output_tokens")}
     if protocol == "chat":
         cached = count(usage, "prompt_tokens_details", "cached_tokens")
-        return {"uncached_input": max(0, count(usage, "prompt_tokens") - cached), "cache_read": cached,
-                "output": count(usage, "completion_tokens")}
+        return {"uncached_input": max(0, count(usage, "prompt_tokens") - cached),
+                "cache_read": cached, "output": count(usage, "completion_tokens")}
     cached = count(usage, "cachedContentTokenCount")
     entered = count(usage, "promptTokenCount") + count(usage, "toolUsePromptTokenCount")
     return {"uncached_input": max(0, entered - cached), "cache_read": cached,
@@ -77,7 +82,8 @@ def figures_of(protocol: str, usage: Dict[str, Any]) -> Dict[str, int]:
 
 
 class Meter:
-    """Reads an answer as it passes: fed with its bytes, it has the usage when the answer is over."""
+    """Reads an answer as it passes: fed with its bytes, it has the usage when the answer is
+    over."""
 
     def __init__(self, protocol: str, path: str, request: bytes, streamed: bool):
         self.protocol, self.streamed = protocol, streamed
@@ -106,7 +112,8 @@ class Meter:
             value = json.loads(text)
         except ValueError:
             return
-        for part in value if isinstance(value, list) else [value]:  # Gemini streams an array where SSE is not asked for
+        # Gemini streams an array where SSE is not asked for
+        for part in value if isinstance(value, list) else [value]:
             if not isinstance(part, dict):
                 continue
             inner = part.get("message") or part.get("response")
@@ -125,19 +132,22 @@ class Meter:
             return Answer(self.protocol, self.model, self.id, duration_ms=duration_ms,
                           **figures_of(self.protocol, self.usage))
         return Answer(self.protocol, self.model, self.id, duration_ms=duration_ms, estimated=True,
-                      uncached_input=self.asked // CHARACTERS_PER_TOKEN, output=self.seen // CHARACTERS_PER_TOKEN)
+                      uncached_input=self.asked // CHARACTERS_PER_TOKEN,
+                      output=self.seen // CHARACTERS_PER_TOKEN)
 
 
 class PassThrough(ThreadingHTTPServer):
-    """The server. ``environment`` points agents at it; ``start`` once the child is forked (a thread serves); every
-    model call is given to ``told``, from a thread."""
+    """The server. ``environment`` points agents at it; ``start`` once the child is forked (a thread
+    serves); every model call is given to ``told``, from a thread."""
 
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
     def __init__(self, told: Callable[[Answer], None], env: Dict[str, str]):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.told, self._secret = told, secrets.token_urlsafe(16)  # in the path: nobody else is served
-        self.upstream = {str(number): (name, env.get(name) or url) for number, (name, url) in enumerate(UPSTREAM.items())}
+        # in the path: nobody else is served
+        self.told, self._secret = told, secrets.token_urlsafe(16)
+        self.upstream = {str(number): (name, env.get(name) or url)
+                         for number, (name, url) in enumerate(UPSTREAM.items())}
         self._active, self._idle = 0, threading.Condition()
 
     def environment(self) -> Dict[str, str]:
@@ -145,7 +155,8 @@ class PassThrough(ThreadingHTTPServer):
         return {name: f"{base}/{number}" for number, (name, _) in self.upstream.items()}
 
     def start(self) -> None:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
 
     def stop(self, patience: float = 1.0) -> None:
         """Stop, and let what is under way be counted first."""
@@ -157,7 +168,8 @@ class PassThrough(ThreadingHTTPServer):
     def target(self, path: str) -> Optional[str]:
         """The provider's address for a path of ours; None for one that is not."""
         _, secret, number, rest = (path.split("/", 3) + ["", "", ""])[:4]
-        if not secrets.compare_digest(secret.encode(), self._secret.encode()) or number.split("?")[0] not in self.upstream:
+        if (not secrets.compare_digest(secret.encode(), self._secret.encode())
+                or number.split("?")[0] not in self.upstream):
             return None
         return self.upstream[number.split("?")[0]][1].rstrip("/") + "/" + rest
 
@@ -176,7 +188,8 @@ class PassThrough(ThreadingHTTPServer):
 
 
 def connection_to(url: str) -> Tuple[http.client.HTTPConnection, str]:
-    """(connection, path) for an address, by way of the proxy that HTTP_PROXY and HTTPS_PROXY name."""
+    """(connection, path) for an address, by way of the proxy that HTTP_PROXY and HTTPS_PROXY
+    name."""
     parts = urlsplit(url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     proxy = None
@@ -232,16 +245,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "not an address of this pass-through")
         if self.headers.get("Upgrade"):  # a web socket: agents go on with plain requests
             return self._refuse(426, "no web sockets through here")
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in OF_ONE_CONNECTION}
+        headers = {name: value for name, value in self.headers.items()
+                   if name.lower() not in OF_ONE_CONNECTION}
         headers["Accept-Encoding"] = "identity"
         connection, path = connection_to(url)
         try:
-            connection.request(self.command, path, body if body or self.command == "POST" else None, headers)
+            connection.request(self.command, path,
+                               body if body or self.command == "POST" else None, headers)
             answer = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             return self._refuse(502, f"{urlsplit(url).netloc} does not answer: {error}")
-        protocol = next((name for ending, name in ENDINGS.items() if urlsplit(url).path.endswith(ending)), "")
+        protocol = next(
+            (name for ending, name in ENDINGS.items() if urlsplit(url).path.endswith(ending)), "")
         meter = None
         if protocol and self.command == "POST" and 200 <= answer.status < 300:
             streamed = "event-stream" in (answer.getheader("Content-Type") or "")
@@ -277,12 +293,14 @@ class _Handler(BaseHTTPRequestHandler):
             if meter:
                 meter.feed(data)
             if listening:
-                listening = self._write(data if length is not None else b"%x\r\n%s\r\n" % (len(data), data))
+                listening = self._write(data if length is not None
+                                        else b"%x\r\n%s\r\n" % (len(data), data))
             if not data or not listening and not meter:
                 return
 
     def _write(self, data: bytes) -> bool:
-        """False when the client has gone; what the provider still says is billed, so it is read to its end."""
+        """False when the client has gone; what the provider still says is billed, so it is read to
+        its end."""
         try:
             self.wfile.write(data)
             return True

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Run any command in a terminal of its own, unchanged to look at, and keep what it cost as a session.
+"""Run any command in a terminal of its own, unchanged, and keep what it cost as a session.
 
     python3 examples/agent_session/record.py -- claude
     python3 examples/agent_session/record.py --cast run.cast -- codex exec "Fix the loader"
-    python3 examples/agent_session/record.py --store DIR --result run.json --data task=7 -- sh -c 'cd src && gemini -p "Why?"'
+    python3 examples/agent_session/record.py --store DIR --result run.json --data task=7 -- \\
+        sh -c 'cd src && gemini -p "Why?"'
 
-The terminal is passed through byte for byte: raw mode, size and its changes, signals, the exit status. The session gets
-a start, an end, and the tokens: from the agent's own log where there is one (its transcript becomes a session of the
-store, as ``scan`` makes it, and this one names it), else from the answers of the model provider (a pass-through on
-loopback), else an estimate that is called one. Figures that stand on the screen are never read.
+The terminal is passed through byte for byte: raw mode, size and its changes, signals, the exit
+status. The session gets a start, an end, and the tokens: from the agent's own log where there is
+one (its transcript becomes a session of the store, as ``scan`` makes it, and this one names it),
+else from the answers of the model provider (a pass-through on loopback), else an estimate that is
+called one. Figures that stand on the screen are never read.
 """
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ if __name__ == "__main__":
         os.path.join(os.path.dirname(HERE), "sessionoptimizer.py")) else [HERE]  # run from a clone
 from agent_session import logs  # noqa: E402
 from agent_session.proxy import UPSTREAM, Answer, PassThrough  # noqa: E402
-from agent_session.terminal import (WINDOWS, Cast, exit_of, process_of, release, signal_groups, spawn,  # noqa: E402
-                                    write_private)
+from agent_session.terminal import (  # noqa: E402
+    WINDOWS, Cast, exit_of, process_of, release, signal_groups, spawn, write_private)
 
 from sessionoptimizer import (EventType, Session, SessionEvent, SessionOptimizer,  # noqa: E402
                               SessionOptimizerError, SessionStatus, mask_secrets)
@@ -45,7 +47,9 @@ if not WINDOWS:
     import tty
 
 CHUNK = 65_536
-AT_ONCE = 8  # pieces that are handed on together: a terminal gives 4 KB at a time, and a write costs more than a read
+# pieces that are handed on together: a terminal gives 4 KB at a time, and a write costs more than a
+# read
+AT_ONCE = 8
 MAX_TYPED = 65_536  # bytes that wait for the command to read them
 LOOKS = (0.1, 0.25, 0.5, 1.0)  # seconds after the start; then every second
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -84,8 +88,10 @@ class Screen:
 class Copy:
     """Copies between our terminal and the command's until the command has ended."""
 
-    def __init__(self, screen: Screen, terminal: Any, *, cast: Optional[Cast], watch: logs.Watch, volume: Volume):
-        self.screen, self.terminal, self.cast, self.watch, self.volume = screen, terminal, cast, watch, volume
+    def __init__(self, screen: Screen, terminal: Any, *, cast: Optional[Cast], watch: logs.Watch,
+                 volume: Volume):
+        self.screen, self.terminal, self.cast, self.watch, self.volume = (
+            screen, terminal, cast, watch, volume)
         self.master, self.pid = terminal.fd, terminal.pid
         self.status: Optional[int] = None
         self.typed = bytearray()
@@ -100,8 +106,10 @@ class Copy:
     def run(self) -> int:
         """What os.waitpid says of the command in the end."""
         signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
-        # A handler may run between waitpid and the line after it: it only wakes the loop, which alone waits for the child.
-        handlers = {"SIGCHLD": lambda *_: None, "SIGWINCH": self._resized, "SIGCONT": self._continued, "SIGTSTP": self._suspended}
+        # A handler may run between waitpid and the line after it: it only wakes the loop, which
+        # alone waits for the child.
+        handlers = {"SIGCHLD": lambda *_: None, "SIGWINCH": self._resized,
+                    "SIGCONT": self._continued, "SIGTSTP": self._suspended}
         handlers.update(dict.fromkeys(PASSED_ON, self._pass_on))
         for name, handler in handlers.items():
             number = getattr(signal, name)
@@ -198,7 +206,8 @@ class Copy:
             data = b""
         if not data:
             self.reading = False
-            if self.screen.attributes is None:  # end of input, as a terminal says it: in mid-line only the second is one
+            # end of input, as a terminal says it: in mid-line only the second is one
+            if self.screen.attributes is None:
                 data = b"\x04" if self.line_over else b"\x04\x04"
         else:
             self.volume.typed(data)
@@ -216,13 +225,14 @@ class Copy:
             self.typed.clear()
 
     def _drain(self) -> None:
-        """What the command wrote before it ended. Others that hold its terminal open are not waited for."""
+        """What the command wrote before it ended. Others that hold its terminal open are not waited
+        for."""
         waiting = select.poll()
         waiting.register(self.master, select.POLLIN)
         while waiting.poll(50) and self._show():
             pass
 
-    # -- signals ------------------------------------------------------------------------------------------------------
+    # -- signals -----------------------------------------------------------------------------------
 
     def _child(self) -> None:
         pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
@@ -241,7 +251,8 @@ class Copy:
             self.cast.resized(rows, columns)
 
     def _pass_on(self, number: int, *_: Any) -> None:
-        """To the command; what a keyboard or a closed window sends, to all that a terminal would send it to."""
+        """To the command; what a keyboard or a closed window sends, to all that a terminal would
+        send it to."""
         group = 0
         with contextlib.suppress(OSError):
             group = os.tcgetpgrp(self.master)
@@ -261,12 +272,13 @@ class Copy:
 
 
 class Volume:
-    """How much was typed and printed, for the estimate: text alone, not what draws a full screen, at most a megabyte
-    (an answer is no longer). Characters per token: four."""
+    """How much was typed and printed, for the estimate: text alone, not what draws a full screen,
+    at most a megabyte (an answer is no longer). Characters per token: four."""
 
     most = 1 << 20
     per_token = 4
-    _controls = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\x00-\x1f\x7f]")
+    _controls = re.compile(
+        rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\x00-\x1f\x7f]")
     _full_screen = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")
 
     def __init__(self) -> None:
@@ -312,13 +324,15 @@ class Recording:
         """Start the session; those whose recorder was killed are ended."""
         self._end_the_lost()
         words = mask_secrets(shlex.join(self.command))
-        metadata: Dict[str, Any] = {"recorded": {"command": words, "cwd": os.getcwd(), "pid": os.getpid()}}
+        metadata: Dict[str, Any] = {
+            "recorded": {"command": words, "cwd": os.getcwd(), "pid": os.getpid()}}
         if self.given.cast:
             metadata["recorded"]["cast"] = os.path.abspath(self.given.cast)
         metadata.update(dict(pair.split("=", 1) for pair in self.given.data))
         name = self.given.agent or self.agent or os.path.basename(self.command[0])
-        self.session = self.optimizer.start_session(name, self.given.task or words[:200], session_id=self.given.session_id,
-                                                    metadata=metadata)
+        self.session = self.optimizer.start_session(
+            name, self.given.task or words[:200], session_id=self.given.session_id,
+            metadata=metadata)
         own = process_of(os.getpid())
         write_private(os.path.join(self.markers, self.session.id),
                       json.dumps([os.getpid(), own.started if own else 0]).encode())
@@ -335,8 +349,9 @@ class Recording:
                     os.unlink(os.path.join(self.markers, name))
 
     def environment(self) -> Dict[str, str]:
-        """What the command gets: our own, pointed at a pass-through where its log may not do. An agent whose log we
-        read is left alone, unless it goes by another address than its provider's already."""
+        """What the command gets: our own, pointed at a pass-through where its log may not do. An
+        agent whose log we read is left alone, unless it goes by another address than its provider's
+        already."""
         mode = self.given.usage
         wanted = mode == "pass-through" or mode == "auto" and (
             not self.agent or any(self.env.get(name) for name in UPSTREAM))
@@ -352,8 +367,8 @@ class Recording:
         rows, columns = (int.from_bytes(size[at:at + 2], sys.byteorder) for at in (0, 2))
         attributes = screen.attributes
         env = self.environment()
-        terminal = spawn(self.command, cwd=os.getcwd(), env=env, rows=rows, columns=columns, attributes=attributes,
-                         echo=attributes is not None)
+        terminal = spawn(self.command, cwd=os.getcwd(), env=env, rows=rows, columns=columns,
+                         attributes=attributes, echo=attributes is not None)
         self.ran = True
         if self.through:
             self.through.start()
@@ -371,15 +386,19 @@ class Recording:
 
     def end(self, exit_status: int, number: int, duration_ms: int) -> Dict[str, Any]:
         """Write down how it ended and what it cost; the same as a dict."""
-        told: Dict[str, Any] = {"session": self.session.id, "exit_status": exit_status, "signal": number,
-                                "duration_ms": duration_ms, "source": "none", "estimated": False, "sessions": [],
-                                "tokens": dict.fromkeys(logs.CLASSES, 0), "calls": 0, "cost": 0.0}
-        found = logs.read_logs(self.watch, self.optimizer) if self.given.usage in ("auto", "log") else None
+        told: Dict[str, Any] = {
+            "session": self.session.id, "exit_status": exit_status, "signal": number,
+            "duration_ms": duration_ms, "source": "none", "estimated": False, "sessions": [],
+            "tokens": dict.fromkeys(logs.CLASSES, 0), "calls": 0, "cost": 0.0}
+        found = (logs.read_logs(self.watch, self.optimizer)
+                 if self.given.usage in ("auto", "log") else None)
         if found is not None:
-            told.update(source="log", sessions=found.sessions, tokens=found.tokens, calls=found.calls, cost=found.cost)
+            told.update(source="log", sessions=found.sessions, tokens=found.tokens,
+                        calls=found.calls, cost=found.cost)
         answers = [] if found is not None else list(self.answers.queue)
         if answers:
-            told.update(source="pass-through", estimated=any(answer.estimated for answer in answers), calls=len(answers))
+            told.update(source="pass-through",
+                        estimated=any(answer.estimated for answer in answers), calls=len(answers))
             for name in logs.CLASSES:
                 told["tokens"][name] = sum(getattr(answer, name) for answer in answers)
             told["cost"] = self._keep(answers)
@@ -389,31 +408,38 @@ class Recording:
             told["tokens"]["uncached_input"] = -(-words // self.volume.per_token)
             told["tokens"]["output"] = -(-self.volume.answered // self.volume.per_token)
             self.optimizer.log_event(self.session.id, EventType.AI_RESPONSE,
-                                     {"source": "estimate", "estimated": True, "characters": words + self.volume.answered},
+                                     {"source": "estimate", "estimated": True,
+                                      "characters": words + self.volume.answered},
                                      told["tokens"]["uncached_input"], told["tokens"]["output"])
         self.optimizer.log_event(self.session.id, EventType.TOKEN_USAGE, {"recorded": told})
         failed = exit_status or number
-        self.optimizer.end_session(self.session.id, SessionStatus.FAILED if failed else SessionStatus.COMPLETED)
+        self.optimizer.end_session(self.session.id,
+                                   SessionStatus.FAILED if failed else SessionStatus.COMPLETED)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.markers, self.session.id))
         return told
 
     def _keep(self, answers: List[Answer]) -> float:
-        """The model calls as events of the session, with their cache classes, which log_event has no words for; USD."""
+        """The model calls as events of the session, with their cache classes, which log_event has
+        no words for; USD."""
         session = self.optimizer.get_session(self.session.id)
         if session is None:
             return 0.0
         whole = Session.from_dict(session.to_dict())
         for number, answer in enumerate(answers, 1):
-            data: Dict[str, Any] = {"source": "pass-through", "protocol": answer.protocol, "response": answer.id}
+            data: Dict[str, Any] = {"source": "pass-through", "protocol": answer.protocol,
+                                    "response": answer.id}
             if answer.estimated:
                 data["estimated"] = True
             whole.add_event(SessionEvent(
                 f"{whole.id}_call_{number}", answer.at, EventType.AI_RESPONSE, data,
-                tokens_input=answer.uncached_input + answer.cache_write, tokens_output=answer.output,
+                tokens_input=answer.uncached_input + answer.cache_write,
+                tokens_output=answer.output,
                 duration_ms=answer.duration_ms, tokens_cache_write=answer.cache_write,
-                tokens_cache_write_1h=answer.cache_write_1h, tokens_cache_read=answer.cache_read, model=answer.model))
-        whole.model = max((answer.model for answer in answers), key=[answer.model for answer in answers].count).lower()
+                tokens_cache_write_1h=answer.cache_write_1h, tokens_cache_read=answer.cache_read,
+                model=answer.model))
+        whole.model = max((answer.model for answer in answers),
+                          key=[answer.model for answer in answers].count).lower()
         whole.prices = session.prices
         self.optimizer.delete_session(whole.id)
         self.optimizer.import_session(whole.to_dict())
@@ -431,13 +457,16 @@ def parsed(arguments: List[str]) -> "tuple[argparse.Namespace, List[str]]":
         usage="record.py [options] -- COMMAND [ARGUMENT ...]")
     parser.add_argument("--store", help="the directory of sessions (default: ~/.sessionoptimizer)")
     parser.add_argument("--cast", help="a file that gets a recording in asciicast v2")
-    parser.add_argument("--agent", help="what the session calls the agent (default: the command's name)")
+    parser.add_argument(
+        "--agent", help="what the session calls the agent (default: the command's name)")
     parser.add_argument("--task", help="what it is for (default: the command line)")
     parser.add_argument("--session-id", help="the session's id (default: made from agent and time)")
-    parser.add_argument("--data", action="append", default=[], metavar="KEY=VALUE", help="metadata of the session; repeatable")
+    parser.add_argument("--data", action="append", default=[], metavar="KEY=VALUE",
+                        help="metadata of the session; repeatable")
     parser.add_argument("--result", help="a file that gets exit status, tokens and dollars as JSON")
     parser.add_argument("--usage", choices=("auto", "log", "pass-through", "none"), default="auto",
-                        help="where tokens come from (default: the agent's log, else the provider's answers, else an estimate)")
+                        help="where tokens come from (default: the agent's log, else the "
+                        "provider's answers, else an estimate)")
     if "--" not in arguments:
         given = parser.parse_args(arguments)  # --help, or a mistake in an option
         parser.error("give the command after --")
@@ -472,7 +501,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         told = recording.end(exit_status, number, int((time.monotonic() - began) * 1000))
         if given.result:
             write_private(given.result, (json.dumps(told, indent=1) + "\n").encode())
-    except (SessionOptimizerError, OSError, ValueError, LookupError) as error:  # the command's own end is what counts
+    except (SessionOptimizerError, OSError, ValueError, LookupError) as error:
+        # the command's own end is what counts
         print(f"record.py: not written down: {error}", file=sys.stderr)
     if failure:
         print(f"record.py: {failure}", file=sys.stderr)

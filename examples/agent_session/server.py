@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Sessions in a terminal over HTTP, for this machine alone. docs/agent-session.md has every call as a curl line.
+"""Sessions in a terminal over HTTP, for this machine alone (every call: docs/agent-session.md).
 
     python3 examples/agent_session/server.py --port 8791 --token "$TOKEN"
     python3 examples/agent_session/server.py --port 8791 --token-file ~/.agent-session-token
-    python3 examples/agent_session/server.py --port 8791       (makes a token, in a file that it names)
+    python3 examples/agent_session/server.py --port 8791       (makes a token, in a file that it
+                                                               names)
 
-It runs commands by design. Therefore: loopback only, every request carries the token (``Authorization: Bearer``), the
-Host header must be this machine's, and a page of another site is refused. Sessions outlive the server; started again
-on the same directory it has them back.
+It runs commands by design. Therefore: loopback only, every request carries the token
+(``Authorization: Bearer``), the Host header must be this machine's, and a page of another site is
+refused. Sessions outlive the server; started again on the same directory it has them back.
 
-aiohttp, because it is one well-kept package that serves, streams and bounds requests on asyncio; starlette would need
-uvicorn and a third for its tests.
+aiohttp, because it is one well-kept package that serves, streams and bounds requests on asyncio;
+starlette would need uvicorn and a third for its tests.
 """
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Optional
 
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from agent_session.session import AISession, SessionConfig, SessionError, SessionManager, directory_of  # noqa: E402
+from agent_session.session import (  # noqa: E402
+    AISession, SessionConfig, SessionError, SessionManager, directory_of)
 from agent_session.terminal import EXTRA  # noqa: E402
 
 try:
@@ -45,7 +47,8 @@ TOKEN: Any = "token"
 if hasattr(web, "AppKey"):
     MANAGER, TOKEN = web.AppKey("manager", SessionManager), web.AppKey("token", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-CONFIG_KEYS = ("name", "cwd", "shell", "command", "rows", "columns", "buffer_bytes", "env", "role", "cast")
+CONFIG_KEYS = ("name", "cwd", "shell", "command", "rows", "columns", "buffer_bytes", "env",
+               "role", "cast")
 
 
 class Refused(Exception):
@@ -62,10 +65,12 @@ def guarded(request: web.Request) -> None:
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     if name.lower() not in ("127.0.0.1", "localhost"):
         raise Refused(421, f"this server is not {host!r}")
-    if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+    if ("Origin" in request.headers
+            or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")):
         raise Refused(403, "no pages of other sites")
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), request.app[TOKEN].encode()):
+    if (scheme.lower() != "bearer"
+            or not hmac.compare_digest(given.strip().encode(), request.app[TOKEN].encode())):
         raise Refused(401, "a token is needed: Authorization: Bearer TOKEN")
 
 
@@ -106,7 +111,8 @@ def seconds_in(body: Dict[str, Any]) -> Optional[float]:
     given = body.get("timeout_ms")
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_TIMEOUT_MS:
+    if (isinstance(given, bool) or not isinstance(given, (int, float))
+            or not 0 < given <= MAX_TIMEOUT_MS):
         raise Refused(400, f"timeout_ms is {given!r}: it needs milliseconds, up to a day")
     return given / 1000
 
@@ -189,7 +195,8 @@ async def typed(request: web.Request) -> web.StreamResponse:
 async def resized(request: web.Request) -> web.StreamResponse:
     body = await body_of(request, "rows", "columns")
     session = await session_of(request)
-    await session.resize(body.get("rows", session.config.rows), body.get("columns", session.config.columns))
+    await session.resize(body.get("rows", session.config.rows),
+                         body.get("columns", session.config.columns))
     return web.json_response(await session.status())
 
 
@@ -206,7 +213,8 @@ async def described(request: web.Request) -> web.StreamResponse:
 
 @routes.get("/sessions/{name}/output")
 async def output(request: web.Request) -> web.StreamResponse:
-    """Both forms as JSON, or one alone: ``?form=clean`` as text, ``?form=raw`` as the very bytes; ``last=N`` bytes."""
+    """Both forms as JSON, or one alone: ``?form=clean`` as text, ``?form=raw`` as the very bytes;
+    ``last=N`` bytes."""
     session, form = await session_of(request), request.query.get("form", "")
     last = request.query.get("last")
     if last is not None and not last.isdecimal() or form not in ("", "clean", "raw"):
@@ -227,9 +235,11 @@ async def output(request: web.Request) -> web.StreamResponse:
 # ============================================================================
 
 
-async def streamed(request: web.Request, events: AsyncIterator[Dict[str, Any]]) -> web.StreamResponse:
+async def streamed(request: web.Request,
+                   events: AsyncIterator[Dict[str, Any]]) -> web.StreamResponse:
     """Events as server-sent events, with a sign of life when nothing happens."""
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(request)
     await response.write(b": connected\n\n")
     decoders: Dict[str, Any] = {}
@@ -248,7 +258,8 @@ async def streamed(request: web.Request, events: AsyncIterator[Dict[str, Any]]) 
                 return response
             kind = event.pop("event")
             if kind == "output":
-                decoder = decoders.setdefault(event["session"], codecs.getincrementaldecoder("utf-8")("replace"))
+                decoder = decoders.setdefault(event["session"],
+                                              codecs.getincrementaldecoder("utf-8")("replace"))
                 event["data"] = decoder.decode(event["data"])
             await response.write(f"event: {kind}\ndata: {json.dumps(event)}\n\n".encode())
     except ConnectionError:  # whoever listened has gone
@@ -337,11 +348,15 @@ async def serve(manager_directory: Optional[str], port: int, token: str, said: s
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("--port", type=int, default=8791, help="0 takes a free one, which it prints (default: 8791)")
-    parser.add_argument("--token", help="what a request must carry; others may see it in the list of processes")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--port", type=int, default=8791,
+                        help="0 takes a free one, which it prints (default: 8791)")
+    parser.add_argument(
+        "--token", help="what a request must carry; others may see it in the list of processes")
     parser.add_argument("--token-file", help="a file of mode 0600 that holds the token")
-    parser.add_argument("--directory", help="where sessions are kept (default: agent-sessions in the store)")
+    parser.add_argument(
+        "--directory", help="where sessions are kept (default: agent-sessions in the store)")
     given = parser.parse_args(arguments)
     try:
         directory = directory_of(given.directory)

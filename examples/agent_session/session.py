@@ -1,12 +1,12 @@
-"""Sessions in a terminal: a shell that runs commands, or any program, kept when the program that made them goes.
+"""Sessions in a terminal: a shell or any program, kept when the program that made them goes.
 
     async with SessionManager() as manager:
         session = await manager.create_session(SessionConfig("build", cwd="/src"))
         result = await session.execute("make test", timeout=60)
         print(result.success, result.output)
 
-A later SessionManager of the same directory finds the session again (``restore_session``): running, since each has a
-process of its own that holds its terminal (host.py), or honestly ``terminated``.
+A later SessionManager of the same directory finds the session again (``restore_session``): running,
+since each has a process of its own that holds its terminal (host.py), or honestly ``terminated``.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any, AsyncIterator, Callable, Dict, List, Optional, Sequence, Union
 
 from agent_session.link import Link
-from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Moment, begun_in_session, clean_text, signal_begun,
-                                    this_moment, write_private)
+from agent_session.terminal import (CLEAN_BYTES, WINDOWS, Moment, begun_in_session, clean_text,
+                                    signal_begun, this_moment, write_private)
 
 HOST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "host.py")
 START_SECONDS = 20  # for a terminal to be there, and for its shell to show a prompt
@@ -54,8 +54,9 @@ class UnknownSession(SessionError, LookupError):
 
 @dataclass
 class SessionConfig:
-    """What a session is. ``command`` runs instead of a shell; ``execute`` needs a shell (bash, zsh, a POSIX sh, fish,
-    pwsh). Of ``env``, which is added to this process's own, only the names are kept on disk."""
+    """What a session is. ``command`` runs instead of a shell; ``execute`` needs a shell (bash, zsh,
+    a POSIX sh, fish, pwsh). Of ``env``, which is added to this process's own, only the names are
+    kept on disk."""
 
     name: str
     cwd: str = "."
@@ -71,16 +72,20 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is no name of a session: letters, digits, '-', '_', '.', at most 100")
+            raise ValueError(f"{self.name!r} is no name of a session: letters, digits, '-', '_', "
+                             "'.', at most 100")
         self.cwd = os.path.abspath(os.path.expanduser(self.cwd))
         self.command = [self.command] if isinstance(self.command, str) else list(self.command)
-        for name, least, most in (("rows", 1, 5000), ("columns", 1, 5000), ("buffer_bytes", 4096, 1 << 26)):
+        for name, least, most in (("rows", 1, 5000), ("columns", 1, 5000),
+                                  ("buffer_bytes", 4096, 1 << 26)):
             value = getattr(self, name)
             if not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} is {value!r}: it needs a whole number from {least:,} to {most:,}")
+                raise ValueError(
+                    f"{name} is {value!r}: it needs a whole number from {least:,} to {most:,}")
         if not isinstance(self.timeout, (int, float)) or not 0 < self.timeout <= 86_400:
             raise ValueError(f"timeout is {self.timeout!r}: it needs seconds, up to a day")
-        if not isinstance(self.env, dict) or not all(isinstance(v, str) for item in self.env.items() for v in item):
+        if (not isinstance(self.env, dict)
+                or not all(isinstance(v, str) for item in self.env.items() for v in item)):
             raise ValueError("env needs an object of texts")
 
     def arguments(self) -> List[str]:
@@ -92,8 +97,9 @@ class SessionConfig:
 
 @dataclass
 class ExecuteResult:
-    """What came of one command. ``output`` is what it wrote to the terminal, both streams, as text without control
-    sequences; ``error`` says why it was no success ("" when it was one); ``exit_code`` is None without one."""
+    """What came of one command. ``output`` is what it wrote to the terminal, both streams, as text
+    without control sequences; ``error`` says why it was no success ("" when it was one);
+    ``exit_code`` is None without one."""
 
     success: bool
     output: str
@@ -110,18 +116,21 @@ class ExecuteResult:
 _POSIX = (r"""__so={mark}; unset HISTFILE PROMPT_COMMAND; PS2=; """
           r"""PS1="$(printf '\033]7773;')\${{__so}};\$?$(printf '\007')\$ " """)
 _INIT = {  # what makes a shell's prompt say which command has ended with which status
-    "bash": r"""__so={mark}; unset HISTFILE PROMPT_COMMAND PS0; PS2=; PS1='\[\e]7773;${{__so}};$?\a\]\$ '""",
-    "zsh": r"""__so={mark}; unset HISTFILE; unsetopt PROMPT_SP PROMPT_CR; precmd_functions=() preexec_functions=(); """
-           r"""setopt prompt_subst; RPS1=; PS2=; PS1=$'%{{\e]7773;${{__so}};%?\a%}}%% '""",
-    "fish": r"""set -g __so {mark}; set -g fish_history ''; functions -e fish_right_prompt; """
-            r"""function fish_prompt; printf '> '; end; function __so_end --on-event fish_postexec; """
-            r"""printf '\e]7773;%s;%d\a' $__so $status; end""",
-    "pwsh": r"""$__so='{mark}'; function prompt {{ $c = if ($?) {{ 0 }} elseif ($LASTEXITCODE) {{ $LASTEXITCODE }} """
-            r"""else {{ 1 }}; "$([char]27)]7773;$__so;$c$([char]7)> " }}""",
+    "bash": (r"""__so={mark}; unset HISTFILE PROMPT_COMMAND PS0; PS2=; """
+             r"""PS1='\[\e]7773;${{__so}};$?\a\]\$ '"""),
+    "zsh": (r"""__so={mark}; unset HISTFILE; unsetopt PROMPT_SP PROMPT_CR; """
+            r"""precmd_functions=() preexec_functions=(); setopt prompt_subst; RPS1=; PS2=; """
+            r"""PS1=$'%{{\e]7773;${{__so}};%?\a%}}%% '"""),
+    "fish": (r"""set -g __so {mark}; set -g fish_history ''; functions -e fish_right_prompt; """
+             r"""function fish_prompt; printf '> '; end; function __so_end --on-event """
+             r"""fish_postexec; printf '\e]7773;%s;%d\a' $__so $status; end"""),
+    "pwsh": (r"""$__so='{mark}'; function prompt {{ $c = if ($?) {{ 0 }} elseif ($LASTEXITCODE) """
+             r"""{{ $LASTEXITCODE }} else {{ 1 }}; "$([char]27)]7773;$__so;$c$([char]7)> " }}"""),
 }
 _RUN = {  # say where the output begins, then run the file
     "fish": r"""set -g __so {mark}; printf '\e]7773;%s;C\a' $__so; source {file}""",
-    "pwsh": r"""$__so='{mark}'; Write-Host -NoNewline "$([char]27)]7773;$__so;C$([char]7)"; . {file}""",
+    "pwsh": (r"""$__so='{mark}'; Write-Host -NoNewline "$([char]27)]7773;$__so;C$([char]7)"; . """
+             r"""{file}"""),
 }
 _POSIX_RUN = r""" __so={mark}; printf '\033]7773;%s;C\007' "$__so"; . {file}"""
 _FAMILIES = {"bash": "bash", "zsh": "zsh", "fish": "fish", "pwsh": "pwsh", "powershell": "pwsh",
@@ -131,14 +140,16 @@ QUIET = {"PAGER": "cat", "GIT_PAGER": "cat"}  # a pager would wait for a key
 
 
 def family_of(argv: Sequence[str]) -> str:
-    """bash, zsh, sh, fish or pwsh; "" for a program that is no shell, or a shell that runs one thing (-c)."""
+    """bash, zsh, sh, fish or pwsh; "" for a program that is no shell, or a shell that runs one
+    thing (-c)."""
     name = os.path.basename(argv[0]).lower()
     name = name[:-4] if name.endswith(".exe") else name
     return "" if "-c" in argv[1:] else _FAMILIES.get(name, "")
 
 
 class _Running:
-    """A command in a shell, and what it has written so far. It ends at the mark that carries its number."""
+    """A command in a shell, and what it has written so far. It ends at the mark that carries its
+    number."""
 
     def __init__(self, mark: str, limit: int, command: str = ""):
         self.mark, self.limit, self.command = mark.encode(), limit, command[:500]
@@ -164,7 +175,8 @@ class _Running:
             if self.began:
                 del self.output[start + found.start():]
             status = int(found.group(2))
-            return self.end(status - 128 if status > 256 else status)  # a ksh says 256 + signal, others 128 + signal
+            # a ksh says 256 + signal, others 128 + signal
+            return self.end(status - 128 if status > 256 else status)
         if len(self.output) > 2 * self.limit:
             del self.output[:-self.limit]
             self.scanned = len(self.output)
@@ -183,8 +195,8 @@ class _Running:
 class AISession:
     """A terminal with a shell or another program in it. Made by a SessionManager.
 
-    ``state`` is "running" or "terminated" ("new" before ``start``). Every method raises SessionError with the reason
-    when the session is not in a state for it.
+    ``state`` is "running" or "terminated" ("new" before ``start``). Every method raises
+    SessionError with the reason when the session is not in a state for it.
     """
 
     def __init__(self, config: SessionConfig, directory: str):
@@ -204,7 +216,7 @@ class AISession:
         self._carry = b""
         self._turn, self._prompt, self._over = asyncio.Lock(), asyncio.Event(), asyncio.Event()
 
-    # -- its life -----------------------------------------------------------------------------------------------------
+    # -- its life ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the program; for a shell, wait until it takes commands."""
@@ -213,9 +225,11 @@ class AISession:
         self._link.secret = secrets.token_hex(16)
         quiet = QUIET if self._family else {}
         order = {"argv": self.config.arguments(), "cwd": self.config.cwd, "rows": self.config.rows,
-                 "columns": self.config.columns, "env": dict({"TERM": "xterm-256color"}, **quiet, **self.config.env),
-                 "cast": self.config.cast and os.path.abspath(self.config.cast), "secret": self._link.secret,
-                 "buffer_bytes": self.config.buffer_bytes, "directory": os.path.abspath(self.directory)}
+                 "columns": self.config.columns,
+                 "env": dict({"TERM": "xterm-256color"}, **quiet, **self.config.env),
+                 "cast": self.config.cast and os.path.abspath(self.config.cast),
+                 "secret": self._link.secret, "buffer_bytes": self.config.buffer_bytes,
+                 "directory": os.path.abspath(self.directory)}
         loop = asyncio.get_running_loop()
         told = await loop.run_in_executor(None, _start_host, order)
         if "error" in told:
@@ -235,13 +249,15 @@ class AISession:
         try:
             await asyncio.wait_for(asyncio.shield(self._running.done), START_SECONDS)
         except asyncio.TimeoutError:
-            raise SessionError(f"session {self.name}: {' '.join(self.config.arguments())} shows no prompt "
-                               f"after {START_SECONDS} s; its screen: {(await self.read_output())[-300:]!r}") from None
+            raise SessionError(f"session {self.name}: {' '.join(self.config.arguments())} "
+                               f"shows no prompt after {START_SECONDS} s; "
+                               f"its screen: {(await self.read_output())[-300:]!r}") from None
         finally:
             self._running = None
 
     async def attach(self) -> bool:
-        """Connect to a session that another manager started. False when it is not there any more."""
+        """Connect to a session that another manager started. False when it is not there any
+        more."""
         try:
             await self._link.connect()
         except Link.trouble:
@@ -251,7 +267,8 @@ class AISession:
         return True
 
     async def _lost(self, told: Optional[Dict[str, Any]]) -> None:
-        if told is None and not WINDOWS:  # the host was killed: what ignores the hang-up that follows is ended here
+        # the host was killed: what ignores the hang-up that follows is ended here
+        if told is None and not WINDOWS:
             signal_begun(self.pid, signal.SIGKILL)
         await _reaped(self.host_pid)
         self._ended(told)
@@ -281,7 +298,8 @@ class AISession:
         self.state, self.ended_at = "terminated", told.get("ended_at") or time.time()
         self.exit_status, self.signal = told.get("exit_status"), told.get("signal") or None
         if not self._link.tail.total:
-            with contextlib.suppress(OSError), open(os.path.join(self.directory, "output"), "rb") as file:
+            with contextlib.suppress(OSError), open(os.path.join(self.directory, "output"),
+                                                    "rb") as file:
                 self._link.tail.add(file.read())
         if self._running:
             self._running.end(None)
@@ -291,16 +309,19 @@ class AISession:
         self._tell({"event": "terminated", "exit_status": self.exit_status, "signal": self.signal})
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Hang the session up; what still runs after ``grace`` seconds is killed. Nothing when it is over already."""
+        """Hang the session up; what still runs after ``grace`` seconds is killed. Nothing when it
+        is over already."""
         if self.state == "running":
             await self._send(b"k", json.dumps({"grace": grace}).encode())
             try:
                 await asyncio.wait_for(self._over.wait(), grace + 10)
             except asyncio.TimeoutError:
-                raise SessionError(f"session {self.name} does not end (process {self.pid})") from None
+                raise SessionError(
+                    f"session {self.name} does not end (process {self.pid})") from None
 
     async def wait(self, timeout: Optional[float] = None) -> Optional[int]:
-        """Wait until the session is over; its exit status, None when it has none. asyncio.TimeoutError."""
+        """Wait until the session is over; its exit status, None when it has none.
+        asyncio.TimeoutError."""
         await asyncio.wait_for(self._over.wait(), timeout)
         return self.exit_status
 
@@ -308,7 +329,7 @@ class AISession:
         """Let go of the session, which goes on."""
         await self._link.close()
 
-    # -- its terminal -------------------------------------------------------------------------------------------------
+    # -- its terminal ------------------------------------------------------------------------------
 
     async def _send(self, kind: bytes, data: bytes) -> None:
         if self.state != "running":
@@ -330,8 +351,8 @@ class AISession:
         return self._link.tail.last(last)
 
     async def read_output(self, last: Optional[int] = None) -> str:
-        """The last output as text without control sequences: the screen and what has scrolled off it, of at most the
-        last 256 KB."""
+        """The last output as text without control sequences: the screen and what has scrolled off
+        it, of at most the last 256 KB."""
         return await self._clean(self._readable(self._link.tail.last(last)))
 
     def _readable(self, data: bytes) -> bytes:
@@ -347,20 +368,23 @@ class AISession:
 
     async def _clean(self, data: bytes, keep_lines: bool = False) -> str:
         def work() -> str:
-            return clean_text(data, rows=self.config.rows, columns=self.config.columns, keep_lines=keep_lines)
+            return clean_text(
+                data, rows=self.config.rows, columns=self.config.columns, keep_lines=keep_lines)
         if len(data) < 4096:
             return work()
         return await asyncio.get_running_loop().run_in_executor(None, work)
 
-    # -- commands -----------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     async def execute(self, command: str, timeout: Optional[float] = None) -> ExecuteResult:
-        """Run a command in the session's shell and wait for its end; what it changes there (directory, variables)
-        stays. Commands of one session run one after the other. After ``timeout`` seconds (of its own run) its
-        process groups are ended, and the shell with them where it does not come back."""
+        """Run a command in the session's shell and wait for its end; what it changes there
+        (directory, variables) stays. Commands of one session run one after the other. After
+        ``timeout`` seconds (of its own run) its process groups are ended, and the shell with them
+        where it does not come back."""
         if not self._family:
-            raise SessionError(f"session {self.name} runs {self.config.arguments()[0]}, which takes no commands: "
-                               "use send_input and read_output")
+            raise SessionError(
+                f"session {self.name} runs {self.config.arguments()[0]}, which takes no commands: "
+                "use send_input and read_output")
         if not isinstance(command, str) or not command.strip() or "\0" in command:
             raise ValueError("a command is a text that is not empty")
         seconds = self.config.timeout if timeout is None else timeout
@@ -373,10 +397,12 @@ class AISession:
             try:
                 await asyncio.wait_for(self._prompt.wait(), seconds)
             except asyncio.TimeoutError:
-                return ExecuteResult(False, "", "the shell is busy with something else", int(seconds * 1000))
+                return ExecuteResult(False, "", "the shell is busy with something else",
+                                     int(seconds * 1000))
             mark = secrets.token_hex(8)
             result = await self._run(command, seconds, mark)
-        done = {"command": command[:500], "exit_code": result.exit_code, "execution_time_ms": result.execution_time_ms}
+        done = {"command": command[:500], "exit_code": result.exit_code,
+                "execution_time_ms": result.execution_time_ms}
         self.history = (self.history + [dict(done, mark=mark)])[-HISTORY:]
         self._save()
         self._tell(dict(done, event="executed"))
@@ -414,15 +440,18 @@ class AISession:
         else:
             error = f"exit status {status}" if status else ""
         truncated = running.truncated or len(running.output) > CLEAN_BYTES
-        return ExecuteResult(not error, output, error, int(took * 1000), None if late else status, truncated)
+        return ExecuteResult(not error, output, error, int(took * 1000),
+                             None if late else status, truncated)
 
     async def _cut_short(self, running: _Running, since: Moment) -> None:
-        """End what a command has started: asked first, then killed; if the shell stays away, it goes too."""
+        """End what a command has started: asked first, then killed; if the shell stays away, it
+        goes too."""
         if WINDOWS:
             await self.send_input("\x03")
             await asyncio.wait({running.done}, timeout=GRACE_SECONDS)
         else:
-            for number, patience in [(signal.SIGINT, 0.3), (signal.SIGTERM, 0.5)] + [(signal.SIGKILL, 0.2)] * 8:
+            for number, patience in ([(signal.SIGINT, 0.3), (signal.SIGTERM, 0.5)]
+                                     + [(signal.SIGKILL, 0.2)] * 8):
                 if self.state != "running" or running.done.done():
                     break
                 signal_begun(self.pid, number, since=since)
@@ -440,25 +469,28 @@ class AISession:
             await self._new_prompt()
 
     async def _new_prompt(self) -> None:
-        """Let the shell say now which of its jobs were ended, not in the middle of the next command."""
+        """Let the shell say now which of its jobs were ended, not in the middle of the next
+        command."""
         waiting = _Running(secrets.token_hex(8), 65_536)
         self._running = waiting
         line = _MARK_LINE.get(self._family, " __so={mark}").format(mark=waiting.mark.decode())
         await self.send_input(line + "\n")
         await asyncio.wait({waiting.done}, timeout=GRACE_SECONDS)
 
-    # -- what is known of it ------------------------------------------------------------------------------------------
+    # -- what is known of it -----------------------------------------------------------------------
 
     async def status(self) -> Dict[str, Any]:
-        """What can be said now: ``status`` is "running" or "terminated"; times are seconds since 1970; what is not
-        known is None."""
+        """What can be said now: ``status`` is "running" or "terminated"; times are seconds since
+        1970; what is not known is None."""
         busy = self.state == "running" and bool(self._family) and not self._prompt.is_set()
         return {"name": self.name, "status": self.state, "busy": busy, "role": self.config.role,
-                "command": self.config.arguments(), "cwd": self.config.cwd, "directory": self._directory_now(),
+                "command": self.config.arguments(), "cwd": self.config.cwd,
+                "directory": self._directory_now(),
                 "rows": self.config.rows, "columns": self.config.columns, "pid": self.pid,
-                "started_at": self.started_at, "ended_at": self.ended_at or None, "exit_status": self.exit_status,
-                "signal": self.signal, "output_bytes": self._link.tail.total, "commands": len(self.history),
-                "metadata": dict(self.metadata)}
+                "started_at": self.started_at, "ended_at": self.ended_at or None,
+                "exit_status": self.exit_status,
+                "signal": self.signal, "output_bytes": self._link.tail.total,
+                "commands": len(self.history), "metadata": dict(self.metadata)}
 
     def _directory_now(self) -> Optional[str]:
         if self.state != "running":
@@ -478,18 +510,19 @@ class AISession:
         self._save()
 
     async def get_ai_context(self, characters: int = 4000) -> Dict[str, Any]:
-        """What an agent that takes over needs to know: role, directory, the last commands and how they ended, the last
-        ``characters`` of clean output, metadata."""
+        """What an agent that takes over needs to know: role, directory, the last commands and how
+        they ended, the last ``characters`` of clean output, metadata."""
         state = await self.status()
         text = await self.read_output(8 * characters)
         commands = [{key: entry[key] for key in entry if key != "mark"} for entry in self.history]
-        return {"name": self.name, "role": self.config.role, "status": self.state, "busy": state["busy"],
-                "directory": state["directory"] or self.config.cwd, "shell": " ".join(self.config.arguments()),
-                "recent_commands": commands, "recent_output": text[-characters:], "metadata": dict(self.metadata)}
+        return {"name": self.name, "role": self.config.role, "status": self.state,
+                "busy": state["busy"], "directory": state["directory"] or self.config.cwd,
+                "shell": " ".join(self.config.arguments()), "recent_commands": commands,
+                "recent_output": text[-characters:], "metadata": dict(self.metadata)}
 
     async def events(self) -> AsyncIterator[Dict[str, Any]]:
-        """What happens from now on, until the session is over: ``output`` (bytes in ``data``), ``executed``,
-        ``terminated``. Who falls 1,000 events behind misses the next ones."""
+        """What happens from now on, until the session is over: ``output`` (bytes in ``data``),
+        ``executed``, ``terminated``. Who falls 1,000 events behind misses the next ones."""
         queue: "asyncio.Queue[Dict[str, Any]]" = asyncio.Queue(1000)
 
         def put(event: Dict[str, Any]) -> None:
@@ -506,28 +539,32 @@ class AISession:
         finally:
             self.watchers.remove(put)
 
-    # -- on disk ------------------------------------------------------------------------------------------------------
+    # -- on disk -----------------------------------------------------------------------------------
 
     def _save(self) -> None:
         if os.path.isdir(self.directory):  # it is gone when the session was removed
             config = dict(dataclasses.asdict(self.config), env=sorted(self.config.env))
-            state = {"config": config, "pid": self.pid, "host": self.host_pid, "port": self._link.port,
-                     "secret": self._link.secret, "started_at": self.started_at, "metadata": self.metadata,
-                     "history": self.history}
+            state = {"config": config, "pid": self.pid, "host": self.host_pid,
+                     "port": self._link.port,
+                     "secret": self._link.secret, "started_at": self.started_at,
+                     "metadata": self.metadata, "history": self.history}
             write_private(os.path.join(self.directory, "state.json"), json.dumps(state).encode())
 
     @classmethod
     def load(cls, directory: str) -> "AISession":
-        """The session that was kept in a directory, not attached yet. SessionError when its state cannot be read."""
+        """The session that was kept in a directory, not attached yet. SessionError when its state
+        cannot be read."""
         state = _read_json(os.path.join(directory, "state.json"))
         try:
             kept = {key: value for key, value in state["config"].items() if key != "env"}
             session = cls(SessionConfig(**kept), directory)
-            session.pid, session.host_pid, session.started_at = state["pid"], state["host"], state["started_at"]
+            session.pid, session.host_pid, session.started_at = (
+                state["pid"], state["host"], state["started_at"])
             session._link.port, session._link.secret = state["port"], state["secret"]
             session.metadata, session.history = state["metadata"], state["history"]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise SessionError(f"{directory} holds no session that can be read: {error!r}") from None
+            raise SessionError(
+                f"{directory} holds no session that can be read: {error!r}") from None
         return session
 
 
@@ -540,8 +577,11 @@ def _read_json(path: str) -> Any:
 
 
 def _start_host(order: Dict[str, Any]) -> Dict[str, Any]:
-    flags: Dict[str, Any] = {"creationflags": 0x00000208} if WINDOWS else {"start_new_session": True}  # detached, own group
-    process = subprocess.Popen([sys.executable, HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **flags)
+    # detached, own group
+    flags: Dict[str, Any] = ({"creationflags": 0x00000208} if WINDOWS
+                             else {"start_new_session": True})
+    process = subprocess.Popen(
+        [sys.executable, HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **flags)
     assert process.stdin is not None and process.stdout is not None
     _hosts.append(process)
     with process.stdin as given, process.stdout as told:
@@ -572,15 +612,16 @@ async def _reaped(pid: int) -> None:
 
 def directory_of(given: Optional[str] = None) -> str:
     """Where sessions are kept, made if need be."""
-    home = os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(os.path.expanduser("~"), ".sessionoptimizer")
+    home = (os.environ.get("SESSIONOPTIMIZER_HOME")
+            or os.path.join(os.path.expanduser("~"), ".sessionoptimizer"))
     directory = os.path.abspath(given or os.path.join(home, "agent-sessions"))
     os.makedirs(directory, mode=0o700, exist_ok=True)
     return directory
 
 
 class SessionManager:
-    """The sessions of one directory (default: ``agent-sessions`` in SessionOptimizer's store), by name. Leaving it, or
-    its program, leaves them running."""
+    """The sessions of one directory (default: ``agent-sessions`` in SessionOptimizer's store), by
+    name. Leaving it, or its program, leaves them running."""
 
     def __init__(self, directory: Optional[str] = None):
         self.directory = directory_of(directory)
@@ -616,7 +657,8 @@ class SessionManager:
         """Start a session. SessionError when the name is taken or it cannot start."""
         place = self._place(config.name)
         with contextlib.suppress(OSError):  # of a manager that was killed while it started one
-            if not os.path.exists(os.path.join(place, "state.json")) and time.time() - os.stat(place).st_mtime > ABANDONED:
+            if (not os.path.exists(os.path.join(place, "state.json"))
+                    and time.time() - os.stat(place).st_mtime > ABANDONED):
                 shutil.rmtree(place)
         try:
             os.mkdir(place, 0o700)
@@ -633,13 +675,14 @@ class SessionManager:
         return session
 
     async def restore_session(self, name: str) -> AISession:
-        """The session of this name, attached where it still runs, else ``terminated`` with what is known of its end.
-        UnknownSession when there is none."""
+        """The session of this name, attached where it still runs, else ``terminated`` with what is
+        known of its end. UnknownSession when there is none."""
         async with self._lock("restore", asyncio.Lock):
             known = self._sessions.get(name)
             if known is not None:
                 return known
-            if not _NAME.fullmatch(name) or not os.path.isfile(os.path.join(self._place(name), "state.json")):
+            if (not _NAME.fullmatch(name)
+                    or not os.path.isfile(os.path.join(self._place(name), "state.json"))):
                 raise UnknownSession(f"there is no session {name}")
             session = AISession.load(self._place(name))
             await session.attach()
@@ -661,7 +704,8 @@ class SessionManager:
         return found
 
     async def remove_session(self, name: str) -> bool:
-        """End a session and forget it, its files included (not its recording). False when there is none."""
+        """End a session and forget it, its files included (not its recording). False when there is
+        none."""
         session = self._sessions.get(name) or await self.get_session(name)
         if session is None:
             return False
@@ -674,7 +718,8 @@ class SessionManager:
 
     async def cleanup_terminated(self) -> List[str]:
         """Remove what is over; the names."""
-        over = [session.name for session in await self.list_sessions() if session.state == "terminated"]
+        over = [session.name for session in await self.list_sessions()
+                if session.state == "terminated"]
         for name in over:
             await self.remove_session(name)
         return over

@@ -20,8 +20,8 @@ EXTRA = "pip install 'sessionoptimizer[agents]'"
 
 
 _OWN_SIGNALS = [getattr(signal, name) for name in (
-    "SIGINT", "SIGQUIT", "SIGHUP", "SIGTERM", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGPIPE", "SIGXFSZ", "SIGCHLD",
-    "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT") if hasattr(signal, name)]
+    "SIGINT", "SIGQUIT", "SIGHUP", "SIGTERM", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGPIPE", "SIGXFSZ",
+    "SIGCHLD", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT") if hasattr(signal, name)]
 
 
 class MissingExtra(ImportError):
@@ -33,8 +33,9 @@ class MissingExtra(ImportError):
 
 def spawn(argv: Sequence[str], *, cwd: str, env: Dict[str, str], rows: int, columns: int,
           attributes: Any = None, echo: bool = True) -> Any:
-    """A ptyprocess.PtyProcess (winpty.PtyProcess on Windows) that runs ``argv``. ``attributes``: the terminal's, as
-    termios.tcgetattr gives them. FileNotFoundError or PermissionError when it cannot be run; MissingExtra."""
+    """A ptyprocess.PtyProcess (winpty.PtyProcess on Windows) that runs ``argv``. ``attributes``:
+    the terminal's, as termios.tcgetattr gives them. FileNotFoundError or PermissionError when it
+    cannot be run; MissingExtra."""
     if WINDOWS:
         try:
             from winpty import PtyProcess
@@ -50,7 +51,8 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Dict[str, str], rows: int, colu
 
     def prepare() -> None:  # in the child, before exec
         import termios
-        for number in _OWN_SIGNALS:  # what this program ignores or handles is no business of the command
+        # what this program ignores or handles is no business of the command
+        for number in _OWN_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if attributes is not None:
             termios.tcsetattr(0, termios.TCSANOW, attributes)
@@ -60,7 +62,8 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Dict[str, str], rows: int, colu
 
 
 def release(terminal: Any) -> None:
-    """Close our side of a terminal whose command has been reaped; what still runs in it is hung up by that."""
+    """Close our side of a terminal whose command has been reaped; what still runs in it is hung up
+    by that."""
     terminal.fileobj.close()
     terminal.closed = True
 
@@ -76,14 +79,16 @@ def exit_of(wait_status: int) -> Tuple[int, int]:
 # Clean text
 # ============================================================================
 
-_MOVES_NOTHING = re.compile(rb"\x1b\[[0-9;:]*m|\x1b\[\?(?:1|7|25|1004|2004|2026)[hl]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x07")
+_MOVES_NOTHING = re.compile(rb"\x1b\[[0-9;:]*m|\x1b\[\?(?:1|7|25|1004|2004|2026)[hl]|"
+                            rb"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x07")
 _CONTROLS = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def clean_text(data: bytes, *, rows: int = 24, columns: int = 80, keep_lines: bool = False) -> str:
-    """What a terminal of this size shows after these bytes (of which the last 256 KB count), with what has scrolled
-    off its top; trailing blanks are cut. With ``keep_lines`` a line longer than the terminal is wide stays one.
-    Bytes that only colour go the short way; others through pyte (MissingExtra without it)."""
+    """What a terminal of this size shows after these bytes (of which the last 256 KB count), with
+    what has scrolled off its top; trailing blanks are cut. With ``keep_lines`` a line longer than
+    the terminal is wide stays one. Bytes that only colour go the short way; others through pyte
+    (MissingExtra without it)."""
     data = _MOVES_NOTHING.sub(b"", data[-CLEAN_BYTES:]).replace(b"\r\n", b"\n")
     longest = max(map(len, data.split(b"\n")))
     if not _CONTROLS.search(data) and (keep_lines or longest <= columns and b"\t" not in data):
@@ -122,11 +127,14 @@ def _screen_lines(data: bytes, rows: int, columns: int) -> List[str]:
 
 
 class Cast:
-    """A recording in asciicast v2: a header line, then ``[seconds, "o" or "r", text]`` per line. The file is for its
-    owner alone, since a screen may show secrets. What was typed is not recorded."""
+    """A recording in asciicast v2: a header line, then ``[seconds, "o" or "r", text]`` per line.
+    The file is for its owner alone, since a screen may show secrets. What was typed is not
+    recorded."""
 
-    def __init__(self, path: str, *, rows: int, columns: int, command: Sequence[str], env: Dict[str, str]):
-        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8")
+    def __init__(self, path: str, *, rows: int, columns: int, command: Sequence[str],
+                 env: Dict[str, str]):
+        self._file = os.fdopen(
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8")
         self._began = time.monotonic()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         kept = {name: env[name] for name in ("SHELL", "TERM") if name in env}
@@ -184,10 +192,11 @@ class Process(NamedTuple):
 def processes() -> List[Process]:
     """All processes, from /proc; without one from ``ps``."""
     if not os.path.isdir("/proc/self"):
-        told = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,tpgid=,stat="], stdout=subprocess.PIPE, text=True).stdout
+        told = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,tpgid=,stat="],
+                              stdout=subprocess.PIPE, text=True).stdout
         rows = (line.split() for line in told.splitlines())
-        return [Process(int(row[0]), int(row[1]), int(row[2]), -1, int(row[3]), 0, row[4].startswith("Z"))
-                for row in rows if len(row) == 5]
+        return [Process(int(row[0]), int(row[1]), int(row[2]), -1, int(row[3]), 0,
+                        row[4].startswith("Z")) for row in rows if len(row) == 5]
     found = (process_of(int(name)) for name in os.listdir("/proc") if name.isdigit())
     return [process for process in found if process is not None]
 
@@ -202,23 +211,25 @@ def process_of(pid: int) -> Optional[Process]:
     if len(fields) < 20:
         return None
     parent, group, session, _, foreground = map(int, fields[1:6])
-    return Process(pid, parent, group, session, foreground, int(fields[19]) / os.sysconf("SC_CLK_TCK"),
-                   fields[0] == b"Z")
+    return Process(pid, parent, group, session, foreground,
+                   int(fields[19]) / os.sysconf("SC_CLK_TCK"), fields[0] == b"Z")
 
 
 def this_moment() -> Moment:
-    """Now. What begins later is greater: by its start, which is counted in hundredths, then by its process id."""
+    """Now. What begins later is greater: by its start, which is counted in hundredths, then by its
+    process id."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     if clock is None:
         return Moment(0.0, 0)
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/loadavg", encoding="ascii") as file:
+    with contextlib.suppress(OSError, ValueError,
+                             IndexError), open("/proc/loadavg", encoding="ascii") as file:
         return Moment(int(time.clock_gettime(clock) * 100) / 100, int(file.read().split()[-1]))
     return Moment(int(time.clock_gettime(clock) * 100) / 100, 0)
 
 
 def begun_in_session(leader: int, *, since: Moment = BEGINNING) -> List[Process]:
-    """The processes of the terminal session ``leader`` leads, itself left out, that began after ``since``. Where
-    the system tells no sessions: those its terminal listens to."""
+    """The processes of the terminal session ``leader`` leads, itself left out, that began after
+    ``since``. Where the system tells no sessions: those its terminal listens to."""
     everything = processes()
     front = next((process.foreground for process in everything if process.pid == leader), 0)
     return [process for process in everything if process.pid != leader and not process.zombie
@@ -227,7 +238,8 @@ def begun_in_session(leader: int, *, since: Moment = BEGINNING) -> List[Process]
 
 
 def signal_begun(leader: int, number: int, *, since: Moment = BEGINNING) -> None:
-    """Send a signal to the process groups that began in a session; of the leader's own group to those who began."""
+    """Send a signal to the process groups that began in a session; of the leader's own group to
+    those who began."""
     begun = begun_in_session(leader, since=since)
     signal_groups(sorted({process.group for process in begun} - {leader, 0}), number)
     for process in begun:
@@ -237,7 +249,8 @@ def signal_begun(leader: int, number: int, *, since: Moment = BEGINNING) -> None
 
 
 def signal_groups(groups: Sequence[int], number: int) -> None:
-    """Send a signal to process groups; one that is gone, or is not ours any more, is passed over."""
+    """Send a signal to process groups; one that is gone, or is not ours any more, is passed
+    over."""
     for group in groups:
         try:
             os.killpg(group, number)

@@ -42,7 +42,8 @@ def main():
         write_case(recorder)
     with open(os.path.join(HERE, "labels.json"), "w", encoding="utf-8", newline="\n") as stream:
         stream.write('{"notes": %s,\n "cases": [\n  %s\n]}\n' % (json.dumps(
-            labels.NOTES, indent=2), ",\n  ".join(json.dumps(recorder.label) for recorder in labels.ALL),
+            labels.NOTES, indent=2),
+            ",\n  ".join(json.dumps(recorder.label) for recorder in labels.ALL),
                                                                  ))
     print("%d cases written" % len(labels.ALL))
 

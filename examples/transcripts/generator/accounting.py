@@ -1,4 +1,4 @@
-"""Sessions in which counting goes wrong easily, and three longer ones with several kinds of waste at once."""
+"""Sessions in which counting goes wrong easily, and three longer ones with much waste at once."""
 
 from .labels import again, case, finding, reread, spike
 from .recorders import SYSTEM, WORDS, Claude, Codex, Gemini, Tool, code, failing, prose, tokens_of
@@ -14,13 +14,15 @@ def work(s, count=2):
 def claude_traps():
     s = Claude("response-over-many-lines", "Add a note about rounding to the readme.")
     for word in WORDS[:4]:
-        s.turn(Tool("Read", {"file_path": s.path("src/%s.py" % word)}, "\n".join(code(word, 1, 4)), 46),
+        s.turn(Tool("Read", {"file_path": s.path("src/%s.py" % word)},
+                    "\n".join(code(word, 1, 4)), 46),
                text="Next I look at the %s module." % word,
                think=prose(20),
                thought=5)
     s.say("The note is written.")
     case(s, RULE, False,
-         "One response over three lines (thinking, text, tool) with its usage on each; the output grows.")
+         "One response over three lines (thinking, text, tool) with its usage on each; "
+         "the output grows.")
 
     s = Claude("parallel-tools-interleaved", "Compare the three price modules.")
     s.turn(*[
@@ -47,7 +49,8 @@ def claude_traps():
         part.wait(5)
         part.ask(prompt)
         work(part)
-    case(s, RULE, False, "A branch begins with the same history, then both go on: that part counts once.")
+    case(s, RULE, False,
+         "A branch begins with the same history, then both go on: that part counts once.")
 
     for layout, version, what in (("subagents", "2.1.208", "a file under subagents/"),
                                   ("beside", "2.0.60", "agent-<id>.jsonl beside the session"),
@@ -70,7 +73,8 @@ def claude_traps():
     s = Claude("synthetic-message", "Check the cart again.")
     s.browse(2, 3)
     usage = {
-        "input_tokens": 0, "output_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0
+        "input_tokens": 0, "output_tokens": 0, "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 0
     }
     s.add("assistant",
           isApiErrorMessage=True,
@@ -88,30 +92,33 @@ def claude_traps():
     s.turn(text="The notes are in docs/security.md.")
     last = s.lines[-1]["message"]
     last["model"], other = ("claude-sonnet-4-6", {
-        "input_tokens": 3, "cache_creation_input_tokens": fresh - 3, "cache_read_input_tokens": read,
-        "output_tokens": 11
+        "input_tokens": 3, "cache_creation_input_tokens": fresh - 3,
+        "cache_read_input_tokens": read, "output_tokens": 11
     })
     first = dict(other, type="message", model=s.model)
     last["usage"]["iterations"] = [
         first, dict(other, type="fallback_message", model=last["model"], output_tokens=8)
     ]
-    for key, amount in (("uncached_input", 3), ("cache_write", fresh - 3), ("cache_read", read), ("output",
-                                                                                                  11)):
+    for key, amount in (("uncached_input", 3), ("cache_write", fresh - 3),
+                        ("cache_read", read), ("output", 11)):
         s.usage[key] += amount
     case(s,
          RULE,
          False,
-         "Two iterations, the second by a fallback model: both are billed, the usage shows the last.",
+         "Two iterations, the second by a fallback model: both are billed, the usage "
+         "shows the last.",
          model_calls=None)
 
     s = Claude("output-placeholders", "Tidy up the tests.")
     s.version = "2.1.17"
     for word in WORDS[:5]:
-        s.turn(Tool("Read", {"file_path": s.path("src/%s.py" % word)}, "\n".join(code(word, 1, 4)), 46),
+        s.turn(Tool("Read", {"file_path": s.path("src/%s.py" % word)},
+                    "\n".join(code(word, 1, 4)), 46),
                output=3,
                final=False)
     s.turn(text="The tests are tidy now, nothing else was changed.", output=2, final=False)
-    case(s, RULE, False, "No line has a stop_reason: the recorded output is a placeholder, a lower bound.")
+    case(s, RULE, False,
+         "No line has a stop_reason: the recorded output is a placeholder, a lower bound.")
 
     s = Claude("sidechain-replay", "How does the coupon code work?")
     work(s, 3)
@@ -123,7 +130,8 @@ def claude_traps():
         for number, line in enumerate(s.lines)
     ]
     case(s, RULE, False,
-         "An aside replays the parent's messages: same message ids, other request ids, counted once.")
+         "An aside replays the parent's messages: same message ids, other request ids, "
+         "counted once.")
 
     s = Claude("cache-expired", "Go on with the receipts after lunch.")
     s.browse(2, 3)
@@ -178,12 +186,14 @@ def other_traps():
 
     s = Lines("gemini-messages-again", "What does the receipt module do with refunds?")
     work(s, 3)
-    case(s, RULE, False, "A message is written again under its id when its tools are done: one call.")
+    case(s, RULE, False,
+         "A message is written again under its id when its tools are done: one call.")
 
     s = Gemini("gemini-resumed-into-jsonl", "Check the receipts for typos.")
     work(s)
     head = dict(s.head, lastUpdated=s.stamp())
-    copies = [dict(m, content=[{"text": m["content"]}]) if m["type"] == "user" else m for m in s.messages]
+    copies = [dict(m, content=[{"text": m["content"]}]) if m["type"] == "user" else m
+              for m in s.messages]
     s.messages = s.files[s.file + ".jsonl"] = [head] + copies
     s.jsonl = True
     s.ask("And the invoices?")
@@ -203,16 +213,19 @@ class Lines(Gemini):
 
 
 def checkout_story():
-    """Claude Code: rereads, a repeated search, a failed retry, a sub-agent, a compaction in one session."""
+    """Claude Code: rereads, a repeated search, a failed retry, a sub-agent, a compaction in one
+    session."""
     s = Claude("story-checkout",
-               "The checkout is off by one cent for some customers. Find out why and fix it.", "shop")
+               "The checkout is off by one cent for some customers. Find out why and fix it.",
+               "shop")
     s.search("total", "src", text="Let me see where totals are computed.")
     cart = [s.read("src/cart.py", 6, text="The cart first.")]
     s.browse(4, 6)
     first = s.search("round_cents", "src", 3)
     s.run(
         "git log --oneline -5", "\n".join("%x1f %s the %s" % (4711 * (i + 3), w, WORDS[i])
-                                          for i, w in enumerate(("Round", "Move", "Rename", "Test", "Drop"))))
+                                          for i, w in enumerate(
+                                              ("Round", "Move", "Rename", "Test", "Drop"))))
     cart.append(s.read("src/cart.py", 6))
     s.browse(3, 6)
     cart.append(s.read("src/cart.py", 6))
@@ -237,18 +250,19 @@ def checkout_story():
     s.edit("src/invoice.py")
     s.run("python3 -m pytest -q tests", "61 passed in 0.92s")
     s.say("Both round once now; all tests pass.")
-    case(s, "story", True, "Rereads, a repeated search and a failed retry in an ordinary afternoon.", None, [
-        reread("src/cart.py", *cart[1:]),
-        reread("src/invoice.py", *tax[1:]),
-        again("REPEATED_SEARCH", first, second, query="round_cents"),
-        again("FAILED_RETRY", *runs)
-    ])
+    case(s, "story", True,
+         "Rereads, a repeated search and a failed retry in an ordinary afternoon.", None, [
+             reread("src/cart.py", *cart[1:]),
+             reread("src/invoice.py", *tax[1:]),
+             again("REPEATED_SEARCH", first, second, query="round_cents"),
+             again("FAILED_RETRY", *runs)
+         ])
 
 
 def migration_story():
     """Codex: a large file, the same search three times, a build tried again, and much reasoning."""
-    s = Codex("codex-story-logging", "move all modules to the new logging helper and keep the build green",
-              "weather-cli")
+    s = Codex("codex-story-logging",
+              "move all modules to the new logging helper and keep the build green", "weather-cli")
     s.parallel = False
     s.browse(3, 6)
     found = [s.search("old_log", "src")]
@@ -263,7 +277,8 @@ def migration_story():
     for word in WORDS[:6]:
         s.edit("src/%s.py" % word)
     error = (
-        "error[E0425]: cannot find function `old_log` in this scope\n --> src/route.rs:12:5\nerror: aborting")
+        "error[E0425]: cannot find function `old_log` in this scope\n --> src/route.rs:12:5\n"
+        "error: aborting")
     runs = [s.run("cargo build", error, 101)]
     s.browse(3, 6)
     runs += [s.run("cargo build", error, 101) for _ in range(2)]
@@ -274,19 +289,19 @@ def migration_story():
     helper.append(s.read("src/logging.rs", 6))
     s.say("Every module uses the new helper; the build is green.")
     case(s, "story", True,
-         "A large file read whole, one search run three times, one build tried again unchanged.", None, [
-             again("REPEATED_SEARCH", *found, query="old_log"),
-             again("FAILED_RETRY", *runs),
-             reread("src/logging.rs", *helper[1:]),
-             finding("LARGE_FILE_UNCOMPRESSED", 6240, 10400, file_path="src/messages_table.py"),
-             spike()
+         "A large file read whole, one search run three times, one build tried again unchanged.",
+         None, [again("REPEATED_SEARCH", *found, query="old_log"),
+                again("FAILED_RETRY", *runs),
+                reread("src/logging.rs", *helper[1:]),
+                finding("LARGE_FILE_UNCOMPRESSED", 6240, 10400, file_path="src/messages_table.py"),
+                spike()
          ])
 
 
 def handbook_story():
     """Gemini: a long afternoon with pages read twice."""
-    s = Gemini("gemini-story-handbook", "Bring the handbook up to date with the code, chapter by chapter.",
-               "blog-engine")
+    s = Gemini("gemini-story-handbook",
+               "Bring the handbook up to date with the code, chapter by chapter.", "blog-engine")
     costs, found = [], []
     for number in range(10):
         s.wait(9)
@@ -296,12 +311,13 @@ def handbook_story():
         s.wait(8)
         if number in (3, 6):
             found.append(
-                s.run("git log --oneline -2", "%x Round once\n%x Add coupons" % (77001 + number, 55002)))
+                s.run("git log --oneline -2",
+                      "%x Round once\n%x Add coupons" % (77001 + number, 55002)))
         s.browse(1, 6)
     first, second = s.search("deprecated", "docs"), s.search("deprecated", "docs")
     s.say("All ten chapters match the code again.")
-    case(s, "story", True, "Almost three hours in one session, its table of contents read three times.", None,
-         [
+    case(s, "story", True,
+         "Almost three hours in one session, its table of contents read three times.", None, [
              reread("docs/contents.md", *costs[1:]),
              again("REPEATED_SEARCH", first, second, query="deprecated")
          ])

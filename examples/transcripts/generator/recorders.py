@@ -1,7 +1,7 @@
 """Recorders that write sessions as Claude Code, Codex and Gemini CLI would have written them.
 
-Each keeps its books while it writes: a call's context is the previous context, plus the visible part of the
-previous output, plus what entered since (tool results, prompts). All text is made here.
+Each keeps its books while it writes: a call's context is the previous context, plus the visible
+part of the previous output, plus what entered since (tool results, prompts). All text is made here.
 """
 
 import copy
@@ -12,17 +12,19 @@ import zlib
 from collections import namedtuple
 from datetime import datetime, timedelta
 
-PREFIX, SYSTEM = 11264, 5120  # first call: system prompt found in the provider's cache, and the rest of it
+# first call: system prompt found in the provider's cache, and the rest of it
+PREFIX, SYSTEM = 11264, 5120
 PROJECTS = ("shop", "blog-engine", "weather-cli", "invoice-api")
 Tool = namedtuple("Tool", "name input result tokens extra error", defaults=(None, None, False))
 Cost = namedtuple("Cost", "entered written")
 
-# ---- text of our own making --------------------------------------------------------------------------
+# ---- text of our own making ----------------------------------------------------------------------
 WORDS = (
-    "cart order price stock user route query cache batch parser header total index label draft page".split())
+    "cart order price stock user route query cache batch parser header total index label "
+    "draft page".split())
 SHAPES = ("def {}_{}(self, {}):", "    {} = self.{}.get({})", "    if {} is None or {}:",
-          "    return {} + {}", "    for {} in {}.{}():", "    self.{}.append({})", "    {}.{} = {}.copy()",
-          "    log({}, {}, {})")
+          "    return {} + {}", "    for {} in {}.{}():", "    self.{}.append({})",
+          "    {}.{} = {}.copy()", "    log({}, {}, {})")
 SENTENCES = ("The totals are rounded twice, once per line and once at the end. ",
              "That explains the missing cent. ",
              "A smaller change would be to round only when the invoice is shown. ",
@@ -32,14 +34,16 @@ SENTENCES = ("The totals are rounded twice, once per line and once at the end. "
 
 
 def code(path, first, last, version=0):
-    """Lines first..last of a source file, 40 characters each; another version has another third line."""
+    """Lines first..last of a source file, 40 characters each; another version has another third
+    line."""
     lines = []
     for number in range(first, last + 1):
         seed = zlib.crc32(("%s:%d" % (path, number)).encode())
         words = [WORDS[(seed >> shift) % len(WORDS)] for shift in (3, 9, 15)]
         line = SHAPES[seed % len(SHAPES)].format(*words)
         lines.append(
-            (("REVISION = %d" % version if number == 3 else line) + "  # see the notes in docs/design")[:40])
+            (("REVISION = %d" % version if number == 3 else line)
+             + "  # see the notes in docs/design")[:40])
     return [line[:39] + "." if line.endswith(" ") else line for line in lines]
 
 
@@ -51,15 +55,17 @@ def matches(pattern, where, seed=0, count=5):
     """What a search prints."""
     pattern = " ".join(pattern.lower().split())
     return "\n".join(
-        "%s/%s_%s.py:%d:    %s = %s  # %s" % (where, WORDS[(i + seed) % 16], WORDS[(i * 5 + 1) % 16],
-                                              12 + 17 * i + seed, WORDS[i % 16], pattern, WORDS[(i * 3) % 16])
+        "%s/%s_%s.py:%d:    %s = %s  # %s"
+        % (where, WORDS[(i + seed) % 16], WORDS[(i * 5 + 1) % 16],
+           12 + 17 * i + seed, WORDS[i % 16], pattern, WORDS[(i * 3) % 16])
         for i in range(count))
 
 
 def failing(test, why, seconds="0.31"):
     """What a failing test run prints."""
     return (
-        "============ FAILURES ============\n____ %s ____\n    def %s():\n>       assert run() == expected\n"
+        "============ FAILURES ============\n____ %s ____\n    def %s():\n"
+        ">       assert run() == expected\n"
         "E       %s\n1 failed, 23 passed in %ss" % (test, test, why, seconds))
 
 
@@ -68,7 +74,8 @@ def tokens_of(text):
 
 
 class Recorder:
-    """The books of one session. Subclasses write lines; `files` maps paths in the case to lists of lines."""
+    """The books of one session. Subclasses write lines; `files` maps paths in the case to lists of
+    lines."""
 
     count, batch, brief, parallel = 0, None, False, True
 
@@ -76,9 +83,11 @@ class Recorder:
         number = Recorder.count = Recorder.count + 1
         self.name, self.task, self.serial = name, task, 0
         self.cwd = "/home/dev/" + (project or PROJECTS[number % len(PROJECTS)])
-        self.now = start or datetime(2026, 2, 2, 8, 30) + timedelta(hours=7 * number, minutes=13 * number)
+        self.now = (
+            start or datetime(2026, 2, 2, 8, 30) + timedelta(hours=7 * number, minutes=13 * number))
         self.files, self.versions, self.always = {}, {}, []
-        self.usage = {"uncached_input": 0, "cache_write": 0, "cache_read": 0, "output": 0, "model_calls": 0}
+        self.usage = {"uncached_input": 0, "cache_write": 0, "cache_read": 0, "output": 0,
+                      "model_calls": 0}
         self.context, self.entering, self.back, self.expired = PREFIX, SYSTEM, 0, False
         self.sid = self.uid()
         self.open()
@@ -100,19 +109,21 @@ class Recorder:
         self.now += timedelta(minutes=minutes)
 
     def charge(self, output, visible, uncached=None):
-        """Book one call; returns its cache read and fresh tokens (the growth, unless the cache expired)."""
+        """Book one call; returns its cache read and fresh tokens (the growth, unless the cache
+        expired)."""
         read = PREFIX if self.expired else self.context
         self.context += self.back + self.entering
         fresh = self.context - read
         plain = fresh if uncached is None else uncached
-        for key, amount in (("uncached_input", plain), ("cache_write", fresh - plain), ("cache_read", read),
-                            ("output", output), ("model_calls", 1)):
+        for key, amount in (("uncached_input", plain), ("cache_write", fresh - plain),
+                            ("cache_read", read), ("output", output), ("model_calls", 1)):
             self.usage[key] += amount
         self.back, self.entering, self.expired = visible, 0, False
         return read, fresh
 
     def visible(self, text, tools):
-        """The share of an output that enters the context again: 4 characters of text or input per token."""
+        """The share of an output that enters the context again: 4 characters of text or input per
+        token."""
         return len(text) // 4 + sum(len(self.typed(tool)) // 4 for tool in tools)
 
     def typed(self, tool):
@@ -120,7 +131,8 @@ class Recorder:
 
     def use(self, name, arguments, result, tokens=None, text="", **more):
         """One call with one tool; returns the tokens of the result and those of the call."""
-        tool = Tool(name, arguments, result, tokens_of(result) if tokens is None else tokens, **more)
+        tool = Tool(name, arguments, result,
+                    tokens_of(result) if tokens is None else tokens, **more)
         if self.batch is None:
             self.turn(tool, text=text)
         else:
@@ -128,10 +140,12 @@ class Recorder:
         return Cost(tool.tokens, len(self.typed(tool)) // 4)
 
     def say(self, text, even=1, thought=0, **more):
-        """A closing answer; `even` pads its output until input + output of the session divide by it."""
+        """A closing answer; `even` pads its output until input + output of the session divide by
+        it."""
         output = len(text) // 4 + thought
         total = (sum(self.usage[k]
-                     for k in ("uncached_input", "cache_write", "output")) + self.back + self.entering)
+                     for k in ("uncached_input", "cache_write", "output")) + self.back
+                 + self.entering)
         self.turn(text=text, output=output + -(total + output) % even, thought=thought, **more)
 
     def fail(self, name, arguments, message):
@@ -149,12 +163,14 @@ class Recorder:
         return self.run(command, "\n".join(self.source(path, lines, first)))
 
     def browse(self, count, lines=10):
-        """Ordinary work that is nobody's waste: files never seen before, in one response where `parallel`."""
+        """Ordinary work that is nobody's waste: files never seen before, in one response where
+        `parallel`."""
         self.batch, self.brief = [] if self.parallel else None, True
         for _ in range(count):
             self.serial += 1
             self.read(
-                "src/%s/%s.py" % (WORDS[self.serial % 16], WORDS[self.serial * 7 % 16] + str(self.serial)),
+                "src/%s/%s.py"
+                % (WORDS[self.serial % 16], WORDS[self.serial * 7 % 16] + str(self.serial)),
                 lines)
         tools, self.batch, self.brief = self.batch, None, False
         if tools:
@@ -173,20 +189,22 @@ class Claude(Recorder):
     def add(self, kind, **fields):
         line = {
             "parentUuid": self.last, "isSidechain": bool(self.agent_id), "userType": "external",
-            "cwd": self.cwd, "sessionId": self.sid, "version": self.version, "gitBranch": "main", "type": kind
+            "cwd": self.cwd, "sessionId": self.sid, "version": self.version,
+            "gitBranch": "main", "type": kind
         }
         if self.agent_id and self.layout != "inline":
             line["agentId"] = self.agent_id
         line.update(fields, uuid=self.uid(), timestamp=self.stamp(1))
         self.last = line["uuid"]
         if self.layout == "progress":
-            inner = {k: line[k] for k in ("type", "message", "requestId", "uuid", "timestamp") if k in line}
+            inner = {k: line[k]
+                     for k in ("type", "message", "requestId", "uuid", "timestamp") if k in line}
             line = dict(line,
                         type="progress",
                         isSidechain=False,
                         data={
-                            "message": inner, "type": "agent_progress", "prompt": self.prompt_of_agent,
-                            "agentId": self.agent_id
+                            "message": inner, "type": "agent_progress",
+                            "prompt": self.prompt_of_agent, "agentId": self.agent_id
                         })
             for key in ("message", "requestId", "agentId", "toolUseResult"):
                 line.pop(key, None)
@@ -197,22 +215,25 @@ class Claude(Recorder):
         self.entering += tokens_of(text)
         self.add("user", message={"role": "user", "content": text})
 
-    def turn(self, *tools, text="", think=None, output=None, interleave=False, final=True, thought=0):
-        """One response; `think` is its visible thinking, `final` False leaves out the last stop_reason."""
+    def turn(self, *tools, text="", think=None, output=None, interleave=False,
+             final=True, thought=0):
+        """One response; `think` is its visible thinking, `final` False leaves out the last
+        stop_reason."""
         visible = self.visible(text, tools)
         output = visible + thought if output is None else output
         read, fresh = self.charge(output, visible, uncached=3)
         usage = {
-            "input_tokens": 3, "cache_creation_input_tokens": fresh - 3, "cache_read_input_tokens": read,
-            "output_tokens": output,
-            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": fresh - 3}
+            "input_tokens": 3, "cache_creation_input_tokens": fresh - 3,
+            "cache_read_input_tokens": read, "output_tokens": output, "cache_creation": {
+                "ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": fresh - 3}
         }
         blocks = ([] if think is None else
                   [{"type": "thinking", "thinking": think, "signature": self.key("Eu")}])
         blocks += [{"type": "text", "text": text}] if text else []
         calls = [{"type": "tool_use", "id": self.key("toolu_01"), "name": t.name, "input": t.input}
                  for t in tools]
-        envelope = {"model": self.model, "id": self.key("msg_01"), "type": "message", "role": "assistant"}
+        envelope = {"model": self.model, "id": self.key("msg_01"), "type": "message",
+                    "role": "assistant"}
         request = self.key("req_011")
         self.stamp(3)
         results = []
@@ -225,7 +246,8 @@ class Claude(Recorder):
                          content=[block],
                          stop_sequence=None,
                          stop_reason=("tool_use" if tools else "end_turn") if last else None,
-                         usage=usage if last or not final else dict(usage, output_tokens=min(8, output))))
+                         usage=usage if last or not final
+                         else dict(usage, output_tokens=min(8, output))))
             if block in calls:
                 results.append((block, tools[calls.index(block)]))
                 if interleave or last or (not final and len(results) == len(tools)):
@@ -241,8 +263,9 @@ class Claude(Recorder):
         if tool.result.startswith("The user doesn't want"):
             extra = "User rejected tool use"
         if tool.name == "Bash" and not tool.error:
-            extra = dict({"stdout": tool.result, "stderr": "", "interrupted": False, "isImage": False},
-                         **extra or {})
+            extra = dict(
+                {"stdout": tool.result, "stderr": "", "interrupted": False, "isImage": False},
+                **extra or {})
         self.entering += tool.tokens
         more = {"toolUseResult": extra} if extra else {}
         self.add("user", message={"role": "user", "content": [block]}, **more)
@@ -279,7 +302,8 @@ class Claude(Recorder):
     def search(self, pattern, where="src", seed=0, count=5, text=""):
         found = matches(pattern, where, seed, count)
         return self.use("Grep",
-                        {"pattern": pattern, "path": self.path(where), "output_mode": "content", "-n": True},
+                        {"pattern": pattern, "path": self.path(where),
+                         "output_mode": "content", "-n": True},
                         found,
                         text=text,
                         extra={
@@ -290,10 +314,11 @@ class Claude(Recorder):
     def edit(self, path, text=""):
         old, new = self.change(path)
         where = {"filePath": self.path(path), "oldString": old, "newString": new}
-        return self.use("Edit", {"file_path": self.path(path), "old_string": old, "new_string": new},
-                        "The file %s has been updated successfully." % self.path(path),
-                        text=text,
-                        extra=dict(where, structuredPatch=[], userModified=False, replaceAll=False))
+        return self.use(
+            "Edit", {"file_path": self.path(path), "old_string": old, "new_string": new},
+            "The file %s has been updated successfully." % self.path(path),
+            text=text,
+            extra=dict(where, structuredPatch=[], userModified=False, replaceAll=False))
 
     def compact(self, summary, call=False):
         if call:  # the call that wrote the summary, in a file of its own
@@ -313,7 +338,8 @@ class Claude(Recorder):
         self.add("user",
                  message={
                      "role": "user",
-                     "content": "This session is being continued from a previous conversation. " + summary
+                     "content": "This session is being continued from a previous conversation. "
+                     + summary
                  },
                  isVisibleInTranscriptOnly=True,
                  isCompactSummary=True)
@@ -338,8 +364,9 @@ class Claude(Recorder):
         self.lines = []  # the result is written after the sub-agent's own lines
         answer = "The module rounds once per line; src/cart.py is the place to change."
         report = {
-            "status": "completed", "prompt": prompt, "agentId": child.agent_id, "totalToolUseCount": 2,
-            "content": [{"type": "text", "text": answer}], "totalDurationMs": 41000, "totalTokens": 7300
+            "status": "completed", "prompt": prompt, "agentId": child.agent_id,
+            "totalToolUseCount": 2, "content": [{"type": "text", "text": answer}],
+            "totalDurationMs": 41000, "totalTokens": 7300
         }
         self.use(name, arguments, answer, extra=report)
         call, result = self.lines
@@ -400,7 +427,8 @@ class Codex(Recorder):
                  effort="medium",
                  sandbox_policy={"type": "danger-full-access"},
                  summary="auto")
-        self.add("response_item", "message", role="user", content=[{"type": "input_text", "text": text}])
+        self.add("response_item", "message", role="user",
+                 content=[{"type": "input_text", "text": text}])
         self.add("event_msg", "user_message", message=text, images=[])
 
     def typed(self, tool):
@@ -439,38 +467,46 @@ class Codex(Recorder):
                          arguments=self.typed(tool),
                          call_id=call)
         for call, tool in zip(ids, tools):
-            kind = "custom_tool_call_output" if tool.name == "apply_patch" else "function_call_output"
+            kind = ("custom_tool_call_output" if tool.name == "apply_patch"
+                    else "function_call_output")
             self.stamp(1)
             self.add("response_item", kind, call_id=call, output=tool.result)
             self.entering += tool.tokens
         last = dict(zip(self.totals, (read + fresh, read, output, thought, read + fresh + output)))
         self.totals = {key: value + last[key] for key, value in self.totals.items()}
-        info = {"total_token_usage": self.totals, "last_token_usage": last, "model_context_window": 272000}
+        info = {"total_token_usage": self.totals, "last_token_usage": last,
+                "model_context_window": 272000}
         for _ in range(2 if self.repeat else 1):
             self.add("event_msg", "token_count", info=info, rate_limits=None)
         if self.repeat:
-            self.add("event_msg", "token_count", info=None, rate_limits={"primary": {"used_percent": 7.0}})
+            self.add("event_msg", "token_count", info=None,
+                     rate_limits={"primary": {"used_percent": 7.0}})
 
     def run(self, command, output="", code=0, text="", original=None, limit=None, tokens=None):
         shown = (
-            "Chunk ID: %s\nWall time: 0.0512 seconds\nProcess exited with code %d\nOriginal token count: %d\n"
+            "Chunk ID: %s\nWall time: 0.0512 seconds\nProcess exited with code %d\n"
+            "Original token count: %d\n"
             "Output:\n%s" % (self.key("", 6), code, original or tokens_of(output), output))
         arguments = {"cmd": command, "workdir": self.cwd, "yield_time_ms": 10000}
         return self.use("exec_command",
-                        dict(arguments, max_output_tokens=limit) if limit else arguments, shown, tokens, text)
+                        dict(arguments, max_output_tokens=limit) if limit else arguments,
+                        shown, tokens, text)
 
     def read(self, path, lines=10, first=None, text=""):
-        command = "sed -n '%d,%dp' %s" % (first, first + lines - 1, path) if first else "cat " + path
+        command = ("sed -n '%d,%dp' %s" % (first, first + lines - 1, path) if first
+                   else "cat " + path)
         return self.run(command, "\n".join(self.source(path, lines, first or 1)), text=text)
 
     def search(self, pattern, where="src", seed=0, text=""):
-        return self.run("rg -n '%s' %s" % (pattern, where), matches(pattern, where, seed), text=text)
+        return self.run(
+            "rg -n '%s' %s" % (pattern, where), matches(pattern, where, seed), text=text)
 
     def edit(self, path, text=""):
         patch = "*** Begin Patch\n*** Update File: %s\n@@\n-%s\n+%s\n*** End Patch" % (
             (path, ) + self.change(path))
         done = (
-            "Exit code: 0\nWall time: 0.1 seconds\nOutput:\nSuccess. Updated the following files:\nM %s\n" %
+            "Exit code: 0\nWall time: 0.1 seconds\nOutput:\n"
+            "Success. Updated the following files:\nM %s\n" %
             path)
         return self.use("apply_patch", patch, done, text=text)
 
@@ -513,11 +549,12 @@ class Gemini(Recorder):
             content=text,
             model=self.model,
             tokens={
-                "input": read + fresh, "output": output, "cached": read, "thoughts": thought, "tool": 0,
-                "total": read + fresh + output + thought
+                "input": read + fresh, "output": output, "cached": read, "thoughts": thought,
+                "tool": 0, "total": read + fresh + output + thought
             },
             thoughts=[{
-                "subject": "Planning the next step", "description": prose(90), "timestamp": self.stamp()
+                "subject": "Planning the next step", "description": prose(90),
+                "timestamp": self.stamp()
             }] if thought else [])
         calls = []
         for tool in tools:
@@ -525,7 +562,8 @@ class Gemini(Recorder):
             answer = {"error": tool.result} if tool.error else {"output": tool.result}
             calls.append({
                 "id": ident, "name": tool.name, "args": tool.input,
-                "result": [{"functionResponse": {"id": ident, "name": tool.name, "response": answer}}],
+                "result": [{"functionResponse": {"id": ident, "name": tool.name,
+                                                 "response": answer}}],
                 "status": "error" if tool.error else "success", "timestamp": self.stamp(1)
             })
             self.entering += tool.tokens
@@ -538,13 +576,16 @@ class Gemini(Recorder):
     def read(self, path, lines=10, first=None, text="", tokens=None):
         where = ({"file_path": path}
                  if first is None else {"file_path": path, "offset": first - 1, "limit": lines})
-        return self.use("read_file", where, "\n".join(self.source(path, lines, first or 1)), tokens, text)
+        return self.use("read_file", where,
+                        "\n".join(self.source(path, lines, first or 1)), tokens, text)
 
     def run(self, command, output="", code=0, text=""):
-        shown = ("Command: %s\nDirectory: (root)\nOutput: %s\nError: (none)\nExit Code: %d\nSignal: 0\n"
-                 "Background PIDs: (none)\nProcess Group PGID: %d")
+        shown = (
+            "Command: %s\nDirectory: (root)\nOutput: %s\nError: (none)\nExit Code: %d\nSignal: 0\n"
+            "Background PIDs: (none)\nProcess Group PGID: %d")
         shown %= (command, output or "(empty)", code, 63000 + self.serial)
-        return self.use("run_shell_command", {"command": command, "description": "Run it."}, shown, text=text)
+        return self.use(
+            "run_shell_command", {"command": command, "description": "Run it."}, shown, text=text)
 
     def search(self, pattern, where="src", seed=0, text=""):
         return self.use("search_file_content", {"pattern": pattern, "dir_path": where},
@@ -567,7 +608,8 @@ class OpenCode(Recorder):
         self.sid = self.key("ses_", 24)
         self.head = {"id": self.sid, "slug": "quiet-otter", "projectID": self.key("", 40),
                      "directory": self.cwd, "title": self.task or "A helper's work",
-                     "version": self.version, "time": {"created": self.clock(), "updated": self.clock()}}
+                     "version": self.version,
+                     "time": {"created": self.clock(), "updated": self.clock()}}
         if self.parent:
             self.head["parentID"] = self.parent
         self.messages = []
@@ -591,7 +633,8 @@ class OpenCode(Recorder):
 
     def ask(self, text):
         self.entering += tokens_of(text)
-        message = self.add("user", agent="build", model={"providerID": "openai", "modelID": self.model})
+        message = self.add(
+            "user", agent="build", model={"providerID": "openai", "modelID": self.model})
         self.part(message, "text", text=text)
 
     def turn(self, *tools, text="", output=None, thought=0, summary=False):
@@ -600,9 +643,10 @@ class OpenCode(Recorder):
         read, fresh = self.charge(output, visible)
         tokens = {"total": read + fresh + output, "input": fresh, "output": output,
                   "reasoning": thought, "cache": {"read": read, "write": 0}}
-        message = self.add("assistant", modelID=self.model, providerID="openai", mode="build", cost=0,
-                           path={"cwd": self.cwd, "root": self.cwd}, tokens=tokens,
-                           finish="tool-calls" if tools else "stop", **({"summary": True} if summary else {}))
+        message = self.add(
+            "assistant", modelID=self.model, providerID="openai", mode="build", cost=0,
+            path={"cwd": self.cwd, "root": self.cwd}, tokens=tokens,
+            finish="tool-calls" if tools else "stop", **({"summary": True} if summary else {}))
         self.part(message, "step-start")
         if text:
             self.part(message, "text", text=text)

@@ -5,13 +5,16 @@ from .recorders import PREFIX, WORDS, Claude, Codex, Gemini, Tool, failing, matc
 
 
 # Long enough that what is wasted is listed: the report leaves out findings below 50 tokens.
-MISSING = ("File does not exist. Note: your current working directory is the project's. Did you mean one of the "
-           "modules beside it? There are cart.py, loader.py, orders.py, prices.py and shipping.py.")
-NO_RULE = ("make: Entering directory 'the project'\nmake: *** No rule to make target 'clean'.  Stop.\n"
-           "make: Leaving directory 'the project'\nThe targets of this makefile are: build, check, dist, docs, "
-           "install and test.")
-REFUSED = ("Request failed with status code %d: the page could not be fetched from docs.example.org. The address "
-           "was tried as it was given, with a time-out of thirty seconds, and without any credentials.")
+MISSING = ("File does not exist. Note: your current working directory is the project's. "
+           "Did you mean one of the modules beside it? There are cart.py, loader.py, orders.py, "
+           "prices.py and shipping.py.")
+NO_RULE = ("make: Entering directory 'the project'\n"
+           "make: *** No rule to make target 'clean'.  Stop.\n"
+           "make: Leaving directory 'the project'\n"
+           "The targets of this makefile are: build, check, dist, docs, install and test.")
+REFUSED = ("Request failed with status code %d: the page could not be fetched from "
+           "docs.example.org. The address was tried as it was given, with a time-out of thirty "
+           "seconds, and without any credentials.")
 
 
 def status(s):
@@ -19,7 +22,8 @@ def status(s):
 
 
 def twice(issue_type, what, fact, harmless=status, browse=2, lines=5, **where):
-    """`what`, other work, then `fact` (which excuses a repetition) or something else, then `what` again."""
+    """`what`, other work, then `fact` (which excuses a repetition) or something else, then `what`
+    again."""
 
     def story(s, bad):
         first = what(s)
@@ -63,7 +67,8 @@ def reads():
     pair(
         Codex, name, "tidy up the imports in the cart module",
         ("codex-read-after-git-log", "cat twice with only git log between: nothing was changed."),
-        ("codex-read-after-formatter", "A formatter that names no path rewrote the file between the reads."),
+        ("codex-read-after-formatter",
+         "A formatter that names no path rewrote the file between the reads."),
         twice("REPEATED_FILE_READ", look,
               mutate("black .", cart, "reformatted src/cart.py\n1 file reformatted."),
               lambda s: s.run("git log --oneline -3", "4f1c2aa Round once\n9b00d17 Add coupons"),
@@ -72,13 +77,15 @@ def reads():
         Codex, name, "compare our cart module with the one on the feature branch",
         ("codex-read-after-git-show", "git show only prints; the second cat repeats the first."),
         ("codex-read-after-checkout", "git checkout put another version of the file there."),
-        twice("REPEATED_FILE_READ", look, mutate("git checkout feature/rounding -- src/cart.py", cart),
+        twice("REPEATED_FILE_READ", look,
+              mutate("git checkout feature/rounding -- src/cart.py", cart),
               lambda s: s.run("git show --stat HEAD", " src/api.py | 4 ++--"), **again_cart))
     pair(
         Gemini, name, "Regenerate the API client and check that the cart still matches it.",
         ("gemini-read-after-unknown-command",
          "An unknown command ran, but the content is byte for byte the same."),
-        ("gemini-read-after-unknown-change", "An unknown command ran, and the content differs afterwards."),
+        ("gemini-read-after-unknown-change",
+         "An unknown command ran, and the content differs afterwards."),
         twice("REPEATED_FILE_READ", look, mutate("./scripts/regen.sh", cart, "done"),
               lambda s: s.run("./scripts/regen.sh", "done"), **again_cart))
     pair(Gemini, name, "Give the cart a method that counts its items.",
@@ -94,7 +101,8 @@ def reads():
         return [finding("REPEATED_FILE_READ", second.entered // 2, 2, file_path=cart)]
 
     pair(Gemini, name, "Read through the cart module and summarise it for me.",
-         ("gemini-overlapping-pages", "Lines 7-12 are read twice: half of the second page is waste."),
+         ("gemini-overlapping-pages",
+          "Lines 7-12 are read twice: half of the second page is waste."),
          ("gemini-paged-reads", "A file is read page by page; no line comes twice."), pages)
 
     def union(s, bad):
@@ -106,7 +114,8 @@ def reads():
         return [finding("REPEATED_FILE_READ", third.entered, None, file_path=cart)]
 
     pair(Codex, name, "where in the cart module do we round?",
-         ("codex-union-of-ranges", "Lines 7-18 are already there, half from each of two earlier reads."),
+         ("codex-union-of-ranges",
+          "Lines 7-18 are already there, half from each of two earlier reads."),
          ("codex-next-page", "The third sed -n prints lines not seen before."), union)
 
     def part(s, bad):
@@ -132,7 +141,8 @@ def reads():
 
     pair(Gemini, name, "Explain how coupons are applied, step by step.",
          ("gemini-whole-after-ranges", "Two ranges cover the file; then it is read whole."),
-         ("gemini-whole-after-ranges-edited", "The file was edited after the ranges were read."), whole)
+         ("gemini-whole-after-ranges-edited", "The file was edited after the ranges were read."),
+         whole)
 
     def spelled(s, bad):
         paths = [cart, "./" + cart, "src/../" + cart, s.cwd + "/" + cart]
@@ -162,13 +172,15 @@ def reads():
         return [reread(cart, *costs)]
 
     pair(Codex, name, "is the last method of the cart used anywhere?",
-         ("codex-cat-then-head-sed-tail", "head, sed -n and tail print lines that cat already showed."),
+         ("codex-cat-then-head-sed-tail",
+          "head, sed -n and tail print lines that cat already showed."),
          ("codex-head-sed-tail", "head, sed -n and tail print different parts of a file."), shell)
 
     def mixed(s, bad):
         s.read(cart, 5)
         s.browse(2, 5)
-        second = s.cat("cat " + (cart if bad else "src/basket.py"), cart if bad else "src/basket.py", 5)
+        second = s.cat("cat " + (cart if bad else "src/basket.py"),
+                       cart if bad else "src/basket.py", 5)
         s.say("They agree with each other.")
         return [reread(cart, second)]
 
@@ -206,8 +218,8 @@ def reads():
 
     pair(Claude, name, "Let a sub-agent look into the rounding problem.",
          ("subagent-reads-twice", "The sub-agent reads the file twice in its own window."),
-         ("subagent-reads-too", "Main agent and sub-agent each read the file once, in windows of their own."),
-         helper)
+         ("subagent-reads-too",
+          "Main agent and sub-agent each read the file once, in windows of their own."), helper)
 
     def failed(s, bad):
         if bad:
@@ -219,15 +231,17 @@ def reads():
         s.say("Got it on the network share.")
         return [reread(cart, second)]
 
-    pair(Claude, name, "The project is on a network share now; check that you can still read the cart.",
+    pair(Claude, name,
+         "The project is on a network share now; check that you can still read the cart.",
          ("read-after-good-read", "The first read succeeded."),
-         ("read-after-failed-read", "The first read failed, so the second is the first to bring the file."),
-         failed)
+         ("read-after-failed-read",
+          "The first read failed, so the second is the first to bring the file."), failed)
 
     def cut(s, bad):
         lines = s.source(cart, 16)
         if not bad:
-            lines = (["Total output lines: 16", ""] + lines[:4] + ["\u202698 tokens truncated\u2026"] +
+            lines = (["Total output lines: 16", ""] + lines[:4]
+                     + ["\u202698 tokens truncated\u2026"] +
                      lines[-4:])
         s.run("cat " + cart, "\n".join(lines), original=187, limit=5000 if bad else 90)
         s.browse(7, 12)
@@ -245,8 +259,9 @@ def reads():
         if bad:
             second = s.read(cart, 6)
         else:
-            text = ("File unchanged since last read. The content from the earlier Read tool_result in this "
-                    "conversation is still current \u2014 refer to that instead of re-reading.")
+            text = ("File unchanged since last read. The content from the earlier Read tool_result "
+                    "in this conversation is still current \u2014 refer to that instead of "
+                    "re-reading.")
             second = s.use("Read", {"file_path": s.path(cart)},
                            text,
                            extra={"type": "file_unchanged", "file": {"filePath": s.path(cart)}})
@@ -255,7 +270,8 @@ def reads():
 
     pair(Claude, name, "Have another look at the cart before you answer.",
          ("read-in-full-again", "The file's text entered the context a second time."),
-         ("read-unchanged-notice", "The second read brought only a notice that nothing changed."), notice)
+         ("read-unchanged-notice", "The second read brought only a notice that nothing changed."),
+         notice)
 
 
 def searches():
@@ -283,7 +299,8 @@ def searches():
     pair(Codex, name, "remove the last uses of legacy_tax",
          ("codex-search-twice", "rg, git status, the same rg."),
          ("codex-search-after-patch", "A patch was applied between the two searches."),
-         twice(kind, lambda s: s.search("legacy_tax"), lambda s: s.edit("src/tax.py"), query="legacy_tax"))
+         twice(kind, lambda s: s.search("legacy_tax"), lambda s: s.edit("src/tax.py"),
+               query="legacy_tax"))
 
     def polling(s, bad):
         found = ["build/%s-1.0.tar.gz" % word for word in WORDS[:12]]
@@ -299,7 +316,8 @@ def searches():
     pair(
         Gemini, name, "Check whether the generated code still uses the beta endpoint.",
         ("gemini-search-twice", "Only git status stands between two equal searches."),
-        ("gemini-search-after-unknown-command", "A command nobody recognises may have changed anything."),
+        ("gemini-search-after-unknown-command",
+         "A command nobody recognises may have changed anything."),
         twice(kind,
               lambda s: s.search("beta_endpoint"),
               lambda s: s.run("./scripts/regen.sh", "done"),
@@ -330,7 +348,8 @@ def large_files():
 
     pair(Codex, name, "is the generated order table damaged? check everything",
          ("codex-large-file", "cat of 10,200 tokens."),
-         ("codex-large-test-output", "The same amount, but printed by a test run: not a file."), codex)
+         ("codex-large-test-output", "The same amount, but printed by a test run: not a file."),
+         codex)
 
     def gemini(s, bad):
         s.browse(6, 4)
@@ -350,7 +369,8 @@ def thinking():
     more = ("And for the invoices?", "What about refunds?", "So what do you propose?")
 
     def talk(s, per_answer, answer, shown=None):
-        """Four answers of `per_answer` thinking tokens and `answer` visible ones; returns the finding."""
+        """Four answers of `per_answer` thinking tokens and `answer` visible ones; returns the
+        finding."""
         for follow_up in more + ("", ):
             if s.agent == "claude-code":
                 text = prose(per_answer * 4) if shown is None else shown
@@ -360,15 +380,18 @@ def thinking():
             if follow_up:
                 s.ask(follow_up)
         output, thought = 4 * (per_answer + answer), 4 * per_answer
-        return [finding(kind, thought - output * 3 // 10, 100 * per_answer // (per_answer + answer))]
+        return [finding(kind, thought - output * 3 // 10,
+                        100 * per_answer // (per_answer + answer))]
 
     pair(Claude, name, "Should we round per line or per order? Think hard about it.",
          ("thinking-60-percent", "120 of every 200 output tokens are thinking."),
          ("thinking-40-percent", "80 of every 200: at the limit, not above it."),
          lambda s, bad: talk(s, 120 if bad else 80, 80 if bad else 120))
     pair(Claude, name, "Plan the move to whole cents; I want the reasons, too.",
-         ("thinking-shown", "160 of every 200 output tokens are thinking, as the transcript shows."),
-         ("thinking-redacted", "The same usage, but the thinking is redacted: its size is unknown."),
+         ("thinking-shown",
+          "160 of every 200 output tokens are thinking, as the transcript shows."),
+         ("thinking-redacted",
+          "The same usage, but the thinking is redacted: its size is unknown."),
          lambda s, bad: talk(s, 160, 40, None if bad else ""))
     pair(Codex, name, "how would you split the cart module?",
          ("codex-reasoning-75-percent", "150 of every 200 output tokens are reasoning."),
@@ -387,7 +410,8 @@ def retries():
     def rerun(s, bad):
         costs = []
         for _ in range(2):
-            costs.append(s.run("python3 -m pytest -q tests/test_cart.py", failing("test_total", why), 1))
+            costs.append(
+                s.run("python3 -m pytest -q tests/test_cart.py", failing("test_total", why), 1))
             s.browse(4, 3)
             if not bad:
                 s.edit("src/cart.py")
@@ -395,8 +419,10 @@ def retries():
         return [again(kind, *costs)]
 
     pair(Codex, name, "make tests/test_cart.py pass",
-         ("codex-test-rerun-without-a-change", "The same test fails twice; reading other files is no fix."),
-         ("codex-test-rerun-after-a-fix", "The failure is followed by an attempt to fix it."), rerun)
+         ("codex-test-rerun-without-a-change",
+          "The same test fails twice; reading other files is no fix."),
+         ("codex-test-rerun-after-a-fix", "The failure is followed by an attempt to fix it."),
+         rerun)
 
     def missing(s, bad):
         s.browse(4, 3)
@@ -420,8 +446,8 @@ def retries():
 
     pair(Claude, name, "Is VAT handled in a module of its own?",
          ("same-missing-file-twice", "The same missing file is opened again in the next response."),
-         ("two-missing-files-at-once", "Two different files, opened in one parallel batch, are missing."),
-         missing)
+         ("two-missing-files-at-once",
+          "Two different files, opened in one parallel batch, are missing."), missing)
 
     def declined(s, bad):
         costs = []
@@ -430,22 +456,23 @@ def retries():
                 costs.append(s.run("make clean", NO_RULE, 2))
             else:
                 s.use("Bash", {"command": "make clean", "description": "Run it in the project"},
-                      "The user doesn't want to proceed with this tool use. The tool use was rejected.",
-                      error=True)
+                      "The user doesn't want to proceed with this tool use. "
+                      "The tool use was rejected.", error=True)
             s.browse(4, 3)
         s.say("I left the build folder alone.")
         return [again(kind, *costs)]
 
     pair(Claude, name, "Clean up the build folder.",
          ("make-fails-twice", "make has no such target, and is asked again."),
-         ("permission-declined-twice", "The user declined the same command twice: no failure of the agent."),
-         declined)
+         ("permission-declined-twice",
+          "The user declined the same command twice: no failure of the agent."), declined)
 
     def fetch(s, bad):
         costs = []
         for _ in range(2):
             costs.append(
-                s.fail("web_fetch", {"prompt": "List the endpoints on https://docs.example.org/api"},
+                s.fail("web_fetch",
+                       {"prompt": "List the endpoints on https://docs.example.org/api"},
                        REFUSED % (404 if bad else 503)))
             s.browse(4, 3)
         s.say("The page cannot be had at the moment.")
@@ -453,14 +480,15 @@ def retries():
 
     pair(Gemini, name, "Check our API client against the public documentation.",
          ("gemini-not-found-twice", "404 will be 404 the next time, too."),
-         ("gemini-overloaded-twice", "503: the server was overloaded, trying again is right."), fetch)
+         ("gemini-overloaded-twice", "503: the server was overloaded, trying again is right."),
+         fetch)
     pair(
         Codex, name, "run the migration tests",
         ("codex-test-again", "The same failure, only git status between."),
         ("codex-test-after-unknown-command", "A command nobody recognises may have repaired it."),
         twice(kind,
-              lambda s: s.run("pytest -q tests/test_db.py", failing("test_db", "OperationalError: no table"),
-                              1),
+              lambda s: s.run("pytest -q tests/test_db.py",
+                              failing("test_db", "OperationalError: no table"), 1),
               lambda s: s.run("./scripts/setup_db.sh", "ok"),
               browse=7,
               lines=4))
@@ -471,7 +499,8 @@ def retries():
          "Status success, exit code 1: the same test fails twice, in another time."),
         ("gemini-test-after-replace", "The test file was edited between the two runs."),
         twice(kind,
-              lambda s: s.run("pytest -q tests/test_date.py", failing("test_date", why, next(clock)), 1),
+              lambda s: s.run("pytest -q tests/test_date.py",
+                              failing("test_date", why, next(clock)), 1),
               lambda s: s.edit("tests/test_date.py"),
               browse=7,
               lines=6))
@@ -481,10 +510,12 @@ TROUBLE = (  # command, what it prints when it fails, and when it succeeds
     ("npm run lint", "npm error Missing script: lint",
      "42 files are clean"), ("cat docs/setup.md", "cat: docs/setup.md: No such file or directory",
                              "Install Python 3.12, then run make."),
-    ("python3 -m pytest tests/api", "ModuleNotFoundError: No module named flask", "18 passed in 0.40s"),
+    ("python3 -m pytest tests/api", "ModuleNotFoundError: No module named flask",
+     "18 passed in 0.40s"),
     ("docker compose ps", "Cannot connect to the Docker daemon", "db  postgres:16  Up 3 hours"),
     ("psql -c 'select 1'", "connection to server on socket refused",
-     "(1 row)"), ("make docs", "make: *** No rule to make target docs.  Stop.", "docs are up to date"),
+     "(1 row)"),
+    ("make docs", "make: *** No rule to make target docs.  Stop.", "docs are up to date"),
     ("ls vendor", "", "fonts  icons  licences"), ("node --version", "", "v22.3.0"))
 
 
@@ -499,13 +530,15 @@ def errors():
         return [finding("HIGH_ERROR_RATE", sum(c.entered + c.written for c in costs[:6]), None)]
 
     for kind, mark in ((Claude, ""), (Codex, "codex-"), (Gemini, "gemini-")):
-        pair(kind, "HighErrorRate", "Set the project up on this new machine and tell me what is missing.",
+        pair(kind, "HighErrorRate",
+             "Set the project up on this new machine and tell me what is missing.",
              (mark + "six-of-eight-fail", "Six of eight commands fail, each in another way."),
              (mark + "one-of-eight-fails", "The same commands, but only one of them fails."), story)
 
     recorder = Claude("grep-finds-nothing", "Does lib still use any of the old names?")
     for word in WORDS[:6]:
-        recorder.run("grep -rn %s lib" % word, "", extra={"returnCodeInterpretation": "No matches found"})
+        recorder.run(
+            "grep -rn %s lib" % word, "", extra={"returnCodeInterpretation": "No matches found"})
     recorder.say("lib is empty.")
     case(recorder, "HighErrorRate", False, "grep exits with 1 when it finds nothing: not an error.",
          "six-of-eight-fail")
@@ -525,16 +558,18 @@ def spikes():
         s.say("Listed all of them.")
         return [spike()]
 
-    for kind, mark, what in ((Claude, "", "search"), (Codex, "codex-", "command"), (Gemini, "gemini-",
-                                                                                    "read")):
+    for kind, mark, what in ((Claude, "", "search"), (Codex, "codex-", "command"),
+                             (Gemini, "gemini-", "read")):
         pair(kind, "TokenSpike", "Make a list of the words our code uses for money.",
-             (mark + "one-big-" + what, "One %s of eleven brings ten times as much as the others." % what),
+             (mark + "one-big-" + what,
+              "One %s of eleven brings ten times as much as the others." % what),
              (mark + "even-%ses" % what if what == "search" else mark + "even-%ss" % what,
               "Eleven of equal size."), story)
 
 
 def come_back(s, minutes, lost):
-    """Work of some length, a pause, and a last answer; `lost`: the cache is gone after the pause."""
+    """Work of some length, a pause, and a last answer; `lost`: the cache is gone after the
+    pause."""
     s.browse(10, 205)
     s.say("The first chapters match the code.")
     s.wait(minutes)
@@ -543,33 +578,39 @@ def come_back(s, minutes, lost):
     s.ask("Go on with the last chapter.")
     s.browse(1, 2)
     s.say("All pages are checked now.")
-    # all of it was written at the one-hour price (twice the input's) instead of read (a tenth of it)
+    # all of it was written at the one-hour price (twice the input's) instead of read (a tenth of
+    # it)
     return [finding("LONG_SESSION", rebuilt * 19 // 20, 1)]
 
 
 def long_sessions():
     pair(Claude, "LongSession", "Check the pages of the handbook against the code, one by one.",
-         ("return-after-an-hour", "The cache lives for an hour; after 70 minutes all of it is written again."),
+         ("return-after-an-hour",
+          "The cache lives for an hour; after 70 minutes all of it is written again."),
          ("return-within-the-hour", "50 minutes later the cache is still there."),
          lambda s, bad: come_back(s, 70 if bad else 50, bad))
     pair(Claude, "LongSession", "Check the pages of the manual against the code, one by one.",
          ("return-after-lunch", "After 63 minutes the cache has expired by the clock."),
-         ("cache-lost-within-the-hour", "Lost after 50 minutes: nobody says why, so it is no late return."),
+         ("cache-lost-within-the-hour",
+          "Lost after 50 minutes: nobody says why, so it is no late return."),
          lambda s, bad: come_back(s, 63 if bad else 50, True))
 
 
 def long_but_innocent():
     for kind, mark in ((Claude, ""), (Codex, "codex-")):
-        s = kind(mark + "long-without-a-pause", "Check the pages of the guide against the code, one by one.",
-                 "shop")
+        s = kind(mark + "long-without-a-pause",
+                 "Check the pages of the guide against the code, one by one.", "shop")
         for _ in range(16):
             s.wait(9.5)
             s.browse(1, 2)
         s.say("All pages are checked now.")
-        case(s, "LongSession", False, "More than 150 minutes, but no return to a cache that is gone.")
-    s = Codex("codex-return-after-an-hour", "Check the pages of the guide against the code, one by one.", "shop")
+        case(s, "LongSession", False,
+             "More than 150 minutes, but no return to a cache that is gone.")
+    s = Codex("codex-return-after-an-hour",
+              "Check the pages of the guide against the code, one by one.", "shop")
     come_back(s, 70, True)
-    case(s, "LongSession", False, "Codex does not tell how long its cache lives: the clock proves nothing.")
+    case(s, "LongSession", False,
+         "Codex does not tell how long its cache lives: the clock proves nothing.")
 
 
 def write_all():
@@ -581,13 +622,16 @@ def what_happened_meanwhile():
     """What others did between two equal answers: a process, a person, an installer."""
     cart, report = "src/cart.py", "\n".join(" M src/%s.py" % word for word in WORDS[:14])
     pair(
-        Codex, "RepeatedSearch", "build it, and tell me whether the build leaves the tree as it was",
-        ("codex-status-after-status", "git status twice with git log between: nothing can have changed."),
+        Codex, "RepeatedSearch",
+        "build it, and tell me whether the build leaves the tree as it was",
+        ("codex-status-after-status",
+         "git status twice with git log between: nothing can have changed."),
         ("codex-status-after-waiting", "A build was waited for between the two looks at the tree."),
         twice("REPEATED_SEARCH", lambda s: s.run("git status --short", report),
-              lambda s: s.use("write_stdin", {"session_id": 4711, "chars": "", "yield_time_ms": 30000},
-                              "Chunk ID: 5f1c\nWall time: 19.2890 seconds\nProcess exited with code 0\n"
-                              "Original token count: 9\nOutput:\nBuild finished in 22 s"),
+              lambda s: s.use(
+                  "write_stdin", {"session_id": 4711, "chars": "", "yield_time_ms": 30000},
+                  "Chunk ID: 5f1c\nWall time: 19.2890 seconds\nProcess exited with code 0\n"
+                  "Original token count: 9\nOutput:\nBuild finished in 22 s"),
               lambda s: s.run("git log --oneline -1", "4f1c2aa Round once"),
               query="git status --short"))
 
@@ -603,8 +647,8 @@ def what_happened_meanwhile():
 
     pair(Gemini, "RepeatedFileRead", "Has the cart module Windows line ends?",
          ("gemini-read-after-a-question", "The user asks about a file that is in the context."),
-         ("gemini-read-after-a-shell-line", "The user's prompt is the shell line that rewrote the file."),
-         asked)
+         ("gemini-read-after-a-shell-line",
+          "The user's prompt is the shell line that rewrote the file."), asked)
 
     def installed(s, bad):
         s.read(cart, 6)
@@ -616,6 +660,8 @@ def what_happened_meanwhile():
         s.say("The cart is what it was." if bad else "The install script has bumped the revision.")
         return [reread(cart, second)]
 
-    pair(Claude, "RepeatedFileRead", "Install the packages and check that the cart needs none of them.",
-         ("read-after-install", "An install changes its own tree: the same lines of a source came again."),
+    pair(Claude, "RepeatedFileRead",
+         "Install the packages and check that the cart needs none of them.",
+         ("read-after-install",
+          "An install changes its own tree: the same lines of a source came again."),
          ("read-after-install-script", "The package's install script rewrote the file."), installed)
