@@ -1,4 +1,4 @@
-"""Several agents on one repository: a queue and bus, workers with a worktree each, a merge queue, a report.
+"""Several agents on one repository: queue and bus, workers with worktrees, merge queue, report.
 
     python3 examples/crew --help
 
@@ -12,10 +12,11 @@ __all__ = ["ALL", "Bus", "Claim", "CrewError", "Message", "Task", "TaskState", "
 
 
 def open_bus(where: str, *, name: str = "crew", lease_seconds: float = 60.0) -> Bus:
-    """The queue and bus at ``where``: a file for SQLite, or a ``redis://`` (``rediss://``, ``unix://``) URL.
+    """The queue and bus at ``where``: a file for SQLite, or a ``redis://`` (``rediss://``,
+    ``unix://``) URL.
 
-    ``name`` separates crews that share one Redis; a URL that ends in ``#NAME`` brings its own. Raises CrewError
-    when it cannot be opened or, for Redis, when the ``redis`` package is missing.
+    ``name`` separates crews that share one Redis; a URL that ends in ``#NAME`` brings its own.
+    Raises CrewError when it cannot be opened or, for Redis, when the ``redis`` package is missing.
     """
     if where.startswith(("redis://", "rediss://", "unix://")):
         from .redis_bus import RedisBus

@@ -1,6 +1,7 @@
-"""An agent's run on a task as sessions: started, watched, and its tokens taken from the agent's own log.
+"""An agent's run on a task as sessions: started, watched, its tokens taken from its own log.
 
-The sessions are ordinary ones with ``collab_id``, ``task_id``, ``crew_agent`` and ``attempt`` in their metadata.
+The sessions are ordinary ones with ``collab_id``, ``task_id``, ``crew_agent`` and ``attempt`` in
+their metadata.
 """
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Tuple
 
-from sessionoptimizer import READERS, Session, SessionOptimizer, SessionStatus, find_transcripts, slug
+from sessionoptimizer import (READERS, Session, SessionOptimizer, SessionStatus,
+                              find_transcripts, slug)
 
 from .bus import CrewError, Task, TaskState
 from .repository import Repository, safe_name
@@ -32,7 +34,8 @@ CLOCK_SECONDS = 2.0  # by which a file system's clock may differ
 
 @dataclass
 class Agent:
-    """A kind of agent: its command with ``{prompt}`` where the prompt goes, what it can do, how many may run."""
+    """A kind of agent: its command with ``{prompt}`` where the prompt goes, what it can do, how
+    many may run."""
 
     name: str
     command: List[str]
@@ -61,7 +64,8 @@ class Agent:
 
 @dataclass
 class Ended:
-    """How a command ended: its status (None when it was stopped), and the end of what it printed."""
+    """How a command ended: its status (None when it was stopped), and the end of what it
+    printed."""
 
     status: Any
     tail: str
@@ -69,19 +73,25 @@ class Ended:
 
 @dataclass
 class Runner:
-    """Runs commands that end with this process, no more than ``limit`` of one crew at once (0: any number)."""
+    """Runs commands that end with this process, no more than ``limit`` of one crew at once (0: any
+    number)."""
 
     slots: str
     limit: int = 0
-    lost: threading.Event = field(default_factory=threading.Event)  # set when the work counts for nothing any more
+    # set when the work counts for nothing any more
+    lost: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, command: List[str], cwd: str, seconds: float, output: str, *, limited: bool = False,
+    def run(self, command: List[str], cwd: str, seconds: float, output: str, *,
+            limited: bool = False,
             environment: Dict[str, str] = {}) -> Ended:  # noqa: B006 (read only)
-        """Run a command with its output in a file, stopped after ``seconds`` or when the task is lost."""
-        leash = [sys.executable, os.path.join(HERE, "leash.py"), self.slots, str(self.limit if limited else 0)]
+        """Run a command with its output in a file, stopped after ``seconds`` or when the task is
+        lost."""
+        leash = [sys.executable, os.path.join(HERE, "leash.py"), self.slots,
+                 str(self.limit if limited else 0)]
         with open(output, "ab") as file:
-            process = subprocess.Popen(leash + command, cwd=cwd, stdin=subprocess.PIPE, stdout=file, stderr=file,
-                                       start_new_session=True, env={**os.environ, **environment})
+            process = subprocess.Popen(
+                leash + command, cwd=cwd, stdin=subprocess.PIPE, stdout=file, stderr=file,
+                start_new_session=True, env={**os.environ, **environment})
         end, stopped = time.monotonic() + seconds, True
         try:
             while not ended(process) and time.monotonic() < end and not self.lost.is_set():
@@ -92,13 +102,15 @@ class Runner:
             while not ended(process):
                 time.sleep(LOOK_SECONDS)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what the command left running in the background
+                # what the command left running in the background
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         with open(output, "rb") as file:
             file.seek(max(0, os.path.getsize(output) - TAIL_BYTES))
             tail = file.read().decode(errors="replace").strip()
         if stopped:
-            return Ended(None, f"stopped after {seconds:g} s" if not self.lost.is_set() else "the lease is lost")
+            return Ended(None, f"stopped after {seconds:g} s" if not self.lost.is_set()
+                         else "the lease is lost")
         return Ended(process.returncode, tail)
 
 
@@ -108,9 +120,11 @@ def ended(process: subprocess.Popen) -> bool:
 
 
 class Attempt:
-    """One attempt at a task: a scratch store while it runs, then its sessions in the store that is given.
+    """One attempt at a task: a scratch store while it runs, then its sessions in the store that is
+    given.
 
-    The scratch store stays until they are there, so what a killed worker's agent used is found by the next."""
+    The scratch store stays until they are there, so what a killed worker's agent used is found by
+    the next."""
 
     def __init__(self, repository: Repository, task: Task, number: int):
         self.task, self.number = task, number
@@ -138,15 +152,18 @@ class Attempt:
             return file.read()
 
     def command(self, agent: Agent, prompt: str) -> List[str]:
-        """The agent's command under ``record``, where that can be had; it knows an agent's log by the agent's process."""
+        """The agent's command under ``record``, where that can be had; it knows an agent's log by
+        the agent's process."""
         command = agent.arguments(prompt)
         if not os.path.exists(RECORD) or importlib.util.find_spec("ptyprocess") is None:
             return command
-        return [sys.executable, RECORD, "--store", self.store, "--agent", agent.name, "--task", self.task.title,
-                "--session-id", self.recorded, "--result", os.path.join(self.folder, "result.json"), "--", *command]
+        return [sys.executable, RECORD, "--store", self.store, "--agent", agent.name, "--task",
+                self.task.title, "--session-id", self.recorded, "--result",
+                os.path.join(self.folder, "result.json"), "--", *command]
 
     def settle(self, optimizer: SessionOptimizer, status: SessionStatus) -> List[str]:
-        """Bring the sessions of this attempt into the store and return their ids; [] when nothing was begun."""
+        """Bring the sessions of this attempt into the store and return their ids; [] when nothing
+        was begun."""
         scratch = SessionOptimizer(self.store) if os.path.isdir(self.store) else None
         own = scratch.get_session(self.id) if scratch else None
         ids = []
@@ -166,9 +183,10 @@ class Attempt:
             scratch.scan(recent)
 
     def _used(self, scratch: SessionOptimizer, own: Session) -> List[Session]:
-        """The sessions that say what the attempt cost: the agents' own logs, what a script logged itself, and without that the
-        answers that went through ``record``. Without any, the script's empty one: the cost is not known then, and an estimate
-        from what stood on the screen does not go into the sums."""
+        """The sessions that say what the attempt cost: the agents' own logs, what a script logged
+        itself, and without that the answers that went through ``record``. Without any, the script's
+        empty one: the cost is not known then, and an estimate from what stood on the screen does
+        not go into the sums."""
         told: Dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             with open(os.path.join(self.folder, "result.json"), encoding="utf-8") as file:
@@ -176,9 +194,12 @@ class Attempt:
         if told.get("source") != "log":
             self._read_transcripts(scratch)
         logs = [session for session in scratch.list_sessions(limit=1_000)
-                if session.imported and (session.id in told.get("sessions", ()) or self._is_here(session))]
-        through = [scratch.get_session(self.recorded)] if told.get("source") == "pass-through" else []
-        return logs + ([own] if own.total_tokens or not logs + through else []) + ([] if own.total_tokens else through)
+                if session.imported
+                and (session.id in told.get("sessions", ()) or self._is_here(session))]
+        through = ([scratch.get_session(self.recorded)]
+                   if told.get("source") == "pass-through" else [])
+        return (logs + ([own] if own.total_tokens or not logs + through else [])
+                + ([] if own.total_tokens else through))
 
     def _is_here(self, session: Session) -> bool:
         """Whether a transcript is of this attempt's worktree."""
@@ -189,18 +210,23 @@ class Attempt:
         """Store a session under its id, once; where that was done before nothing changes."""
         data = session.to_dict()
         data["status"] = status.value
-        data["metadata"] = dict(session.metadata, collab_id=self.crew, task_id=self.task.id, attempt=self.number,
-                                crew_agent=self._worker(), worktree=self.path)
+        data["metadata"] = dict(
+            session.metadata, collab_id=self.crew, task_id=self.task.id, attempt=self.number,
+            crew_agent=self._worker(), worktree=self.path)
         before = optimizer.get_session(session.id)
-        if before is None or before.metadata != data["metadata"] or before.total_tokens != session.total_tokens:
+        if (before is None or before.metadata != data["metadata"]
+                or before.total_tokens != session.total_tokens):
             optimizer.import_session(data)
-            with open(self.ledger, "a", encoding="utf-8") as file:  # a scan of the transcript knows no metadata
+            # a scan of the transcript knows no metadata
+            with open(self.ledger, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": session.id, "metadata": data["metadata"]}) + "\n")
         return session.id
 
 
-def settle_left(repository: Repository, optimizer: SessionOptimizer, states: List[TaskState]) -> None:
-    """After the work: settle the attempts and remove the worktrees that killed workers left; not those under way."""
+def settle_left(repository: Repository, optimizer: SessionOptimizer,
+                states: List[TaskState]) -> None:
+    """After the work: settle the attempts and remove the worktrees that killed workers left; not
+    those under way."""
     for state in states:
         if state.status == "CLAIMED":
             continue

@@ -1,9 +1,10 @@
-"""Run a command that ends with whoever started it: when standard input closes, all its processes are ended.
+"""Run a command that ends with whoever started it: all of it, when standard input closes.
 
     leash.py SLOTS LIMIT COMMAND...
 
-It waits until fewer than LIMIT of the commands that share the directory SLOTS run; 0 means no limit. A worker
-that is killed closes the pipe to here, whatever it could not do any more, so no agent goes on without one.
+It waits until fewer than LIMIT of the commands that share the directory SLOTS run; 0 means no
+limit. A worker that is killed closes the pipe to here, whatever it could not do any more, so no
+agent goes on without one.
 """
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def let_go(seconds: float) -> bool:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends, so that none gets away (Linux only)."""
+    """Become the parent of every descendant whose own parent ends, so that none gets away (Linux
+    only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 

@@ -1,4 +1,4 @@
-"""A pool of worker processes: at most so many agents run at once, and a worker that dies is started again."""
+"""A pool of worker processes: so many agents at once; a worker that dies is started again."""
 from __future__ import annotations
 
 import subprocess
@@ -7,12 +7,13 @@ from typing import Callable, Dict, List
 
 LOOK_SECONDS = 0.1
 STOP_SECONDS = 15.0
-MOST_RESTARTS = 20  # of one worker: what dies more often has a cause that starting it again does not cure
+# of one worker: what dies more often has a cause that starting it again does not cure
+MOST_RESTARTS = 20
 
 
 class Pool:
-    """Runs a command for each name until all have ended by themselves. Their standard input is a pipe from here:
-    when it closes, whatever the reason, they are to end."""
+    """Runs a command for each name until all have ended by themselves. Their standard input is a
+    pipe from here: when it closes, whatever the reason, they are to end."""
 
     def __init__(self, commands: Dict[str, List[str]], say: Callable[[str], None] = print):
         self.commands, self.say = commands, say
@@ -44,7 +45,8 @@ class Pool:
             return
         self.restarts[name] += 1
         again = self.restarts[name] <= MOST_RESTARTS
-        self.say(f"{name} ended with status {process.returncode}" + (", started again" if again else ""))
+        self.say(f"{name} ended with status {process.returncode}"
+                 + (", started again" if again else ""))
         if again:
             self.start(name)
 

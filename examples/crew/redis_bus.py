@@ -1,7 +1,8 @@
 """The queue and bus on Redis Streams: for the processes of several machines.
 
-Every change is one script (redis_bus.lua) that Redis runs whole or not at all. Redis 6.2 or later, no cluster.
-What Redis has acknowledged is as safe as its settings make it: ``appendonly yes`` keeps it over a crash.
+Every change is one script (redis_bus.lua) that Redis runs whole or not at all. Redis 6.2 or later,
+no cluster. What Redis has acknowledged is as safe as its settings make it: ``appendonly yes`` keeps
+it over a crash.
 """
 from __future__ import annotations
 
@@ -15,15 +16,17 @@ from .bus import Bus, Claim, CrewError, Message, Task, TaskState
 try:
     import redis
 except ImportError as missing:
-    raise CrewError("a queue on Redis needs the redis package: pip install 'sessionoptimizer[redis]', "
-                    "or in a clone pip install -e '.[redis]'") from missing
+    raise CrewError(
+        "a queue on Redis needs the redis package: pip install 'sessionoptimizer[redis]', "
+        "or in a clone pip install -e '.[redis]'") from missing
 
 SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "redis_bus.lua")
 TIMEOUT = 10.0  # seconds for an answer
 
 
 class RedisBus(Bus):
-    """The bus of the crew ``name`` in the Redis at ``url``; CrewError when it does not answer or is too old."""
+    """The bus of the crew ``name`` in the Redis at ``url``; CrewError when it does not answer or is
+    too old."""
 
     def __init__(self, url: str, *, name: str = "crew", lease_seconds: float = 60.0):
         self._prefix = name
@@ -50,7 +53,8 @@ class RedisBus(Bus):
     def _ask(self, operation: str, **given: Any) -> List[Any]:
         """What an operation of the script returns; CrewError when Redis does not answer."""
         try:
-            return self._script(args=[operation, self._prefix, round(1000 * self.lease_seconds), json.dumps(given)])
+            return self._script(
+                args=[operation, self._prefix, round(1000 * self.lease_seconds), json.dumps(given)])
         except redis.RedisError as error:
             raise CrewError(f"Redis cannot {operation}: {error}") from error
 
@@ -74,14 +78,16 @@ class RedisBus(Bus):
         return self._ask("complete", id=claim.task.id, attempt=claim.attempt, result=result) == [1]
 
     def _fail(self, claim: Claim, reason: str, retry: bool) -> bool:
-        return self._ask("fail", id=claim.task.id, attempt=claim.attempt, reason=reason, again=retry) == [1]
+        return self._ask(
+            "fail", id=claim.task.id, attempt=claim.attempt, reason=reason, again=retry) == [1]
 
     def _send(self, identity: str, sender: str, to: str, body: str, priority: int) -> None:
         self._ask("send", id=identity, sender=sender, to=to, body=body, priority=priority)
 
     def _receive(self, agent: str, limit: int) -> List[Message]:
         return [Message(identity, sender, to, json.loads(body), int(priority),
-                        functools.partial(self._ask, "acknowledge", stream=stream, group=group, entry=entry))
+                        functools.partial(
+                            self._ask, "acknowledge", stream=stream, group=group, entry=entry))
                 for identity, sender, to, body, priority, stream, group, entry
                 in self._ask("receive", agent=agent, limit=limit)]
 
@@ -92,5 +98,6 @@ class RedisBus(Bus):
 
 def _state(row: Dict[str, str]) -> TaskState:
     times = [float(row.get(name, 0)) for name in ("submitted_at", "claimed_at", "finished_at")]
-    return TaskState(Task.from_json(row["spec"]), row["status"], int(row["attempts"]), row.get("agent", ""),
+    return TaskState(Task.from_json(row["spec"]), row["status"], int(row["attempts"]),
+                     row.get("agent", ""),
                      json.loads(row.get("result", "null")), row.get("error", ""), *times)

@@ -1,7 +1,8 @@
 """The git side of a crew: worktrees, the integration branch, and merges that happen once.
 
-The crew moves one branch that nobody has checked out. A merge is made in the worktree and becomes real by a
-compare-and-swap of that branch; its trailer ``Crew-Task`` says which task it is, so that no task is merged twice.
+The crew moves one branch that nobody has checked out. A merge is made in the worktree and becomes
+real by a compare-and-swap of that branch; its trailer ``Crew-Task`` says which task it is, so that
+no task is merged twice.
 """
 from __future__ import annotations
 
@@ -20,15 +21,19 @@ from typing import Dict, Iterator, List, Sequence, Tuple
 from .bus import CrewError
 
 GIT_SECONDS = 120.0
-# The crew's commits are checked by its test command; a hook of the repository is not a part of that.
-SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", "-c", "commit.gpgSign=false", "-c", "core.quotePath=false")
+# The crew's commits are checked by its test command; a hook of the repository is not a part of
+# that.
+SETTINGS = ("-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", "-c", "commit.gpgSign=false", "-c",
+            "core.quotePath=false")
 
 
 class Conflict(Exception):
-    """A merge that git could not make: ``files``, and the ``tasks`` that were merged there meanwhile."""
+    """A merge that git could not make: ``files``, and the ``tasks`` that were merged there
+    meanwhile."""
 
     def __init__(self, files: List[str], tasks: List[str]):
-        super().__init__(f"conflict in {', '.join(files)}" + (f" with {', '.join(tasks)}" if tasks else ""))
+        super().__init__(f"conflict in {', '.join(files)}"
+                         + (f" with {', '.join(tasks)}" if tasks else ""))
         self.files, self.tasks = files, tasks
 
 
@@ -45,16 +50,19 @@ class Merge:
 def safe_name(text: str) -> str:
     """The text as a part of a branch's and a directory's name."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:50]
-    return plain if plain and plain == text else f"{plain}-{zlib.crc32(text.encode()):08x}".strip("-")
+    return (plain if plain and plain == text
+            else f"{plain}-{zlib.crc32(text.encode()):08x}".strip("-"))
 
 
 class Repository:
-    """The repository that holds ``path``; ``into`` is the branch the crew moves. CrewError where that cannot be."""
+    """The repository that holds ``path``; ``into`` is the branch the crew moves. CrewError where
+    that cannot be."""
 
     def __init__(self, path: str, crew: str, into: str = ""):
         self.top = os.path.realpath(path)
         try:
-            self.common = os.path.realpath(os.path.join(self.top, self.git("rev-parse", "--git-common-dir")))
+            self.common = os.path.realpath(
+                os.path.join(self.top, self.git("rev-parse", "--git-common-dir")))
         except (CrewError, OSError) as error:
             raise CrewError(f"{path} is in no git repository") from error
         self.crew, self.into = safe_name(crew), into or f"crew/{safe_name(crew)}"
@@ -67,35 +75,43 @@ class Repository:
 
     def _main(self) -> str:
         """The main worktree, or the repository itself where it has none."""
-        return os.path.dirname(self.common) if os.path.basename(self.common) == ".git" else self.common
+        return (os.path.dirname(self.common) if os.path.basename(self.common) == ".git"
+                else self.common)
 
-    def git(self, *arguments: str, cwd: str = "", status: Sequence[int] = (0,), held: Tuple[int, ...] = (),
+    def git(self, *arguments: str, cwd: str = "", status: Sequence[int] = (0,),
+            held: Tuple[int, ...] = (),
             environment: Dict[str, str] = {}) -> str:  # noqa: B006 (read only)
-        """What git prints, without the newline at its end; CrewError with git's words for another status.
+        """What git prints, without the newline at its end; CrewError with git's words for another
+        status.
 
         ``held``: locks that stay held while git runs, though this process be killed."""
         known = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
         try:
-            done = subprocess.run(["git", *SETTINGS, *arguments], cwd=cwd or self.top, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GIT_SECONDS, pass_fds=held,
-                                  env={**known, "LC_ALL": "C", **environment})
+            done = subprocess.run(
+                ["git", *SETTINGS, *arguments], cwd=cwd or self.top, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=GIT_SECONDS, pass_fds=held,
+                env={**known, "LC_ALL": "C", **environment})
         except subprocess.TimeoutExpired as error:
             raise CrewError(f"git {arguments[0]} took more than {GIT_SECONDS:g} s") from error
         if done.returncode not in status:
-            words = done.stderr.decode(errors="replace").strip() or done.stdout.decode(errors="replace").strip()
+            words = (done.stderr.decode(errors="replace").strip()
+                     or done.stdout.decode(errors="replace").strip())
             raise CrewError(f"git {arguments[0]}: {words[-500:]}")
         return done.stdout.decode(errors="replace").rstrip("\n")
 
     def prepare(self) -> str:
-        """Make the branch at HEAD where there is none, and return its tip; CrewError when somebody has it checked out."""
+        """Make the branch at HEAD where there is none, and return its tip; CrewError when somebody
+        has it checked out."""
         with self.lock() as held:
             if not self.git("rev-parse", "-q", "--verify", self.reference, status=(0, 1)):
-                self.git("update-ref", self.reference, self.git("rev-parse", "--verify", "HEAD^{commit}"), held=held)
+                self.git("update-ref", self.reference,
+                         self.git("rev-parse", "--verify", "HEAD^{commit}"), held=held)
             if not self.git("rev-parse", "-q", "--verify", self.base, status=(0, 1)):
                 self.git("update-ref", self.base, self.reference, held=held)
         for entry in self.git("worktree", "list", "--porcelain").split("\n\n"):
             if f"branch {self.reference}" in entry.split("\n"):
-                raise CrewError(f"{self.into} is checked out in {entry.split()[1]}: choose another with --into")
+                raise CrewError(
+                    f"{self.into} is checked out in {entry.split()[1]}: choose another with --into")
         return self.tip()
 
     def tip(self) -> str:
@@ -108,7 +124,8 @@ class Repository:
         file = os.open(os.path.join(self.state, "merge.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):  # left by a git that was killed: nobody else is here now
+            # left by a git that was killed: nobody else is here now
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.common, *self.reference.split("/")) + ".lock")
             yield (file,)
         finally:
@@ -119,7 +136,8 @@ class Repository:
         return os.path.join(self.worktrees, f"{safe_name(task)}@{attempt}")
 
     def add_worktree(self, task: str, attempt: int) -> Tuple[str, str]:
-        """A worktree of its own for an attempt at the branch's tip: its path and the commit it starts from."""
+        """A worktree of its own for an attempt at the branch's tip: its path and the commit it
+        starts from."""
         path, tip = self.path_of(task, attempt), self.tip()
         os.makedirs(self.worktrees, mode=0o700, exist_ok=True)
         self.git("worktree", "add", "--detach", path, tip)
@@ -133,7 +151,8 @@ class Repository:
 
     def worktrees_of(self, task: str) -> List[str]:
         """The worktrees that are left of all attempts at a task."""
-        return [path for path in self.all_worktrees() if os.path.basename(path).rpartition("@")[0] == safe_name(task)]
+        return [path for path in self.all_worktrees()
+                if os.path.basename(path).rpartition("@")[0] == safe_name(task)]
 
     def all_worktrees(self) -> List[str]:
         """The crew's worktrees that are there."""
@@ -161,17 +180,22 @@ class Repository:
 
     def changed(self, base: str, head: str) -> List[str]:
         """The paths in which two commits differ; a renamed file is two of them."""
-        return [name for name in self.git("diff", "--name-only", "--no-renames", "-z", base, head).split("\0") if name]
+        return [name for name in self.git("diff", "--name-only", "--no-renames", "-z", base,
+                                          head).split("\0") if name]
 
-    def refused(self, base: str, head: str, protected: Sequence[str], forbidden: Sequence[str]) -> List[str]:
-        """What must not be merged, in words: changed paths that match a protected pattern (``*`` also matches
-        ``/``), and added lines that match a forbidden regular expression."""
-        found = [f"{name} is protected by {pattern}" for name in self.changed(base, head) for pattern in protected
-                 if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(os.path.basename(name), pattern)]
+    def refused(self, base: str, head: str, protected: Sequence[str],
+                forbidden: Sequence[str]) -> List[str]:
+        """What must not be merged, in words: changed paths that match a protected pattern (``*``
+        also matches ``/``), and added lines that match a forbidden regular expression."""
+        found = [f"{name} is protected by {pattern}" for name in self.changed(base, head)
+                 for pattern in protected if fnmatch.fnmatchcase(name, pattern)
+                 or fnmatch.fnmatchcase(os.path.basename(name), pattern)]
         expressions = [re.compile(text) for text in forbidden]
         if expressions:
-            lines = self.git("diff", "--no-renames", "--no-color", "--no-ext-diff", "-U0", base, head).split("\n")
-            added = [line[1:] for line in lines if line.startswith("+") and not line.startswith("+++ ")]
+            lines = self.git("diff", "--no-renames", "--no-color", "--no-ext-diff", "-U0", base,
+                             head).split("\n")
+            added = [line[1:] for line in lines
+                     if line.startswith("+") and not line.startswith("+++ ")]
             found += [f"an added line matches {expression.pattern}" for expression in expressions
                       if any(expression.search(line) for line in added)]
         return found
@@ -182,7 +206,8 @@ class Repository:
 
     def merged(self) -> Dict[str, str]:
         """The merge commit of every task that is on the branch."""
-        log = self.git("log", "--first-parent", "--format=%(trailers:key=Crew-Task,valueonly,separator=%x2C)%x09%H",
+        log = self.git("log", "--first-parent",
+                       "--format=%(trailers:key=Crew-Task,valueonly,separator=%x2C)%x09%H",
                        f"{self.base}..{self.reference}")
         rows = [line.split("\t") for line in log.split("\n") if line]
         return {task: commit for task, commit in rows if task}
@@ -190,18 +215,22 @@ class Repository:
     def measure(self, commit: str) -> Merge:
         """A merge commit's lines and files."""
         rows = [line.split("\t", 2) for line in
-                self.git("diff", "--numstat", "--no-renames", f"{commit}^1", commit).split("\n") if line]
+                self.git("diff", "--numstat", "--no-renames", f"{commit}^1", commit).split("\n")
+                if line]
         return Merge(commit, sum(int(row[0]) for row in rows if row[0] != "-"),
                      sum(int(row[1]) for row in rows if row[1] != "-"), [row[2] for row in rows])
 
     def join(self, path: str, head: str, tip: str, message: str, agent: str) -> str:
-        """Make the merge of ``head`` into ``tip`` in a worktree and return its commit; Conflict where git cannot."""
+        """Make the merge of ``head`` into ``tip`` in a worktree and return its commit; Conflict
+        where git cannot."""
         self.git("checkout", "-q", "-f", "--detach", tip, cwd=path)
         self.git("clean", "-fdq", cwd=path)
         try:
-            self.git("merge", "-q", "--no-ff", "-m", message, head, cwd=path, environment=self._identity(agent))
+            self.git("merge", "-q", "--no-ff", "-m", message, head, cwd=path,
+                     environment=self._identity(agent))
         except CrewError:
-            files = [name for name in self.git("diff", "--name-only", "--diff-filter=U", "-z", cwd=path).split("\0") if name]
+            files = [name for name in self.git("diff", "--name-only", "--diff-filter=U", "-z",
+                                               cwd=path).split("\0") if name]
             if not files:
                 raise
             raise Conflict(files, self._tasks_on(files, head, tip)) from None

@@ -1,4 +1,5 @@
-"""Tests of the crew. Those on Redis start a server of their own on a socket; without one they say so and skip."""
+"""Tests of the crew. Those on Redis start a server on a socket; without one they say so and
+skip."""
 
 import contextlib
 import io
@@ -40,7 +41,8 @@ def redis_url():
     place = tempfile.mkdtemp(prefix="crew")  # short: the path of a socket has at most 107 bytes
     socket = os.path.join(place, "redis.sock")
     server = subprocess.Popen(
-        ["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--dir", place], stdout=subprocess.DEVNULL
+        ["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--dir", place],
+        stdout=subprocess.DEVNULL
     )
     end = time.monotonic() + 10
     while not os.path.exists(socket) and time.monotonic() < end:
@@ -54,7 +56,8 @@ def redis_url():
 @pytest.fixture(params=BACKENDS)
 def where(request, tmp_path):
     """Where a queue of its own is."""
-    return request.getfixturevalue("redis_url") if request.param == "redis" else str(tmp_path / "queue.db")
+    return (request.getfixturevalue("redis_url") if request.param == "redis"
+            else str(tmp_path / "queue.db"))
 
 
 @pytest.fixture
@@ -96,7 +99,8 @@ def test_requirements_are_matched_to_capabilities_and_equals_keep_their_order(bu
     bus.submit(Task("none", ""))
     assert bus.claim("x", ["docs"]).task.id == "none"  # not the urgent one, of which it can do half
     bus.submit(Task("later", ""))
-    assert [bus.claim("y", ["docs", "gpu", "more"]).task.id for _ in range(3)] == ["both", "gpu", "later"]
+    assert ([bus.claim("y", ["docs", "gpu", "more"]).task.id for _ in range(3)]
+            == ["both", "gpu", "later"])
 
 
 def test_a_task_waits_for_those_before_it(bus):
@@ -117,8 +121,10 @@ def test_what_waits_for_a_failed_task_fails_with_it(bus):
         bus.submit(Task(name, "", after=after))
     assert bus.fail(bus.claim("x"), "protected file", retry=False)
     bus.submit(Task("late", "", after=("c",)))
-    assert states(bus) == {"a": "FAILED", "b": "FAILED", "c": "FAILED", "free": "READY", "late": "FAILED"}
-    assert [state.error for state in bus.tasks()] == ["protected file", "a failed", "b failed", "", "c failed"]
+    assert states(bus) == {"a": "FAILED", "b": "FAILED", "c": "FAILED", "free": "READY",
+                           "late": "FAILED"}
+    assert [state.error for state in bus.tasks()] == ["protected file", "a failed", "b failed",
+                                                      "", "c failed"]
 
 
 def test_a_failed_attempt_goes_behind_its_equals_until_none_is_left(bus):
@@ -129,7 +135,8 @@ def test_a_failed_attempt_goes_behind_its_equals_until_none_is_left(bus):
     again = bus.claim("y")
     assert (again.task.id, again.attempt) == ("a", 2)
     assert bus.fail(again, "second") and not bus.fail(again, "third")
-    assert (bus.tasks()[0].status, bus.tasks()[0].error, bus.tasks()[0].attempts) == ("FAILED", "second", 2)
+    assert ((bus.tasks()[0].status, bus.tasks()[0].error, bus.tasks()[0].attempts)
+            == ("FAILED", "second", 2))
 
 
 def test_a_lease_that_ran_out_gives_the_task_to_the_next_and_the_first_counts_no_more(open_queue):
@@ -140,7 +147,8 @@ def test_a_lease_that_ran_out_gives_the_task_to_the_next_and_the_first_counts_no
     assert (first.attempt, second.attempt, second.agent) == (1, 2, "y")
     assert not first.renew() and not bus.complete(first) and not bus.fail(first, "late")
     assert second.renew() and bus.complete(second, "kept") and not bus.complete(first)
-    assert (bus.tasks()[0].status, bus.tasks()[0].result, bus.tasks()[0].agent) == ("DONE", "kept", "y")
+    assert ((bus.tasks()[0].status, bus.tasks()[0].result, bus.tasks()[0].agent)
+            == ("DONE", "kept", "y"))
 
 
 def test_a_lease_that_is_renewed_does_not_run_out(open_queue):
@@ -172,7 +180,8 @@ def test_a_task_that_kills_its_agents_fails_when_no_attempt_is_left(open_queue):
 
 def test_submitting_twice_is_once(bus):
     task = Task("a", "Title", requires=("x", "y"), data={"n": [1, None]})
-    assert bus.submit(task) == bus.submit(Task("a", "Title", requires=("y", "x", "x"), data={"n": [1, None]})) == "a"
+    assert bus.submit(task) == bus.submit(
+        Task("a", "Title", requires=("y", "x", "x"), data={"n": [1, None]})) == "a"
     with pytest.raises(CrewError, match="other content"):
         bus.submit(Task("a", "Another"))
     assert bus.claim("w", ["x", "y"]).task.data == {"n": [1, None]} and len(bus.tasks()) == 1
@@ -196,7 +205,8 @@ def test_a_task_that_cannot_be_kept_is_named(bus, task, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"id": "a"}', '{"id": "a", "title": "b", "owner": "c"}', '{"id": 3, "title": "x"}']
+    "text", ["", "[]", "{}", '{"id": "a"}', '{"id": "a", "title": "b", "owner": "c"}',
+             '{"id": 3, "title": "x"}']
 )
 def test_a_line_that_is_no_task(text):
     with pytest.raises(CrewError):
@@ -252,7 +262,8 @@ def test_a_message_sent_again_under_its_id_is_not_doubled(bus):
 
 @pytest.mark.parametrize("name", ["", " ", ALL])
 def test_a_name_that_is_nobodys(bus, name):
-    for request in (lambda: bus.receive(name), lambda: bus.claim(name), lambda: bus.send(name, "b", 1)):
+    for request in (lambda: bus.receive(name), lambda: bus.claim(name),
+                    lambda: bus.send(name, "b", 1)):
         with pytest.raises(CrewError, match="no name of an agent"):
             request()
 
@@ -266,11 +277,13 @@ def test_what_was_submitted_is_there_after_closing(open_queue):
     first.send("a", "b", "kept")
     first.close()
     second = open_queue(lease_seconds=99)
-    assert (states(second), bodies(second.receive("b")), second.lease_seconds) == ({"a": "READY"}, ["kept"], 7.5)
+    assert ((states(second), bodies(second.receive("b")), second.lease_seconds)
+            == ({"a": "READY"}, ["kept"], 7.5))
 
 
 def test_crews_of_one_redis_are_apart(redis_url, tmp_path):
-    with open_bus(redis_url, name=tmp_path.name + "-1") as one, open_bus(redis_url, name=tmp_path.name + "-2") as two:
+    with open_bus(redis_url, name=tmp_path.name + "-1") as one, open_bus(
+            redis_url, name=tmp_path.name + "-2") as two:
         one.submit(Task("a", ""))
         assert two.tasks() == [] and two.claim("x") is None
 
@@ -289,15 +302,18 @@ def test_a_redis_that_does_not_answer_is_named(redis_url):
 
 def test_an_import_that_fails_says_which_extra(tmp_path):
     (tmp_path / "redis.py").write_text("raise ImportError('not here')")
-    code = "import crew\ntry: crew.open_bus('redis://127.0.0.1')\nexcept crew.CrewError as error: print(error)"
+    code = ("import crew\ntry: crew.open_bus('redis://127.0.0.1')\n"
+            "except crew.CrewError as error: print(error)")
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), EXAMPLES]))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, timeout=30)
     assert "sessionoptimizer[redis]" in done.stdout.decode()
 
 
 # ---- Workers that are killed ----
 
-# Takes tasks and messages until its input ends; writes what it did to a log, one short line at a time.
+# Takes tasks and messages until its input ends; writes what it did to a log, one short line at a
+# time.
 MEMBER = """
 import os, random, sys, threading, time
 from crew import open_bus
@@ -344,7 +360,8 @@ class Crowd:
         self.processes[agent] = self.start(agent)
 
     def freeze_one(self):
-        """Stop one for so long that its lease runs out; then it goes on with what it no longer holds."""
+        """Stop one for so long that its lease runs out; then it goes on with what it no longer
+        holds."""
         process = self.processes[random.choice(AGENTS)]
         process.send_signal(signal.SIGSTOP)
         timer = threading.Timer(1.5, process.send_signal, [signal.SIGCONT])
@@ -357,14 +374,17 @@ class Crowd:
         self.processes[agent].wait(20)
 
     def lines(self, word):
-        return [line.split()[1:] for line in self.log.read_text().splitlines() if line.startswith(word + " ")]
+        return [line.split()[1:] for line in self.log.read_text().splitlines()
+                if line.startswith(word + " ")]
 
 
 def send_all(bus, tasks):
-    """Tasks that depend on each other, letters to each agent, and broadcasts; returns what must be got."""
+    """Tasks that depend on each other, letters to each agent, and broadcasts; returns what must be
+    got."""
     for number in range(tasks):
         after = (f"t{number - 40}",) if number >= 40 else ()
-        bus.submit(Task(f"t{number}", "", priority=number % 3, requires=("work",), after=after, max_attempts=50))
+        bus.submit(Task(f"t{number}", "", priority=number % 3, requires=("work",), after=after,
+                        max_attempts=50))
     for number in range(LETTERS):
         bus.send("sender", AGENTS[number % MEMBERS], f"letter{number}", priority=number % 3)
     for number in range(BROADCASTS):
@@ -374,7 +394,8 @@ def send_all(bus, tasks):
 
 
 @pytest.mark.parametrize("kills, tasks", [(0, 40), (12, 100)])
-def test_whoever_is_killed_every_task_is_done_once_and_no_message_is_lost(where, open_queue, tmp_path, kills, tasks):
+def test_whoever_is_killed_every_task_is_done_once_and_no_message_is_lost(
+        where, open_queue, tmp_path, kills, tasks):
     bus = open_queue(lease_seconds=1.0 if kills else 60.0)
     expected = send_all(bus, tasks)
     crowd, killed = Crowd(where, tmp_path.name, tmp_path / "log"), 0
@@ -387,7 +408,8 @@ def test_whoever_is_killed_every_task_is_done_once_and_no_message_is_lost(where,
                 killed += 1
                 if killed % 4 == 0:
                     crowd.freeze_one()
-            elif set(states(bus).values()) == {"DONE"} and expected == set(map(tuple, crowd.lines("got"))):
+            elif (set(states(bus).values()) == {"DONE"}
+                  and expected == set(map(tuple, crowd.lines("got")))):
                 break
     finally:
         for timer in crowd.frozen:
@@ -425,7 +447,8 @@ def home(tmp_path, monkeypatch):
 
 
 def git(top, *arguments):
-    done = subprocess.run(["git", *arguments], cwd=str(top), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    done = subprocess.run(["git", *arguments], cwd=str(top), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
     assert done.returncode == 0, done.stdout.decode()
     return done.stdout.decode().strip()
 
@@ -485,7 +508,8 @@ def test_a_merge_moves_the_crews_branch_alone_and_is_known_by_its_task(repositor
 
 
 def test_a_conflict_names_the_files_and_the_task_in_the_way(repository):
-    one, other = (work_in(repository, task, {"shared.txt": f"x = {task}\n"}) for task in ("t1", "t2"))
+    one, other = (work_in(repository, task, {"shared.txt": f"x = {task}\n"})
+                  for task in ("t1", "t2"))
     free = work_in(repository, "t3", {"m3.txt": "three\n"})
     merge(repository, "t1", one[0], one[2])
     with pytest.raises(Conflict) as met:
@@ -496,7 +520,8 @@ def test_a_conflict_names_the_files_and_the_task_in_the_way(repository):
 
 
 def test_a_branch_that_moved_meanwhile_is_not_moved(repository):
-    (one, base, head), (other, _, second) = (work_in(repository, task, {task: "x\n"}) for task in ("t1", "t2"))
+    (one, base, head), (other, _, second) = (work_in(repository, task, {task: "x\n"})
+                                             for task in ("t1", "t2"))
     late = repository.join(other, second, base, "late\n\nCrew-Task: t2\n", "agent-1")
     merge(repository, "t1", one, head)
     with repository.lock() as held, pytest.raises(CrewError, match="update-ref"):
@@ -529,7 +554,8 @@ def test_a_deletion_and_a_rename_touch_protected_paths_and_a_removed_line_is_not
     with open(os.path.join(path, "shared.txt"), "w") as file:
         file.write("-\n")
     head = repository.commit_all(path, "Move", "agent-1")
-    assert repository.refused(base, head, ["m1.txt"], ["x = 0"]) == ["m1.txt is protected by m1.txt"]
+    assert (repository.refused(base, head, ["m1.txt"], ["x = 0"])
+            == ["m1.txt is protected by m1.txt"])
 
 
 def test_what_a_killed_git_leaves_is_cleared(repository, top):
@@ -582,11 +608,13 @@ def agent_of(tools, code, name="script", **rest):
 class Post:
     """A bus in a file of the test's, a worker on it, and what came of its tasks."""
 
-    def __init__(self, tmp_path, repository, agent, rules=None, lease_seconds=20.0, queue="queue.db"):
+    def __init__(
+            self, tmp_path, repository, agent, rules=None, lease_seconds=20.0, queue="queue.db"):
         self.bus = open_bus(str(tmp_path / queue), lease_seconds=lease_seconds)
         self.store = str(tmp_path / "store")
         self.repository = repository
-        self.worker = Worker(self.bus, repository, agent, rules or Rules(), name=agent.name + "-1", store=self.store)
+        self.worker = Worker(
+            self.bus, repository, agent, rules or Rules(), name=agent.name + "-1", store=self.store)
 
     def do(self, *tasks):
         for task in tasks:
@@ -608,10 +636,13 @@ def outcomes(report):
 def test_an_agents_change_is_merged_with_its_prompt_as_it_is(tmp_path, repository, tools):
     prompt = "$(touch x) 'quoted' \"twice\" {braces} ü"
     report = Post(tmp_path, repository, agent_of(tools, WRITE)).do(Task("t1", "Write", prompt))
-    assert outcomes(report) == {"t1": "merged"} and repository.git("show", repository.into + ":t1.txt") == prompt
+    assert (outcomes(report) == {"t1": "merged"}
+            and repository.git("show", repository.into + ":t1.txt") == prompt)
     row = report["tasks"][0]
-    assert (row["added"], row["deleted"], row["files"], row["agent"]) == (1, 0, ["t1.txt"], "script-1")
-    assert (row["sessions"], row["cost_per_line"]) == (1, None)  # a script that logs nothing: no usage is known
+    assert ((row["added"], row["deleted"], row["files"], row["agent"])
+            == (1, 0, ["t1.txt"], "script-1"))
+    # a script that logs nothing: no usage is known
+    assert (row["sessions"], row["cost_per_line"]) == (1, None)
 
 
 @pytest.mark.parametrize(
@@ -622,26 +653,32 @@ def test_an_agents_change_is_merged_with_its_prompt_as_it_is(tmp_path, repositor
         (WRITE, {"test": "grep never t1.txt"}, "tests", 2),
         (WRITE, {"protected": ["t1*"]}, "protected", 1),
         (WRITE, {"forbidden": ["do it"]}, "protected", 1),
-        (WRITE, {"protected": ["t2*"], "forbidden": ["other"], "test": "grep 'do it' t1.txt"}, "merged", 1),
+        (WRITE, {"protected": ["t2*"], "forbidden": ["other"], "test": "grep 'do it' t1.txt"},
+         "merged", 1),
         ("import time; time.sleep(60)", {"agent_seconds": 0.3}, "agent", 2),
         (WRITE, {"test": "sleep 60", "test_seconds": 0.3}, "tests", 2),
-        ("import subprocess as s; s.run('git checkout -q --orphan x$$ && git commit -qm x', shell=True)", {}, "history", 2),
+        (("import subprocess as s; s.run('git checkout -q --orphan x$$ && git commit -qm x', "
+          "shell=True)"), {}, "history", 2),
     ],
 )
 def test_what_becomes_of_a_task(tmp_path, repository, tools, code, rules, outcome, attempts):
-    report = Post(tmp_path, repository, agent_of(tools, code), Rules(**rules)).do(Task("t1", "x", "do it", max_attempts=2))
+    report = Post(tmp_path, repository, agent_of(tools, code), Rules(**rules)).do(
+        Task("t1", "x", "do it", max_attempts=2))
     (row,) = report["tasks"]
     assert (row["outcome"], row["attempts"]) == (outcome, attempts)
     assert (repository.merged() != {}) is (outcome == "merged")
-    statuses = {session.status for session in SessionOptimizer(str(tmp_path / "store")).list_sessions()}
+    statuses = {session.status
+                for session in SessionOptimizer(str(tmp_path / "store")).list_sessions()}
     assert statuses == {SessionStatus.FAILED if outcome == "agent" else SessionStatus.COMPLETED}
     left = repository.git("branch", "--list", "crew-left/*")
     assert bool(left) is (outcome == "protected")
 
 
 def test_an_agent_that_cannot_be_started_is_named(tmp_path, repository):
-    report = Post(tmp_path, repository, Agent("nobody", ["/no/such/agent"])).do(Task("t1", "x", max_attempts=1))
-    assert "/no/such/agent" in report["tasks"][0]["error"] and report["tasks"][0]["outcome"] == "agent"
+    report = Post(tmp_path, repository, Agent("nobody", ["/no/such/agent"])).do(
+        Task("t1", "x", max_attempts=1))
+    assert ("/no/such/agent" in report["tasks"][0]["error"]
+            and report["tasks"][0]["outcome"] == "agent")
 
 
 def test_notes_go_with_the_next_prompt_and_news_of_merges_do_not(tmp_path, repository, tools):
@@ -663,12 +700,14 @@ def test_a_merge_that_was_not_reported_is_reported_and_not_made_again(tmp_path, 
     commit = merge(repository, "t1", path, head)
     report = post.do()
     (row,) = report["tasks"]
-    assert (row["outcome"], row["attempts"], row["commit"], row["sessions"]) == ("merged", 2, commit, 0)
+    assert ((row["outcome"], row["attempts"], row["commit"], row["sessions"])
+            == ("merged", 2, commit, 0))
     assert repository.tip() == commit and lost.attempt == 1
 
 
 def test_a_worker_that_lost_its_lease_merges_nothing(tmp_path, repository, tools):
-    post = Post(tmp_path, repository, agent_of(tools, "import time; time.sleep(60)"), lease_seconds=0.4)
+    post = Post(
+        tmp_path, repository, agent_of(tools, "import time; time.sleep(60)"), lease_seconds=0.4)
     post.bus.submit(Task("t1", "Write"))
     claim = post.bus.claim("script-1")
     claim.renew = lambda: False  # as if it had been suspended
@@ -678,12 +717,15 @@ def test_a_worker_that_lost_its_lease_merges_nothing(tmp_path, repository, tools
 
 
 def test_an_agent_ends_with_its_worker(tmp_path, tools):
-    """Three processes: one that starts the agent and is killed, the leash, and an agent that will not go."""
+    """Three processes: one that starts the agent and is killed, the leash, and an agent that will
+    not go."""
     stubborn = tools / "stubborn.py"
     stubborn.write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                        "print('started', flush=True)\nwhile True: time.sleep(0.05); open('alive', 'a').write('x')")
+                        "print('started', flush=True)\n"
+                        "while True: time.sleep(0.05); open('alive', 'a').write('x')")
     code = ("from crew.agents import Runner; import sys\n"
-            "Runner(sys.argv[1]).run([sys.executable, sys.argv[2]], sys.argv[1], 60, sys.argv[1] + '/out')")
+            "Runner(sys.argv[1]).run([sys.executable, sys.argv[2]], sys.argv[1], 60, "
+            "sys.argv[1] + '/out')")
     worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(stubborn)])
     end = time.monotonic() + 20
     while not (tmp_path / "alive").exists() and time.monotonic() < end:
@@ -698,9 +740,11 @@ def test_an_agent_ends_with_its_worker(tmp_path, tools):
 
 
 def test_what_an_agent_leaves_running_ends_with_it(tmp_path, tools):
-    code = "import subprocess as s; s.Popen('while :; do sleep 0.05; echo x >> alive; done', shell=True)"
+    code = ("import subprocess as s; s.Popen('while :; do sleep 0.05; echo x >> alive; "
+            "done', shell=True)")
     (tools / "a.py").write_text(code)
-    assert Runner(str(tmp_path)).run([sys.executable, str(tools / "a.py")], str(tmp_path), 20, str(tmp_path / "o")).status == 0
+    assert Runner(str(tmp_path)).run([sys.executable, str(tools / "a.py")], str(tmp_path), 20,
+                                     str(tmp_path / "o")).status == 0
     time.sleep(0.2)
     size = (tmp_path / "alive").stat().st_size if (tmp_path / "alive").exists() else 0
     time.sleep(0.4)
@@ -708,14 +752,16 @@ def test_what_an_agent_leaves_running_ends_with_it(tmp_path, tools):
 
 
 def test_no_more_agents_run_at_once_than_the_limit(tmp_path, tools):
-    code = "import os, sys, time; open(f'began-{os.getpid()}', 'w')\nwhile not os.path.exists('go'): time.sleep(0.02)"
+    code = ("import os, sys, time; open(f'began-{os.getpid()}', 'w')\n"
+            "while not os.path.exists('go'): time.sleep(0.02)")
     (tools / "a.py").write_text(code)
 
     def start(number):
         runner = Runner(str(tmp_path / "slots"), limit=2)
         command = [sys.executable, str(tools / "a.py")]
         thread = threading.Thread(target=lambda: ended.append(
-            runner.run(command, str(tmp_path), 60, str(tmp_path / f"out{number}"), limited=True).status))
+            runner.run(command, str(tmp_path), 60, str(tmp_path / f"out{number}"),
+                       limited=True).status))
         thread.start()
         return thread
 
@@ -740,15 +786,18 @@ def test_an_agent_that_is_not_understood(text):
 
 
 def test_an_agent_as_it_is_written():
-    agent = Agent.parse("claude:2:python, docs=claude -p {prompt} --allowedTools 'Edit,Bash(git *)'")
+    agent = Agent.parse(
+        "claude:2:python, docs=claude -p {prompt} --allowedTools 'Edit,Bash(git *)'")
     assert (agent.name, agent.count, agent.capabilities) == ("claude", 2, ("python", "docs"))
-    assert agent.arguments("a 'b' {c}") == ["claude", "-p", "a 'b' {c}", "--allowedTools", "Edit,Bash(git *)"]
+    assert agent.arguments("a 'b' {c}") == ["claude", "-p", "a 'b' {c}", "--allowedTools",
+                                            "Edit,Bash(git *)"]
     assert Agent.parse("sh=run.sh a=b").arguments("x") == ["run.sh", "a=b"]
 
 
 # ---- Eight tasks, five workers, two of them at once ----
 
-# Reads two files, changes its own and, for tasks 3 and 4, the same line of a shared one; tells how many run beside it.
+# Reads two files, changes its own and, for tasks 3 and 4, the same line of a shared one; tells how
+# many run beside it.
 SCRIPTED = """
 import os, random, sys, time
 from sessionoptimizer import SessionOptimizer
@@ -767,7 +816,8 @@ with open(os.path.join(running, "most.log"), "a") as file:
     file.write(f"{beside}\\n")
 optimizer, session = SessionOptimizer(), os.environ["SESSIONOPTIMIZER_SESSION"]
 for name in (f"m{number}.txt", "shared.txt"):
-    optimizer.log_event(session, "FILE_READ", {"file_path": os.path.abspath(name)}, tokens_input=1000)
+    read = {"file_path": os.path.abspath(name)}
+    optimizer.log_event(session, "FILE_READ", read, tokens_input=1000)
 time.sleep(random.uniform(0, 0.5))
 with open(f"m{number}.txt", "a") as file:
     file.write("done\\n")
@@ -783,17 +833,22 @@ os.unlink(mine)
 
 def crew_options(top, home, *rest):
     return crew_program.build_parser().parse_args(
-        ["run", "--repo", str(top), "--name", "team", "--store", str(home / "store"), "--limit", "2", *rest]
+        ["run", "--repo", str(top), "--name", "team", "--store", str(home / "store"),
+         "--limit", "2", *rest]
     )
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="counts the agents that run through /proc")
-@pytest.mark.parametrize("where, kills", [("sqlite", 0), ("sqlite", 4), ("redis", 4)], indirect=["where"])
-def test_eight_tasks_are_merged_or_named_whoever_is_killed(where, kills, top, home, tools, tmp_path):
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="counts the agents that run through /proc")
+@pytest.mark.parametrize(
+    "where, kills", [("sqlite", 0), ("sqlite", 4), ("redis", 4)], indirect=["where"])
+def test_eight_tasks_are_merged_or_named_whoever_is_killed(
+        where, kills, top, home, tools, tmp_path):
     running = tmp_path / "running"
     running.mkdir()
     agent = agent_of(tools, SCRIPTED)
-    options = crew_options(top, home, "--agent", f"script:5={' '.join(agent.command)} {running}", "--test", "grep -q done m*.txt",
+    options = crew_options(top, home, "--agent", f"script:5={' '.join(agent.command)} {running}",
+                           "--test", "grep -q done m*.txt",
                            "--lease", "1.5" if kills else "60", "--queue", where)
     crew = crew_program.Crew(options, dict(crew_program.settings_of(options), queue=where))
     crew.repository.prepare()
@@ -807,7 +862,8 @@ def test_eight_tasks_are_merged_or_named_whoever_is_killed(where, kills, top, ho
         end = time.monotonic() + 60
         while thread.is_alive() and time.monotonic() < end:
             time.sleep(random.uniform(0.1, 0.4))
-            busy = [pool.processes.get(state.agent) for state in bus.tasks() if state.status == "CLAIMED"]
+            busy = [pool.processes.get(state.agent) for state in bus.tasks()
+                    if state.status == "CLAIMED"]
             if killed < kills and any(busy):
                 random.choice([process for process in busy if process]).kill()
                 killed += 1
@@ -816,11 +872,16 @@ def test_eight_tasks_are_merged_or_named_whoever_is_killed(where, kills, top, ho
         crew_program.settle_left(crew.repository, crew.optimizer(), bus.tasks())
         report = crew_report(bus, crew.repository, crew.optimizer())
     found = outcomes(report)
-    assert {found.pop("t3"), found.pop("t4")} <= {"merged", "conflict"}  # an attempt made again may start after the merge
-    assert found == {"t1": "merged", "t2": "merged", "t5": "protected", "t6": "merged", "t7": "merged", "t8": "merged"}
-    log = git(top, "log", "--first-parent", "--format=%(trailers:key=Crew-Task,valueonly)", "main..crew/team").split()
-    assert len(log) == len(set(log)) == sum(row["outcome"] == "merged" for row in report["tasks"])  # each once
-    assert git(top, "worktree", "list").splitlines() == [f"{top}  {git(top, 'rev-parse', '--short', 'HEAD')} [main]"]
+    # an attempt made again may start after the merge
+    assert {found.pop("t3"), found.pop("t4")} <= {"merged", "conflict"}
+    assert found == {"t1": "merged", "t2": "merged", "t5": "protected", "t6": "merged",
+                     "t7": "merged", "t8": "merged"}
+    log = git(top, "log", "--first-parent", "--format=%(trailers:key=Crew-Task,valueonly)",
+              "main..crew/team").split()
+    # each once
+    assert len(log) == len(set(log)) == sum(row["outcome"] == "merged" for row in report["tasks"])
+    assert (git(top, "worktree", "list").splitlines()
+            == [f"{top}  {git(top, 'rev-parse', '--short', 'HEAD')} [main]"])
     assert not os.path.exists(str(top) + ".crew") and git(top, "status", "--porcelain") == ""
     check_the_sums(report, home)
     assert max(map(int, (running / "most.log").read_text().split())) <= 2
@@ -831,20 +892,23 @@ def check_the_sums(report, home):
     """Tasks and agents add up to the totals, and those are what ``stats`` says of the store."""
     stats = SessionOptimizer(str(home / "store")).agent_statistics("script")
     totals = report["totals"]
-    assert (totals["tokens"], totals["sessions"]) == (stats["total_tokens"], stats["sessions_analyzed"])
+    assert ((totals["tokens"], totals["sessions"])
+            == (stats["total_tokens"], stats["sessions_analyzed"]))
     assert totals["cost"] == pytest.approx(stats["total_cost"], rel=1e-9) and totals["cost"] > 0
     for rows in (report["tasks"], report["agents"]):
         for name in ("tokens", "sessions", "added", "deleted", "waste_tokens"):
             assert sum(row[name] for row in rows) == totals[name], name
         assert sum(row["cost"] for row in rows) == pytest.approx(totals["cost"], rel=1e-9)
-    assert totals["cost_per_line"] == pytest.approx(totals["cost"] / (totals["added"] + totals["deleted"]))
+    assert (totals["cost_per_line"]
+            == pytest.approx(totals["cost"] / (totals["added"] + totals["deleted"])))
 
 
 # ---- The program ----
 
 
 def crew(top, *arguments, stdin="", status=0):
-    """The output of ``python3 examples/crew run``. A task claimed at the moment of a stop waits for its lease of 60 s."""
+    """The output of ``python3 examples/crew run``. A task claimed at the moment of a stop waits for
+    its lease of 60 s."""
     done = subprocess.run(
         [sys.executable, "-W", "error", HERE, *arguments[:1], "--repo", str(top), *arguments[1:]],
         input=stdin.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=180,
@@ -874,7 +938,8 @@ def lines_of(*tasks):
 
 def test_the_program_from_tasks_to_the_report(top, home, tools):
     agent = "script:1:text=" + " ".join(agent_of(tools, WRITE).command)
-    tasks = lines_of(Task("t1", "One", "first", requires=("text",)), Task("t2", "Two", requires=("gpu",)))
+    tasks = lines_of(Task("t1", "One", "first", requires=("text",)),
+                     Task("t2", "Two", requires=("gpu",)))
     options = ["--agent", agent, "--store", str(home / "store"), "--test", "ls t1.txt"]
     output = crew(top, "run", "-", *options, stdin=tasks, status=3)
     assert "nobody can do t2: it requires gpu" in output and "Crew crew, branch crew/crew" in output
@@ -882,9 +947,11 @@ def test_the_program_from_tasks_to_the_report(top, home, tools):
     assert outcomes(report) == {"t1": "merged", "t2": "ready"} and report["totals"]["added"] == 1
     status = inside(top, "status")
     assert status.split()[:3] == ["DONE", "50", "t1"] and "READY      50 t2" in status
-    assert inside(top, "send", "script-1", "mind the gap") and inside(top, "send", "all", "hello", "--from", "boss")
+    assert (inside(top, "send", "script-1", "mind the gap")
+            and inside(top, "send", "all", "hello", "--from", "boss"))
     told = [json.loads(line) for line in inside(top, "receive", "script-1").splitlines()]
-    assert [(row["from"], row["body"]) for row in told] == [("user", "mind the gap"), ("boss", "hello")]
+    assert ([(row["from"], row["body"]) for row in told]
+            == [("user", "mind the gap"), ("boss", "hello")])
     assert inside(top, "receive", "script-1") == ""
     able = ["--agent", agent.replace(":text", ":text,gpu"), *options[2:4]]
     assert "t2                   merged" in crew(top, "run", *able)
@@ -909,10 +976,13 @@ def test_a_request_that_cannot_be_met(top, arguments, status, message):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_when_the_whole_crew_is_stopped_the_next_run_goes_on(top, home, tools, number):
-    code = "import os, time\nif not os.path.exists(r'%s'):\n    time.sleep(60)\n" % (home / "go") + WRITE
-    options = ["--agent", "script:2=" + " ".join(agent_of(tools, code).command), "--store", str(home / "store")]
+    code = ("import os, time\nif not os.path.exists(r'%s'):\n    time.sleep(60)\n" % (home / "go")
+            + WRITE)
+    options = ["--agent", "script:2=" + " ".join(agent_of(tools, code).command), "--store",
+               str(home / "store")]
     command = [sys.executable, HERE, "run", "-", "--repo", str(top), *options]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     first.stdin.write(lines_of(Task("t1", "One"), Task("t2", "Two")).encode())
     first.stdin.close()
     folder, end = str(top) + ".crew/crew", time.monotonic() + 30
@@ -920,11 +990,13 @@ def test_when_the_whole_crew_is_stopped_the_next_run_goes_on(top, home, tools, n
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT) if number == signal.SIGINT else first.kill()
     first.wait(30)
-    while time.monotonic() < end and os.path.isdir(folder) and os.listdir(folder):  # the workers end by themselves
+    # the workers end by themselves
+    while time.monotonic() < end and os.path.isdir(folder) and os.listdir(folder):
         time.sleep(0.05)
     (home / "go").write_text("")
     assert crew(top, "run", *options).count("merged") == 2
-    assert len(git(top, "worktree", "list").splitlines()) == 1 and not os.path.exists(str(top) + ".crew")
+    assert (len(git(top, "worktree", "list").splitlines()) == 1
+            and not os.path.exists(str(top) + ".crew"))
 
 
 def real_agent(name, fake_api, url, monkeypatch):
@@ -934,35 +1006,46 @@ def real_agent(name, fake_api, url, monkeypatch):
         pytest.skip(f"{name} is not on the path: npm install -g {package}")
     if name == "codex":
         monkeypatch.setenv("OPENAI_API_KEY", "any")
-        words = ["codex", "exec", "--sandbox", "danger-full-access", *fake_api.codex_config(url), "{prompt}"]
-        return words, lambda n: {"tool": "exec_command", "input": {"cmd": f"seq {n} > n{n}.txt"}}, "CODEX"
-    for key, value in (("ANTHROPIC_BASE_URL", url), ("ANTHROPIC_API_KEY", "any"), ("DISABLE_AUTOUPDATER", "1"),
+        words = ["codex", "exec", "--sandbox", "danger-full-access",
+                 *fake_api.codex_config(url), "{prompt}"]
+        return (words, lambda n: {"tool": "exec_command", "input": {"cmd": f"seq {n} > n{n}.txt"}},
+                "CODEX")
+    for key, value in (("ANTHROPIC_BASE_URL", url), ("ANTHROPIC_API_KEY", "any"),
+                       ("DISABLE_AUTOUPDATER", "1"),
                        ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"), ("IS_SANDBOX", "1")):
         monkeypatch.setenv(key, value)
     words = ["claude", "-p", "{prompt}", "--allowedTools", "Read,Write"]
-    return words, lambda n: {"tool": "Write", "input": {"file_path": f"n{n}.txt", "content": "line\n" * n}}, "CLAUDE-CODE"
+    return words, lambda n: {"tool": "Write", "input": {"file_path": f"n{n}.txt",
+                                                        "content": "line\n" * n}}, "CLAUDE-CODE"
 
 
 @pytest.mark.parametrize("name", ["claude", "codex"])
-def test_a_real_agent_works_in_a_crew_and_its_tokens_are_what_the_model_counted(name, top, home, monkeypatch):
+def test_a_real_agent_works_in_a_crew_and_its_tokens_are_what_the_model_counted(
+        name, top, home, monkeypatch):
     fake_api = pytest.importorskip("agent_session.fake_api")
-    tasks = [Task(f"n{n}", f"Write number {n}", f"Write the file of number {n}.") for n in (1, 2, 3)]
+    tasks = [Task(f"n{n}", f"Write number {n}", f"Write the file of number {n}.")
+             for n in (1, 2, 3)]
     script = {}
     with fake_api.FakeApi(script) as api:
         words, write, agent = real_agent(name, fake_api, api.url, monkeypatch)
         script.update({f"number {n}": [write(n), {"text": "Done."}] for n in (1, 2, 3)})
-        options = ["--agent", f"{name}:2=" + " ".join(map(shlex.quote, words)), "--store", str(home / "store")]
-        report = json.loads(crew(top, "run", "-", *options, "--test", "ls n*.txt", "--format", "json", stdin=lines_of(*tasks)))
-    assert outcomes(report) == {"n1": "merged", "n2": "merged", "n3": "merged"} and report["totals"]["added"] == 6
+        options = ["--agent", f"{name}:2=" + " ".join(map(shlex.quote, words)), "--store",
+                   str(home / "store")]
+        report = json.loads(crew(top, "run", "-", *options, "--test", "ls n*.txt", "--format",
+                                 "json", stdin=lines_of(*tasks)))
+    assert (outcomes(report) == {"n1": "merged", "n2": "merged", "n3": "merged"}
+            and report["totals"]["added"] == 6)
 
     def counted(key):
         rows = [row for row in api.truth if key in row["conversation"]]
-        return sum(row[part] for row in rows for part in ("uncached_input", "cache_write", "output"))
+        return sum(row[part] for row in rows
+                   for part in ("uncached_input", "cache_write", "output"))
 
     stats = SessionOptimizer(str(home / "store")).agent_statistics(agent)
     assert report["totals"]["tokens"] == stats["total_tokens"] == counted("") > 0
     assert report["totals"]["cost"] == pytest.approx(stats["total_cost"], rel=1e-9)
-    assert {row["id"]: row["tokens"] for row in report["tasks"]} == {f"n{n}": counted(f"number {n}") for n in (1, 2, 3)}
+    assert ({row["id"]: row["tokens"] for row in report["tasks"]}
+            == {f"n{n}": counted(f"number {n}") for n in (1, 2, 3)})
     assert len(git(top, "worktree", "list").splitlines()) == 1
 
 
@@ -971,14 +1054,16 @@ import json, os, urllib.request
 for number in range(2):
     messages = [{"role": "user", "content": "number 7 " * 99}]
     body = {"model": "claude-opus-4-5", "max_tokens": 9, "tools": [{}], "messages": messages}
-    request = urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode(),
+        {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
         open("answer.txt", "a").write(json.load(answer)["content"][0]["text"] + "\\n")
 """
 
 
-def test_a_script_that_asks_a_provider_itself_is_billed_by_the_answers(tmp_path, repository, tools, monkeypatch):
+def test_a_script_that_asks_a_provider_itself_is_billed_by_the_answers(
+        tmp_path, repository, tools, monkeypatch):
     """It keeps no log and logs nothing: ``record`` reads what goes through."""
     fake_api = pytest.importorskip("agent_session.fake_api")
     pytest.importorskip("ptyprocess", reason="ptyprocess is missing: pip install -e '.[agents]'")
@@ -987,8 +1072,10 @@ def test_a_script_that_asks_a_provider_itself_is_billed_by_the_answers(tmp_path,
         post = Post(tmp_path, repository, agent_of(tools, ASKS))
         report = post.do(Task("t1", "Ask"))
     (row,) = report["tasks"]
-    counted = sum(told[name] for told in api.truth for name in ("uncached_input", "cache_write", "output"))
-    assert (row["outcome"], row["tokens"], row["sessions"], len(api.truth)) == ("merged", counted, 1, 2)
+    counted = sum(told[name] for told in api.truth
+                  for name in ("uncached_input", "cache_write", "output"))
+    assert ((row["outcome"], row["tokens"], row["sessions"], len(api.truth))
+            == ("merged", counted, 1, 2))
     assert row["cost"] > 0 and row["cost_per_line"] == row["cost"] / 2
     (session,) = post.worker.optimizer.list_sessions()
     assert (session.metadata["collab_id"], session.metadata["task_id"]) == ("team", "t1")

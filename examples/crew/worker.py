@@ -1,7 +1,8 @@
 """One agent's place in a crew: takes tasks, lets the agent work in a worktree, tests, and merges.
 
-A worker may be killed at any moment: its agent ends with it, its lease runs out, and the next worker finds what is
-left: the tokens that were used, a worktree to remove, or a merge that only has to be reported.
+A worker may be killed at any moment: its agent ends with it, its lease runs out, and the next
+worker finds what is left: the tokens that were used, a worktree to remove, or a merge that only has
+to be reported.
 """
 from __future__ import annotations
 
@@ -18,17 +19,19 @@ from .agents import Agent, Attempt, Ended, Runner
 from .bus import ALL, Bus, Claim, CrewError
 from .repository import Conflict, Merge, Repository
 
-IDLE_SECONDS = 1.0  # how long a claim waits before the worker looks whether there is anything left to do
+# how long a claim waits before the worker looks whether there is anything left to do
+IDLE_SECONDS = 1.0
 NOTES = 10          # messages that go with one prompt
 REASON_LENGTH = 1_500
 
 
 @dataclass
 class Rules:
-    """What a crew holds its agents to. ``test`` is a command line for ``sh``; "" lets everything pass.
+    """What a crew holds its agents to. ``test`` is a command line for ``sh``; "" lets everything
+    pass.
 
-    ``protected``: patterns of paths no agent may change. ``forbidden``: regular expressions no added line may
-    match. Seconds: how long one run of the agent, and one of the tests, may take."""
+    ``protected``: patterns of paths no agent may change. ``forbidden``: regular expressions no
+    added line may match. Seconds: how long one run of the agent, and one of the tests, may take."""
 
     test: str = ""
     protected: List[str] = field(default_factory=list)
@@ -50,17 +53,19 @@ class Lost(Exception):
 
 
 class Worker:
-    """Works as ``name`` with an agent's command; ``limit`` bounds the agents that run at once, over all workers."""
+    """Works as ``name`` with an agent's command; ``limit`` bounds the agents that run at once, over
+    all workers."""
 
-    def __init__(self, bus: Bus, repository: Repository, agent: Agent, rules: Rules, *, name: str = "",
-                 store: str = "", limit: int = 0):
+    def __init__(self, bus: Bus, repository: Repository, agent: Agent, rules: Rules, *,
+                 name: str = "", store: str = "", limit: int = 0):
         self.bus, self.repository, self.agent, self.rules = bus, repository, agent, rules
         self.name = name or agent.name
         self.optimizer = SessionOptimizer(store or None)
         self.slots, self.limit = os.path.join(repository.state, "slots"), limit
 
     def run(self) -> int:
-        """Take tasks until none is left that could still become this worker's; how many it finished."""
+        """Take tasks until none is left that could still become this worker's; how many it
+        finished."""
         finished, wait = 0, 0.0
         while True:
             claim = self.bus.claim(self.name, self.agent.capabilities, wait=wait)
@@ -72,8 +77,8 @@ class Worker:
 
     def _work_left(self) -> bool:
         able = set(self.agent.capabilities)
-        return any(state.status in ("WAITING", "READY", "CLAIMED") and able >= set(state.task.requires)
-                   for state in self.bus.tasks())
+        return any(state.status in ("WAITING", "READY", "CLAIMED")
+                   and able >= set(state.task.requires) for state in self.bus.tasks())
 
     def do(self, claim: Claim) -> bool:
         """Do one task; True when this worker's attempt settled it, done or failed."""
@@ -92,12 +97,14 @@ class Worker:
                 self.bus.fail(claim, "the worker was stopped")
                 raise
             finally:
-                self.repository.remove_worktree(self.repository.path_of(claim.task.id, claim.attempt))
+                self.repository.remove_worktree(
+                    self.repository.path_of(claim.task.id, claim.attempt))
             return self._report(claim, result)
 
     @contextlib.contextmanager
     def _kept_alive(self, claim: Claim, runner: Runner) -> Iterator[None]:
-        """Renew the lease from a thread until the work is over; a lease that is lost stops the runner."""
+        """Renew the lease from a thread until the work is over; a lease that is lost stops the
+        runner."""
         over = threading.Event()
 
         def renew() -> None:
@@ -107,7 +114,8 @@ class Worker:
                     if not claim.renew():
                         break
                     sign = time.monotonic()
-                except CrewError:  # no answer: others will take the task once the lease is over, not before
+                except CrewError:
+                    # no answer: others will take the task once the lease is over, not before
                     if time.monotonic() - sign > self.bus.lease_seconds:
                         break
             if not over.is_set():
@@ -124,7 +132,8 @@ class Worker:
     def _settle_earlier(self, claim: Claim) -> None:
         """Clear up after attempts that were never ended: their sessions, and their worktrees."""
         for number in range(1, claim.attempt):
-            Attempt(self.repository, claim.task, number).settle(self.optimizer, SessionStatus.ABANDONED)
+            Attempt(self.repository, claim.task, number).settle(
+                self.optimizer, SessionStatus.ABANDONED)
         for path in self.repository.worktrees_of(claim.task.id):
             self.repository.remove_worktree(path)
 
@@ -139,7 +148,10 @@ class Worker:
         if runner.lost.is_set():
             raise Lost
         if ended.status != 0:
-            raise Refused("agent", f"ended with status {ended.status}: {mask_secrets(ended.tail)[-REASON_LENGTH:]}", again=True)
+            raise Refused(
+                "agent",
+                f"ended with status {ended.status}: {mask_secrets(ended.tail)[-REASON_LENGTH:]}",
+                again=True)
         head = self.repository.commit_all(path, claim.task.title, self.name)
         if head == base:
             return {"outcome": "unchanged"}
@@ -148,14 +160,16 @@ class Worker:
         return dict(asdict(self._merge(claim, runner, path, base, head)), outcome="merged")
 
     def _let_the_agent_work(self, claim: Claim, runner: Runner, path: str) -> Ended:
-        """Run the agent with the task and what was said to it; its sessions are in the store afterwards."""
+        """Run the agent with the task and what was said to it; its sessions are in the store
+        afterwards."""
         attempt = Attempt(self.repository, claim.task, claim.attempt)
         environment = attempt.begin(self.agent, self.name)
         prompt, notes = self._prompt(claim)
         status = SessionStatus.FAILED
         try:
-            ended = runner.run(attempt.command(self.agent, prompt), path, self.rules.agent_seconds, attempt.output,
-                               limited=True, environment=dict(environment, CREW_PROMPT=prompt))
+            ended = runner.run(
+                attempt.command(self.agent, prompt), path, self.rules.agent_seconds, attempt.output,
+                limited=True, environment=dict(environment, CREW_PROMPT=prompt))
             if ended.status == 0:
                 status = SessionStatus.COMPLETED
                 for note in notes:
@@ -165,7 +179,8 @@ class Worker:
         return ended
 
     def _prompt(self, claim: Claim) -> Tuple[str, List[Any]]:
-        """The task's prompt, with the notes that are waiting for this agent; news of merges are read and dropped."""
+        """The task's prompt, with the notes that are waiting for this agent; news of merges are
+        read and dropped."""
         notes = []
         for message in self.bus.receive(self.name, limit=NOTES):
             if isinstance(message.body, str):
@@ -196,17 +211,21 @@ class Worker:
         if runner.lost.is_set():
             raise Lost
         if ended.status != 0:
-            raise Refused("tests", f"ended with status {ended.status}: {mask_secrets(ended.tail)[-REASON_LENGTH:]}",
-                          again=True)
+            raise Refused(
+                "tests",
+                f"ended with status {ended.status}: {mask_secrets(ended.tail)[-REASON_LENGTH:]}",
+                again=True)
 
     def _merge(self, claim: Claim, runner: Runner, path: str, base: str, head: str) -> Merge:
-        """Put the work on the branch, one worker at a time: on its tip, tested there if that moved meanwhile."""
+        """Put the work on the branch, one worker at a time: on its tip, tested there if that moved
+        meanwhile."""
         with self.repository.lock() as held:
             tip = self.repository.tip()
             before = self.repository.merged().get(claim.task.id)
             if before:  # by a worker that was suspended for longer than its lease
                 return self.repository.measure(before)
-            message = (f"Merge {' '.join(claim.task.title.split())}\n\nCrew-Task: {claim.task.id}\nCrew-Agent: {self.name}\n"
+            message = (f"Merge {' '.join(claim.task.title.split())}\n\nCrew-Task: {claim.task.id}\n"
+                       f"Crew-Agent: {self.name}\n"
                        f"Crew-Name: {self.repository.crew}\n")
             try:
                 commit = self.repository.join(path, head, tip, message, self.name)
@@ -221,8 +240,8 @@ class Worker:
             return self.repository.measure(commit)
 
     def _report(self, claim: Claim, result: Dict[str, Any]) -> bool:
-        """Tell the others and mark the task as done. In this order, and with an id for the message, a worker that is
-        killed in between neither loses the news nor doubles it."""
+        """Tell the others and mark the task as done. In this order, and with an id for the message,
+        a worker that is killed in between neither loses the news nor doubles it."""
         self.bus.send(self.name, ALL, dict(result, task=claim.task.id, title=claim.task.title),
                       message_id=f"{self.repository.crew}/{claim.task.id}")
         return self.bus.complete(claim, result)
