@@ -6782,7 +6782,7 @@ class _Layout:
         self._previous: Optional[_Call] = None
         self._context, self._start = 0, start  # of the call before; where this call's items begin
         self._results: Events = []             # what may leave the window, oldest first
-        self._history: Data = {}     # tokens that calls counted elsewhere brought
+        self._history: Any = Counter()         # tokens that calls counted elsewhere brought
 
     def enter(self, event: SessionEvent, characters: int) -> None:
         """What enters with the next call; a compaction begins a window."""
@@ -6834,9 +6834,9 @@ class _Layout:
             # It goes on with a context that others have paid for; a mark stands for the answer.
             self._previous.event = self._load(call, Source.RESUME, self._start)
             if self._history:
-                self._load(call, Source.HISTORY, self._start + 1, contents=self._history)
+                self._load(call, Source.HISTORY, self._start + 1, contents=dict(self._history))
             self._start += 1 + bool(self._history)
-            self._history = {}
+            self._history = Counter()
         self._lay_out(call, context - self._context)
         if not call.counted:
             # What led to a response that is counted elsewhere is told there, but for what a
@@ -6881,7 +6881,7 @@ class _Layout:
         if not previous:
             told.append((START_LOAD, call.usage.read))
         for content, tokens in told:
-            self._history[content] = self._history.get(content, 0) + tokens
+            self._history[content] += tokens
 
     def _kept(self, previous: _Call, unexplained: int) -> int:
         """Tokens of the answer before that are in the context now: while a prompt is worked on its
@@ -6979,10 +6979,10 @@ class _Tool:
 
     open = True
 
-    def __init__(self, event: SessionEvent, window: _Window, arguments: Any, cwd: str):
-        self.event, self.data, self.window, self.cwd = event, event.data, window, cwd
-        self.given = _arguments(arguments)
-        self.step, self.calls = window.add(event), window.calls
+    def __init__(self, told: Recorder, event: SessionEvent, arguments: Any):
+        self.event, self.data, self.given = event, event.data, _arguments(arguments)
+        self.window, self.cwd = told._window(), told.cwd
+        self.step, self.calls = self.window.add(event), self.window.calls
 
     def describe(self) -> None:
         """What the call reads, searches, writes or changes."""
@@ -7157,7 +7157,7 @@ class Recorder:
         self._calls: Dict[Any, _Call] = {}              # by agent and id
         self._owners: Data = {}               # by id of a response: who told it first
         self._tools: Dict[str, _Tool] = {}
-        self._counters: Data = Counter()
+        self._counters: Any = Counter()
         self._models: Any = Counter()                   # calls of the main agent by model
         self._source: Data = {}
         self._place: Data = {"line": 0}
@@ -7194,22 +7194,16 @@ class Recorder:
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter of the session's metadata, such as ``damaged_lines``."""
-        if by:
-            self._counters[name] += by
+        self._counters[name] += by
 
     def skip(self, path: str, line: int, reason: str) -> None:
         """A line is damaged: it is counted and named."""
         self.count("damaged_lines")
         self._skip(path, line, reason)
 
-    @property
-    def agents(self) -> List[str]:
-        """The agents of whom something was told."""
-        return list(self._windows)
-
     def knows(self, identity: str) -> bool:
-        """Whether a response of this id was told."""
-        return identity in self._owners
+        """Whether a response of this id, or something of an agent of this name, was told."""
+        return identity in self._owners or identity in self._windows
 
     # what entered the context
 
@@ -7273,17 +7267,16 @@ class Recorder:
 
     def call(self, identity: str, model: str, usage: Optional[Usage], *, text: int = 0,
              thinking: Optional[int] = None, thoughts: Optional[int] = None,
-             complete: Optional[bool] = True, earlier: Iterable[Tuple[str, Usage]] = (),
-             fast: bool = False) -> SessionEvent:
+             complete: Optional[bool] = True,
+             earlier: Iterable[Tuple[str, Usage]] = ()) -> SessionEvent:
         """A response, or more of one: told again it is the same, and its largest usage counts
         (None: its usage is not known). What is told next of this agent belongs to it.
 
         ``text`` and ``thinking``: characters of each (thinking 0: it is hidden); ``thoughts``:
         tokens of its thinking where the provider tells them. ``complete``: whether the output is
         final; False: a placeholder, None: not said. ``earlier``: model and usage of calls that
-        were billed before it for the same response. ``fast``: billed at the price of fast mode. A
-        response that another agent told is a replay: what it adds counts where it was told first.
-        """
+        were billed before it for the same response. A response that another agent told is a
+        replay: what it adds counts where it was told first."""
         identity = identity or f"{self._place.get('path', '')}:{self._place['line']}"
         window, key = self._window(), (self._agent, identity)
         if key not in self._calls:
@@ -7310,7 +7303,6 @@ class Recorder:
             call.hidden = call.hidden or not thinking
             call.parts.append((thinking, (thinking and call.thinking) or call.event))
         call.thoughts = call.thoughts if thoughts is None else thoughts
-        call.event.rate = "fast" if fast else call.event.rate
         return call.event
 
     def rolled_up(self, identity: str, model: str, usage: Usage) -> SessionEvent:
@@ -7344,16 +7336,12 @@ class Recorder:
         response = call.event.data["response_id"] if call else response
         event = self._event(EventType.TOOL_CALL, call.event.model if call else "", tool=name,
                             response_id=response)
-        tool = self._add_tool(key or f"#{len(self._tools)}", event, arguments)
+        tool = self._tools[key or f"#{len(self._tools)}"] = _Tool(self, event, arguments)
         tool.describe()
         if call:
             size = len(name) + len(_to_json(tool.given)) if size is None else size
             call.parts.append((size, event))
         return event
-
-    def _add_tool(self, key: str, event: SessionEvent, arguments: Any) -> _Tool:
-        tool = self._tools[key] = _Tool(event, self._window(), arguments, self.cwd)
-        return tool
 
     def returned(self, key: str, text: Optional[str], size: Optional[int] = None, *,
                  failed: bool = False, lines: Tuple[int, int, int] = (0, 0, 0), cut: bool = False,
@@ -7363,8 +7351,10 @@ class Recorder:
         where the text does not tell why (`failure_kind`). ``lines``: number of the first line, how
         many there are and how many the file has, 0 where that is not said. ``cut``: it is not all
         there. A result whose call was not told is of a tool of unknown kind."""
-        tool = self._tools.get(key) or self._add_tool(key, self._event(
-            EventType.TOOL_CALL, tool="unknown", kind="unreadable", changes=["?"]), None)
+        if key not in self._tools:
+            self._tools[key] = _Tool(self, self._event(
+                EventType.TOOL_CALL, tool="unknown", kind="unreadable", changes=["?"]), None)
+        tool = self._tools[key]
         event, data = tool.event, tool.data
         if not tool.open:
             return event
@@ -7406,15 +7396,14 @@ class Recorder:
             return []
         model, path = self._settle(), self.paths[0]
         stem = os.path.splitext(os.path.basename(path))[0]
-        source = {"session_id": stem, "cwd": "", "version": "", **self._source}
-        source = {**masked(source), "session_id": source["session_id"],
-                  "reader": self.reader.name, "path": path}
+        source = {"cwd": "", "version": "", **masked(self._source), "reader": self.reader.name,
+                  "path": path, "session_id": self._source.get("session_id", stem)}
         if self.paths[1:]:
             source["paths"] = self.paths[1:]
         started = self._first or time_text(_changed_at(path))
         session = Session(slug(name or source["session_id"]), self._agent_name, self.task,
                           SessionStatus.COMPLETED, started, self._last or started,
-                          model=mask_secrets(model), metadata=dict(self._counters, source=source))
+                          model=mask_secrets(model), metadata=dict(+self._counters, source=source))
         keyed: List[Any] = []  # by time, and each agent's own order kept
         for window in self._windows.values():
             events = window.finish(self._resends)
@@ -7447,6 +7436,7 @@ class Recorder:
                 low = call.complete is None and 8 * call.usage.output < text
                 self.count("output_lower_bound_calls", low or call.complete is False)
         return max(self._models, key=self._models.get, default="default")
+
 
 def _changed_at(path: str) -> float:
     """When a file was changed, in seconds since 1970; 0 where that is not known."""
@@ -7783,8 +7773,9 @@ class _ClaudeSession:
                 complete=True if message.get("stop_reason") else self.final,
                 # The top level of a usage leaves out all calls but the last.
                 earlier=[(_text(one, "model"), _claude_usage(one))
-                         for one in _dicts(usage, "iterations")[:-1]],
-                fast=usage.get("speed") == "fast")
+                         for one in _dicts(usage, "iterations")[:-1]])
+            if usage.get("speed") == "fast":
+                event.rate = "fast"
             self.marker, self.called = "", self.called or not self.agent
             # What the bill asks: why its cache was missed, and in what settings it ran.
             facts = {CACHE_MISS: _text(message, "diagnostics", "cache_miss_reason", "type"),
@@ -7867,15 +7858,17 @@ class _ClaudeSession:
     def _echoed(self) -> None:
         """Tell the responses that only progress lines hold, and what their agents were told in
         between."""
-        told, agents = self.told, self.told.agents
-        ids = {_text(echo[3], "message", "id") for echo in self.echoes}
-        known = set(filter(told.knows, ids))
+        told = self.told
+        names = {name for _, _, agent, inner in self.echoes
+                 for name in (agent, _text(inner, "message", "id"))}
+        known = set(filter(told.knows, names))
         for path, line, agent, inner in self.echoes:
             told.at(path=path)
             self._at(inner, line, agent)
-            if inner.get("type") == "assistant" and _text(inner, "message", "id") not in known:
+            identity = _text(inner, "message", "id") or line
+            if inner.get("type") == "assistant" and identity not in known:
                 self._assistant(inner)
-            elif inner.get("type") == "user" and agent not in agents:
+            elif inner.get("type") == "user" and agent not in known:
                 self._user(inner)
 
 
