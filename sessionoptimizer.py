@@ -6652,6 +6652,7 @@ def task_line(text: str) -> str:
     return line if len(line) <= TASK_LENGTH else line[:TASK_LENGTH - 1] + "…"
 
 
+_PARTS = ("offset", "limit", "start_line", "end_line")  # which lines of a file a read asks for
 _NUMBERED = _Pattern(r" *\d+(\t|→)")
 # What a command was allowed: tried again with more rights it is another one.
 _RIGHTS = ("sandbox_permissions", "with_escalated_permissions", "dangerouslyDisableSandbox")
@@ -6997,7 +6998,7 @@ class _Tool:
         elif kind == "search":
             self._search(path, place)
         elif kind == "read" and path:
-            part = {key: given[key] for key in ("offset", "limit") if _is_count(given.get(key))}
+            part = {key: given[key] for key in _PARTS if _is_count(given.get(key))}
             self._becomes(EventType.FILE_READ, file_path=place,
                           pages=str(given.get("pages") or "")[:40], **part)
         elif kind == "write":
@@ -7090,7 +7091,7 @@ class _Tool:
             start = seen.totals[path] - count + 1  # the last lines of a file whose length is known
         if start < 0:
             return
-        if not total and not first and data.keys().isdisjoint(("lines", "offset", "limit")):
+        if not total and not first and data.keys().isdisjoint(("lines", *_PARTS)):
             total = seen.totals[path] = count
         verdict, overlap = seen.verdict(path, start, count, text)
         self.keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
@@ -7395,9 +7396,8 @@ class Recorder:
         if not self._windows and not self._source:
             return []
         model, path = self._settle(), self.paths[0]
-        stem = os.path.splitext(os.path.basename(path))[0]
         source = {"cwd": "", "version": "", **masked(self._source), "reader": self.reader.name,
-                  "path": path, "session_id": self._source.get("session_id", stem)}
+                  "path": path, "session_id": self._source.get("session_id", _name_of(path))}
         if self.paths[1:]:
             source["paths"] = self.paths[1:]
         started = self._first or time_text(_changed_at(path))
@@ -7436,6 +7436,11 @@ class Recorder:
                 low = call.complete is None and 8 * call.usage.output < text
                 self.count("output_lower_bound_calls", low or call.complete is False)
         return max(self._models, key=self._models.get, default="default")
+
+
+def _name_of(path: str) -> str:
+    """A file's name without its ending."""
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _changed_at(path: str) -> float:
@@ -7707,7 +7712,7 @@ class _ClaudeSession:
                 self._entry(entry, path, line, own)
         self._echoed()
         self.told.session(task=self.command)
-        stem = os.path.splitext(os.path.basename(paths[0]))[0]
+        stem = _name_of(paths[0])
         return self.told.finish(stem if _UUID.match(stem) else "")
 
     def _broken(self, line: int, text: bytes) -> None:
@@ -8242,14 +8247,13 @@ class _Chat:
 
     def add(self, path: str) -> None:
         """Take a file in."""
-        stem = os.path.splitext(os.path.basename(path))[0]
         for line, entry in transcript_entries(path, self.told.skip):
             places = {} if line else places_of(path, rb"id")
             changed = _as_dict(entry, "$set")
             header = changed or (entry if "sessionId" in entry else {})
             messages = _dicts(header, "messages")
             if header:
-                self.identity = self.identity or _text(header, "sessionId") or stem
+                self.identity = self.identity or _text(header, "sessionId") or _name_of(path)
                 self.times += _texts(header, "startTime", "lastUpdated")
             elif "$rewindTo" in entry:
                 self.order.append("")
@@ -8304,11 +8308,8 @@ class _Chat:
     def _tool(self, tool: Data) -> None:
         told, name, given = self.told, _text(tool, "name"), tool.get("args")
         arguments, size = _arguments(given), len(name) + _json_size(given)
-        first, last = arguments.get("start_line"), arguments.get("end_line")
         if arguments.get("offset").__class__ is int:
             arguments["offset"] += 1  # lines count from 0 there
-        elif first.__class__ is int and last.__class__ is int:
-            arguments.update(offset=first, limit=max(0, last - first + 1))
         self.tools += 1
         key = f"{self.identity}:{self.tools}"
         told.tool(key, name, arguments, size)
@@ -8925,7 +8926,6 @@ def _agent_runs(metadata: Data) -> bool:
     where it keeps none, by the age of the transcript."""
     path = _transcript_of(metadata)
     home = path.rpartition(os.sep + "projects" + os.sep)[0] or os.devnull
-    stem = os.path.splitext(os.path.basename(path))[0]
     try:
         names = os.listdir(os.path.join(home, "sessions"))
     except OSError:
@@ -8935,7 +8935,7 @@ def _agent_runs(metadata: Data) -> bool:
         with suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
             with open(os.path.join(home, "sessions", name), encoding="utf-8") as file:
                 entry = json.load(file)
-            if entry["sessionId"] == stem:
+            if entry["sessionId"] == _name_of(path):
                 if os.name != "nt":  # there it would end the process
                     os.kill(entry["pid"], 0)
                 return True
