@@ -6333,10 +6333,17 @@ class State:
 
     def summaries(self, settings: str, shorten: Any = lambda row: row) -> Data:
         """{session id: row} of the summaries made under these settings, each passed through
-        `shorten`, one after the other: they need not fit into memory together."""
-        query = "SELECT key, value FROM summaries WHERE part = ? ORDER BY serial"
-        found: Data = self._run(lambda db: {json.loads(key): shorten(json.loads(value))
-                                     for key, value in db.execute(query, (_encode(settings),))})
+        `shorten`, a thousand at a time: they need not fit into memory together."""
+        query = "SELECT key || ':' || value FROM summaries WHERE part = ? ORDER BY serial"
+
+        def work(db: Any) -> Data:
+            found: Data = {}
+            cursor = db.execute(query, (_encode(settings),))
+            for pairs in iter(lambda: cursor.fetchmany(_LINES), []):
+                rows = json.loads("{%s}" % ",".join([pair for pair, in pairs]))
+                found.update(zip(rows, map(shorten, rows.values())))
+            return found
+        found: Data = self._run(work)
         return found
 
     def save_summaries(self, settings: str, rows: Data, gone: Iterable[str]) -> None:
@@ -9787,6 +9794,7 @@ class _ListedSession(Session):
         self.__dict__["_events"] = events
 
 
+_SAVE_EVERY = 3.0  # seconds of reading sessions after which what they came to is kept
 _TAKING_IN = RLock()  # for all of them: a lock of their own would keep them from being pickled
 
 
@@ -9917,23 +9925,28 @@ class _LiveSessions:
             stamp = [info.st_size, info.st_mtime_ns]
             self.found[header["id"]] = dict(short_row(row), stamp=stamp)
 
-    def summaries(self, settings: str, analyzers: Iterable[BaseAnalyzer]) -> Rows:
-        """The summaries of all sessions; kept ones are taken from the store while nothing
-        changed."""
-        known = self.store.state.summaries(settings)
-        rows, news = {}, {}
-        for session_id, info in self.store.files():
-            row, stamp = known.get(session_id), [info.st_size, info.st_mtime_ns]
-            if row is None or row["stamp"] != stamp:
-                session = self.glimpse(session_id)
-                if session is None:
-                    continue
-                row = dict(full_row(session, analyzers, short=True), id=session_id, stamp=stamp)
-                news[session_id] = row
-            rows[session_id] = row
-        gone = known.keys() - rows.keys()
+    def summaries(self, settings: str, analyzers: Iterable[BaseAnalyzer], progress: Any) -> Rows:
+        """The summaries of all sessions; kept ones are taken from the store while nothing changed,
+        others are made and kept every few seconds: who interrupts this loses little."""
+        rows = self.store.state.summaries(settings)
+        stamps = {name: [info.st_size, info.st_mtime_ns] for name, info in self.store.files()}
+        gone = [name for name, row in rows.items() if stamps.get(name) != row["stamp"]]
+        for name in gone:
+            del rows[name]
+        stale, news = [name for name in stamps if name not in rows], {}
+        due = time.monotonic() + _SAVE_EVERY
+        for done, name in enumerate(stale, 1):
+            session = self.glimpse(name)
+            if session is not None:
+                row = full_row(session, analyzers, short=True)
+                rows[name] = news[name] = dict(row, id=name, stamp=stamps[name])
+            if time.monotonic() > due:
+                self.save_summaries(settings, news)
+                news, due = {}, time.monotonic() + _SAVE_EVERY
+            if progress:
+                progress(done, len(stale))
         if news or gone:
-            self.save_summaries(settings, news, gone)
+            self.save_summaries(settings, news, set(gone) - rows.keys())
         return list(rows.values())
 
     def save_summaries(self, settings: str, news: Data, gone: Iterable[str] = ()) -> None:
@@ -10380,10 +10393,11 @@ class SessionOptimizer:
             return {"agent": agent, "sessions": 0, "message": message}
         return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
-    def summaries(self, days: Optional[float] = None) -> List[Data]:
-        """One ``summary_row`` per session, oldest first; of the last ``days``. Rows of unchanged
-        sessions come from the store; a damaged session is named in a warning and left out."""
-        rows = self._live.summaries(self._settings(), self.analyzers)
+    def summaries(self, days: Optional[float] = None, *, progress: Any = None) -> List[Data]:
+        """One ``summary_row`` per session, oldest first; of the last ``days``. Unchanged ones come
+        from the store; a damaged session is named in a warning and left out. ``progress`` is called
+        with the number of sessions read and to read."""
+        rows = self._live.summaries(self._settings(), self.analyzers, progress)
         active = [row["id"] for row in rows if row["status"] == SessionStatus.ACTIVE.value]
         if any([self._closed(name, self.store.readable_head(name)) for name in active]):
             return self.summaries(days)
@@ -10784,6 +10798,8 @@ def _analyze(options: Any) -> int:
 
 def _stats(options: Any) -> int:
     optimizer, agent = options.optimizer, options.agent or ""
+    optimizer.summaries(progress=_progress_bar("sessions"))
+    _wipe()
     stats = optimizer.agent_statistics(agent, options.days)
     if "message" in stats:
         _known_agent(options, {row["agent"] for row in optimizer.summaries()})

@@ -2813,6 +2813,27 @@ def test_a_row_has_one_shape_in_every_command(optimizer):
     assert so.scan_totals([])["efficiency_score"] == 100 and so.scan_totals([])["tokens"]["output"] == 0
 
 
+def test_summaries_that_are_interrupted_go_on_where_they_stopped(optimizer, monkeypatch):
+    for number in range(6):
+        optimizer.start_session("FORGE", "t", session_id="s%d" % number)
+    monkeypatch.setattr(so, "_SAVE_EVERY", 0.0)
+    told = []
+
+    def stop_at_the_fourth(done, total):
+        told.append((done, total))
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.summaries(progress=stop_at_the_fourth)
+    rows = optimizer.summaries(progress=lambda *figures: told.append(figures))
+    assert told == [(1, 6), (2, 6), (3, 6), (4, 6), (1, 2), (2, 2)] and len(rows) == 6
+    optimizer.log_event("s3", "CUSTOM", {}, 5)
+    optimizer.delete_session("s4")
+    assert sum(row["tokens"] for row in optimizer.summaries(progress=lambda *figures: told.append(figures))) == 5
+    assert told[6:] == [(1, 1)] and len(optimizer.store.state.summaries(optimizer._settings())) == 5
+
+
 def test_a_scan_keeps_the_summaries(optimizer, monkeypatch):
     """They are those that reading the sessions gives, and reading one again is not needed."""
     optimizer.scan([TRANSCRIPTS])
@@ -7736,8 +7757,8 @@ CALLS = [  # a command line, and the calls of the library it makes
     ("delete s1", [("delete_session", dict(session_id="s1"))]),
     ("analyze s1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
     ("analyze s1 --format markdown --fail-under 1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
-    ("stats", [("agent_statistics", dict(agent="", days=30)), ("summaries", dict(days=30))]),
-    ("stats forge --days 7 --format json", [("agent_statistics", dict(agent="forge", days=7)), ("summaries", dict(days=7))]),
+    ("stats", [("summaries", dict(progress=None)), ("agent_statistics", dict(agent="", days=30)), ("summaries", dict(days=30))]),
+    ("stats forge --days 7 --format json", [("summaries", dict(progress=None)), ("agent_statistics", dict(agent="forge", days=7)), ("summaries", dict(days=7))]),
     ("compare s1 s2", [("compare_sessions", dict(session_ids=["s1", "s2"]))]),
     ("export s1", [("export_report", dict(session_id="s1", format="text"))]),
     ("export s1 --format json", [("export_report", dict(session_id="s1", format="json"))]),
