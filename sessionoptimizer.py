@@ -704,8 +704,7 @@ class _Record:
     def __eq__(self, other: Any) -> Any:
         if other.__class__ is not self.__class__:
             return NotImplemented
-        found: bool = self._fields() == other._fields()
-        return found
+        return self._fields() == other._fields()
 
     @classmethod
     def from_dict(cls, data: Data) -> Any:
@@ -5323,8 +5322,7 @@ _HEADER_END = b'"events": ['
 _FOOTER_START = b"\n], "
 _FOOTER_END = b'"layout":2}\n'
 _FOOTER_SIZE = 1024  # bytes read from the end of a file; a footer is shorter
-_PEEK, _LONG_PEEK = 4096, 1 << 16  # bytes read from its start when only the header is wanted
-_START = 1024  # bytes that hold most headers
+_START, _LONG_PEEK = 1024, 1 << 16  # bytes that hold most headers, nearly all
 _LINES = 1000  # events written at a time
 _BLOCK = 1 << 20  # bytes of events read at a time
 _TEMPORARY = ".tmp"  # the ending of files being written
@@ -5527,8 +5525,7 @@ def _fault(doc: Any) -> str:
 
 
 def _adds_up(doc: Data) -> bool:
-    found: bool = doc["event_count"] == len(doc["events"]) + doc.get("lost_events", 0)
-    return found
+    return bool(doc["event_count"] == len(doc["events"]) + doc.get("lost_events", 0))
 
 
 def _parse(data: bytes, path: str) -> Data:
@@ -5555,20 +5552,6 @@ def _header_of(first: bytes) -> Any:
     """The header at the start of a session's file, None where it is not there."""
     end = max(first.find(b"\n"), 0)
     return _decoded(first[:end] + b"]}") if first.endswith(_HEADER_END, 0, end) else None
-
-
-def _parse_ends(first: bytes, last: bytes) -> Any:
-    """Header and footer in one dict from the ends of a file, or None when they do not look like
-    it."""
-    head, footer = _header_of(first), _parse_footer(last)[0]
-    if head and footer:
-        return {**head, **footer}
-    # The older layout, indented by two: only its events are left out.
-    start, end = first.find(b'\n  "events": [\n'), first.rfind(b'\n  ],\n  "total_tokens_input"')
-    head = _decoded(first[:start] + b'"events": [' + first[end:]) if 0 <= start < end else None
-    if head:
-        head.setdefault("event_count", first.count(b"\n    },\n    {\n", start, end) + 1)
-    return head
 
 
 # -- repair
@@ -5641,7 +5624,7 @@ def _restore(data: bytes, path: str) -> Any:
 
 def _read(fd: int, start: int, end: int) -> bytes:
     os.lseek(fd, start, os.SEEK_SET)
-    data = os.read(fd, end - start)
+    data = b""
     while start + len(data) < end:  # one call reads 2 GB at most
         more = os.read(fd, end - start - len(data))
         if not more:
@@ -6099,8 +6082,7 @@ class Store:
                     raise _damaged(path, f"{error}") from error
             _remove(path)
         self._report(remark)
-        found: str = doc["id"]
-        return found
+        return str(doc["id"])
 
     def delete(self, session_id: str) -> bool:
         """Remove a session, readable or not, with its report and copies of it; False when there is
@@ -6236,15 +6218,14 @@ def _peek(path: str, *, header_only: bool) -> Any:
     try:
         fd = os.open(path, _READ)
         try:
-            if header_only:
-                return _header_of(_read(fd, 0, _START))
-            size = os.fstat(fd).st_size
-            first = _read(fd, 0, min(size, _PEEK))
-            if first.startswith(b"{\n"):
-                first = _read(fd, 0, size)
-            elif b"\n" not in first:
+            first = _read(fd, 0, _START)
+            if b"\n" not in first:
                 first = _read(fd, 0, _LONG_PEEK)
-            return _parse_ends(first, _read(fd, max(size - _FOOTER_SIZE, 0), size))
+            head, size = _header_of(first), os.fstat(fd).st_size
+            if header_only or not head:
+                return head
+            footer, _ = _parse_footer(_read(fd, max(size - _FOOTER_SIZE, 0), size))
+            return footer and {**head, **footer}
         finally:
             os.close(fd)
     except OSError:
@@ -6300,38 +6281,33 @@ class State:
         self.root, self.path = root, os.path.join(root, "state.sqlite3")
         self._report = report
 
-    def generation(self) -> int:
+    def generation(self) -> Any:
         """A number that grows whenever a scan saves what it found, or a session is deleted."""
-        found: int = self._run(_generation)
-        return found
+        return self._run(_generation)
 
-    def scanned(self) -> Tuple[Any, ...]:
+    def scanned(self) -> Any:
         """Where the next scan starts, of one moment: the generation; {path: [size, mtime in ns,
         reader, unit, reason]}; {first file of a unit: what is known of it}; {deleted id: a number
         that grows with every deletion}."""
-        found: Tuple[Any, ...] = self._run(lambda db: (
+        return self._run(lambda db: (
             _generation(db), _table(db, "files"), _table(db, "units"),
                                      _table(db, "deleted", "serial")))
-        return found
 
-    def responses(self) -> Data:
+    def responses(self) -> Any:
         """{unit: {response id: its output there}}."""
-        found: Data = self._run(lambda db: _table(db, "responses"))
-        return found
+        return self._run(lambda db: _table(db, "responses"))
 
-    def rows_of(self, units: Iterable[str]) -> Data:
+    def rows_of(self, units: Iterable[str]) -> Any:
         """{unit: the rows of its sessions}, in the order they were read."""
         query = "SELECT value FROM rows WHERE part = ? ORDER BY serial"
-        found: Data = self._run(
+        return self._run(
             lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
-        return found
 
-    def units_of_rows(self) -> Data:
+    def units_of_rows(self) -> Any:
         """{session id: the unit it was read from}."""
-        found: Data = self._run(lambda db: _table(db, "rows", "part"))
-        return found
+        return self._run(lambda db: _table(db, "rows", "part"))
 
-    def summaries(self, settings: str, shorten: Any = lambda row: row) -> Data:
+    def summaries(self, settings: str, shorten: Any = lambda row: row) -> Any:
         """{session id: row} of the summaries made under these settings, each passed through
         `shorten`, a thousand at a time: they need not fit into memory together."""
         query = "SELECT key || ':' || value FROM summaries WHERE part = ? ORDER BY serial"
@@ -6343,8 +6319,7 @@ class State:
                 rows = json.loads("{%s}" % ",".join([pair for pair, in pairs]))
                 found.update(zip(rows, map(shorten, rows.values())))
             return found
-        found: Data = self._run(work)
-        return found
+        return self._run(work)
 
     def save_summaries(self, settings: str, rows: Data, gone: Iterable[str]) -> None:
         """Keep the rows given, drop those of the ids `gone`."""
@@ -9777,21 +9752,21 @@ def _replaceable(store: Store, session_id: str, path: str) -> bool:
 class _ListedSession(Session):
     """A session of which a listing has read the ends only; its events are read when asked for."""
 
-    _load: Optional[Callable[[str], Any]] = None
+    _load: Any = None
+    _events: Any = None
 
     @property
-    def events(self) -> List[SessionEvent]:
+    def events(self) -> Any:
         """The events, read from the store at first use."""
-        if self.__dict__.get("_events") is None and self._load:
+        if self._events is None and self._load:
             self._load(self.id)
-        if self.__dict__.get("_events") is None:
-            self.__dict__["_events"] = []
-        found: List[SessionEvent] = self.__dict__["_events"]
-        return found
+        if self._events is None:
+            self._events = []
+        return self._events
 
     @events.setter
     def events(self, events: List[SessionEvent]) -> None:
-        self.__dict__["_events"] = events
+        self._events = events
 
 
 _SAVE_EVERY = 3.0  # seconds of reading sessions after which what they came to is kept
@@ -9903,7 +9878,7 @@ class _LiveSessions:
                 model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
             for name in _TOTALS:
                 setattr(session, name, head.get(name) or 0)
-            session.__dict__.update(_events=None, _load=self.refreshed)
+            session._events, session._load = None, self.refreshed
             return self.adopt(session)
 
     def create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
@@ -10009,8 +9984,7 @@ class SessionOptimizer:
     ``storage_path``: the store's directory (else SESSIONOPTIMIZER_HOME, ~/.sessionoptimizer).
     ``analyzers`` replace the built-in ones. ``durable``: events are on the disk before they are
     acknowledged. Sessions handed out stay live: they show what this and, at the next call that
-    names them, other processes have logged. Threads may share it. StorageError when it fails.
-    """
+    names them, other processes have logged. Threads may share it. StorageError when it fails."""
 
     def __init__(self, storage_path: Optional[str] = None,
                  analyzers: Optional[Iterable[BaseAnalyzer]] = None, *, durable: bool = False):
@@ -10031,13 +10005,6 @@ class SessionOptimizer:
             stored = error.reason
         return (f"<{type(self).__name__} {self.store.root}: sessions stored: {stored}, "
                 f"in use: {len(self._sessions):,}>")
-
-    def __eq__(self, other: Any) -> bool:
-        return type(other) is type(self) and (
-            self.store.root, self._settings()) == (other.store.root, other._settings())
-
-    def __hash__(self) -> int:
-        return hash(self.store.root)
 
     def _settings(self) -> str:
         return settings_of(self.analyzers, self.prices)
@@ -10069,13 +10036,10 @@ class SessionOptimizer:
                       session_id: Optional[str] = None,
                       metadata: Optional[Data] = None) -> Session:
         """Begin a session and log SESSION_START. The agent is kept in upper, the model in lower
-        case.
-
-        Without an id it becomes ``agent_YYYYMMDD_HHMMSS``, with a suffix when taken. An id whose
-        session has ended is taken over: the old session is kept as ``<id>.1``, with a warning.
-        SessionExists when it is still active; InvalidSessionId, InvalidValue (metadata that JSON
-        cannot hold) and StorageError otherwise.
-        """
+        case. Without an id it becomes ``agent_YYYYMMDD_HHMMSS``, with a suffix when taken. An id
+        whose session has ended is taken over: the old session is kept as ``<id>.1``, with a
+        warning. SessionExists when it is still active; InvalidSessionId, InvalidValue (metadata
+        that JSON cannot hold) and StorageError otherwise."""
         session = _begun(agent, task, model, session_id, metadata)
         base, number = session.id, 1
         while True:
@@ -10127,8 +10091,7 @@ class SessionOptimizer:
         except (TypeError, ValueError, RecursionError) as error:
             raise _not_json(error, "data") from None
         if footer["status"] != SessionStatus.ACTIVE.value:
-            _warn(f"session {session_id} has ended ({footer['status']}): the event was added all "
-                  "the same")
+            _warn(f"session {session_id} has ended ({footer['status']}): the event was added")
         self._live.take_own(session_id, event, mark)
         return event
 
@@ -10139,8 +10102,7 @@ class SessionOptimizer:
         session; None, with a warning, when there is none. InvalidValue for an unknown status."""
         status = _status(status)
         if status is SessionStatus.ACTIVE:
-            raise InvalidValue("a session does not end as ACTIVE: use COMPLETED, FAILED or "
-                               "ABANDONED")
+            raise InvalidValue("no session ends as ACTIVE: use COMPLETED, FAILED or ABANDONED")
 
         def make(footer: Data) -> Tuple[Optional[Data], Data]:
             if footer["status"] != SessionStatus.ACTIVE.value:
@@ -10190,8 +10152,7 @@ class SessionOptimizer:
         out."""
         wanted = None if status is None else _status(status).value
         if limit.__class__ is not int or agent is not None and not isinstance(agent, str):
-            raise InvalidValue(f"agent is {agent!r} and limit {limit!r}: give a text and a whole "
-                               "number")
+            raise InvalidValue(f"agent {agent!r}, limit {limit!r}: give a text and a whole number")
         after = since_seconds(since)
         rows = [(seconds_of(head.get("started_at")) or 0.0, session_id)
                 for session_id, head in self.store.headers()
@@ -10252,7 +10213,7 @@ class SessionOptimizer:
 
     def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
              since: Optional[datetime] = None, project: str = "", store: bool = True,
-             again: bool = False, progress: Optional[Callable[[int, int], None]] = None,
+             again: bool = False, progress: Any = None,
              jobs: int = 1, show: Any = None, shown_as: Any = ()) -> Data:
         """Read agent transcripts at ``paths`` (files or directories; default: where each agent
         keeps them) and say where the money went. Only what changed since the last scan is read,
@@ -10305,7 +10266,7 @@ class SessionOptimizer:
         return tell()
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
-               progress: Optional[Callable[[int], Any]] = None) -> Data:
+               progress: Any = None) -> Data:
         """What the stored sessions, or those at ``paths``, would have cost; see `what_if`."""
         with _CollectorPaused():
             return what_if((lambda: map(self._live.glimpse, dict(self.store.files())))
@@ -10383,14 +10344,13 @@ class SessionOptimizer:
     def agent_statistics(self, agent: str, days: int = 30) -> Data:
         """An agent's sessions ("": all) of the last ``days``: tokens, USD, average efficiency
         (0–100), the five most frequent issues, and the trend of the second half; with no sessions
-        ``{"agent", "sessions": 0, "message"}``. Every session of the period counts;
-        unchanged ones are not read again."""
+        ``{"agent", "sessions": 0, "message"}``. Unchanged ones are not read again."""
         if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
             raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
         rows = rows_of_agent(self.summaries(days), agent)
         if not rows:
-            message = f"No sessions found in the last {days} days"
-            return {"agent": agent, "sessions": 0, "message": message}
+            return {"agent": agent, "sessions": 0,
+                    "message": f"No sessions found in the last {days} days"}
         return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
     def summaries(self, days: Optional[float] = None, *, progress: Any = None) -> List[Data]:

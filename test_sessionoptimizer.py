@@ -7151,18 +7151,15 @@ def test_threads_see_every_event_once(optimizer):
         assert optimizer.analyze(name).total_waste_tokens == 0
 
 
-def test_an_optimizer_is_pickled_to_an_equal_one(optimizer, tmp_path):
+def test_an_optimizer_is_pickled_with_its_sessions(optimizer):
     session = optimizer.start_session("FORGE", "t", session_id="s")
     optimizer.log_event("s", "CUSTOM", tokens_input=5)
     listed, = SessionOptimizer(optimizer.store.root).list_sessions()
     again = pickle.loads(pickle.dumps(optimizer))
-    assert again == optimizer and hash(again) == hash(optimizer) and again is not optimizer
+    assert again.store.root == optimizer.store.root and again._settings() == optimizer._settings()
     assert again._sessions["s"] == session and again.log_event("s", "CUSTOM").id.startswith("s_2_")
     assert len(again._sessions["s"].events) == 3 == len(optimizer.get_session("s").events)
     assert pickle.loads(pickle.dumps(listed)).total_tokens == 5
-    assert optimizer != SessionOptimizer(str(tmp_path / "other")) and optimizer != "optimizer"
-    assert optimizer != SessionOptimizer(optimizer.store.root, analyzers=[so.LargeFileAnalyzer(limit=5)])
-    assert optimizer == SessionOptimizer(optimizer.store.root, analyzers=[cls() for cls in so.BUILT_IN_ANALYZERS])
 
 
 def test_an_optimizer_shows_its_store_and_counts(optimizer, monkeypatch):
