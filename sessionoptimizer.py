@@ -10222,10 +10222,8 @@ class SessionOptimizer:
         ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
         ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
         __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
-        [{"path", "line", "reason"}], "changes": text}``; StorageError when a path is not there.
-        ``show(result)`` makes of that a list to be returned instead, [text, ...] as JSON holds it,
-        which is kept while a scan would find the same and ``shown_as`` (what else it depends on)
-        is the same."""
+        [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it, kept
+        for the same ``shown_as`` while nothing changes; StorageError when a path is not there."""
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
@@ -10260,9 +10258,8 @@ class SessionOptimizer:
             parts = (settings, _stamp_of(__file__), self.store.root, now_text()[:10], time.timezone,
                      time.tzname, scan.scope, scan.gone, scan.skipped, scan.last[0], agent, project,
                      shown_as)
-            shown: Data = self.store.state.shown(
-                digest_of(json.dumps(parts)), scan.generation, tell)
-            return shown
+            key = digest_of(json.dumps(parts))
+            return self.store.state.shown(key, scan.generation, tell)  # type: ignore[no-any-return]
         return tell()
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
