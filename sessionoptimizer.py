@@ -908,14 +908,18 @@ class Session(_Record):
 
     def usages(self) -> Dict[Tuple[str, str], Usage]:
         """The usage by model and rate."""
-        groups: Dict[Tuple[str, str], List[Usage]] = {}
+        groups: Dict[Tuple[str, str], List[int]] = defaultdict(lambda: [0] * 5)
         for event in self._counted():
-            usage = event.usage
+            write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
+            sums = groups[self.taken_by(event)]
+            sums[0] += event.tokens_input - write
+            sums[1] += write - hour
+            sums[2] += hour
             if event.input_model:
-                groups.setdefault(self.taken_by(event), []).append(Usage(*usage[:3]))
-                usage = Usage(read=usage.read, output=usage.output)
-            groups.setdefault((event.model or self.model, event.rate), []).append(usage)
-        return {key: Usage(*map(sum, zip(*usages))) for key, usages in groups.items()}
+                sums = groups[event.model or self.model, event.rate]
+            sums[3] += event.tokens_cache_read
+            sums[4] += event.tokens_output
+        return {key: Usage(*sums) for key, sums in groups.items()}
 
     def _counted(self) -> List[SessionEvent]:
         """The events; totals without events count as one."""
@@ -1238,9 +1242,16 @@ def _masked_as(key: Any, value: Any, hashes: bool) -> Any:
     """A value under its name, which may say that it is a secret."""
     if key in _NUMBERS:
         return value
-    if isinstance(value, str) and mask_secrets(f"{key}='{value}'") == f"{key}='***'":
+    if isinstance(value, str) and _may_name(key) \
+            and mask_secrets(f"{key}='{value}'") == f"{key}='***'":
         return "***"
     return masked(value, hashes=hashes)
+
+
+@functools.lru_cache(maxsize=1_000)
+def _may_name(key: Any) -> bool:
+    """Whether a name holds a word without which no rule takes it for a secret's."""
+    return any(map(str(key).lower().__contains__, _RULES[0][0]))
 
 
 _NUMBERS = ("response_id", "batch_id")  # drawn by lot, and no secret
@@ -2493,8 +2504,10 @@ class Analysis:
         session = self.session
         self.walk, self.bill = walk, bill = ContextWalk(session), empty_bill()
         self.days: Dict[Tuple[str, str], Dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        days = {days_of(stamp or session.started_at)
+        days = {stamp: days_of(stamp or session.started_at)
                 for stamp in {event.timestamp for event in self.events}}
+        several = len(set(days.values())) > 1
+        dated: Dict[Any, List[Usage]] = defaultdict(list)
         cells = _add_usage(bill, session)
         hidden, small = bill["hidden_output"], bill["small_rebuilds"]
         hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
@@ -2515,18 +2528,20 @@ class Analysis:
                 hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
             for watch in watchers:
                 watch(step, rebuild)
-            for stamp, event, how, payer, usage in (
-                    dated_usage(step, session) if len(days) > 1 else ()):
-                day = self.days[days_of(stamp or session.started_at)]
-                day["prompts"] += how == "first" and event.event_type is EventType.USER_MESSAGE
-                day["total_tokens"] += sum(usage) - usage.read
-                day[how] += session.prices.lookup(*payer).cost(usage)
+            for stamp, event, how, payer, usage in dated_usage(step, session) if several else ():
+                dated[days[stamp], how, payer].append(usage)
+                if event.event_type is EventType.USER_MESSAGE and how == "first":
+                    self.days[days[stamp]]["prompts"] += 1
+        for (its_day, how, payer), usages in dated.items():
+            usage, day = Usage(*map(sum, zip(*usages))), self.days[its_day]
+            day["total_tokens"] += sum(usage) - usage.read
+            day[how] += session.prices.lookup(*payer).cost(usage)
         for piece in walk.pieces:
             for how, paid in zip(HOW_PAID, piece.sums):
                 cells[piece.content, how] += paid
         bill["cells"] = _cell_rows(cells)
-        if len(days) == 1:  # as most sessions: the whole bill is of that day
-            day = self.days[days.pop()]
+        if days and not several:  # as most sessions: the whole bill is of that day
+            day = self.days[days.popitem()[1]]
             day["total_tokens"] = session.total_tokens
             day["prompts"] = sum(e.event_type is EventType.USER_MESSAGE for e in self.events)
             for cell in bill["cells"]:
