@@ -2673,24 +2673,31 @@ class Step:
 
     ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``:
     the call before in this window; ``events``: what came since, the answer of ``last`` first.
-    ``held`` is the context with all that; ``before``: its length at ``last``; ``stays``: what is
+    ``held`` is the context with all that; ``before``: its length at ``last``; ``new``: the serial
+    number of the first piece that came since; ``stays``: what is
     left of the pieces that lost tokens since, by serial number. The call read the positions up to
     ``read`` from the cache and wrote those up to ``kept`` again for ``rebuild_cost``
     (pico-dollars); there begins what entered. ``fresh_cost``: pico-dollars of all that it wrote.
     ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
     """
 
-    __slots__ = ("call", "last", "previous", "events", "held", "before", "stays", "read", "kept",
-                 "rebuild_cost", "fresh_cost", "ttl")
+    __slots__ = ("call", "last", "previous", "events", "held", "before", "new", "stays", "read",
+                 "kept", "rebuild_cost", "fresh_cost", "ttl")
 
     def __init__(self, call: Optional[SessionEvent], previous: Optional[Step],
                  events: List[SessionEvent], held: HeldContext, ttl: int):
         self.call, self.previous, self.events = call, previous, events
         self.held, self.ttl = held, ttl
         self.last = previous.call if previous else None
-        self.before, self.rebuild_cost, self.fresh_cost = held.length, 0, 0
+        self.before, self.rebuild_cost, self.fresh_cost, self.new = held.length, 0, 0, 0
         self.read = self.kept = call.tokens_cache_read if call else held.length
         self.stays: Dict[int, int] = {}
+
+    @property
+    def entered(self) -> int:
+        """The index in ``held`` of the first piece that came since ``last``."""
+        pieces = self.held.pieces
+        return len(pieces) + self.new - pieces[-1].serial - 1 if pieces else 0
 
     @property
     def began(self) -> Optional[float]:
@@ -2765,6 +2772,7 @@ class ContextWalk:
     def _taken(self, step: Step) -> Step:
         """Bring the held context to what the call saw, and pay."""
         held, session, rebuilt, loads, entering = step.held, self.session, 0, [], []
+        step.new = len(self.pieces)
         for event in step.events:
             source = event.data.get("source")
             if source == Source.REBUILD:
@@ -3671,30 +3679,33 @@ class Replay:
         # The context above which it is compacted when coming back, and at any time.
         limits = options if name == "all" else {name: options.get("above")}
         self._back, self._any = (limits.get(key) or MAX_TOKENS for key in ("return", "compact"))
-        self._idle = limits.get(name) or 0  # nothing is done up to this length
+        # A context has the recorded length, and is not looked at, until it is longer than this.
+        self.idle, self.busy = limits.get(name) or -1, False
         self.repeated = repeated_tokens(analysis) if name in ("no-repeats", "all") else {}
         self._firsts: Dict[str, Tuple[int, int]] = {}  # by agent: first context, system prefix
-        # Calls since a compaction, tokens to be read again, calls, length, the last piece seen.
-        self._since = self._due = self._calls = self._length = self._seen = 0
+        # Calls since a compaction, tokens to be read again, calls, length.
+        self._since = self._due = self._calls = self._length = 0
 
     def __call__(self, step: Step, rebuild: Optional[Data]) -> None:
         if step.call is None:
             return
         if step.last is None:
             self._open(step)
+        if not self.busy:
+            self.busy, self._length = step.before > self.idle, step.before
         held, rates = step.held, self.session.price_of(step.call).rates
         if self.name == "ttl":
             self._keep_for(step, rebuild, rates)
             return
         self._since += 1
-        if self._idle and self._length <= self._idle and not (self._cut or self._inserted):
-            self._length, self._seen = held.length, held.pieces[-1].serial
+        if self._length <= self.idle and not (self._cut or self._inserted):
+            self._length = held.length
             return
         for serial, stays in step.stays.items():
             self._cut_to(serial, min(stays, self._cuts.get(serial, 0)))
         read_again, self._due = self._due, 0
         changed_from, extra = self._compact(step, rebuild, rates)
-        self._enter(held)
+        self._enter(step)
         changed_from = min(changed_from, self._clear(step, rebuild))
         read = min(self._place(held, step.read), changed_from)
         self._inserted += read_again
@@ -3709,8 +3720,8 @@ class Replay:
         self._cut = 0       # their sum
         self._inserted = 0  # tokens of a summary, and of what was read again after it
         self._folded = 0    # pieces before this serial number stand in that summary
-        self._calls = self._due = self._length = 0
-        self._since, self._seen = CALLS_BETWEEN, -1
+        self._calls = self._due = 0
+        self._since, self.busy = CALLS_BETWEEN, False
         agent = step.call.agent_id if step.call else ""
         self._first, self._prefix = self._firsts.setdefault(
             agent, (step.held.length, step.read or step.held.length))
@@ -3746,20 +3757,19 @@ class Replay:
         loads = itertools.takewhile(lambda piece: piece.content == START_LOAD, held.pieces)
         start = sum(held.size(index) - self._cuts.get(piece.serial, 0)
                     for index, piece in enumerate(loads))
-        first = bisect_left(held.pieces, Piece(self._folded, ""))
-        for index, piece in enumerate(held.pieces[first:], first):
-            if piece.content != START_LOAD and piece.serial <= self._seen:
+        for index, piece in enumerate(held.pieces[:step.entered]):
+            if piece.content != START_LOAD and piece.serial >= self._folded:
                 self._cut_to(piece.serial, held.size(index))
-        self._inserted, self._folded, self._since = max(0, base - start), self._seen + 1, 0
+        self._inserted, self._folded, self._since = max(0, base - start), step.new, 0
         self._due = REREAD if back else (0, REREAD, WORST_REREAD)[self.case]
         return min(self._prefix, start), 0 if back and self.case == BEST else cost
 
-    def _enter(self, held: HeldContext) -> None:
+    def _enter(self, step: Step) -> None:
         """Cut what enters."""
         self._calls += 1
-        start, first = 0, bisect_left(held.pieces, Piece(self._seen + 1, ""))
-        for index, piece in enumerate(held.pieces[first:], first):
-            size, self._seen = held.size(index), piece.serial
+        start, held = 0, step.held
+        for index in range(step.entered, len(held.pieces)):
+            piece, size = held.pieces[index], held.size(index)
             if piece.content == START_LOAD and self.name == "start":
                 self._cut_to(piece.serial, size - max(0, min(size, self.options["tokens"] - start)))
                 start += size
@@ -3837,7 +3847,14 @@ def replayed(analysis: Analysis, *policies: Tuple[str, Data],
     """What each policy saves in a session, in pico-dollars: in the worst, the middle and the best
     case. ``summary``: tokens that stand in for SUMMARY."""
     replays = [[Replay(analysis, *policy, case, summary) for case in CASES] for policy in policies]
-    analysis.follow(*itertools.chain(*replays))
+    each = list(itertools.chain(*replays))
+
+    def watch(step: Step, rebuild: Optional[Data]) -> None:
+        for replay in each:
+            if replay.busy or step.before > replay.idle or not step.last:
+                replay(step, rebuild)
+
+    analysis.follow(watch)
     return [sorted(replay.saved for replay in cases) for cases in replays]
 
 
