@@ -855,8 +855,9 @@ def test_masking_grows_with_the_text():
     for part in ("eyJ-", "eyJ-é", "eyJsk-", "PASSWORD", "password=", "login ", "://a:", "-----BEGIN PRIVATE KEY-----", "aB3" * 9 + "/",
                  "-", "--key ", "echo a", "| sudo -S", "curl -u ", '\\"', "key=\"", "SG." + "a" * 20, "Bearer "):
         assert so.mask_secrets(part * 2_000).count("***") <= 2_001
-    code = "import sessionoptimizer as so\nfor part in ('eyJ-', 'eyJ-é', 'eyJsk-', 'aB3', '-', 'key=\"', '://a:', 'a1B/', 'login '):\n" \
-           "    so.mask_secrets(part * (400_000 // len(part)))\n"
+    code = ("import sessionoptimizer as so\n"
+            "for part in ('eyJ-', 'eyJ-é', 'eyJsk-', 'aB3', '-', 'key=\"', '://a:', 'a1B/', 'login '):\n"
+            "    so.mask_secrets(part * (400_000 // len(part)))\n")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=HERE)
 
 
@@ -5651,10 +5652,12 @@ def opencode_database(path, exports):
     base = sqlite3.connect(str(path))
     base.executescript("""
         PRAGMA journal_mode = WAL;
-        CREATE TABLE session (id text PRIMARY KEY, project_id text, parent_id text, slug text, directory text,
-            title text, version text, time_created integer, time_updated integer);
-        CREATE TABLE message (id text PRIMARY KEY, session_id text, time_created integer, time_updated integer, data text);
-        CREATE TABLE part (id text PRIMARY KEY, message_id text, session_id text, time_created integer, data text);
+        CREATE TABLE session (id text PRIMARY KEY, project_id text, parent_id text, slug text,
+            directory text, title text, version text, time_created integer, time_updated integer);
+        CREATE TABLE message (id text PRIMARY KEY, session_id text, time_created integer,
+            time_updated integer, data text);
+        CREATE TABLE part (id text PRIMARY KEY, message_id text, session_id text,
+            time_created integer, data text);
     """)
     for serial, export in enumerate(exports):
         info = export["info"]
@@ -8469,8 +8472,9 @@ def test_all_names_what_the_page_describes():
 
 USERS_SCRIPT = """
 from typing import Any, Dict, Iterator, List
-from sessionoptimizer import (BaseAnalyzer, EfficiencyIssue, EventType, OptimizationReport, Session, SessionOptimizer,
-                              SessionStatus, Severity, IssueType)
+from sessionoptimizer import (
+    BaseAnalyzer, EfficiencyIssue, EventType, OptimizationReport, Session, SessionOptimizer,
+    SessionStatus, Severity, IssueType)
 
 
 class Short(BaseAnalyzer):
@@ -8754,6 +8758,6 @@ def test_colour_is_for_terminals_alone(optimizer, command):
 
 def test_importing_the_module_loads_nothing_of_this():
     heavy = ["html", "csv", "signal", "argparse", "http", "html.entities"]
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(MODULE)!r}); import sessionoptimizer; " \
-        f"print([name for name in {heavy!r} if name in sys.modules])"
+    code = (f"import sys; sys.path.insert(0, {os.path.dirname(MODULE)!r}); "
+            f"import sessionoptimizer; print([name for name in {heavy!r} if name in sys.modules])")
     assert subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True).stdout.decode().strip() == "[]"

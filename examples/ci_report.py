@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn ``sessionoptimizer scan --format json`` into JUnit XML, so that findings show up in a pull request.
+"""Turn ``sessionoptimizer scan --format json`` into JUnit XML: findings in a pull request.
 
     sessionoptimizer scan PATH --format json --no-store | python3 examples/ci_report.py > report.xml
     python3 examples/ci_report.py scan.json --level MEDIUM --output report.xml --strict

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Log Claude Code's sessions while they run: put ``sessionoptimizer hook`` into settings.json, or out.
+"""Log Claude Code's sessions while they run: ``sessionoptimizer hook`` into settings.json, or out.
 
     python3 examples/claude_code_hooks.py                          shows what --install would change
     python3 examples/claude_code_hooks.py --install                ~/.claude/settings.json, all projects

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""What would compressing the tool results of recorded sessions have saved, and what would it have lost?
+"""What would compressing the tool results of recorded sessions have saved, and what lost?
 
-    python3 examples/compression.py [TRANSCRIPT ...] [--strategy NAME | MODULE:FUNCTION] [--after K] [--format json]
+    python3 examples/compression.py [TRANSCRIPT ...] [--strategy NAME | MODULE:FUNCTION] \\
+        [--after K] [--format json]
 
 Nothing is stored and nothing is sent. docs/compression.md says how each figure arises.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A live dashboard of a store: efficiency by agent, active sessions, trend, alerts and reports in a browser.
+"""A live dashboard of a store: efficiency by agent, active sessions, trend, alerts and reports.
 
     python3 examples/dashboard.py         your own store (SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)
     python3 examples/dashboard.py --store DIR --port 9000

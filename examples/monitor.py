@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Check the store for alerts and send the new ones: to stdout, a file or a webhook. Or watch what runs now.
+"""Check the store for alerts and send the new ones (stdout, file, webhook), or watch what runs now.
 
     python3 examples/monitor.py                                          once, to standard output
     python3 examples/monitor.py --interval 300 --to alerts.jsonl         every five minutes
     python3 examples/monitor.py --level HIGH --to https://chat.example.com/hooks/T0/B0
-    python3 examples/monitor.py --live                                   a line for every running session
+    python3 examples/monitor.py --live                                   a line for each that runs
 
 From cron, every five minutes:
 

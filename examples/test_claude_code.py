@@ -1,4 +1,4 @@
-"""Claude Code: the hooks' settings, the status line, and the real client against a model on loopback.
+"""Claude Code: hooks' settings, status line, and the real client against a model on loopback.
 
 The real client's tests skip where ``claude`` is not on the path (``npm install @anthropic-ai/claude-code``).
 """

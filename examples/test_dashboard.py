@@ -1,4 +1,4 @@
-"""Tests of dashboard.py and local_server.py: the API, what is refused, and the page in a real browser."""
+"""Tests of dashboard.py and local_server.py: API, what is refused, the page in a real browser."""
 
 import http.client
 import importlib.util
@@ -1455,7 +1455,8 @@ def test_empty_states_lead_on(browser, client):
 
 NAMELESS = """
 const nodes = [...document.querySelectorAll('button, a, input, select, [tabindex="0"]')];
-return nodes.filter(node => node.offsetParent && !(node.innerText || node.getAttribute('aria-label') ||
+return nodes.filter(node => node.offsetParent &&
+  !(node.innerText || node.getAttribute('aria-label') ||
   node.labels && node.labels.length)).map(node => node.outerHTML);
 """
 CONTRAST = """
@@ -1469,12 +1470,14 @@ function ground(node) {
   }
   return [255, 255, 255];
 }
-const written = node => [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+const written = node => [...node.childNodes].some(
+  child => child.nodeType === 3 && child.textContent.trim());
 return [...document.querySelectorAll('body *')].filter(
   node => node.offsetParent && !node.closest('.hidden, svg') && written(node)).map(node => {
     const style = getComputedStyle(node), big = parseFloat(style.fontSize) >= 24;
     const pair = [light(rgb(style.color)), light(ground(node))].sort((a, b) => b - a);
-    return [(pair[0] + .05) / (pair[1] + .05), big ? 3 : 4.5, node.className, node.textContent.slice(0, 30)];
+    return [(pair[0] + .05) / (pair[1] + .05), big ? 3 : 4.5, node.className,
+            node.textContent.slice(0, 30)];
   }).filter(([ratio, needed]) => ratio < needed);
 """
 
@@ -1574,10 +1577,12 @@ PICTURES = {
 OVERLAPS = """
 // The boxes of what is written: no two of them meet, and none leaves the screen.
 const boxes = [];
-const walker = document.createTreeWalker(arguments[0] ? document.getElementById('report') : document.body, NodeFilter.SHOW_TEXT);
+const walker = document.createTreeWalker(
+  arguments[0] ? document.getElementById('report') : document.body, NodeFilter.SHOW_TEXT);
 for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   const parent = node.parentElement;
-  if (!node.textContent.trim() || !parent.offsetParent && !parent.closest('svg') || parent.closest('.hidden, thead, script, style, select, option')) continue;
+  if (!node.textContent.trim() || !parent.offsetParent && !parent.closest('svg') ||
+      parent.closest('.hidden, thead, script, style, select, option')) continue;
   if (!arguments[0] && parent.closest('dialog')) continue;
   if (parent.closest('details:not([open])') && !parent.closest('summary')) continue;
   const range = document.createRange();
@@ -1585,16 +1590,20 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   for (const box of range.getClientRects()) {
     const clip = parent.closest('.cut');
     const right = clip ? Math.min(box.right, clip.getBoundingClientRect().right) : box.right;
-    if (box.width > 1 && right > box.left) boxes.push({raw: node, text: node.textContent.trim().slice(0, 40), node: parent, left: box.left, right, top: box.top + 3, bottom: box.bottom - 3});
+    if (box.width > 1 && right > box.left) boxes.push({
+      raw: node, text: node.textContent.trim().slice(0, 40), node: parent, left: box.left, right,
+      top: box.top + 3, bottom: box.bottom - 3});
   }
 }
 boxes.sort((a, b) => a.top - b.top);
 const found = [];
 boxes.forEach((one, index) => {
-  if (one.left < -1 || one.right > innerWidth + 1) found.push(['off the screen', one.text, one.left, one.right]);
+  if (one.left < -1 || one.right > innerWidth + 1)
+    found.push(['off the screen', one.text, one.left, one.right]);
   for (const other of boxes.slice(index + 1)) {
     if (other.top >= one.bottom) break;
-    if (one.raw !== other.raw && one.left + 1 < other.right && other.left + 1 < one.right && one.top < other.bottom) found.push([one.text, other.text]);
+    if (one.raw !== other.raw && one.left + 1 < other.right && other.left + 1 < one.right &&
+        one.top < other.bottom) found.push([one.text, other.text]);
   }
 });
 return [boxes.length, found.slice(0, 5)];
