@@ -2926,7 +2926,7 @@ def charged_report(analysis: Analysis, analyzers: Iterable[BaseAnalyzer]) -> Opt
     waste, total = sum(ledger.tokens.values()), sum(event.tokens for event in analysis.events)
     cost, notes = analysis.bill["total"], report_notes(session)
     if any(small):
-        notes.append(f"{len(small)} small repeats, {sum(small):,} tokens in all, are not listed")
+        notes.append(f"{len(small)} of the repeats: small, not listed (tokens: {sum(small):,})")
     report = OptimizationReport(
         session.id, now_text(), issues, waste, min(sum(ledger.cost.values()), cost) / PICO,
         100.0 * (1 - waste / total) if total else 100.0,
@@ -2999,14 +2999,14 @@ def token_use(session: Session) -> Dict[str, int]:
 
 
 _NOTES = {
-    "output_lower_bound_calls": "responses have only a placeholder for their output: output tokens "
-                                "and cost are a lower bound",
-    "redacted_thinking_calls": "responses hide the size of their thinking: it counts as their "
+    "output_lower_bound_calls": "of the responses: only a placeholder for their output, so output "
+                                "tokens and cost are a lower bound",
+    "redacted_thinking_calls": "of the responses: thinking of a hidden size, which counts as their "
                                "visible output",
-    "damaged_lines": "damaged transcript lines were skipped",
-    "estimated": "events were logged live with tokens estimated from their size: scan replaces "
-                 "them by the real counts",
-    "calls_elsewhere": "responses repeat an earlier session and are counted there"}
+    "damaged_lines": "of the transcript's lines: damaged, and skipped",
+    "estimated": "of the events: logged live with tokens estimated from their size, which scan "
+                 "replaces by the real counts",
+    "calls_elsewhere": "of the responses: a repeat of an earlier session, counted there"}
 
 
 def report_notes(session: Session) -> List[str]:
@@ -4196,7 +4196,8 @@ def _prefix_advice(rows: Rows) -> Iterator[Data]:
         if cause == "messages_changed" and any(versions):
             text += f" (version {', '.join(sorted(filter(None, versions)))})"
         if total > 0:
-            yield _advised("broken_prefix", f"{text}: ${total / PICO:,.2f}.", paste,
+            yield _advised("broken_prefix", f"{text}: ${total / PICO:,.2f} more than with a live "
+                           "cache.", paste,
                            (total - max(net.values()), total, total), net, cause=cause)
 
 
@@ -4293,7 +4294,6 @@ def head_row(session: Session) -> Data:
 
 def session_row(session: Session, report: OptimizationReport) -> Data:
     """What every command prints of one session (the ``sessions`` of ``scan --format json``)."""
-    from collections import Counter
     events, source = session.events, source_of(session)
     calls = [event for event in events if event.event_type is EventType.AI_RESPONSE]
     errors = [event for event in events if event.event_type is EventType.ERROR]
@@ -4408,12 +4408,16 @@ def grouped(rows: Rows, by: str, bill: Data) -> Rows:
     own (`day_parts`). By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
     "again", "output", "estimated_cost"}``."""
     if by == "tool":
-        sums = [dict(dict.fromkeys(_HOW, 0.0), key=content, estimated_cost=cost, **cell_sums(
-            (cell for cell in bill["cells"] if cell["content"] == content), "how"))
-            for content, cost in cell_sums(bill["cells"], "content").items()]
+        sums = [_tool_row(content, [cell for cell in bill["cells"] if cell["content"] == content])
+                for content in cell_sums(bill["cells"], "content")]
     else:
         sums = [dict(measures(group), key=key) for key, group in sorted(_groups(rows, by).items())]
     return sums if by in ("day", "week") else sorted(sums, key=lambda row: -row["estimated_cost"])
+
+
+def _tool_row(key: str, cells: Rows) -> Data:
+    how = dict(dict.fromkeys(_HOW, 0.0), **cell_sums(cells, "how"))
+    return dict(how, key=key, estimated_cost=sum(how.values()))
 
 
 def _groups(rows: Rows, by: str) -> Dict[str, Rows]:
@@ -4456,8 +4460,9 @@ def selection(rows: Rows, only_stored: int = 0) -> Data:
 Section = namedtuple("Section", "title facts heads rows lines parts picture hint",
                      defaults=((), (), (), (), (), "", ""))
 Section.__doc__ = """A part of a report: a title, ``facts`` (label, text), a table (``heads`` and
-``rows``), ``lines`` of a list, numbered ``parts`` (sections), and a ``picture`` for pages. A head
-begins with > for numbers, ~ for paths, + for texts that wrap (the last column)."""
+``rows``), numbered ``parts`` (sections), ``lines`` of a list, and a ``picture`` for pages. A head
+begins with > for numbers, ~ for paths, - for texts that may end early, + for those that wrap (the
+last column); then with ? where the column is left out when there is no room for it."""
 
 
 def table(title: str, columns: Dict[str, str], rows: Iterable[Data], **more: Any) -> Section:
@@ -4504,35 +4509,52 @@ def _text_body(section: Section, width: int) -> List[str]:
         lines += _wrapped(value, width, f"{label + ':' * bool(label):<{labels}}")
     if section.rows:
         lines += text_table(section.heads, section.rows, width)
-    for line in section.lines:
-        lines += _wrapped(line, width, "* ")
     for number, part in enumerate(section.parts, 1):
         body = _indented(_text_body(part, width - 3), "   ")
         lines += [""] * bool(body and number > 1)
         lines += _wrapped(part.title, width, f"{number}. ") + body
+    for line in section.lines:
+        lines += _wrapped(line, width, "* ")
     return lines
 
 
-def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 80) -> List[str]:
-    """The lines of a table. Where it is too wide, its widest columns of texts are cut, or go on
-    below."""
-    import textwrap
-    names = [head.lstrip(">~+") for head in heads]
-    cells = [names] * any(names) + [[plain(cell, 400) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    texts = [at for at, head in enumerate(heads) if head[:1] != ">"]
-    for _ in range(sum(widths) + 2 * (len(heads) - 1) - width):
-        widest = max(texts, key=lambda at: widths[at])
-        widths[widest] = max(8, widths[widest] - 1)
+_SIGNS = ">~-+?"  # before the name of a column; what one of texts keeps where it is narrow
+_LEAST = {"~": 12, "-": 16, "+": 24}
 
+
+def _columns(heads: Sequence[str], cells: Iterable[Sequence[str]], width: int) -> Dict[int, int]:
+    """Which columns of a table there is room for, and how wide each is."""
+    sizes = {at: max(map(len, column)) for at, column in enumerate(zip(*cells))}
+    least = {at: min(size, _LEAST.get(heads[at][:1], size)) for at, size in sizes.items()}
+    for at in sorted(sizes, reverse=True):
+        if "?" in heads[at][:2] and sum(least[other] + 2 for other in sizes) > width + 2:
+            del sizes[at]
+    texts = [at for at in sizes if heads[at][:1] != ">"]
+    for _ in range(sum(sizes.values()) + 2 * (len(sizes) - 1) - width):
+        widest = max(texts, key=lambda at: (sizes[at] > least[at], sizes[at]))
+        sizes[widest] = max(8, sizes[widest] - 1)
+    return sizes
+
+
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 80) -> List[str]:
+    """The lines of a table. Where it is too wide, columns are left out, and texts end early or go
+    on below."""
+    import textwrap
+    names = [head.lstrip(_SIGNS) for head in heads]
+    cells = [names] * any(names) + [[plain(cell, 400) for cell in row] for row in rows]
+    columns, last = _columns(heads, cells, width), len(heads) - 1
     lines = []
     for row in cells:
-        rest = textwrap.wrap(row[-1], widths[-1] or 1) if heads[-1][:1] == "+" else []
-        for last in rest or row[-1:]:
+        wraps = heads[last][:1] == "+" and last in columns
+        for rest in textwrap.wrap(row[last], columns[last] or 1) or [""] if wraps else row[last:]:
             fitted = []
-            for head, cell, size in zip(heads, [*row[:-1], last], widths):
-                text = cut(cell, size, middle=head[:1] == "~")
-                fitted.append(text.rjust(size) if head[:1] == ">" else text.ljust(size))
+            for at, size in columns.items():
+                text = rest if at == last else row[at]
+                short = cut(text, size, middle=True)
+                if short != text and heads[at][:1] == "-":
+                    whole = textwrap.shorten(text, size, placeholder=" …")
+                    short = whole if 2 * len(whole) > size else short
+                fitted.append(f"{short:>{size}}" if heads[at][:1] == ">" else f"{short:<{size}}")
             lines.append("  ".join(fitted)[:width].rstrip())
             row = [""] * len(row)
     return lines
@@ -4543,11 +4565,11 @@ def _markdown_section(section: Section, level: str = "##") -> List[str]:
     if section.rows:
         rules = ["---:" if head[:1] == ">" else "---" for head in section.heads]
         cells = [[markdown_text(cell, 400) for cell in row] for row in section.rows]
-        names = [head.lstrip(">~+") for head in section.heads]
+        names = [head.lstrip(_SIGNS) for head in section.heads]
         lines += [f"| {' | '.join(row)} |" for row in [names, rules, *cells]]
-    lines += [f"- {markdown_text(line, 500)}" for line in section.lines]
     for part in section.parts:
         lines += [""] * bool(lines) + _markdown_section(part, level + "#")
+    lines += [f"- {markdown_text(line, 500)}" for line in section.lines]
     return [f"{level} {markdown_text(section.title, 400)}", "", *lines] if lines else []
 
 
@@ -4555,7 +4577,7 @@ def _markdown_section(section: Section, level: str = "##") -> List[str]:
 
 _HOW = {"carried": "sent again with every call", "first": "entering the first time",
         "again": "written again (cache lost)", "output": "output"}
-_CAUSES = {"expired": "you came back after the cache expired", "resume": "a session was resumed",
+CAUSES = {"expired": "you came back after the cache expired", "resume": "a session was resumed",
            "system_changed": "the system prompt changed", "tools_changed": "the tools changed",
            "messages_changed": "the client rewrote messages", "model_changed": "another model",
            "model_switch": "another model", "settings": "settings were changed",
@@ -4570,15 +4592,15 @@ def bill_sections(bill: Data, period: str = "") -> List[Section]:
     for how, cost in sorted(paid.items(), key=lambda item: -item[1]):
         parts = cell_sums((cell for cell in bill["cells"] if cell["how"] == how), "content")
         if how == "again":
-            causes = [dict(lost, cause=_CAUSES[lost["cause"]]) for lost in bill["rebuilds"]]
+            causes = [dict(lost, cause=CAUSES[lost["cause"]]) for lost in bill["rebuilds"]]
             parts = cell_sums(causes, "cause")
             parts["small ones"] = bill["small_rebuilds"]["cost"]
         ranked = sorted(parts.items(), key=lambda item: -item[1])
         largest = " · ".join(f"{name} {dollars(part)}" for name, part in ranked[:4] if part)
         hidden = bill["hidden_output"]
         if how == "output":
-            largest = (f"a lower bound: {hidden['calls']:,} of {hidden['of']:,} calls hide theirs"
-                       * bool(hidden["calls"]))
+            largest = (f"a lower bound: hidden in {hidden['calls']:,} of "
+                       f"{counted(hidden['of'], 'call')}" * bool(hidden["calls"]))
         if cost:
             rows.append((_HOW[how], dollars(cost), share_text(cost, bill["total"]), largest))
     guessed = f"{dollars(bill['guessed'])} of it at a guessed price" if bill.get("guessed") else ""
@@ -4592,35 +4614,38 @@ def advice_section(advice: Rows, most: int = 5) -> Section:
     for entry in advice[:most]:
         low, high = dollars(entry["saves"]["low"]), dollars(entry["saves"]["high"])
         saves = low if low == high else f"{low} to {high}"
+        saves += " (shipped medians)" * (entry.get("point") is False)
         if "per_1000_tokens" in entry:
             saves = f"{dollars(entry['per_1000_tokens']['cost'])} per 1,000 tokens removed"
         told = f"{entry['text']} Saves {saves}; {counted(len(entry['sessions']), 'session')}"
         if entry.get("worse"):
             told += f", {entry['worse']} worse ({dollars(entry['worst'])})"
         parts.append(Section(told + "."))
-    return Section("What to do first", parts=parts, hint="the savings overlap")
+    return Section("What to do first", parts=parts, hint="the savings overlap",
+                   lines=_more(advice, most, "--format json has all"))
 
 
 def rebuild_section(bill: Data) -> Section:
     """Every time the context was written again because its cache was lost."""
     return table("Written again", {
-        ">when": "at:.16", ">where": "where", "cause": "cause", "source": "source",
-        ">minutes": "minutes:.0f", ">tokens": "tokens:,", ">net $": "net_cost:$"}, (dict(
+        ">?when": "at:.16", ">where": "where", ">tokens": "tokens:,", ">net $": "net_cost:$",
+        ">?minutes": "minutes:.0f", "+cause (who says so)": "cause"}, (dict(
             lost, where=f"line {lost['line']}" if lost.get("line") else "",
-            cause=_CAUSES[lost["cause"]], minutes=(lost["gap_seconds"] or 0) / 60)
-            for lost in bill["rebuilds"]))
+            cause=f"{CAUSES[lost['cause']]} ({lost['source']})",
+            minutes=(lost["gap_seconds"] or 0) / 60) for lost in bill["rebuilds"]))
 
 
 def whatif_section(result: Data) -> Section:
     """What ``whatif`` prints of a replay."""
     def told(figures: Data) -> str:
         low, middle, high = (dollars(figures["saves"][name]) for name in ("low", "middle", "high"))
-        return f"{middle} ({low} to {high})" if result["point"] else f"{low} to {high}"
+        told = f"{middle} ({low} to {high})" if result["point"] else f"{low} to {high}"
+        return told + by * bool(known["p90_error"])
 
     counts, known = result["sessions"], result["calibration"]
     worst = counts["worst"]
     worse = f"; {worst['session'][:8]} by {dollars(worst['costs'])}" if worst else ""
-    by = f"{known['n']:,} compactions of your own" if known["n"] else "others' compactions"
+    by = f", by {known['n']:,} compactions of your own" if known["n"] else " (shipped medians)"
     facts = [
         ("Recorded", dollars(result["recorded"])), ("Saves", told(result)),
         ("Without the largest", told(result["without_largest"])),
@@ -4628,9 +4653,14 @@ def whatif_section(result: Data) -> Section:
                      f"the same{worse}")]
     if known["p90_error"]:
         facts.append(("Error", f"{known['median_error']:.0%} in the middle, "
-                               f"{known['p90_error']:.0%} for one in ten, by {by}"))
+                               f"{known['p90_error']:.0%} for one in ten"))
     facts.append(("Verdict", f"{'' if result['recommended'] else 'not '}recommended"))
     return Section(f"What if: {result['policy']}", facts, lines=result["assumptions"])
+
+
+def _more(entries: Sequence[Any], most: int, how: str) -> List[str]:
+    left = len(entries) - most
+    return [f"and {left:,} more ({how})"] * (left > 0)
 
 
 ADVICE_BEGIN, ADVICE_END = "<!-- sessionoptimizer: begin -->", "<!-- sessionoptimizer: end -->"
@@ -4688,9 +4718,9 @@ def findings(session: Session, report: OptimizationReport, *, facts: bool = True
     for issue in report.issues:
         involved = [events[key] for key in issue.events_involved if key in events]
         told = f"[{issue.severity.value}] {issue.issue_type.value}: {plain(issue.description)}"
-        where = ("Events", f"{len(involved):,} events" if involved else "the whole session")
+        where = ("Events", counted(len(involved), "event") if involved else "the whole session")
         found.append(table(
-            told, {"where": "where", "what": "what", ">in": "tokens_input:,",
+            told, {"~where": "where", "~what": "what", ">in": "tokens_input:,",
                    ">out": "tokens_output:,", ">wasted": "wasted:,"},
             [_evidence(session, event, issue) for event in involved] if evidence else (),
             facts=[("Waste", _issue_waste(issue)), where, ("Suggestion", issue.suggestion)]
@@ -4701,7 +4731,7 @@ def findings(session: Session, report: OptimizationReport, *, facts: bool = True
 def _issue_waste(issue: EfficiencyIssue) -> str:
     tokens, charged = issue.estimated_waste_tokens, issue.charged_tokens
     kind = "measured" if issue.measured else "estimated"
-    told = f"{tokens:,} tokens ({dollars(issue.estimated_waste_cost)}), {kind}"
+    told = f"{counted(tokens, 'token')} ({dollars(issue.estimated_waste_cost)}), {kind}"
     return told if charged == tokens else f"{told}, {charged:,} charged"
 
 
@@ -4761,8 +4791,8 @@ def json_report(session: Session, report: OptimizationReport) -> str:
 
 # -- what a scan's report holds
 
-def _scan_sections(result: Data, most: int, by: Iterable[str] = (),
-                   *more: Section) -> List[Section]:
+def _scan_sections(result: Data, most: int, by: Iterable[str] = (), *more: Section,
+                   command: Callable[[str], str] = "sessionoptimizer {}".format) -> List[Section]:
     rows, skipped = result["sessions"], _skipped_lines(result["skipped"])
     found, facts = result.get("found") or selection(rows), []
     if result.get("changes"):
@@ -4780,8 +4810,16 @@ def _scan_sections(result: Data, most: int, by: Iterable[str] = (),
         *bill_sections(bill, date_range(rows)), *more, advice_section(result.get("advice", [])),
         Section("Sessions", headline(result["totals"], rows) + facts),
         *(group_section(grouped(rows, name, bill), name) for name in by),
-        _kinds_section(rows), _worst_section(rows, most),
+        _kinds_section(rows), _worst_section(rows, most, command),
         Section("Notes", lines=_scan_notes(rows) + skipped)]
+
+
+def by_section(rows: Rows, by: str, bill: Data) -> Section:
+    """The table of ``--by``: what ``grouped`` gives, and the total, which is the bill's."""
+    cells = bill["cells"]
+    total = _tool_row("total", cells) if by == "tool" else dict(measures(rows), key="total")
+    section = group_section([*grouped(rows, by, bill), total], by)
+    return section._replace(hint=", ".join(filter(None, [date_range(rows), section.hint])))
 
 
 def group_section(groups: Rows, by: str) -> Section:
@@ -4790,8 +4828,8 @@ def group_section(groups: Rows, by: str) -> Section:
         groups = with_short_ids(groups, "key")
     columns, hint = {
         f"~{by}": "key", ">sessions": "sessions:,", ">cost $": "estimated_cost:$",
-        ">a session": "cost_per_session:$", ">a prompt": "cost_per_prompt:$",
-        ">wasted": "measured_waste_cost:$", ">again": "written_again:.1%",
+        ">?a session": "cost_per_session:$", ">?a prompt": "cost_per_prompt:$",
+        ">?wasted": "measured_waste_cost:$", ">?again": "written_again:.1%",
     }, "wasted: measured; again: share written again"
     if by == "tool":
         columns, hint = {"~tool": "key", ">cost $": "estimated_cost:$", ">first": "first:$",
@@ -4817,7 +4855,7 @@ def headline(totals: Data, rows: Rows) -> List[Tuple[str, str]]:
     tokens_wasted = waste_text(waste["measured_tokens"], waste["tokens"], totals["total_tokens"],
                                short_number)
     return [
-        ("Sessions", f"{len(rows):,} ({agents}), {totals['model_calls']:,} model calls"),
+        ("Sessions", f"{len(rows):,} ({agents}), {counted(totals['model_calls'], 'model call')}"),
         ("Period", date_range(rows)),
         ("Tokens", f"{new} new input ({writes} of it cache writes), {output} output; {again} sent "
                    "again from the cache"),
@@ -4826,18 +4864,12 @@ def headline(totals: Data, rows: Rows) -> List[Tuple[str, str]]:
         ("Efficiency", f"{totals['efficiency_score']:.1f}/100")]
 
 
-def short_ids(ids: Iterable[str], length: int = 8) -> Dict[str, str]:
-    """For each id its first characters where no other one begins so, else the whole."""
-    from collections import Counter
-    known = set(ids)
-    heads = Counter(name[:length] for name in known)
-    return {name: name if heads[name[:length]] > 1 else name[:length] for name in known}
-
-
 def with_short_ids(rows: Rows, name: str = "id") -> Rows:
-    """Rows with short ids in a column, for people."""
-    short = short_ids(row[name] for row in rows)
-    return [dict(row, **{name: short[row[name]]}) for row in rows]
+    """Rows with the ids of a column cut to 8 characters where no other one begins so, for
+    people."""
+    heads = Counter(known[:8] for known in {row[name] for row in rows})
+    return [dict(row, **{name: row[name] if heads[row[name][:8]] > 1 else row[name][:8]})
+            for row in rows]
 
 
 def _kinds_section(rows: Rows) -> Section:
@@ -4850,18 +4882,19 @@ def _kinds_section(rows: Rows) -> Section:
         entry["tokens"] += issue["charged_tokens"]
         entry["findings"] += 1
     ranked = sorted(kinds.values(), key=lambda entry: (-entry["cost"], -entry["tokens"]))
-    return table("Waste by kind", {"": "kind", ">findings": "findings:,", ">tokens": "tokens:,",
+    return table("Waste by kind", {"": "kind", ">?findings": "findings:,", ">?tokens": "tokens:,",
                                    ">wasted $": "cost:$", " ": "told"}, ranked,
                  hint="each token charged once", lines=[] if ranked else ["None found."])
 
 
-def _worst_section(rows: Rows, most: int) -> Section:
+def _worst_section(rows: Rows, most: int, command: Callable[[str], str]) -> Section:
     wasteful = [row for row in with_short_ids(rows) if row["waste_tokens"]]
     wasteful.sort(key=lambda row: (-row["waste_cost"], -row["waste_tokens"]))
+    why = [f"why: {command('analyze %s --evidence' % row['id'])}" for row in wasteful[:1]]
     return table("Worst sessions", {
-        "id": "id", ">score": "efficiency_score:.1f", ">wasted": "waste_tokens:k",
-        ">wasted $": "waste_cost:$", ">session $": "estimated_cost:$", "task": "task",
-    }, wasteful[:most], hint="sessionoptimizer analyze ID --evidence shows why")
+        "~id": "id", ">score": "efficiency_score:.1f", ">?wasted": "waste_tokens:k",
+        ">wasted $": "waste_cost:$", ">session $": "estimated_cost:$", "-task": "task",
+    }, wasteful[:most], lines=why)
 
 
 def _scan_notes(rows: Rows) -> List[str]:
@@ -4883,8 +4916,8 @@ def _scan_notes(rows: Rows) -> List[str]:
 def _skipped_lines(skipped: Rows) -> List[str]:
     places = [entry["path"] for entry in skipped if entry["line"]]
     files = len(skipped) - len(places)
-    told = [f"{len(places):,} damaged lines in {len(set(places)):,} files"] * bool(places)
-    told += [f"{files:,} file{'s' * (files > 1)} without a session"] * bool(files)
+    told = [f"{counted(len(places), 'damaged line')} in {counted(len(set(places)), 'file')}"]
+    told = told * bool(places) + [f"{counted(files, 'file')} without a session"] * bool(files)
     why = "(--format json names each with the reason)"
     return [f"Skipped: {' and '.join(told)} {why}"] * bool(told)
 
@@ -4974,14 +5007,12 @@ def _html_body(section: Section) -> str:
         body += f"<dl>{''.join(facts)}</dl>"
     if section.rows:
         body += _html_table(section)
-    lines = [f"<li>{_escaped(line)}</li>" for line in section.lines]
-    if lines:
-        body += f"<ul>{''.join(lines)}</ul>"
     for number, part in enumerate(section.parts, 1):
         title, inner = _escaped(part.title), _html_body(part)
         body += (f"<details><summary>{title}</summary>{inner}</details>" if inner
                  else f"<p>{number}. {title}</p>")
-    return body
+    lines = [f"<li>{_escaped(line)}</li>" for line in section.lines]
+    return body + f"<ul>{''.join(lines)}</ul>" * bool(lines)
 
 
 def _html_table(section: Section) -> str:
@@ -4990,7 +5021,7 @@ def _html_table(section: Section) -> str:
                  for head, cell in zip(section.heads, cells)]
         return f"<tr>{''.join(shown)}</tr>"
 
-    names = line([head.lstrip(">~+") for head in section.heads], "th")
+    names = line([head.lstrip(_SIGNS) for head in section.heads], "th")
     rows = "".join(line(row, "td") for row in section.rows)
     return f'<div class="scroll"><table>{names}{rows}</table></div>'
 
@@ -5041,14 +5072,18 @@ def _timeline(session: Session, charged: Dict[str, int]) -> str:
                   short_number)
 
 
-def _by_day(rows: Rows) -> str:
-    """Dollars by the day a session began, and how they were paid: the last MOST_COLUMNS days."""
+def _by_day(rows: Rows) -> Section:
+    """Dollars by day and how they were paid, as a picture of the last MOST_COLUMNS days."""
     from datetime import date
     paid = {day: _paid(group) for day, group in _groups(rows, "day").items() if day != "unknown"}
-    days = sorted(paid) or [str(date.today())]
-    last = date.fromisoformat(days[-1]).toordinal()
-    shown = [str(date.fromordinal(day)) for day in range(max(1, last - MOST_COLUMNS + 1), last + 1)]
-    return _chart({day: paid.get(day, {}) for day in shown if day >= days[0]}, "per day", dollars)
+    days = [date.fromisoformat(day).toordinal() for day in paid] or [date.today().toordinal()]
+    first = max(min(days), max(days) - MOST_COLUMNS + 1)
+    shown = [str(date.fromordinal(day)) for day in range(first, max(days) + 1)]
+    earlier = sum(day < first for day in days)
+    hint = f"{shown[0]} to {shown[-1]}"
+    hint += f", and {counted(earlier, 'day')} with sessions before" * bool(earlier)
+    picture = _chart({day: paid.get(day, {}) for day in shown}, "per day", dollars)
+    return Section("By day", picture=picture, hint=hint)
 
 
 def html_report(session: Session, report: OptimizationReport) -> str:
@@ -5061,8 +5096,8 @@ def html_report(session: Session, report: OptimizationReport) -> str:
 
 def html_scan_report(result: Data, most: int = 12) -> str:
     """What a scan found as one HTML file: what the text says, with the dollars of every day."""
-    sections = _scan_sections(result, most, ("agent", "project", "model"), Section(
-        "By day", picture=_by_day(result["sessions"])))
+    sections = _scan_sections(result, most, ("agent", "project", "model"),
+                              _by_day(result["sessions"]))
     return _page(counted(len(result["sessions"]), "session"), "Scan of agent transcripts", sections)
 
 
@@ -5135,7 +5170,8 @@ def alerts_of(row: Data, limits: Dict[str, float]) -> Iterator[Data]:
         if not (value < limit if low else value > limit):
             continue
         name = rule.kind.lower().replace("_", " ").capitalize()
-        shown = f"{value:,.1f}{rule.unit}" if rule.unit[0] == "%" else f"{value:,.0f} {rule.unit}"
+        shown = (f"{value:,.1f}{rule.unit}" if rule.unit[0] == "%"
+                 else counted(round(value), rule.unit[:-1]))
         causes.setdefault(rule.cause, {
             "id": f"{row['id']}:{rule.kind}", "level": rule.level.value, "kind": rule.kind,
             "session_id": row["id"], "agent": row["agent"], "cost": row["waste_cost"],
@@ -5170,12 +5206,11 @@ def budget_alerts(budget: Data) -> Rows:
 
 def alert_section(alerts: Rows, most: int) -> Section:
     """The alerts as a table, the most dollars first."""
-    left = len(alerts) - most
-    lines = [f"and {left:,} more (--limit {len(alerts)} shows them)"] * (left > 0)
+    lines = _more(alerts, most, f"--limit {len(alerts)} shows them")
     rows = [dict(alert, what=alert["message"].split(" (")[0])
             for alert in with_short_ids(alerts, "session_id")[:most]]
-    return table("Alerts", {">wasted $": "cost:$", "id": "session_id", "level": "level",
-                            "what": "what", "what to do": "action"}, rows,
+    return table("Alerts", {">wasted $": "cost:$", "~id": "session_id", "level": "level",
+                            "-what": "what", "-?what to do": "action"}, rows,
                  lines=lines if alerts else ["No alerts."])
 
 
@@ -5183,7 +5218,6 @@ def alert_section(alerts: Rows, most: int) -> Section:
 
 def statistics_of(rows: Rows) -> Data:
     """Sums and averages over ``summaries()`` rows (at least one), oldest first."""
-    from collections import Counter
     totals, scores = scan_totals(rows), [row["efficiency_score"] for row in rows]
     waste, counts = totals["waste"], Counter()  # type: Data, Any
     for row in rows:
@@ -5203,7 +5237,8 @@ def statistics_sections(stats: Data, rows: Rows) -> List[Section]:
     """What ``stats`` prints of ``agent_statistics`` and the rows it is about."""
     trend, change = stats["trends"]["trend"], stats["trends"]["change_percent"]
     told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
-    return [Section(f"{stats['agent'] or 'All agents'}, last {stats['period_days']:g} days",
+    period = counted(stats["period_days"], "day", "g")
+    return [Section(f"{stats['agent'] or 'All agents'}, last {period}",
                     [*headline(scan_totals(rows), rows), told]),
             *bill_sections(stats["bill"]), advice_section(stats["advice"], 1),
             table("Most frequent findings", {"": "type", ">findings": "count:,"},
@@ -5309,9 +5344,9 @@ def comparison_sections(result: Data) -> List[Section]:
                "issue_count": round(mean["issues"], 1),
                "waste_cost": sum(row["waste_cost"] for row in rows) / len(rows)}
     return [table("Comparison", {
-                "id": "id", ">tokens": "total_tokens:,.0f", ">session $": "estimated_cost:$",
+                "~id": "id", ">tokens": "total_tokens:,.0f", ">session $": "estimated_cost:$",
                 ">wasted $": "waste_cost:$", ">score": "efficiency_score:.1f",
-                ">issues": "issue_count:,", "task": "task"}, [*with_short_ids(rows), average]),
+                ">?issues": "issue_count:,", "-?task": "task"}, [*with_short_ids(rows), average]),
             Section("Best and worst", [("Best", result["best_performer"]),
                                        ("Worst", result["worst_performer"])]),
             Section("What the best did without", lines=result["recommendations"])]
@@ -5326,7 +5361,7 @@ def _lessons(best: Session, good: OptimizationReport, worst: Session,
         issues = [issue for issue in bad.issues if issue.issue_type is kind]
         tokens = sum(issue.charged_tokens for issue in issues)
         lessons.append((-tokens, f"{best.id} had no {kind.value}, {worst.id} had {len(issues)} "
-                                 f"({tokens:,} tokens): {issues[0].suggestion}"))
+                                 f"({counted(tokens, 'token')}): {issues[0].suggestion}"))
     return [lesson for _, lesson in sorted(lessons)]
 
 
@@ -9462,7 +9497,7 @@ class TranscriptScan:
         self.changed: List[str] = []
         self.dropped: List[str] = []  # units whose files have moved or now belong to others
         self.gone: List[str] = []  # units below the paths of this scan whose transcript is gone
-        self.last = "", files  # what marks a scan of these paths, and where the last one's sums are
+        self.last = "", files  # what marks a scan of these paths, and where the last's sums are
         self.told: Data = {}  # of the units read: outputs by id of a response
         self._news: Data = {}  # files the state does not know so
         self._before: Optional[Rows] = None  # the rows, where some were read since
@@ -9478,7 +9513,7 @@ class TranscriptScan:
         self.gone = sorted(name for name in self.units.keys() - set(self.scope)
                            if name.startswith(folders) and not os.path.exists(name))
         if all(map(os.path.isdir, roots)):
-            self.last = _encode(["last scan", *sorted(folders)]), self.last[1]
+            self.last = _encode(["sums of", *sorted(folders)]), self.last[1]
 
     def look(self, found: Iterable[Tuple[str, int, int]], named: Any = ()) -> None:
         """Compare what is there with the state; sets ``scope`` and ``changed``. Files that somebody
@@ -9658,21 +9693,20 @@ class TranscriptScan:
         """What is new, or gone, since the last scan of these folders (of others: since the rows
         were as before), in words; keeps the sums for the next one."""
         key, known = self.last
-        now, last = scan_totals(after), known.get(key) or scan_totals(before)
-        sums = {name: now[name] for name in ("sessions", "model_calls", "estimated_cost", "tokens")}
-        if key and self.state and known.get(key) != sums:
+        now, last = _sums_of(after), known.get(key) or _sums_of(before)
+        if key and self.state and known.get(key) != now:
             with suppress(StorageError):  # a store for reading only
-                self.state.save_scan({key: sums}, {}, {}, {}, (), 0)
-        if not last["sessions"]:
-            return ""
-        news = {name: sums[name] - last[name] for name in sums if name != "tokens"}
-        news["tokens"] = sum(sums["tokens"].values()) - sum(last["tokens"].values())
-        if not any(news.values()):
-            return "nothing since the last scan"
-        parts = [counted(news["sessions"], "session", "+,"),
-                 counted(news["model_calls"], "model call", "+,"),
-                 counted(news["tokens"], "token", "+,"), f"{news['estimated_cost']:+.4f} USD"]
-        return f"since the last scan: {', '.join(parts)}"
+                self.state.save_scan({key: now}, {}, {}, {}, (), 0)
+        *news, cost = (new - old for new, old in zip(now, last))
+        told = map(counted, news, ("session", "model call", "token"), ("+,",) * 3)
+        text = f"since the last scan: {', '.join(told)}, {cost:+.4f} USD"
+        return "" if not last[0] else text if any((*news, cost)) else "nothing since the last scan"
+
+
+def _sums_of(rows: Rows) -> List[Any]:
+    sums = scan_totals(rows)
+    return [sums["sessions"], sums["model_calls"], sum(sums["tokens"].values()),
+            sums["estimated_cost"]]
 
 
 def scan_result(rows: Iterable[Data], skipped: Iterable[List[Any]],
@@ -9971,8 +10005,7 @@ class _LiveSessions:
         old = self.refreshed(session_id)
         if old is not None and old.status is SessionStatus.ACTIVE:
             raise SessionExists(
-                f"session {session_id} is still active: end it first (sessionoptimizer end "
-                f"{session_id} --status ABANDONED) or use another id")
+                f"session {session_id} is still active: end it first or use another id")
         if old is not None:
             kept = self.store.archive(session_id)
             self.forget(session_id)
@@ -10379,7 +10412,7 @@ class SessionOptimizer:
         rows = rows_of_agent(self.summaries(days), agent)
         if not rows:
             return {"agent": agent, "sessions": 0,
-                    "message": f"No sessions found in the last {days} days"}
+                    "message": f"No sessions found in the last {counted(days, 'day', 'g')}"}
         return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
     def summaries(self, days: Optional[float] = None, *, progress: Any = None) -> List[Data]:
@@ -10553,6 +10586,36 @@ def _width() -> int:
     return max(40, min(200, get_terminal_size().columns or 80))  # before 3.11 it may say 0
 
 
+def _program() -> str:
+    """This program in the form in which it was started."""
+    from shlex import join
+    from shutil import which
+    name, python = "sessionoptimizer", os.path.basename(sys.executable)
+    if __name__ == "__main__":
+        python = python if which(python) == sys.executable else sys.executable
+        return join([python, *(["-m", name] if __spec__ else sys.argv[:1])])
+    own = os.path.basename(sys.argv[0]) == name and not which(name)  # its script, not in the path
+    return join([sys.argv[0] if own else name])
+
+
+def _command(options: Any, words: str) -> str:
+    """A command to be pasted: in the form in which this one was started, on the same store."""
+    from shlex import quote
+    return f"{_program()} {words}" + f" --store {quote(options.store or '')}" * bool(options.store)
+
+
+def _complain(text: str) -> None:
+    """Say on standard error what is wrong, on lines as wide as the terminal (80 where unknown)."""
+    import textwrap
+    try:
+        width = int(os.environ.get("COLUMNS") or os.get_terminal_size(2).columns)
+    except (OSError, ValueError):
+        width = 0
+    lines = textwrap.wrap(plain(text, 1_200), max(width, 40) if width else 80,
+                          break_long_words=False, break_on_hyphens=False)
+    print("\n".join(lines), file=sys.stderr)
+
+
 def _show(options: Any, data: Any, *sections: Section) -> int:
     """Print the data as JSON, or the sections as text."""
     if options.format == "json":
@@ -10588,19 +10651,20 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
     if given == "last":
         newest = optimizer.list_sessions(limit=1)
         if not newest:
-            raise CommandError("there is no session yet: start one or run scan")
+            raise CommandError(f"there is no session yet: run {_command(options, 'scan')}")
         return newest[0].id
+    see = f"see {_command(options, 'list')}"
     try:
         if os.path.lexists(optimizer.store.find(given)):
             return given
     except InvalidSessionId:
-        raise CommandError(f"{given!r} is no session's id: see sessionoptimizer list") from None
+        raise CommandError(f"{given!r} is no session's id: {see}") from None
     matches = sorted(name for name, _ in optimizer.store.files() if name.startswith(given))
     if len(matches) == 1 and not whole:
         return matches[0]
     some = ", ".join(matches[:3])
     if not matches:
-        raise CommandError(f"no session {given!r}: see sessionoptimizer list")
+        raise CommandError(f"no session {given!r}: {see}")
     if whole:
         raise CommandError(f"no session has the id {given!r}; give the whole id: {some}")
     raise CommandError(f"{len(matches)} sessions begin with {given!r} ({some} …): give more")
@@ -10620,8 +10684,8 @@ def _judged(missed: bool, count: int, why: str) -> int:
     """The status of --fail-under and --fail-on: a limit was missed, or nothing was judged."""
     if count and not missed:
         return EXIT_DONE
-    print("sessionoptimizer: " + (why if count else "nothing to judge: no session was selected"),
-          file=sys.stderr)
+    _complain("sessionoptimizer: "
+              + (why if count else "nothing to judge: no session was selected"))
     return EXIT_LIMIT
 
 
@@ -10638,16 +10702,16 @@ def _welcome(options: Any) -> int:
     for reader in READERS:
         files = find_transcripts(root for root in reader.roots() if os.path.isdir(root))
         count = sum(1 for _ in files)
-        here += [f"{count:,} files of {reader.name}"] * bool(count)
+        here += [f"{counted(count, 'file')} of {reader.name}"] * bool(count)
     found = ", ".join(here) or "none where agents keep them: give a path to scan"
     _say(text_sections([
         Section(f"sessionoptimizer {__version__}", lines=[
             "Where the tokens of your AI agents' sessions went, and what to change. Nothing leaves "
             "this machine.", f"Transcripts found: {found}"]),
-        Section("Begin with", heads=("", ""), rows=[
-            ("sessionoptimizer scan", "read the transcripts on this machine"),
-            ("sessionoptimizer analyze last --evidence", "look at the newest session"),
-            ("sessionoptimizer help", "all commands, with examples")])], _width()))
+        Section("Begin with", heads=("", "+"), rows=[
+            (_command(options, "scan"), "read the transcripts on this machine"),
+            (_command(options, "analyze last --evidence"), "look at the newest session"),
+            (_command(options, "help"), "all commands, with examples")])], _width()))
     return EXIT_DONE
 
 
@@ -10705,7 +10769,7 @@ def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
                 session_id, **{key: entry[key] for key in _STREAM_KEYS.split() if key in entry})
         except (InvalidValue, ValueError, TypeError, RecursionError) as error:
             bad += 1
-            print(f"sessionoptimizer: line {number} skipped: {plain(error)}", file=sys.stderr)
+            _complain(f"sessionoptimizer: line {number} skipped: {plain(error)}")
             continue
         if event is None:
             return EXIT_FAILED
@@ -10732,24 +10796,26 @@ def _hook(options: Any) -> int:
 
 
 def _list(options: Any) -> int:
-    listed = options.optimizer.list_sessions
-    sessions = listed(options.agent, options.status, options.since, options.limit)
+    listed = functools.partial(options.optimizer.list_sessions, limit=sys.maxsize)
+    sessions = listed(options.agent, options.status, options.since)
     if not sessions and options.agent:
-        _known_agent(options, {session.agent for session in listed(limit=10 ** 9)})
+        _known_agent(options, {session.agent for session in listed()})
     for path in options.optimizer.store.copies() if options.format == "text" else ():
-        _say(f"copy of a damaged file: {plain(path, 300)} (repair --discard removes it)")
+        _say(f"copy of a damaged file: {plain(path, 300)} "
+             f"({_command(options, 'repair --discard')} removes it)")
     rows = []
-    for session in sessions:
+    for session in sessions[:options.limit]:
         row = dict(head_row(session), estimated_cost=0.0)
         try:
             row["estimated_cost"] = session.estimated_cost
         except SessionOptimizerError as error:  # its events cannot be read
-            print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
+            _complain(f"sessionoptimizer: {error}")
         rows.append(row)
+    lines = _more(sessions, len(rows), f"--limit {len(sessions)} shows them")
     return _show(options, rows, table("Sessions", {
-        "id": "id", "agent": "agent", "status": "status", ">started": "started_at:.16",
-        ">tokens": "total_tokens:,", ">session $": "estimated_cost:$", "task": "task",
-    }, with_short_ids(rows), lines=[] if rows else ["No sessions found."]))
+        "~id": "id", "?agent": "agent", "?status": "status", ">started": "started_at:.16",
+        ">?tokens": "total_tokens:,", ">session $": "estimated_cost:$", "-task": "task",
+    }, with_short_ids(rows), lines=lines if sessions else ["No sessions found."]))
 
 
 def _delete(options: Any) -> int:
@@ -10801,7 +10867,8 @@ def _stats(options: Any) -> int:
     if options.budget:
         stats["budget"] = budget_of(optimizer.summaries(), *options.budget)
         budget = [budget_section(stats["budget"])]
-    return _show(options, stats, *budget, *statistics_sections(stats, rows))
+    asked = [by_section(rows, options.by, stats["bill"])] if options.by else []
+    return _show(options, stats, *budget, *(asked or statistics_sections(stats, rows)))
 
 
 def _whatif(options: Any) -> int:
@@ -10849,7 +10916,7 @@ def _advice(options: Any) -> int:
         _say(f"Taken out of {plain(path, 1000)}")
     else:
         _say(f"Put into {plain(path, 1000)}: {counted(count, 'line')}; the rest of the advice is "
-             "for you to do (`advice` lists it)")
+             f"for you to do ({_command(options, 'advice')} lists it)")
     return EXIT_DONE
 
 
@@ -10913,7 +10980,7 @@ def _scan(options: Any) -> int:
         options.paths or None, agent=options.agent or "", since=options.since,
         project=options.project or "", store=not options.no_store, again=options.again,
         progress=_progress_bar(), jobs=options.jobs, show=show,
-        shown_as=(options.format, options.by, width))
+        shown_as=(options.format, options.by, width, _command(options, "")))
     text, *judged = shown
     if options.format == "text" and not options.output:
         text = _painted(text, options.color)
@@ -10922,12 +10989,14 @@ def _scan(options: Any) -> int:
 
 
 def _scan_text(options: Any, result: Data, width: int) -> str:
-    sections = _scan_sections(result, 8, [options.by] * bool(options.by))
+    sections = _scan_sections(result, 8, command=functools.partial(_command, options))
     if not result["found"]["sessions"] and not options.paths:
         places = (root for reader in READERS for root in reader.roots())
         looked = ("Looked in", ", ".join(places))
         sections = [Section("No transcripts found", [looked, *sections[0].facts], lines=[
-            "Give a path: sessionoptimizer scan PATH"])]
+            f"Give a path: {_command(options, 'scan PATH')}"])]
+    elif options.by and result["sessions"]:
+        sections = [by_section(result["sessions"], options.by, result["bill"])]
     elif result["sessions"] and not result["changes"] and not options.no_store:
         sections.append(Section("Kept, also when the agent deletes its transcripts", lines=[
             options.optimizer.store.root], hint="Claude Code does after 30 days"))
@@ -10982,10 +11051,9 @@ def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
         return [session.id] if session else []
     result = optimizer.scan([path], again=True)
     if not result["sessions"] and not result["skipped"]:
-        print(f"sessionoptimizer: {plain(path)}: holds no session or transcript", file=sys.stderr)
+        _complain(f"sessionoptimizer: {path}: holds no session or transcript")
     for entry in result["skipped"]:
-        print(f"sessionoptimizer: {plain(entry['path'])}:{entry['line']}: "
-              f"{plain(entry['reason'])}", file=sys.stderr)
+        _complain(f"sessionoptimizer: {entry['path']}:{entry['line']}: {entry['reason']}")
     return [row["id"] for row in result["sessions"]]
 
 
@@ -11001,8 +11069,7 @@ def _help(options: Any) -> int:
     elif topic in known:
         return main([topic, "--help"])
     else:
-        raise UsageError(f"no command {topic!r}{_did_you_mean(topic, known)} "
-                         f"(there are {', '.join(known)})")
+        raise UsageError(f"no command {topic!r}: use one of {', '.join(known)}")
     return EXIT_DONE
 
 
@@ -11250,16 +11317,17 @@ _STATUSES = "status: 0 done, 1 the request failed, 2 bad command line, 3 a limit
 
 def _overview() -> str:
     """The help of the whole program: the commands in groups, each with an example."""
-    lines = ["usage: sessionoptimizer [--store DIR] [--color WHEN] command ...", "",
+    program = _program()
+    lines = [f"usage: {program} [--store DIR] [--color WHEN] command ...", "",
              "Where the tokens of your AI agents' sessions went, on evidence you can check."]
     for group, title in _GROUPS.items():
         lines += ["", f"{title}:"]
         for name, command in commands().items():
             if command.group == group:
                 lines += [f"  {name:<9} {command.summary}",
-                          f"            $ sessionoptimizer {command.example}"]
+                          f"            $ {program} {command.example}"]
     lines += ["", "With every command:", _SHARED, "", _STATUSES,
-              "One command: sessionoptimizer help COMMAND", ""]
+              f"One command: {program} help COMMAND", ""]
     return "\n".join(lines)
 
 
@@ -11280,11 +11348,11 @@ def build_parser(only: str = "") -> Any:
             return options, rest
 
         def error(self, message: str) -> Any:
-            wrong = re.match(r"argument command: invalid choice: '?([^' ]*)", message)
-            if wrong:
-                message = f"no command {wrong.group(1)!r}{_did_you_mean(wrong.group(1), known)}"
             self.print_usage(sys.stderr)
-            self.exit(EXIT_USAGE, f"{self.prog}: {plain(message, 1000)}\n")
+            told = re.sub(r"^argument command: invalid choice: (\S+) .*\)", r"no command \1",
+                          _with_guess(message))
+            _complain(f"{self.prog}: {told}")
+            self.exit(EXIT_USAGE)
 
     parser = Parser(prog="sessionoptimizer", allow_abbrev=False)
     parser.format_help = _overview  # type: ignore[method-assign]
@@ -11297,7 +11365,7 @@ def build_parser(only: str = "") -> Any:
         command = known[name]
         sub = choice.add_parser(
             name, help=command.summary, description=f"{name} - {command.summary}",
-            epilog=f"example:\n  sessionoptimizer {command.example}\n\n{_STATUSES}",
+            epilog=f"example:\n  {_program()} {command.example}\n\n{_STATUSES}",
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         for *flags, settings in command.options:
             sub.add_argument(*flags, **settings)
@@ -11309,8 +11377,17 @@ def build_parser(only: str = "") -> Any:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
-    near = get_close_matches(word, list(known), 1)
-    return f": did you mean {near[0]}?" if near else ""
+    names = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), names, 1)
+    return f": did you mean {names[near[0]]}?" if near else ""
+
+
+def _with_guess(message: str) -> str:
+    """A message of a word that is none of those it lists, with the one that was meant."""
+    wrong = re.search(r"'([^']*)'.*?(?:one of|choose from|: use) (.*)", message)
+    if wrong is None:
+        return message
+    return message + _did_you_mean(wrong[1], re.findall(r"[\w-]+", wrong[2]))
 
 
 # -- one command line, from its words to its status
@@ -11328,7 +11405,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if command != "hook":
         return _main(argv, command)
     try:
-        with _Deadline(HOOK_SECONDS):
+        with _deadline(HOOK_SECONDS):
             _main(argv, command)
     except _OutOfTime:
         print("sessionoptimizer hook: no time left, this event is not logged", file=sys.stderr)
@@ -11362,14 +11439,13 @@ def _main(argv: List[str], command: str) -> int:
             options.optimizer = SessionOptimizer(options.store)
             return _flushed(options.func(options))
         except SessionOptimizerError as error:
-            print(f"sessionoptimizer: {plain(error, 1000)}", file=sys.stderr)
+            _complain(f"sessionoptimizer: {_with_guess(str(error))}")
             return error.status if isinstance(error, CommandError) else EXIT_FAILED
         except BrokenPipeError:
             return _flushed(EXIT_DONE)
         except OSError as error:
-            place = plain(error.filename or "the output", 300)
-            print(f"sessionoptimizer: {place} cannot be used: {error.strerror}; nothing stored is "
-                  "lost", file=sys.stderr)
+            _complain(f"sessionoptimizer: {error.filename or 'the output'} cannot be used: "
+                      f"{error.strerror}; nothing stored is lost")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return EXIT_FAILED
         except KeyboardInterrupt:
@@ -11387,7 +11463,7 @@ def _flushed(status: int) -> int:
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None,
                   line: Any = None) -> None:
-    print(f"warning: {plain(message, 1000)}", file=sys.stderr)
+    _complain(f"warning: {message}")
 
 
 HOOK_SECONDS = 0.9   # an agent gives the hooks at the end of a session 1.5 s, start-up included
@@ -11398,32 +11474,26 @@ class _OutOfTime(BaseException):
     """The deadline is over; no handler of errors on the way takes it for one of its own."""
 
 
-class _Deadline:
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
     """Context in which _OutOfTime is raised after some seconds, where the system has timers and
     this is the main thread."""
+    import signal
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self.before: Any = None  # the handler that was there
-
-    def __enter__(self) -> None:
-        import signal
-        if hasattr(signal, "setitimer"):
-            try:
-                self.before = signal.signal(signal.SIGALRM, self._over)
-                signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            except ValueError:
-                pass  # not the main thread
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import signal
-        if self.before is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self.before)
-
-    @staticmethod
-    def _over(number: int, frame: Any) -> None:
+    def over(number: int, frame: Any) -> None:
         raise _OutOfTime
+
+    try:
+        before = signal.signal(signal.SIGALRM, over)
+    except (AttributeError, ValueError):
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,12 @@ def python(*args, stdin="", **environment):
     env = dict(os.environ, PYTHONIOENCODING="utf-8", **environment)
     done = subprocess.run([sys.executable] + list(args), input=stdin.encode("utf-8"), stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, env=env)
-    return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+    return done.returncode, done.stdout.decode("utf-8"), unwrapped(done.stderr.decode("utf-8"))
+
+
+def unwrapped(messages):
+    """Messages of the command line, each on a line of its own whatever the width."""
+    return re.sub(r"\n(?!sessionoptimizer|warning|usage|Traceback|$)", " ", messages)
 
 
 def command(*args, stdin="", **environment):
@@ -2789,11 +2794,13 @@ def test_a_scan_that_found_nothing_has_a_page_too(optimizer, tmp_path):
 def test_days_without_a_session_stand_in_the_picture(days, columns, utc):
     paid = {"prompts": 1, "total_tokens": 5, "paid": {"first": 1.5, "again": 0.5}}
     row = {"estimated_cost": 2.0, "waste_cost": 0.0, "measured_waste_cost": 0.0}
-    text = so._by_day([dict(row, days=[dict(paid, day=so.days_of(day)[0])]) for day in days])
-    titles = re.findall(r"<title>([^<]*)</title>", text)
+    section = so._by_day([dict(row, days=[dict(paid, day=so.days_of(day)[0])]) for day in days])
+    titles = re.findall(r"<title>([^<]*)</title>", section.picture)
     shown = [title.split(":")[0] for title in titles]
     assert shown == columns or len(shown) == columns and shown[-1] == "2026-01-02"
     assert not titles or titles[-1] == shown[-1] + ": $1.50 new, $0.5000 written again (cache lost)"
+    early = ", and 1 day with sessions before" if columns == 120 else ""
+    assert not titles or section.hint == f"{shown[0]} to {shown[-1]}{early}"
 
 
 def test_a_row_has_one_shape_in_every_command(optimizer):
@@ -2857,7 +2864,7 @@ def test_a_scan_keeps_the_summaries(optimizer, monkeypatch):
     (["f714ed36-6704", "ac0cd7d4-301e"], ["f714ed36", "ac0cd7d4"]), (["f714ed36-6704", "f714ed36-9999"], ["f714ed36-6704", "f714ed36-9999"]),
     (["s", "s1", "s12"], ["s", "s1", "s12"]), ([], []), (["forge_20261120_101500", "forge_20261120_1015001"], ["forge_20261120_101500", "forge_20261120_1015001"])])
 def test_short_ids_are_beginnings_that_only_one_has(ids, short):
-    assert so.short_ids(ids) == dict(zip(ids, short))
+    assert [row["id"] for row in so.with_short_ids([{"id": name} for name in ids])] == list(short)
 
 
 def test_the_screen_of_the_bill_adds_up_and_names_the_largest_parts():
@@ -2872,7 +2879,7 @@ def test_the_screen_of_the_bill_adds_up_and_names_the_largest_parts():
     assert sum(float(row[1].strip("$")) for row in section.rows) == pytest.approx(bill["total"], abs=0.01)
     guessed = dict(bill, guessed=0.5, hidden_output={"calls": 2, "of": 6, "cost_if_visible": 1})
     shown = so.text_sections(so.bill_sections(guessed))
-    assert "$0.5000 of it at a guessed price" in shown and "a lower bound: 2 of 6 calls" in re.sub(r"\s+", " ", shown)
+    assert "$0.5000 of it at a guessed price" in shown and "a lower bound: hidden in 2 of 6 calls" in re.sub(r"\s+", " ", shown)
     assert so.text_sections(so.bill_sections(so.in_usd(so.empty_bill()))) == ""
 
 
@@ -2924,11 +2931,17 @@ def test_a_replay_is_told_with_its_range_its_worst_and_its_worth(optimizer):
 
 def test_advice_says_what_it_saves_and_for_how_many():
     assert [part.title for part in so.advice_section(ADVICE).parts] == [
-        "Leave early? Saves $25.00 to $50.00; 2 sessions, 1 worse ($0.2000).",
+        "Leave early? Saves $25.00 to $50.00 (shipped medians); 2 sessions, 1 worse ($0.2000).",
         "shop loads 41k. Saves $6.88 per 1,000 tokens removed; 1 session.", "Large files -- whole. Saves $3.00; 1 session."]
     assert so.advice_markdown(ADVICE).splitlines() == [
         "<!-- sessionoptimizer: begin -->", "- Read in parts.",
         "  <!-- Large files - whole. Saves $3.00; 1 session. -->", "<!-- sessionoptimizer: end -->"]
+
+
+def test_advice_says_how_much_of_it_is_not_shown():
+    shown = so.text_sections([so.advice_section(ADVICE, 2)])
+    assert shown.endswith("1 session.\n  * and 1 more (--format json has all)") and "Large files" not in shown
+    assert "more (" not in so.text_sections([so.advice_section(ADVICE, 3)])
 
 
 @pytest.mark.parametrize("before", [None, "", "# Rules\n", "# Rules\r\n\r\nno end of line", "é\n"])
@@ -5968,7 +5981,7 @@ def test_small_repeats_of_a_transcript_are_a_note_and_those_logged_by_hand_findi
     assert len(so.build_report(by_hand, optimizer.analyzers).issues) == 1
     report = so.build_report(imported, optimizer.analyzers)
     assert report.issues == [] and report.total_waste_tokens == 0
-    assert "1 small repeats, 30 tokens in all, are not listed" in report.notes
+    assert "1 of the repeats: small, not listed (tokens: 30)" in report.notes
     assert len(so.RepeatedFileReadAnalyzer().analyze(imported)) == 1
 
 
@@ -7428,7 +7441,7 @@ def run(optimizer, *arguments, stdin=None):
     """Run the command line in a process of its own: (status, standard output, standard error)."""
     done = subprocess.run([sys.executable, MODULE, "--store", optimizer.store.root, *arguments],
                           input=stdin, capture_output=True, timeout=60)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    return done.returncode, done.stdout.decode(), unwrapped(done.stderr.decode())
 
 
 def store_session(optimizer, name, events, *, agent="FORGE", minutes_ago=5.0, step=1.0):
@@ -7750,9 +7763,9 @@ CALLS = [  # a command line, and the calls of the library it makes
     ("log s1 FILE_READ --data '{\"file_path\": \"a\"}' --tokens-in 5 --tokens-out 6 --duration-ms 7",
      [("log_event", dict(session_id="s1", event_type="FILE_READ", data={"file_path": "a"}, tokens_input=5, tokens_output=6, duration_ms=7))]),
     ("log s1 custom", [("log_event", dict(session_id="s1", event_type="custom", data=None, tokens_input=0, tokens_output=0, duration_ms=0))]),
-    ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=20))]),
+    ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=sys.maxsize))]),
     ("list --agent forge --status active --since 2026-03-01T10:00:00Z --limit 3 --format json",
-     [("list_sessions", dict(agent="forge", status=SessionStatus.ACTIVE, since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), limit=3))]),
+     [("list_sessions", dict(agent="forge", status=SessionStatus.ACTIVE, since=datetime(2026, 3, 1, 10, tzinfo=timezone.utc), limit=sys.maxsize))]),
     ("repair --discard", [("repair", dict(discard=True))]),
     ("delete s1", [("delete_session", dict(session_id="s1"))]),
     ("analyze s1", [("analyze", dict(session_id="s1")), ("get_session", dict(session_id="s1"))]),
@@ -8107,7 +8120,7 @@ def test_without_a_command_it_says_what_it_is_and_what_is_here(home, capsys):
     place = home / ".claude" / "projects" / "p"
     place.mkdir(parents=True)
     write(place / "a.jsonl", "{}")
-    assert so.main([]) == 0 and "1 files of claude-code" in capsys.readouterr().out
+    assert so.main([]) == 0 and "1 file of claude-code" in capsys.readouterr().out
 
 
 FILTERS = [  # arguments of scan after the samples, status, what is said
@@ -8155,12 +8168,136 @@ def crowded(optimizer):
     return optimizer
 
 
+ONE_OF_EACH = [READ, READ, ("SEARCH", {"query": "q"}, 60, 1), ("SEARCH", {"query": "q"}, 60, 1), ("ERROR", {"message": "m", "tool": "t"}, 1, 0),
+               ("USER_MESSAGE", {}, 1, 0), ("AI_RESPONSE", {}, 0, 1)]
+
+
+@pytest.mark.parametrize("line", ["", "list --limit 1", "stats --days 1", "stats --by day", "stats --by tool", "alerts --waste 0 --dollars 0 --minutes 0",
+                                  "advice", "whatif none", "whatif return", "analyze one --evidence", "export one --format markdown",
+                                  "export one --format html", "compare one two", "scan t --again", "scan t --again --format html", "scan none"])
+def test_one_of_a_thing_is_not_told_as_many(optimizer, line, tmp_path, monkeypatch):
+    """A store, a transcript and a folder with exactly one of everything."""
+    monkeypatch.chdir(str(tmp_path))
+    store_session(optimizer, "one", ONE_OF_EACH, step=0.0)
+    store_session(optimizer, "two", [("AI_RESPONSE", {}, 0, 1)])
+    transcript = tiny(tmp_path / "t")
+    transcript.lines.append(b"{damaged\n")
+    transcript.save()
+    (tmp_path / "none").mkdir()
+    write(tmp_path / "none" / "x.jsonl", "{}\n")
+    optimizer.scan([str(tmp_path / "t")])
+    _, out, err = run(optimizer, *line.split())
+    found = re.findall(r"(?<![\d.,:#=-])1 (?:[a-z-]+ )?[a-z]+s\b(?! (?:than|as)\b)", re.sub("<style>.*?</style>", "", out + err, flags=re.S))
+    assert not [text for text in found if not re.search(r"(ss|us|is|hides|was|minutes active|has)$", text)], (found, out)
+    assert out
+
+
 def test_notes_of_many_sessions_are_added_up():
     rows = [{"notes": notes} for notes in (
-        ["2 responses hide 5", "3 small repeats, 1,250 tokens in all", "no price for model 'x 5'"],
-        ["1 responses hide 7", "1 small repeats, 50 tokens in all", "no price for model 'x 5'"], ["no price for model 'x 6'"])]
-    assert so._scan_notes(rows) == ["3 responses hide 12", "4 small repeats, 1,300 tokens in all",
+        ["2 of the responses: 5", "3 of the repeats: small (tokens: 1,250)", "no price for model 'x 5'"],
+        ["1 of the responses: 7", "1 of the repeats: small (tokens: 50)", "no price for model 'x 5'"], ["no price for model 'x 6'"])]
+    assert so._scan_notes(rows) == ["3 of the responses: 12", "4 of the repeats: small (tokens: 1,300)",
                                     "no price for model 'x 5' (2 sessions)", "no price for model 'x 6' (1 session)"]
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 120])
+@pytest.mark.parametrize("line", ["list", "scan t --again", "stats --by session", "stats --by agent", "alerts --waste 1 --dollars 0", "compare story other",
+                                  "analyze last --evidence"])
+def test_a_narrow_table_leaves_columns_out_and_cuts_no_word(optimizer, line, width, tmp_path, monkeypatch, capsys):
+    """Ids and paths lose their middle, texts end after a word."""
+    monkeypatch.chdir(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", str(width))
+    shutil.copytree(os.path.join(TRANSCRIPTS, "story-checkout"), "t")
+    store_session(optimizer, "other", [READ, READ, ANSWER], agent="FORGE")
+    optimizer.scan(["t"])
+    story, = [session.id for session in optimizer.list_sessions() if session.id != "other"]
+    so.main(["--store", optimizer.store.root, *line.replace("story", story).replace("last", story).split()])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    tables = [text for text in re.findall(r"\S*…\S*", shown) if not re.search(r"[/.~]|^…$|^[0-9a-z-]*…", text)]
+    assert not tables, (tables, shown)
+    if line == "list":
+        assert ("CLAUDE-CODE" in shown) == (width > 60) and ("status" in shown) == (width > 80) and "session $" in shown
+
+
+def test_a_list_says_how_many_it_leaves_out(optimizer):
+    for number in range(3):
+        store_session(optimizer, f"s{number}", [ANSWER])
+    out = run(optimizer, "list", "--limit", "1")[1]
+    assert out.splitlines()[-1] == "  * and 2 more (--limit 3 shows them)"
+    assert "more" not in run(optimizer, "list", "--limit", "3")[1]
+    assert len(json.loads(run(optimizer, "list", "--limit", "2", "--format", "json")[1])) == 2
+
+
+@pytest.mark.parametrize("by", so.GROUPS)
+@pytest.mark.parametrize("name", ["scan t", "stats --days 9000"])
+def test_a_table_by_something_is_all_that_is_printed_and_adds_up_to_the_bill(optimizer, name, by, tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    shutil.copytree(os.path.join(TRANSCRIPTS, "story-checkout"), "t")
+    shutil.copytree(os.path.join(SAMPLES, "codex", "codex-story-logging"), os.path.join("t", "codex"))
+    bill = optimizer.scan(["t"])["bill"]["total"]
+    _, out, _ = run(optimizer, *name.split(), "--by", by)
+    lines = out.splitlines()
+    assert lines[0].startswith(f"BY {by.upper()} (") and len(re.findall("(?m)^[A-Z]{2}", out)) == 1
+    assert lines[-1].split()[0] == "total" and so.dollars(bill) in lines[-1].split()
+    groups = json.loads(run(optimizer, *name.split(), "--by", by, "--format", "json")[1])["groups"][by]
+    assert sum(group["estimated_cost"] for group in groups) == pytest.approx(bill) and "total" not in [group["key"] for group in groups]
+
+
+GUESSES = [("scan t --agent claud", "claude-code"), ("scan --by modle", "model"), ("scan --format jsn", "json"), ("whatif compct", "compact"),
+           ("list --status complted", "COMPLETED"), ("alerts --fail-on hihg", "HIGH"), ("stats --split yesterdy", "yesterday"),
+           ("log s FILE_RAED", "FILE_READ"), ("scna", "scan"), ("scan --sinc 7d", "--since"), ("help scna", "scan"), ("list --colour always", "--color"),
+           ("scan --by zzz", ""), ("whatif zzz", ""), ("log s ZZZ", ""), ("list --status 7", "")]
+
+
+@pytest.mark.parametrize("line, meant", GUESSES, ids=[row[0] for row in GUESSES])
+def test_a_misspelt_word_is_guessed_wherever_it_stands(optimizer, line, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    shutil.copytree(os.path.join(TRANSCRIPTS, "read-twice"), "t")
+    store_session(optimizer, "s", [ANSWER])
+    status, out, err = run(optimizer, *line.split())
+    assert status in (1, 2) and re.findall("did you mean (.*?)[?]", err) == [meant] * bool(meant), err
+
+
+@pytest.mark.parametrize("start", [[MODULE], ["-m", "sessionoptimizer"]], ids=["script", "module"])
+def test_a_command_that_is_named_can_be_pasted(start, tmp_path, monkeypatch):
+    store = str(tmp_path / "a store")
+    monkeypatch.chdir(HERE)
+
+    def begun(*arguments):
+        done = subprocess.run([sys.executable, *start, "--store", store, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=dict(os.environ, COLUMNS="300"))
+        return " ".join(done.stdout.decode("utf-8").split())
+
+    shown = begun("scan", os.path.join(TRANSCRIPTS, "read-twice"))
+    words = shlex.split(re.search(r"[*] why: (.* --store '.*?')", shown).group(1))
+    assert words[-2:] == ["--store", store] and words[:-5] in ([os.path.basename(sys.executable), *start], [sys.executable, *start])
+    done = subprocess.run([sys.executable, *words[1:]], stdout=subprocess.PIPE)
+    assert done.returncode == 0 and b"EVIDENCE" in done.stdout
+    for arguments, words in ((["analyze", "nothing"], "list"), (["analyze", "last"], "scan"), ([], "analyze last --evidence")):
+        if words == "scan":
+            shutil.rmtree(store)
+        assert f"{start[-1]} {words} --store '{store}'" in begun(*arguments)
+
+
+def test_a_named_command_of_an_installed_program(monkeypatch):
+    from types import SimpleNamespace
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    assert so._command(SimpleNamespace(store=None), "list") == "sessionoptimizer list"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/sessionoptimizer"])
+    assert so._command(SimpleNamespace(store="a b"), "list") == ".venv/bin/sessionoptimizer list --store 'a b'"
+
+
+@pytest.mark.parametrize("columns, width", [(None, 80), ("60", 60), ("200", 200), ("", 80), ("many", 80)])
+def test_messages_are_as_wide_as_the_terminal(optimizer, columns, width, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    done = subprocess.run([sys.executable, MODULE, "--store", optimizer.store.root, "whatif", "x" * 30], stderr=subprocess.PIPE)
+    lines = done.stderr.decode().splitlines()
+    assert max(map(len, lines)) <= width and (len(lines) == 1) == (width == 200) and done.returncode == 2
+    assert " ".join(lines).endswith("none, compact, return, ttl, cap, start, no-repeats, clear, all")
 
 
 @pytest.mark.parametrize("width", [None, 60, 80, 120, 200])
@@ -8172,10 +8309,10 @@ def test_the_first_screen_fits_whatever_the_paths(width, tmp_path, monkeypatch, 
     place = tmp_path / ("a-folder-with-a-long-name/" * 5) / ("p" * 90)
     shutil.copytree(os.path.join(TRANSCRIPTS, "story-checkout"), str(place))
     store = os.path.join(str(tmp_path), "another-folder/" * 6, "store")
-    for by in ("project", "session"):
-        assert so.main(["scan", str(place), "--by", by, "--store", store]) == 0
+    for by in ([], ["--by", "session"], ["--by", "project"]):
+        assert so.main(["scan", str(place), *by, "--store", store]) == 0
         shown = capsys.readouterr().out
-        assert ("KEPT, ALSO WHEN" in shown) is (by == "project") and "a-folder" not in shown
+        assert ("KEPT, ALSO WHEN" in shown) is (not by) and "a-folder" not in shown
         assert [line for line in shown.splitlines() if len(line) > (width or 80)] == []
         assert by != "project" or "/store" in shown and ("…" in shown or (width or 80) >= 200)
 
