@@ -4659,8 +4659,7 @@ def whatif_section(result: Data) -> Section:
 
 
 def _more(entries: Sequence[Any], most: int, how: str) -> List[str]:
-    left = len(entries) - most
-    return [f"and {left:,} more ({how})"] * (left > 0)
+    return [f"and {len(entries[most:]):,} more ({how})"] * (len(entries) > most)
 
 
 ADVICE_BEGIN, ADVICE_END = "<!-- sessionoptimizer: begin -->", "<!-- sessionoptimizer: end -->"
@@ -5237,14 +5236,14 @@ def statistics_sections(stats: Data, rows: Rows) -> List[Section]:
     """What ``stats`` prints of ``agent_statistics`` and the rows it is about."""
     trend, change = stats["trends"]["trend"], stats["trends"]["change_percent"]
     told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
-    period = counted(stats["period_days"], "day", "g")
-    return [Section(f"{stats['agent'] or 'All agents'}, last {period}",
+    return [Section(f"{stats['agent'] or 'All agents'}, last "
+                    + counted(stats["period_days"], "day", "g"),
                     [*headline(scan_totals(rows), rows), told]),
             *bill_sections(stats["bill"]), advice_section(stats["advice"], 1),
             table("Most frequent findings", {"": "type", ">findings": "count:,"},
                   stats["common_issues"]),
             *(group_section(groups, name) for name, groups in stats["groups"].items()),
-            *split_sections(stats.get("split"))]
+            *(split_sections(stats["split"]) if "split" in stats else ())]
 
 
 ENOUGH_SESSIONS = 8  # on each side of a split
@@ -5270,10 +5269,8 @@ def split_at(rows: Rows, moment: float) -> Data:
     return split
 
 
-def split_sections(split: Optional[Data]) -> List[Section]:
+def split_sections(split: Data) -> List[Section]:
     """What ``stats --split`` prints."""
-    if split is None:
-        return []
     told = f"not enough sessions to compare: {ENOUGH_SESSIONS} on each side are needed"
     if split["change"] is not None:
         low, high = split["interval"]
@@ -10558,9 +10555,8 @@ def _say(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
-_COLOURS = {"CRITICAL": "1;31", "HIGH": "31", "MEDIUM": "33", "LOW": "36", "bar": "34",
-            "title": "1"}
-_PAINTED = _Pattern(r"(?m)(?P<title>^[A-Z][A-Z ]+(?=$| \())|(?<= )(?P<bar>#+)$"
+_COLOURS = {"CRITICAL": "1;31", "HIGH": "31", "MEDIUM": "33", "LOW": "36", "title": "1"}
+_PAINTED = _Pattern(r"(?m)(?P<title>^[A-Z][A-Z ]+(?=$| \())"
                     r"|\b(CRITICAL|HIGH|MEDIUM|LOW)\b(?=\]| PRIORITY\]|  )")
 
 
@@ -10575,7 +10571,7 @@ def colour(text: str, name: str, when: Optional[str] = None) -> str:
 
 
 def _painted(report: str, when: Optional[str]) -> str:
-    """A text report with its titles, severities and bars in colour."""
+    """A text report with its titles and severities in colour."""
     return _PAINTED.sub(lambda match: colour(
         match.group(), match.lastgroup or match.group(), when), report)
 
@@ -10591,9 +10587,10 @@ def _program() -> str:
     from shlex import join
     from shutil import which
     name, python = "sessionoptimizer", os.path.basename(sys.executable)
+    if __name__ == "__main__" and __spec__:
+        return join([python if which(python) == sys.executable else sys.executable, "-m", name])
     if __name__ == "__main__":
-        python = python if which(python) == sys.executable else sys.executable
-        return join([python, *(["-m", name] if __spec__ else sys.argv[:1])])
+        return join([python, sys.argv[0]])
     own = os.path.basename(sys.argv[0]) == name and not which(name)  # its script, not in the path
     return join([sys.argv[0] if own else name])
 
@@ -10625,17 +10622,13 @@ def _show(options: Any, data: Any, *sections: Section) -> int:
     return EXIT_DONE
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def _write_out(text: str, path: Optional[str]) -> None:
     """To standard output, or to a file that its owner alone can read."""
     if not path:
         _say(text)
         return
     try:
-        with open(path, "w", encoding="utf-8", opener=_private) as file:
+        with open(path, "w", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as file:
             if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 os.fchmod(file.fileno(), 0o600)
             file.write(text if text.endswith("\n") else text + "\n")
@@ -10769,7 +10762,7 @@ def _log_stream(optimizer: SessionOptimizer, session_id: str) -> int:
                 session_id, **{key: entry[key] for key in _STREAM_KEYS.split() if key in entry})
         except (InvalidValue, ValueError, TypeError, RecursionError) as error:
             bad += 1
-            _complain(f"sessionoptimizer: line {number} skipped: {plain(error)}")
+            _complain(f"sessionoptimizer: line {number} skipped: {error}")
             continue
         if event is None:
             return EXIT_FAILED
@@ -11039,8 +11032,6 @@ def _import(options: Any) -> int:
 
 def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
     """The ids of the sessions a file brought: a session's own JSON, else a transcript."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise CommandError(f"{path} is not a regular file: give a file")
     head = _head_of(path)
     if not any(reader.detect(path, head) for reader in READERS) and head.lstrip()[:1] == b"{":
         try:
@@ -11461,8 +11452,7 @@ def _flushed(status: int) -> int:
     return status
 
 
-def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None,
-                  line: Any = None) -> None:
+def _show_warning(message: Any, *where: Any, **more: Any) -> None:
     _complain(f"warning: {message}")
 
 
