@@ -10646,18 +10646,15 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
         if not newest:
             raise CommandError(f"there is no session yet: run {_command(options, 'scan')}")
         return newest[0].id
-    see = f"see {_command(options, 'list')}"
-    try:
+    with suppress(InvalidSessionId):
         if os.path.lexists(optimizer.store.find(given)):
             return given
-    except InvalidSessionId:
-        raise CommandError(f"{given!r} is no session's id: {see}") from None
     matches = sorted(name for name, _ in optimizer.store.files() if name.startswith(given))
     if len(matches) == 1 and not whole:
         return matches[0]
     some = ", ".join(matches[:3])
     if not matches:
-        raise CommandError(f"no session {given!r}: {see}")
+        raise CommandError(f"no session {given!r}: see {_command(options, 'list')}")
     if whole:
         raise CommandError(f"no session has the id {given!r}; give the whole id: {some}")
     raise CommandError(f"{len(matches)} sessions begin with {given!r} ({some} …): give more")
