@@ -38,9 +38,9 @@ LIFETIMES = (("ephemeral_1h_input_tokens", 3600), ("ephemeral_5m_input_tokens", 
 
 
 LastCall = namedtuple("LastCall", "model context time lifetime", defaults=("", 0, 0.0, 0))
-LastCall.__doc__ = """The last call of a transcript's main agent: its model, the tokens of its context
-(0: not known), its time (seconds since 1970), the seconds the cache keeps what a call writes (0: not
-known)."""
+LastCall.__doc__ = """The last call of a transcript's main agent: its model, the tokens of its
+context (0: not known), its time (seconds since 1970), the seconds the cache keeps what a call
+writes (0: not known)."""
 
 
 def last_call(path: str) -> LastCall:
