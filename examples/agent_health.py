@@ -4,7 +4,7 @@
     python3 examples/agent_health.py [--agent NAME] [--days 7] [--store DIR] [--queue WHERE] \\
         [--format text|json]
 
-HEALTHY from an average efficiency of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without
+HEALTHY from an efficiency (over all tokens, as `stats` prints it) of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without
 sessions. With ``--queue`` (a crew's queue.db, or redis://HOST#crew:NAME) a worker is CRITICAL when
 a task ended after it gave no sign of life, and WARNING when one of its attempts failed. Status 3
 when somebody is CRITICAL, for a health check from cron.
@@ -25,9 +25,9 @@ if HERE not in sys.path:
     sys.path.append(HERE)
 from crew import Bus, CrewError, open_bus  # noqa: E402
 from sessionoptimizer import (  # noqa: E402
-    EventType, SessionOptimizer, SessionOptimizerError, now_text, plain)
+    EventType, SessionOptimizer, SessionOptimizerError, counted, now_text, plain)
 
-HEALTHY_FROM, WARNING_FROM = 85.0, 70.0  # average efficiency, percent
+HEALTHY_FROM, WARNING_FROM = 85.0, 70.0  # efficiency, percent
 DONE, FAILED, UNWELL = 0, 1, 3
 
 
@@ -46,21 +46,21 @@ def session_metrics(optimizer: SessionOptimizer, session_id: str) -> dict[str, A
             "timestamp": now_text()}
 
 
-def health_status(average_efficiency: float) -> str:
-    """The status of an average efficiency in percent."""
-    if average_efficiency >= HEALTHY_FROM:
+def health_status(efficiency: float) -> str:
+    """The status of an efficiency in percent."""
+    if efficiency >= HEALTHY_FROM:
         return "HEALTHY"
-    return "WARNING" if average_efficiency >= WARNING_FROM else "CRITICAL"
+    return "WARNING" if efficiency >= WARNING_FROM else "CRITICAL"
 
 
 def health_summary(optimizer: SessionOptimizer, agent: str, days: int = 7) -> dict[str, Any]:
-    """An agent's last days: status, sessions, average efficiency, wasted tokens, USD, trend, common
+    """An agent's last days: status, sessions, efficiency, wasted tokens, USD, trend, common
     issues."""
     stats = optimizer.agent_statistics(agent, days)
     count = stats.get("sessions_analyzed", 0)
     return {"agent": agent, "period_days": days, "sessions": count,
-            "status": health_status(stats["average_efficiency"]) if count else "UNKNOWN",
-            "average_efficiency": stats.get("average_efficiency"),
+            "status": health_status(stats["efficiency_score"]) if count else "UNKNOWN",
+            "efficiency_score": stats.get("efficiency_score"),
             "waste_tokens": stats.get("total_waste_tokens", 0),
             "cost": stats.get("total_cost", 0.0),
             "trend": stats["trends"]["trend"] if count else "insufficient_data",
@@ -101,10 +101,10 @@ def open_queue(where: str) -> Bus:
 def print_health(agents: list[dict[str, Any]], workers: list[dict[str, Any]]) -> None:
     """The tables for people."""
     for row in agents:
-        average = row["average_efficiency"]
-        print(f"{plain(row['agent'], 30)}: {row['status']}, {row['sessions']} sessions in "
-              f"{row['period_days']} days" + (f", average efficiency {average:.1f}%, trend "
-                                              f"{row['trend']}" if average is not None else ""))
+        score, count = row["efficiency_score"], counted(row["sessions"], "session")
+        print(f"{plain(row['agent'], 30)}: {row['status']}, {count} in "
+              f"{counted(row['period_days'], 'day')}"
+              + (f", efficiency {score:.1f}%, trend {row['trend']}" if count[:2] != "0 " else ""))
         for issue in row["common_issues"]:
             print(f"  {issue['type']}: {issue['count']}")
     for row in workers:

@@ -4,8 +4,8 @@
     sessionoptimizer scan PATH --format json --no-store | python3 examples/ci_report.py > report.xml
     python3 examples/ci_report.py scan.json --level MEDIUM --output report.xml --strict
 
-One testcase per session. Its findings at or above ``--level`` (default HIGH) make it fail; the others, and
-what limits the figures, are its output. Damaged files are the suite's error output.
+One testcase per session; its time is the session's active time. Its findings at or above ``--level``
+(default HIGH) make it fail; the others, and what limits the figures, are its output. Damaged files are the suite's error output.
 docs/ci.md shows a whole job.
 """
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import Severity, seconds_of  # noqa: E402
+from sessionoptimizer import Severity  # noqa: E402
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 STATUS_FINDINGS = 3
@@ -43,11 +43,10 @@ def testcase(row: dict[str, Any], level: Severity) -> ElementTree.Element:
     """The testcase of one session of a scan."""
     bad = [issue for issue in row["issues"] if Severity(issue["severity"]) >= level]
     rest = [issue for issue in row["issues"] if Severity(issue["severity"]) < level]
-    start, end = seconds_of(row.get("started_at")), seconds_of(row.get("ended_at"))
     case = ElementTree.Element("testcase", {
         "classname": clean(f"sessionoptimizer.{row['agent']}"),
         "name": clean(f"{row['task'] or 'session'} ({row['id']})"),
-        "time": f"{max(0.0, end - start):.3f}" if start is not None and end is not None else "0"})
+        "time": f"{60 * row['minutes']:.3f}"})  # active, as everywhere else
     if bad:
         kinds = sorted({issue["issue_type"] for issue in bad})
         message = f"{len(bad)} findings ({', '.join(kinds)}), efficiency {row['efficiency_score']:.1f}%"

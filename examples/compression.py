@@ -32,6 +32,7 @@ FUNCTIONS = {"function_definition", "function_declaration", "function_expression
              "constructor_declaration"}
 BODIES = {"block", "statement_block", "constructor_body"}
 KEPT_LINES = 20      # at each end of a result, by head_tail
+CACHE_SECONDS = 300  # that what was written to the cache lives there
 SHINGLE = 5          # lines that stand together before they count as a repetition
 TELLING = 20         # characters of a line by which it is known again
 ANY_NUMBER = re.compile(r"^(?:[^\s:]+:)?\d+[:\u2192\t-]")  # what a search or a numbered listing sets before a line
@@ -268,7 +269,7 @@ class Compressed(so.Replay):
     a call. ``sent``: tokens of all contexts, as recorded and as replayed."""
 
     def __init__(self, analysis: so.Analysis, cuts: Dict[str, Tuple[int, int]], fetches: Iterable[str] = ()):
-        super().__init__(analysis, "none", {}, so.MIDDLE)
+        super().__init__(analysis, "none", {}, so.CASES[1])
         self.cuts, self.fetches, self.sent = cuts, set(fetches), [0, 0]
 
     def _open(self, step: so.Step) -> None:
@@ -448,7 +449,7 @@ class SessionContext:
                 told.tool(f"t{number}", m.tool or "tool", {"file_path": m.tool.path} if m.tool.path else {}, 0)
                 results.append((m, told.returned(f"t{number}", m.original)))
             else:
-                read = cached if m.at - last <= so.SHORT_TTL else 0
+                read = cached if m.at - last <= CACHE_SECONDS else 0
                 usage = so.Usage(write_5m=length - read, read=read, output=tokens)
                 told.call(f"r{number}", self.model, usage, text=len(m.original))
                 cached, last = length, m.at

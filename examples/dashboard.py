@@ -67,13 +67,12 @@ def paid(rows):
 
 
 def sums(rows):
-    """The totals of light rows. ``efficiency`` is the sessions' average, ``efficiency_score`` that of all their
-    tokens (the one that scan and stats print); None without any."""
+    """The totals of light rows. ``efficiency`` and ``efficiency_score``: of all their tokens, as scan and stats
+    print it; None without any."""
     totals = {name: round(sum(row[name] for row in rows), 6) for name in FIGURES}
     tokens = sum(row["tokens"] for row in rows)
-    score = 100 * (1 - totals["waste_tokens"] / tokens) if tokens else 100.0
-    return dict(totals, sessions=len(rows), total_tokens=tokens, efficiency_score=round(score, 2) if rows else None,
-                efficiency=round(sum(row["efficiency"] for row in rows) / len(rows), 2) if rows else None)
+    score = round(100 * (1 - totals["waste_tokens"] / (tokens or 1)), 2) if rows else None
+    return dict(totals, sessions=len(rows), total_tokens=tokens, efficiency_score=score, efficiency=score)
 
 
 def listed(row):
@@ -136,8 +135,8 @@ def context_of(session, bill):
     idleness before it, 0 for none), "compacted", "causes" (why the cache was lost), "cost" (USD of that)}``.
     Empty where no call tells what it read."""
     causes = {}
-    for row, rebuild in zip(sessionoptimizer.rebuild_section(bill).rows, bill["rebuilds"]):
-        causes[rebuild["event"]] = row[2], rebuild["cost"]
+    for rebuild in bill["rebuilds"]:
+        causes[rebuild["event"]] = sessionoptimizer.CAUSES[rebuild["cause"]], rebuild["cost"]
     calls, helpers, main = [], 0, ""
     for step in sessionoptimizer.ContextWalk(session):
         if step.call is None:
@@ -177,7 +176,7 @@ class Source:
     def __init__(self, store=None):
         self.store, self.optimizer, self.lock = store, SessionOptimizer(store), threading.RLock()
         prices = self.optimizer.prices  # read now: one that cannot be used is told at the start
-        self.settings = sessionoptimizer.settings_of(self.optimizer.analyzers, prices)
+        self.settings = sessionoptimizer.scan_settings(self.optimizer.analyzers, prices)
         self.files, self.version, self.seen = {}, 0, 0.0
         self.spent = 0.0  # seconds on reading and answering since the last change
         self.by_id, self.rows, self.problems, self.unread = None, [], {}, []
@@ -392,9 +391,10 @@ class Source:
             figures = self.optimizer.agent_statistics(name, days)
         trends = figures.pop("trends", {"trend": "insufficient_data", "change_percent": 0.0})
         figures.setdefault("sessions_analyzed", figures.pop("sessions", 0))
-        none = {"average_efficiency": None, "total_tokens": 0, "total_cost": 0.0, "total_waste_tokens": 0}
+        none = {"total_tokens": 0, "total_cost": 0.0, "total_waste_tokens": 0}
         trends = {"direction": trends["trend"], "change": trends["change_percent"]}
-        return dict(none, **figures, trends=trends)
+        figures["average_efficiency"] = figures.get("efficiency_score")
+        return dict(none, **dict(figures, trends=trends))
 
     def trend(self, days=7):
         by_day, today = defaultdict(list), date.today()
@@ -483,7 +483,7 @@ METRICS = {"total_tokens": "tokens", "waste_tokens": "wasted_tokens", "cost": "c
 HELP = {"info": "Version", "unreadable": "Problems met while reading the store", "sessions": "Sessions",
         "tokens": "Tokens, input and output", "wasted_tokens": "Wasted tokens, estimates included",
         "measured_wasted_tokens": "Wasted tokens, estimates left out", "cost_usd": "Cost at API prices",
-        "wasted_cost_usd": "Cost of the wasted tokens", "efficiency_percent": "Average efficiency, 0 to 100"}
+        "wasted_cost_usd": "Cost of the wasted tokens", "efficiency_percent": "Efficiency over all tokens, 0 to 100"}
 ROUTES = {"/api/overview": ("overview", "days"), "/api/bill": ("bill", "days"),
           "/api/stats/current": ("current", "days"), "/api/stats/trend": ("trend", "days"),
           "/api/sessions/active": ("active",), "/metrics": ("metrics",),

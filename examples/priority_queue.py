@@ -97,8 +97,15 @@ def work_off(optimizer: SessionOptimizer, bus: Bus, name: str, able: list[str], 
             return results
 
 
+def efficiency_of(results: list[dict[str, Any]]) -> float:
+    """In percent of all their tokens."""
+    tokens = sum(row["tokens"] for row in results)
+    good = sum(row["tokens"] * row["efficiency"] for row in results)
+    return good / tokens if tokens else 100.0
+
+
 def statistics(results: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """By priority: runs, successes, tokens, USD, mean efficiency (percent), longest run
+    """By priority: runs, successes, tokens, USD, efficiency over all tokens (percent), longest run
     (seconds)."""
     groups = defaultdict(list)
     for result in results:
@@ -106,7 +113,7 @@ def statistics(results: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     return {priority: {"runs": len(group), "succeeded": sum(row["success"] for row in group),
                        "tokens": sum(row["tokens"] for row in group),
                        "cost": sum(row["cost"] for row in group),
-                       "average_efficiency": sum(row["efficiency"] for row in group) / len(group),
+                       "efficiency": efficiency_of(group),
                        "longest": max(row["seconds"] for row in group)}
             for priority, group in sorted(groups.items(), reverse=True)}
 
@@ -127,7 +134,7 @@ def work(options: argparse.Namespace, bus: Bus) -> int:
     for priority, row in statistics(results).items():
         print(f"priority {priority}: {row['succeeded']} of {row['runs']} runs succeeded, "
               f"{row['tokens']:,} tokens, "
-              f"${row['cost']:.4f}, {row['average_efficiency']:.1f}% efficient")
+              f"${row['cost']:.4f}, {row['efficiency']:.1f}% efficient")
     return NOT_ALL if any(state.status == "FAILED" for state in bus.tasks()) else DONE
 
 

@@ -240,7 +240,7 @@ def multiply(source, store, count):
     """A store with so many sessions: those of another one under other ids and dates over 200 days, with their
     summaries, as a scan leaves them."""
     first, second = SessionOptimizer(str(source)), SessionOptimizer(str(store))
-    settings = sessionoptimizer.settings_of(first.analyzers, first.prices)
+    settings = sessionoptimizer.scan_settings(first.analyzers, first.prices)
     samples, rows, now = first.summaries(), {}, datetime.now().astimezone().replace(microsecond=0)
     texts = {row["id"]: Path(first.store.find(row["id"])).read_text(encoding="utf-8") for row in samples}
     for number in range(count):
@@ -316,7 +316,7 @@ def test_many_sessions_without_a_summary_are_read_in_the_background(samples, tmp
     """The first answer comes before, says how many are left, and the next program finds them read."""
     store, turn = tmp_path / "store", threading.Event()
     optimizer = multiply(samples, store, 120)
-    settings = sessionoptimizer.settings_of(optimizer.analyzers, optimizer.prices)
+    settings = sessionoptimizer.scan_settings(optimizer.analyzers, optimizer.prices)
     optimizer.store.state.save_summaries(settings, {}, list(optimizer.store.state.summaries(settings)))
     real = dashboard.Source._read
     monkeypatch.setattr(dashboard.Source, "_read", lambda self, names: turn.wait(20) and real(self, names))
@@ -677,6 +677,20 @@ def test_metrics(client):
     assert samples['sessionoptimizer_wasted_tokens{agent="FORGE"}'] == 1000
     assert samples['sessionoptimizer_sessions{agent="FORGE",status="COMPLETED"}'] == 1
     assert samples['sessionoptimizer_efficiency_percent{agent="ODD\\"NA\\\\ME\\nX"}'] == 75
+
+
+def test_an_agents_efficiency_is_that_of_all_its_tokens_everywhere(client):
+    """As stats prints it: a small wasteful session does not weigh as much as a large one."""
+    log_some(client.optimizer)
+    session = client.optimizer.start_session("forge", "large", model="opus")
+    client.optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=96_000)
+    expected = 99.0  # 1,000 of 100,000 wasted; the mean of the two is 87.5
+    assert client.optimizer.agent_statistics("forge")["efficiency_score"] == expected
+    assert f'sessionoptimizer_efficiency_percent{{agent="FORGE"}} {expected}\n' in client.ask("/metrics")[2]
+    now = client.get("/api/stats/current")
+    figures = now["average_efficiency"], now["agents"]["FORGE"]["efficiency"], client.get("/api/overview")["totals"]["efficiency_score"]
+    trend = client.get("/api/stats/trend")["trend"][-1]["efficiency"], client.get("/api/stats/agent/forge")["average_efficiency"]
+    assert set(figures + trend) == {expected}
 
 
 def test_health(client):

@@ -17,6 +17,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,7 @@ ROOT = os.path.dirname(HERE)
 SAMPLES = os.path.join(HERE, "transcripts")
 sys.path[:0] = [ROOT, HERE]
 import agent_health  # noqa: E402  (found through the line above)
+import sessionoptimizer  # noqa: E402
 import ci_report  # noqa: E402
 import claude_code_hooks as hooks  # noqa: E402
 import collaboration  # noqa: E402
@@ -610,6 +612,25 @@ def test_alerts_of_the_sessions_in_a_store(optimizer, session, tmp_path):
         assert status == 1 and "not sent" in errors
 
 
+# ---- All programs ----
+
+
+@pytest.mark.parametrize("path", sorted(Path(agent_health.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_programs_use_public_names_alone(path):
+    """Of the module, so that they can be copied and go on working."""
+    if path.name.startswith("test_"):
+        pytest.skip("tests may look inside")
+    tree, used, called = ast.parse(path.read_text(encoding="utf-8")), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            called |= {each.asname or each.name for each in node.names if each.name == "sessionoptimizer"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "sessionoptimizer":
+            used |= {each.name for each in node.names}
+    used |= {node.attr for node in ast.walk(tree)
+             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in called}
+    assert {name for name in used if not name.startswith("__")} <= set(sessionoptimizer.__all__)
+
+
 # ---- Agent health ----
 
 
@@ -641,7 +662,7 @@ def test_metrics_of_a_session(optimizer, session):
 def test_the_health_of_all_agents_and_of_a_crews_workers(optimizer, session, tmp_path):
     store = ["--store", tmp_path / "store"]
     wasteful(optimizer, session.id, 1)
-    assert run("agent_health", *store)[:2] == (0, "FORGE: HEALTHY, 1 sessions in 7 days, average efficiency 100.0%, "
+    assert run("agent_health", *store)[:2] == (0, "FORGE: HEALTHY, 1 session in 7 days, efficiency 100.0%, "
                                                   "trend insufficient_data\n")
     with open_bus(str(tmp_path / "queue.db"), lease_seconds=0.05) as queue:
         for name in ("a", "b", "c", "d"):
@@ -929,6 +950,7 @@ def test_whatever_is_in_a_session_the_report_is_xml(scan_json):
     case = suite.find("testcase")
     kept = "]]> <b a=\"'&amp; [31m \U0001f600 ü"
     assert failed == 1 and case.get("name").startswith(kept + "\nnext")
+    assert float(case.get("time")) == pytest.approx(60 * row["minutes"], abs=0.001) and row["minutes"] > 0
     assert kept in case.find("failure").text and kept in case.find("system-out").text
     assert kept in suite.find("system-err").text
 
