@@ -96,9 +96,10 @@ __all__ = [
     "ShellEffects", "shell_effects", "TO_THE_END", "failure_kind", "changes_of", "line_range",
     "Repeat", "ContextMemory", "search_key", "repeats_in", "Analysis", "CLASSES", "empty_bill",
     "bill_of", "add_bills", "in_usd", "ContextWalk", "Step", "Piece", "ClaimsLedger",
-    "BaseAnalyzer", "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer", "ExcessiveThinkingAnalyzer",
-    "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer", "HighErrorRateAnalyzer",
-    "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES", "parse_policy", "what_if",
+    "BaseAnalyzer", "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer",
+    "ExcessiveThinkingAnalyzer", "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer",
+    "HighErrorRateAnalyzer", "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES",
+    "parse_policy", "what_if",
     "Replay", "CASES", "is_recommended", "build_report", "CAUSES", "bill_sections",
     "advice_section", "counted", "alerts_of", "alert_limits", "full_row", "billed", "time_text",
     "TranscriptScan", "cut", "plain", "markdown_text", "short_number", "dollars", "bar",
@@ -9693,7 +9694,7 @@ class TranscriptScan:
         were as before), in words; keeps the sums for the next one."""
         key, known = self.last
         now, last = _sums_of(after), known.get(key) or _sums_of(before)
-        if key and self.state and known.get(key) != now:
+        if key and self.state and known.get(key) != now and (known or now[0]):
             with suppress(StorageError):  # a store for reading only
                 self.state.save_scan({key: now}, {}, {}, {}, (), 0)
         *news, cost = (new - old for new, old in zip(now, last))
@@ -10286,8 +10287,9 @@ class SessionOptimizer:
         ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
         ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
         __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
-        [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it, kept
-        for the same ``shown_as`` while nothing changes; StorageError when a path is not there."""
+        [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it,
+        kept for the same ``shown_as`` while nothing changes; StorageError when a path is not
+        there."""
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
@@ -10630,7 +10632,8 @@ def _write_out(text: str, path: Optional[str]) -> None:
         _say(text)
         return
     try:
-        with open(path, "w", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as file:
+        private = functools.partial(os.open, mode=0o600)
+        with open(path, "w", encoding="utf-8", opener=private) as file:
             if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 os.fchmod(file.fileno(), 0o600)
             file.write(text if text.endswith("\n") else text + "\n")
