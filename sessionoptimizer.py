@@ -7557,9 +7557,9 @@ class TranscriptReader:
     def span(self, head: bytes, tail: bytes) -> List[str]:
         """The first and the last time in both ends of a file, as texts that sort ("~": none is
         found): of two files that tell as much of a response the first by them counts it."""
-        found = [re.findall(self.stamp, part) for part in (head, tail)]
-        return [choose(stamps).decode("ascii", "replace") if stamps else "~"
-                for choose, stamps in zip((min, max), found)]
+        first = min(re.findall(self.stamp, head), default=b"~")
+        last = max(re.findall(self.stamp, tail), default=b"~")
+        return [first.decode("ascii", "replace"), last.decode("ascii", "replace")]
 
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         """The sessions of one group, usually what one `Recorder` was told. ``claim(id, output
@@ -7575,6 +7575,7 @@ class TranscriptReader:
 _HEAD_SIZE = 1 << 16  # bytes of a file that detection and ordering look at
 MAX_LINE = 1 << 26    # bytes of a line, or of a file that is one document; larger ones are named
 _TOO_LONG = f"longer than {MAX_LINE >> 20} MB: left out"
+_BOM = b"\xef\xbb\xbf"
 _OPENER: Any = ContextVar("opener", default=open)  # what opens transcripts
 
 
@@ -7626,10 +7627,8 @@ def numbered_lines(path: str, skip: Optional[Skip] = None) -> Iterator[Tuple[int
                     line = file.readline(1 << 20)
                 if skip:
                     skip(path, number, _TOO_LONG)
-            elif number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                yield 1, line[3:]
             else:
-                yield number, line
+                yield number, line.lstrip(_BOM) if number == 1 else line
 
 
 def transcript_entries(path: str, skip: Skip, broken: Any = None) -> Iterator[Tuple[int, Data]]:
@@ -7639,13 +7638,13 @@ def transcript_entries(path: str, skip: Skip, broken: Any = None) -> Iterator[Tu
     for number, line in numbered_lines(path, skip):
         if number == 1 and line.strip() in (b"{", b"["):
             with open_transcript(path) as file:
-                number, line = 0, file.read(MAX_LINE + 1)
+                number, line = 0, file.read(MAX_LINE + 1).lstrip(_BOM)
             if len(line) > MAX_LINE:
                 skip(path, 1, _TOO_LONG)
                 return
         entries: List[Any] = []
         try:
-            value = json.loads(line.decode("utf-8", "replace").lstrip("\ufeff"))
+            value = json.loads(line.decode("utf-8", "replace"))
             entries = value if value.__class__ is list and not number else [value]
         except (ValueError, RecursionError) as error:
             if line.strip() and (not number or line.endswith(b"\n")):
@@ -7782,7 +7781,14 @@ class _ClaudeSession:
         kind = _text(entry, "type")
         if kind in ("progress", "attachment"):
             data = _as_dict(entry, "data") or _as_dict(entry, "attachment")
-            self._hooked(_text(data, "hookName"), entry, line)
+            hook = _text(data, "hookName")
+            if hook in ("SessionStart:resume", "SessionStart:clear") and hook != self.marker:
+                self.marker = hook  # the program began anew, with the context or without it
+                self._at(entry, line, "")
+                if hook.endswith("clear"):
+                    self._cleared(entry)
+                else:
+                    self.told.context(Source.RESUME, 0)
             if _as_dict(data, "message", "message"):
                 self.echoes.append((path, line, _text(data, "agentId"), data["message"]))
         uuid = _text(entry, "uuid")
@@ -7842,16 +7848,6 @@ class _ClaudeSession:
 
     # what entered
 
-    def _hooked(self, name: str, entry: Data, line: int) -> None:
-        """A hook says that the program began anew, with the context or without it."""
-        if name in ("SessionStart:resume", "SessionStart:clear") and name != self.marker:
-            self.marker = name
-            self._at(entry, line, "")
-            if name.endswith("resume"):
-                self.told.context(Source.RESUME, 0)
-            else:
-                self._cleared(entry)
-
     def _cleared(self, entry: Data) -> None:
         """`/clear` in mid-file: what follows has no line before it."""
         if self.called and entry.get("parentUuid") is None:
@@ -7879,16 +7875,13 @@ class _ClaudeSession:
         elif size:
             if "<command-name>/clear<" in text:
                 self._cleared(entry)
-            self._injected(text, size)
-
-    def _injected(self, text: str, size: int) -> None:
-        event = self.told.context(Source.INJECTED, size, command=_tagged(text, "bash-input"))
-        command = _tagged(text, "command-name")[:200]
-        if command:
-            # The user orders what comes next, and may have changed anything before.
-            event.data.update({"changes": ["?"], COMMAND: mask_secrets(command)})
-            if not self.agent and not self.command:
-                self.command = f"{command} {_tagged(text, 'command-args')}"
+            event = self.told.context(Source.INJECTED, size, command=_tagged(text, "bash-input"))
+            command = _tagged(text, "command-name")[:200]
+            if command:
+                # The user orders what comes next, and may have changed anything before.
+                event.data.update({"changes": ["?"], COMMAND: mask_secrets(command)})
+                if not self.agent and not self.command:
+                    self.command = f"{command} {_tagged(text, 'command-args')}"
 
     def _system(self, entry: Data) -> None:
         subtype = entry.get("subtype")
@@ -8677,11 +8670,6 @@ _Stored.__doc__ = """A stored session: its file, facts, messages with their part
 of the file a message begins."""
 
 
-def _last_written(stored: _Stored) -> Tuple[int, int]:
-    """Sorts copies of a session: when it was written last (0: it does not say), its messages."""
-    return _integer(stored.info, "time", "updated"), len(stored.messages)
-
-
 class OpenCodeReader(TranscriptReader):
     """OpenCode: its SQLite database, and exported sessions. Every assistant message is one call, or
     every step of one that has several; a session with a parent is a sub-agent of it."""
@@ -8707,13 +8695,14 @@ class OpenCodeReader(TranscriptReader):
         return [_value_in(head, key, b"ses_") for key in keys]
 
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
-        known: Data = {}
+        copies: List[_Stored] = []
         for path in paths:
             read = _opencode_database if path.endswith(".db") else _opencode_export
-            for stored in read(path, skip):
-                name = _text(stored.info, "id") or path
-                if name not in known or _last_written(stored) > _last_written(known[name]):
-                    known[name] = stored  # of several copies the one that was written last
+            copies += read(path, skip)
+        copies.sort(key=lambda one: (-_integer(one.info, "time", "updated"), -len(one.messages)))
+        known: Data = {}  # of several copies the one that was written last
+        for stored in copies:
+            known.setdefault(_text(stored.info, "id") or stored.path, stored)
         sessions: List[Session] = []
         for family in self.group({name: [name, _text(stored.info, "parentID")]
                                   for name, stored in known.items()}):
