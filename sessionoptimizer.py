@@ -6747,10 +6747,8 @@ def _arguments(value: Any) -> Data:
     """A tool's arguments, given as an object or as its JSON text; commands are texts or lists of
     texts."""
     if value.__class__ is str:
-        try:
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            return {}
     if value.__class__ is not dict or _too_deep(value):
         return {}
     arguments = dict(value)
@@ -7619,9 +7617,9 @@ def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
 def numbered_lines(path: str, skip: Optional[Skip] = None) -> Iterator[Tuple[int, bytes]]:
     """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. A line
     longer than MAX_LINE goes to ``skip``. OSError as `open_transcript`."""
-    from functools import partial
     with open_transcript(path, 1 << 20) as file:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+        lines = iter(functools.partial(file.readline, MAX_LINE), b"")
+        for number, line in enumerate(lines, 1):
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(1 << 20)
@@ -8549,7 +8547,6 @@ class _Conversation:
     def __init__(self, told: Recorder, members: List[_Span]):
         self.told, self.members = told, members
         self.seen: Data = {}   # how many input messages each agent's window has seen
-        self.open: Texts = {}  # keys of tool calls whose result no span gave, by their id
         calls = [span for span in members if span.operation in _MODEL_CALLS]
         self.above = {one.id for span in calls for one in _ancestry(span) if one is not span}
         # Cached tokens are part of the input by convention; a call with more shows otherwise.
@@ -8620,24 +8617,16 @@ class _Conversation:
         why = span.message or text if span.failed else text
         if text:
             told.returned(span.identity, why, len(text), failed=span.failed)
-            return
-        self.open[span.text("gen_ai.tool.call.id")] = span.identity
-        if span.failed:
+        elif span.failed:
             told.failed(span.identity, why)
 
     def _entered(self, span: _Span) -> None:
-        """The messages new in this call's input give sizes to prompts, and to results no span
-        has."""
+        """The messages new in this call's input are prompts, by their sizes."""
         messages = _messages(span.given.get("gen_ai.input.messages"))
         agent = self._agent_of(span)
         seen = self.seen.get(agent, 0)
         self.seen[agent] = len(messages)
         for role, parts in messages[seen if seen <= len(messages) else 0:]:
-            for part in _dicts(parts):
-                key = self.open.pop(_text(part, "id"), None)
-                if key is not None:
-                    result = part.get("response", part.get("result", ""))
-                    self.told.returned(key, None, _json_size(result))
             text, size = _content(parts)
             if role == "user" and size:
                 self.told.prompt(text, size)
@@ -8646,10 +8635,8 @@ class _Conversation:
 def _messages(value: Any) -> List[Tuple[Any, Any]]:
     """Role and parts of chat messages, given as objects or as JSON text."""
     if value.__class__ is str:
-        try:
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
     messages = []
     for message in _dicts(value):
         parts = message.get("parts") or message.get("content")
