@@ -7989,7 +7989,7 @@ class CodexReader(TranscriptReader):
     home = ("CODEX_HOME", "~/.codex", "sessions archived_sessions")
 
     def detect(self, path: str, head: bytes) -> bool:
-        return b'"parentUuid"' not in head and bool(_ROLLOUT.search(head))
+        return bool(_ROLLOUT.search(head))
 
     def kin(self, path: str, head: bytes) -> List[str]:
         """The ids of its thread and of the thread that spawned it, in the first line."""
@@ -8254,8 +8254,8 @@ class GeminiReader(TranscriptReader):
 
     def detect(self, path: str, head: bytes) -> bool:
         start = head[:4096]
-        return b'"sessionId"' in start and b'"parentUuid"' not in head and b'"uuid"' not in start \
-            and (b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
+        return b'"sessionId"' in start and (
+            b'"projectHash"' in start or b'"startTime"' in start and b'"lastUpdated"' in start)
 
     def kin(self, path: str, head: bytes) -> List[str]:
         """A session goes by its id, after which the folder of its sub-agents' files is named."""
