@@ -47,6 +47,9 @@ The rooms of this module, in order:
     SessionOptimizer    the facade
     Quick functions     the same on a default instance
     Command line        the same from a shell
+
+In docstrings and comments a name of this module stands in single backticks, as `Session`; a
+parameter, a key or a literal in double ones, as ``session_id``.
 """
 from __future__ import annotations
 
@@ -689,7 +692,7 @@ def _checked_count(name: str, value: Any) -> int:
 
 
 class _Record:
-    """What `dataclass` would generate for each of the records, at a quarter of the time that
+    """What ``dataclass`` would generate for each of the records, at a quarter of the time that
     importing takes."""
 
     __slots__ = ()
@@ -1204,7 +1207,7 @@ _RULES = [
 
 @functools.lru_cache(maxsize=4_096)  # paths and names come again and again
 def mask_secrets(text: str) -> str:
-    """Return the text with what looks like a key, a token or a password replaced by `***`."""
+    """Return the text with what looks like a key, a token or a password replaced by ``***``."""
     lower = text.lower()
     if "-----begin" in lower:
         text = _KEY_BLOCK.sub("***", text)
@@ -1227,7 +1230,7 @@ def _hide_random(match: Any) -> str:
 def masked(value: Any, *, hashes: bool = True) -> Any:
     """Return a JSON value with the secrets in all its strings masked, keys too.
 
-    With `hashes=False` hashes are left out: for what an older version stored, which took them of
+    With ``hashes=False`` hashes are left out: for what an older version stored, which took them of
     text that was not masked.
     """
     if isinstance(value, str):
@@ -1321,8 +1324,8 @@ class ShellEffects:
     reads: (path, first, last) of file lines in the output, 1-based and inclusive; last None = to
     the end, first negative = that many lines from the end. searches: (query, scope). writes: the
     paths it names (a directory stands for all below it). changes: [] nothing, paths, ["*"] any,
-    ["?"] not known. acts: True when it changes what other commands tell, but no file (`git add`).
-    pure: True when the output is the lines of `reads` (numbered or under echoed headings) and no
+    ["?"] not known. acts: True when it changes what other commands tell, but no file (``git add``).
+    pure: True when the output is the lines of ``reads`` (numbered or under echoed headings) and no
     more. In one command line changes come before reads.
     """
 
@@ -1350,7 +1353,7 @@ class ShellEffects:
 
 
 def shell_effects(command: Any, cwd: str = "") -> ShellEffects:
-    """Return the effects of a command, a string or a list of strings; paths are joined to `cwd`.
+    """Return the effects of a command, a string or a list of strings; paths are joined to ``cwd``.
 
     What cannot be read, or costs more than a command line may, gives changes ["?"]; never raises.
     """
@@ -1368,7 +1371,7 @@ def shell_effects(command: Any, cwd: str = "") -> ShellEffects:
 
 
 def canonical_path(path: str, cwd: str = "") -> str:
-    """Return `path` joined to `cwd` and normalised, with forward slashes on Windows."""
+    """Return ``path`` joined to ``cwd`` and normalised, with forward slashes on Windows."""
     windows = _DRIVE.match(cwd)
     if not windows and _CANONICAL.match(path):
         return path
@@ -1403,7 +1406,7 @@ def _plain(word: str) -> str:
 
 
 def _nested_code(text: str, at: int, opening: str) -> Tuple[str, int]:
-    """Return (the code of a `$(` or backtick that starts before `at`, where it ends)."""
+    """Return (the code of a ``$(`` or backtick that starts before ``at``, where it ends)."""
     if opening == "`":
         end = text.index("`", at)
         return text[at:end], end + 1
@@ -1462,7 +1465,7 @@ def _tokens(text: str, outside: Any) -> Pairs:
 def _options(args: Words, takes: Dict[str, str]) -> Tuple[Pairs, Words]:
     """Split arguments into [(flag, value)] and operands; -50 is ("-#", "50"), -rn two flags.
 
-    `takes` are the options with a value and their mark: with < it stands for the first operand,
+    ``takes`` are the options with a value and their mark: with < it stands for the first operand,
     with > for the last. Names of several letters after one dash are PowerShell's.
     """
     letters = "".join(option[1:] for option in takes if not option[2:])
@@ -1627,7 +1630,8 @@ class _Shell:
         return words[len(settings):]
 
     def expand(self, word: str) -> Words:
-        """Return the words that variables and braces make of one; what is unknown keeps its `$`."""
+        """Return the words that variables and braces make of one;
+        what is unknown keeps its ``$``."""
         if "$" not in word and "{" not in word:
             return [word]
         found = [word]
@@ -1861,7 +1865,7 @@ class _Shell:
         return self.command(call.args[at:], call.flow)
 
     def shell(self, call: _Step) -> Any:
-        """Shells: `-c` and relatives are followed, a script is not known."""
+        """Shells: ``-c`` and relatives are followed, a script is not known."""
         windows = self.windows = call.name in ("powershell", "pwsh", "cmd")
         at = 0 if windows else len(call.args)
         at = next((at for at, arg in enumerate(call.args, 1)
@@ -2971,7 +2975,7 @@ def _sound(issue: Any) -> EfficiencyIssue:
 def token_breakdown(session: Session) -> Dict[str, int]:
     """Tokens by event type, and the totals."""
     breakdown: Dict[str, int] = defaultdict(int)
-    for event in session.events:  # all of them: `value` would be a property
+    for event in session.events:  # all of them: ``value`` would be a property
         breakdown[event.event_type._value_] += event.tokens
     return dict(breakdown, TOTAL_INPUT=session.total_tokens_input,
                 TOTAL_OUTPUT=session.total_tokens_output, TOTAL=session.total_tokens)
@@ -4406,7 +4410,7 @@ def measures(rows: Rows) -> Data:
 
 
 def grouped(rows: Rows, by: str, bill: Data) -> Rows:
-    """The ``measures`` of session rows by one of GROUPS, each with its ``key``; days and weeks (by
+    """The `measures` of session rows by one of GROUPS, each with its ``key``; days and weeks (by
     their Monday) in order, else the most dollars first. A day is local; each call counts on its
     own (`day_parts`). By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
     "again", "output", "estimated_cost"}``."""
@@ -4817,7 +4821,7 @@ def _scan_sections(result: Data, most: int, by: Iterable[str] = (), *more: Secti
 
 
 def by_section(rows: Rows, by: str, bill: Data) -> Section:
-    """The table of ``--by``: what ``grouped`` gives, and the total, which is the bill's."""
+    """The table of ``--by``: what `grouped` gives, and the total, which is the bill's."""
     cells = bill["cells"]
     total = _tool_row("total", cells) if by == "tool" else dict(measures(rows), key="total")
     section = group_section([*grouped(rows, by, bill), total], by)
@@ -4825,7 +4829,7 @@ def by_section(rows: Rows, by: str, bill: Data) -> Section:
 
 
 def group_section(groups: Rows, by: str) -> Section:
-    """The table of what ``grouped`` gives."""
+    """The table of what `grouped` gives."""
     if by == "session":
         groups = with_short_ids(groups, "key")
     columns, hint = {
@@ -5321,7 +5325,7 @@ def _trend(scores: List[float]) -> Data:
 
 
 def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Data:
-    """Sessions (at least two) side by side: what ``SessionOptimizer.compare_sessions`` returns."""
+    """Sessions (at least two) side by side: what `SessionOptimizer.compare_sessions` returns."""
     rows = []
     for session, report in found:
         row = session_row(session, report)
@@ -5376,8 +5380,8 @@ def _lessons(best: Session, good: OptimizationReport, worst: Session,
 #     ,{"id":... }
 #     ], "status":"ACTIVE",...,"event_count":2,...,"layout":2}     footer
 #
-# An append writes `,event + footer` over the old footer. Only at the end of an event does a space
-# stand before `}`: one cut short by a crash cannot pass for whole where a brace of the old footer
+# An append writes ``,event + footer`` over the old footer. Only at the end of an event does a space
+# stand before ``}``: one cut short by a crash cannot pass for whole where a brace of the old footer
 # closes it.
 
 _ID = _Pattern(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
@@ -5442,7 +5446,7 @@ def check_id(session_id: str) -> str:
 
 
 def slug(text: str) -> str:
-    """`text` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by
+    """``text`` as a part of an id: 1 to 100 characters, each one an id may not hold replaced by
     '-'."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", str(text))[:_SLUG_LENGTH]
     # A leading '-' would read as an option on a command line.
@@ -5461,7 +5465,7 @@ def _damaged(path: str, reason: str) -> DamagedSession:
 
 @contextmanager
 def _naming(path: str) -> Any:
-    """An OSError inside becomes a StorageError that names `path`."""
+    """An OSError inside becomes a StorageError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -5513,7 +5517,7 @@ def _encode_event(event: Data) -> str:
 
 
 def _encode_footer(footer: Data, room: int = 0) -> bytes:
-    """The footer line, padded to `room` bytes: a shorter one would leave remains of the old one
+    """The footer line, padded to ``room`` bytes: a shorter one would leave remains of the old one
     behind."""
     told = {key: footer[key] for key in _FOOTER_KEYS if footer.get(key) or key in _FOOTER}
     text = f"], {_encode(told)[1:-1]},"
@@ -5523,8 +5527,8 @@ def _encode_footer(footer: Data, room: int = 0) -> bytes:
 
 
 def _parse_footer(tail: bytes) -> Any:
-    """(footer, offset of its line in `tail`), or (None, 0) when the file does not end with a whole
-    footer."""
+    """(footer, offset of its line in ``tail``), or (None, 0) when the file does not end with a
+    whole footer."""
     start = tail.rfind(_FOOTER_START) + 1
     footer = start and tail.endswith(_FOOTER_END) and _decoded(b"{" + tail[start + 3:])
     return (footer, start) if footer and _has_footer(footer) else (None, 0)
@@ -5766,8 +5770,8 @@ def _make_folder(path: str) -> None:
 
 @contextmanager
 def _temporary(path: str, parts: Iterable[bytes], sync: bool) -> Any:
-    """The name of a new file beside `path` that holds the `parts`; gone behind it, unless it got
-    another name."""
+    """The name of a new file beside ``path`` that holds the ``parts``; gone behind it, unless it
+    got another name."""
     folder = os.path.dirname(path)
     temp = os.path.join(folder, f".{os.urandom(8).hex()}{_TEMPORARY}")
     with _naming(path):
@@ -5788,13 +5792,13 @@ def _temporary(path: str, parts: Iterable[bytes], sync: bool) -> Any:
 
 
 def _replace(path: str, parts: Iterable[bytes], *, sync: bool) -> None:
-    """Give `path` new content in one step; a session must be locked meanwhile."""
+    """Give ``path`` new content in one step; a session must be locked meanwhile."""
     with _temporary(path, parts, sync) as temp:
         os.replace(temp, path)
 
 
 def _publish(temp: str, path: str) -> bool:
-    """Give a new file the name `path` in one step; False when the name is taken."""
+    """Give a new file the name ``path`` in one step; False when the name is taken."""
     try:
         os.link(temp, path)
     except FileExistsError:
@@ -5816,7 +5820,7 @@ def _remove(path: str) -> bool:
 
 
 def _sync_folder(path: str) -> None:
-    """Force the names in the folder of `path` to the disk."""
+    """Force the names in the folder of ``path`` to the disk."""
     fd = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -5835,8 +5839,8 @@ def _share_texts(parts: Iterable[Data], known: Data) -> None:
 
 
 def _stream(fd: int, info: os.stat_result, make: Any, start: int) -> Any:
-    """(events, footer, mark for `Store.tail`) of what stands from `start` on in a locked session,
-    which is unlocked while its events are read, a megabyte at a time, each handed through `make`.
+    """(events, footer, mark for `Store.tail`) of what stands from ``start`` on in a locked session,
+    which is unlocked while its events are read, a megabyte at a time, each handed through ``make``.
     None when it is not in the present layout."""
     tail_at = max(start - 1, info.st_size - _FOOTER_SIZE)
     footer, cut = _parse_footer(_read(fd, tail_at, info.st_size))
@@ -5861,10 +5865,10 @@ def _stream(fd: int, info: os.stat_result, make: Any, start: int) -> Any:
 
 
 class Store:
-    """Session files under `root`, safe against parallel writers, crashes and damaged files.
+    """Session files under ``root``, safe against parallel writers, crashes and damaged files.
 
-    Nothing is created before the first write. `warnings` tells what was repaired (and `warn` is
-    called with each). With `durable` every event is forced to the disk before it is acknowledged.
+    Nothing is created before the first write. ``warnings`` tells what was repaired (and ``warn`` is
+    called with each). With ``durable`` every event is forced to the disk before it is acknowledged.
     No file stays open between calls, so threads and forked processes may share a Store."""
 
     def __init__(self, root: str, *, warn: Optional[Callable[[str], None]] = None,
@@ -5957,10 +5961,10 @@ class Store:
 
     def create(self, header: Data, events: Iterable[Any], footer: Data, *, replace: bool = False,
                sync: bool = True) -> None:
-        """Store a session. SessionExists when its id is taken, unless `replace`.
+        """Store a session. SessionExists when its id is taken, unless ``replace``.
 
-        Status and end that `footer` leaves out come from the events, counts and totals always do
-        (without events the totals given stay). `sync=False` leaves it to the system when the file
+        Status and end that ``footer`` leaves out come from the events, counts and totals always do
+        (without events the totals given stay). ``sync=False`` leaves it to the system when the file
         reaches the disk."""
         parts = _lay_out({**header, **footer, "events": events})
         self.write(header["id"], parts, replace=replace, sync=sync)
@@ -5986,9 +5990,9 @@ class Store:
     def append(self, session_id: str, make_event: Any, *, sync: bool = False) -> Any:
         """Add an event in constant time; (event, footer, mark for `tail`).
 
-        `make_event(footer)` is called under the lock and returns (event, changes to the footer);
-        its `event_count` was never given out before, count and totals follow from the event. A None
-        event changes only the footer. TypeError or ValueError when the event has no JSON form:
+        ``make_event(footer)`` is called under the lock and returns (event, changes to the footer);
+        its ``event_count`` was never given out before, count and totals follow from the event. A
+        None event changes only the footer. TypeError or ValueError when the event has no JSON form:
         nothing is written then."""
         path = self.find(session_id)
         while True:
@@ -6012,7 +6016,7 @@ class Store:
 
     def _overwrite(self, fd: int, offset: int, old: Any, line: Any, footer: Data,
                    sync: bool) -> None:
-        """Write a line and the footer over the `old` end; when that fails put it back."""
+        """Write a line and the footer over the ``old`` end; when that fails put it back."""
         new = line + _encode_footer(footer, len(old) - len(line))
         os.lseek(fd, offset, os.SEEK_SET)
         try:
@@ -6031,9 +6035,9 @@ class Store:
         return found
 
     def load_marked(self, session_id: str, make: Any = dict, *, shown: bool = True) -> Any:
-        """(the session as one dict, mark for `tail`). Every event is handed through `make`: a large
-        session is never whole in memory as text or as dicts. What an older version stored is
-        masked, events only if they are to be `shown`."""
+        """(the session as one dict, mark for `tail`). Every event is handed through ``make``: a
+        large session is never whole in memory as text or as dicts. What an older version stored is
+        masked, events only if they are to be ``shown``."""
         path, older = self.find(session_id), self.needs_masking()
         each = (lambda event: make(_masked_older(event))) if older and shown else make
         with _locked(path, exclusive=False) as (fd, info):
@@ -6064,7 +6068,7 @@ class Store:
         return doc, mark
 
     def tail(self, session_id: str, mark: Tuple[Any, ...]) -> Any:
-        """(events since `mark`, footer, new mark), reading only those; None when the file was
+        """(events since ``mark``, footer, new mark), reading only those; None when the file was
         replaced."""
         path = self.find(session_id)
         device, inode, offset, count, before = mark
@@ -6109,7 +6113,7 @@ class Store:
                     yield session_id, head
 
     def change(self, session_id: str, edit: Any) -> None:
-        """Let `edit` change the session's dict in place, under the lock, and store it anew in one
+        """Let ``edit`` change the session's dict in place, under the lock, and store it anew in one
         step."""
         path = self.find(session_id)
         with _locked(path, exclusive=True) as (fd, info):
@@ -6133,8 +6137,8 @@ class Store:
         self._report(remark)
 
     def archive(self, session_id: str) -> str:
-        """Keep a session under the first free of `<id>.1`, `<id>.2`, ...; the new id, also written
-        inside."""
+        """Keep a session under the first free of ``<id>.1``, ``<id>.2``, ...; the new id, also
+        written inside."""
         path = self.find(check_id(session_id))
         with _locked(path, exclusive=True) as (fd, info):
             doc, remark, _ = _restore(_read(fd, 0, info.st_size), path)
@@ -6179,7 +6183,7 @@ class Store:
 
     def sweep(self, *, once: bool = False) -> int:
         """Remove what crashes left behind: temporary files older than an hour, reports without a
-        session; `once`: not again by this instance. Returns how many."""
+        session; ``once``: not again by this instance. Returns how many."""
         found = 0
         for folder in () if once and self._swept else self.folders:
             for entry in self._entries(folder):
@@ -6198,8 +6202,8 @@ class Store:
     def repair(self, *, discard: bool = False) -> Data:
         """Mend every session that can be mended, and sweep: {"repaired": [what was said of each],
         "damaged": [what keeps each of the others from being read], "copies": [paths of damaged
-        files that were kept], "removed": number of other files removed}. With `discard` the copies
-        go."""
+        files that were kept], "removed": number of other files removed}. With ``discard`` the
+        copies go."""
         before, damaged = len(self.warnings), []
         for session_id, _ in self.files():
             try:
@@ -6376,7 +6380,7 @@ class State:
 
     def summaries(self, settings: str, shorten: Any = lambda row: row) -> Any:
         """{session id: row} of the summaries made under these settings, each passed through
-        `shorten`, a thousand at a time: they need not fit into memory together."""
+        ``shorten``, a thousand at a time: they need not fit into memory together."""
         query = "SELECT key || ':' || value FROM summaries WHERE part = ? ORDER BY serial"
 
         def work(db: Any) -> Data:
@@ -6389,7 +6393,7 @@ class State:
         return self._run(work)
 
     def save_summaries(self, settings: str, rows: Data, gone: Iterable[str]) -> None:
-        """Keep the rows given, drop those of the ids `gone`."""
+        """Keep the rows given, drop those of the ids ``gone``."""
         def work(db: Any) -> None:
             for session_id in gone:
                 db.execute("DELETE FROM summaries WHERE key = ?", (_encode(session_id),))
@@ -6413,9 +6417,9 @@ class State:
 
     def save_scan(self, files: Data, units: Data, told: Data, rows: Data,
                   dropped: Iterable[str], mark: int) -> Any:
-        """Keep what a scan has read: `files`, `units`, the responses each has `told`, and its
-        rows; forget the units `dropped`. The ids deleted since `mark` are left out and returned;
-        those deleted before whose rows have come back are deleted no more."""
+        """Keep what a scan has read: ``files``, ``units``, the responses each has ``told``, and its
+        rows; forget the units ``dropped``. The ids deleted since ``mark`` are left out and
+        returned; those deleted before whose rows have come back are deleted no more."""
         def work(db: Any) -> Any:
             late = set(_listed(db, "SELECT key FROM deleted WHERE serial > ?", mark))
             for unit in map(_encode, (*dropped, *units)):
@@ -6438,7 +6442,7 @@ class State:
                               if table != "deleted"], write=True)
 
     def forget(self, session_id: str, imported: bool) -> None:
-        """Drop row and summary of a session. One that was `imported` or has a row stays away from
+        """Drop row and summary of a session. One that was ``imported`` or has a row stays away from
         later scans."""
         key = (_encode(session_id),)
 
@@ -6452,7 +6456,7 @@ class State:
             self._run(work, write=True)
 
     def _run(self, work: Any, write: bool = False) -> Any:
-        """What `work(connection)` returns, done in one transaction; StorageError when the file
+        """What ``work(connection)`` returns, done in one transaction; StorageError when the file
         cannot be used."""
         try:
             import sqlite3
@@ -6733,7 +6737,7 @@ _SERVICE = _Pattern(  # a signing agent, a name server, a gateway; not one's own
     r"\b(?:ECONNRESET|connection reset)\b(?!.{0,80}(?:localhost|127\.0\.0\.1))", re.I)
 _SHELL_LINE = _Pattern(r"!|\$ |[^\n]*(?:&&|[|>;])[^\n]*\Z")
 _OF_OUTPUT = ("declined", "transient")  # may be said by what a command printed
-_COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what `git commit` prints
+_COMMITTED = _Pattern(r"(?m)^\[[^\]\n]{1,200}? ([0-9a-f]{7,40})\] ")  # what ``git commit`` prints
 
 
 def _too_deep(value: Any, levels: int = 40) -> bool:  # real arguments have fewer than 10
@@ -7847,7 +7851,7 @@ class _ClaudeSession:
     # what entered
 
     def _cleared(self, entry: Data) -> None:
-        """`/clear` in mid-file: what follows has no line before it."""
+        """``/clear`` in mid-file: what follows has no line before it."""
         if self.called and entry.get("parentUuid") is None:
             self.called = False
             self.told.compaction(source=Source.CLEAR)
@@ -8969,13 +8973,13 @@ def _agent_runs(metadata: Data) -> bool:
 
 class LiveHooks:
     """Logs what an agent's hooks tell to the session of that id in the store of a
-    ``SessionOptimizer``, and guards its window."""
+    `SessionOptimizer`, and guards its window."""
 
     def __init__(self, optimizer: Any):
         self.optimizer, self.store = optimizer, optimizer.store
 
     def log(self, payload: Data) -> Optional[SessionEvent]:
-        """See ``SessionOptimizer.log_hook``."""
+        """See `SessionOptimizer.log_hook`."""
         name, kind = _texts(payload, "session_id", "hook_event_name")
         if not name or not kind:
             raise InvalidValue("a hook's event is an object with session_id and hook_event_name")
@@ -9056,7 +9060,7 @@ class LiveHooks:
         return True
 
     def guard(self, payload: Data, deny: bool) -> Optional[Data]:
-        """See ``SessionOptimizer.guard``."""
+        """See `SessionOptimizer.guard`."""
         session_id, call = slug(_text(payload, "session_id")), hook_event(payload)
         if payload.get("hook_event_name") != "PreToolUse" or call is None:
             return None
@@ -9113,7 +9117,7 @@ def _repeat_advice(call: SessionEvent, repeat: Data) -> str:
 
 
 def foreseen_repeat(session: Session, event: SessionEvent) -> Optional[Data]:
-    """What ``SessionOptimizer.would_repeat`` returns for a read or search that has not been made
+    """What `SessionOptimizer.would_repeat` returns for a read or search that has not been made
     yet."""
     memory = ContextMemory(_cwd_of(session))
     for earlier in session.events:
@@ -9650,7 +9654,7 @@ class TranscriptScan:
         return self.state.rows_of(self.scope + self.dropped) if self.state else {}
 
     def result(self, agent: str, since: Optional[datetime], project: str) -> Data:
-        """What ``SessionOptimizer.scan`` returns."""
+        """What `SessionOptimizer.scan` returns."""
         after, names = since_seconds(since), (agent.lower(), agent.lower().replace(" ", "-"))
         rows = self._rows_in(self.scope)
         chosen = [row for row in rows
@@ -9827,7 +9831,7 @@ class _LiveSessions:
 
     @functools.cached_property
     def prices(self) -> PriceList:
-        """See ``SessionOptimizer.prices``."""
+        """See `SessionOptimizer.prices`."""
         return PriceList(own_prices(self.store.root))
 
     def refreshed(self, session_id: str) -> Optional[Session]:
@@ -10165,7 +10169,7 @@ class SessionOptimizer:
                 metadata: Optional[Data] = None) -> Iterator[Session]:
         """``with optimizer.session("forge", "Fix it") as session:`` starts a session and ends it:
         COMPLETED, or FAILED on an exception, which goes on. One that was ended inside stays as it
-        is. Parameters and errors: ``start_session``."""
+        is. Parameters and errors: `start_session`."""
         session = self.start_session(agent, task, model, session_id, metadata)
         status = SessionStatus.FAILED
         try:
@@ -10229,7 +10233,7 @@ class SessionOptimizer:
         return self.store.repair(discard=discard)
 
     def import_session(self, data: Data) -> Optional[Session]:
-        """Store a session given as a dict (``Session.to_dict``). A stored one of the same id that
+        """Store a session given as a dict (`Session.to_dict`). A stored one of the same id that
         differs is kept as ``<id>.1``. None, with a warning that says why, when the data is not a
         session."""
         try:
@@ -10393,7 +10397,7 @@ class SessionOptimizer:
         return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
 
     def summaries(self, days: Optional[float] = None, *, progress: Any = None) -> List[Data]:
-        """One ``summary_row`` per session, oldest first; of the last ``days``. Unchanged ones come
+        """One `summary_row` per session, oldest first; of the last ``days``. Unchanged ones come
         from the store; a damaged session is named in a warning and left out. ``progress`` is called
         with the number of sessions read and to read."""
         rows = self._live.summaries(self._settings(), self.analyzers, progress)
@@ -10407,7 +10411,7 @@ class SessionOptimizer:
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Data]:
         """What deserves a look, the most wasted dollars first, at most one of a session and cause
-        (see ``alerts_of``). An id stays the same while the session does not change its kind of
+        (see `alerts_of`). An id stays the same while the session does not change its kind of
         trouble; the time is that of its last event. ``since``: active since (no zone: local).
         ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue for an unknown name or a
         value that is not a number >= 0."""

@@ -8522,6 +8522,18 @@ def test_every_public_name_has_a_docstring():
     assert bare == []
 
 
+def test_single_backticks_hold_names_of_the_module():
+    """Parameters, keys and literals stand in double ones: one dialect, as the module's docstring says."""
+    tree = ast.parse(read(MODULE))
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {part.id for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))
+                for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree)
+             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))]
+    single = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"``.*?``", "", "\n".join(texts), flags=re.S))
+    assert len(single) > 20 and {word for word in single if word.rstrip("()").split(".")[0] not in defined} == set()
+
+
 def test_no_name_is_given_twice():
     """A second definition would silently replace the first."""
     tree = ast.parse(read(MODULE))
