@@ -40,7 +40,7 @@ class Wrong(Exception):
     """Figures that do not add up."""
 
 
-class Hang(BaseException):  # which no `except Exception` stops
+class Hang(BaseException):  # which no ``except Exception`` stops
     @staticmethod
     def out_of_time(number, frame):
         raise Hang(f"more than {LIMIT} s")

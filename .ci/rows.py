@@ -1,9 +1,7 @@
 """Every row of a scan as one line, to hold two versions of the module against each other.
 
-    python3 .ci/rows.py save FILE MODULE FOLDER...     rows of `scan --format json --no-store`, one
-                                                       per line
-    python3 .ci/rows.py compare OLD NEW                the rows and keys that differ; status 1 when
-                                                       any does
+    python3 .ci/rows.py save FILE MODULE FOLDER...     the rows of a scan, one per line
+    python3 .ci/rows.py compare OLD NEW                the rows and keys that differ; then status 1
 """
 import json
 import os

@@ -4,10 +4,11 @@
     python3 examples/agent_health.py [--agent NAME] [--days 7] [--store DIR] [--queue WHERE] \\
         [--format text|json]
 
-HEALTHY from an efficiency (over all tokens, as `stats` prints it) of 85%, WARNING from 70%, CRITICAL below; UNKNOWN without
-sessions. With ``--queue`` (a crew's queue.db, or redis://HOST#crew:NAME) a worker is CRITICAL when
-a task ended after it gave no sign of life, and WARNING when one of its attempts failed. Status 3
-when somebody is CRITICAL, for a health check from cron.
+HEALTHY from an efficiency (over all tokens, as ``stats`` prints it) of 85%, WARNING from 70%,
+CRITICAL below; UNKNOWN without sessions. With ``--queue`` (a crew's queue.db, or
+redis://HOST#crew:NAME) a worker is CRITICAL when a task ended after it gave no sign of life, and
+WARNING when one of its attempts failed. Status 3 when somebody is CRITICAL,
+for a health check from cron.
 """
 from __future__ import annotations
 

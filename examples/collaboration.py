@@ -5,7 +5,7 @@
     python3 examples/collaboration.py COLLAB_ID [--store DIR] [--format text|json]
 
 The sessions share a ``collab_id`` in their metadata; a crew (examples/crew) writes it too, so its
-name is such an id. Agents of your own join with ``Collaboration``: in any process that has the
+name is such an id. Agents of your own join with `Collaboration`: in any process that has the
 store and the queue. A handoff is a message on the bus of examples/crew: it arrives once, whoever is
 killed, and costs its receiver the tokens of the text.
 """

@@ -5,7 +5,7 @@
 
 Python needs nothing: imports, constants, classes, decorators, signatures and docstrings stay,
 bodies become ``...``, and the outline is valid Python. Go, TypeScript, JavaScript, Rust, Java and
-markdown need the extra `compression` (see compression.py, which tells what outlines would have
+markdown need the extra ``compression`` (see compression.py, which tells what outlines would have
 saved in recorded sessions). An outline answers "what is in this file?" for a fraction of the
 tokens; the lines of a body are read when they matter.
 """

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The figures of `sessionoptimizer scan` from a Dask cluster: the small twin of fleet_spark.py.
+"""The figures of ``sessionoptimizer scan`` from a Dask cluster: the small twin of fleet_spark.py.
 
     python3 examples/fleet_dask.py FOLDER...                        workers on this machine
     python3 examples/fleet_dask.py --cluster tcp://HOST:8786 FOLDER...   that see the same folders
 
-Prints what `sessionoptimizer scan --no-store --format json` prints, to the last digit.
+Prints what ``sessionoptimizer scan --no-store --format json`` prints, to the last digit.
 
 Needs: pip install 'sessionoptimizer[fleet]'.
 """

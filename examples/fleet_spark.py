@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The transcripts of a whole company on Apache Spark, with the figures of `sessionoptimizer scan`.
+"""Transcripts of a whole company on Apache Spark, in the figures of ``sessionoptimizer scan``.
 
     python3 examples/fleet_spark.py --master spark://HOST:7077 s3://bucket/in s3://bucket/fleet
 

@@ -74,7 +74,7 @@ def run_task(optimizer: SessionOptimizer, claim: Claim, output: str) -> dict[str
 
 def work_off(optimizer: SessionOptimizer, bus: Bus, name: str, able: list[str], *,
              stay: bool = False) -> list[dict[str, Any]]:
-    """Do tasks until none is left for us (``stay``: for ever); what ``run_task`` said of each."""
+    """Do tasks until none is left for us (``stay``: for ever); what `run_task` said of each."""
     results = []
     folder = os.path.join(str(optimizer.storage_path), "commands")
     os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -8,7 +8,7 @@
 
 Every session that both sides know is compared by class (uncached input, cache write, cache read,
 output) and in USD. Status 0: all the tokens agree; 3: some do not, or a session is missing in the
-store. ``sync_usage`` brings a session that is logged live up to date.
+store. `sync_usage` brings a session that is logged live up to date.
 """
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class FakeApi(ThreadingHTTPServer):
         return {name: sum(row[name] for row in rows) for name in CLASSES}
 
     def environment(self) -> Dict[str, str]:
-        """The variables that point the agents here. Codex wants ``codex_config`` on its command
+        """The variables that point the agents here. Codex wants `codex_config` on its command
         line as well."""
         return {"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_API_KEY": "none",
                 "OPENAI_BASE_URL": self.url + "/v1", "OPENAI_API_KEY": "none",

@@ -168,7 +168,7 @@ class Cast:
 
 
 class Moment(NamedTuple):
-    """A point in time on the clock of ``Process.started``."""
+    """A point in time on the clock of `Process.started`."""
 
     seconds: float
     last_pid: int  # given to a process by then

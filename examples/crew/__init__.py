@@ -2,7 +2,7 @@
 
     python3 examples/crew --help
 
-``open_bus`` gives the queue and bus on SQLite or on Redis; see docs/crew.md.
+`open_bus` gives the queue and bus on SQLite or on Redis; see docs/crew.md.
 """
 from __future__ import annotations
 

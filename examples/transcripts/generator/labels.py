@@ -51,7 +51,7 @@ def finding(issue_type, tokens, count, **where):
 
 
 def reread(path, *costs):
-    """Reads again: `costs` are those of the reads after the first."""
+    """Reads again: ``costs`` are those of the reads after the first."""
     return finding(
         "REPEATED_FILE_READ", sum(c.entered for c in costs), len(costs) + 1, file_path=path)
 

@@ -74,8 +74,8 @@ def tokens_of(text):
 
 
 class Recorder:
-    """The books of one session. Subclasses write lines; `files` maps paths in the case to lists of
-    lines."""
+    """The books of one session. Subclasses write lines; ``files`` maps paths in the case to lists
+    of lines."""
 
     count, batch, brief, parallel = 0, None, False, True
 
@@ -140,7 +140,7 @@ class Recorder:
         return Cost(tool.tokens, len(self.typed(tool)) // 4)
 
     def say(self, text, even=1, thought=0, **more):
-        """A closing answer; `even` pads its output until input + output of the session divide by
+        """A closing answer; ``even`` pads its output until input + output of the session divide by
         it."""
         output = len(text) // 4 + thought
         total = (sum(self.usage[k]
@@ -164,7 +164,7 @@ class Recorder:
 
     def browse(self, count, lines=10):
         """Ordinary work that is nobody's waste: files never seen before, in one response where
-        `parallel`."""
+        ``parallel``."""
         self.batch, self.brief = [] if self.parallel else None, True
         for _ in range(count):
             self.serial += 1
@@ -217,7 +217,7 @@ class Claude(Recorder):
 
     def turn(self, *tools, text="", think=None, output=None, interleave=False,
              final=True, thought=0):
-        """One response; `think` is its visible thinking, `final` False leaves out the last
+        """One response; ``think`` is its visible thinking, ``final`` False leaves out the last
         stop_reason."""
         visible = self.visible(text, tools)
         output = visible + thought if output is None else output
@@ -356,7 +356,7 @@ class Claude(Recorder):
         return child
 
     def delegate(self, prompt, work, layout="subagents"):
-        """Delegate to a sub-agent; `work(child)` is what it does in its own window."""
+        """Delegate to a sub-agent; ``work(child)`` is what it does in its own window."""
         name = "Agent" if layout == "subagents" else "Task"
         arguments = {"description": "Look around", "prompt": prompt, "subagent_type": "Explore"}
         child = self.helper(self.key("a", 7), layout)
@@ -600,7 +600,8 @@ class Gemini(Recorder):
 
 
 class OpenCode(Recorder):
-    """Sessions as `opencode export` gives them: {"info": ..., "messages": [{"info", "parts"}]}."""
+    """Sessions as ``opencode export`` gives them: {"info": ..., "messages":
+    [{"info", "parts"}]}."""
     agent, folder, model, version = "opencode", "opencode", "gpt-5.2", "1.2.10"
     parent = None
 

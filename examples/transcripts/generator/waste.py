@@ -22,8 +22,8 @@ def status(s):
 
 
 def twice(issue_type, what, fact, harmless=status, browse=2, lines=5, **where):
-    """`what`, other work, then `fact` (which excuses a repetition) or something else, then `what`
-    again."""
+    """``what``, other work, then ``fact`` (which excuses a repetition) or something else, then
+    ``what`` again."""
 
     def story(s, bad):
         first = what(s)
@@ -369,7 +369,7 @@ def thinking():
     more = ("And for the invoices?", "What about refunds?", "So what do you propose?")
 
     def talk(s, per_answer, answer, shown=None):
-        """Four answers of `per_answer` thinking tokens and `answer` visible ones; returns the
+        """Four answers of ``per_answer`` thinking tokens and ``answer`` visible ones; returns the
         finding."""
         for follow_up in more + ("", ):
             if s.agent == "claude-code":
@@ -568,7 +568,7 @@ def spikes():
 
 
 def come_back(s, minutes, lost):
-    """Work of some length, a pause, and a last answer; `lost`: the cache is gone after the
+    """Work of some length, a pause, and a last answer; ``lost``: the cache is gone after the
     pause."""
     s.browse(10, 205)
     s.say("The first chapters match the code.")
