@@ -772,11 +772,15 @@ class SessionEvent(_Record):
         return self.tokens_input + self.tokens_output
 
     @property
+    def entered(self) -> Tuple[int, int, int]:
+        """The part of its usage that entered the context: its input by how it is billed."""
+        write, hour = self.tokens_cache_write, self.tokens_cache_write_1h
+        return self.tokens_input - write, write - hour, hour
+
+    @property
     def usage(self) -> Usage:
         """The event's tokens by how they are billed."""
-        write, hour = self.tokens_cache_write, self.tokens_cache_write_1h
-        return Usage(self.tokens_input - write, write - hour, hour, self.tokens_cache_read,
-                     self.tokens_output)
+        return Usage(*self.entered, self.tokens_cache_read, self.tokens_output)
 
     @usage.setter
     def usage(self, usage: Usage) -> None:
@@ -910,17 +914,14 @@ class Session(_Record):
 
     def entry_cost(self, event: SessionEvent) -> int:
         """Pico-dollars of what entered the context with an event."""
-        return self.prices.lookup(*self.taken_by(event)).cost(event.usage[:3])
+        return self.prices.lookup(*self.taken_by(event)).cost(event.entered)
 
     def usages(self) -> Dict[Tuple[str, str], Usage]:
         """The usage by model and rate."""
         groups: Dict[Tuple[str, str], List[int]] = defaultdict(lambda: [0] * 5)
         for event in self._counted():
-            write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
             sums = groups[self.taken_by(event)]
-            sums[0] += event.tokens_input - write
-            sums[1] += write - hour
-            sums[2] += hour
+            sums[:3] = map(int.__add__, sums, event.entered)
             if event.input_model:
                 sums = groups[event.model or self.model, event.rate]
             sums[3] += event.tokens_cache_read
@@ -1246,7 +1247,7 @@ def masked(value: Any, *, hashes: bool = True) -> Any:
 
 def _masked_as(key: Any, value: Any, hashes: bool) -> Any:
     """A value under its name, which may say that it is a secret."""
-    if key in _NUMBERS:
+    if key in _NUMBERS or value.__class__ is int:
         return value
     if isinstance(value, str) and _may_name(key) \
             and mask_secrets(f"{key}='{value}'") == f"{key}='***'":
@@ -2514,7 +2515,7 @@ class Analysis:
         days = {stamp: days_of(stamp or session.started_at)
                 for stamp in {event.timestamp for event in self.events}}
         several = len(set(days.values())) > 1
-        dated: Dict[Any, List[Usage]] = defaultdict(list)
+        dated: Dict[Any, List[Sequence[int]]] = defaultdict(list)
         cells = _add_usage(bill, session)
         hidden, small = bill["hidden_output"], bill["small_rebuilds"]
         hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
@@ -2540,8 +2541,8 @@ class Analysis:
                 if event.event_type is EventType.USER_MESSAGE and how == "first":
                     self.days[days[stamp]]["prompts"] += 1
         for (its_day, how, payer), usages in dated.items():
-            usage, day = Usage(*map(sum, zip(*usages))), self.days[its_day]
-            day["total_tokens"] += sum(usage) - usage.read
+            usage, day = list(map(sum, zip(*usages))), self.days[its_day]
+            day["total_tokens"] += sum(usage) - usage[3]
             day[how] += session.prices.lookup(*payer).cost(usage)
         for piece in walk.pieces:
             for how, paid in zip(HOW_PAID, piece.sums):
@@ -2727,19 +2728,19 @@ class Step:
 
 
 def dated_usage(step: Step, session: Session) -> Iterator[
-        Tuple[str, SessionEvent, str, Tuple[str, str], Usage]]:
-    """What is paid with a step, as (time, event, how, (model, rate), usage): what a call read and
+        Tuple[str, SessionEvent, str, Tuple[str, str], Sequence[int]]]:
+    """What is paid with a step, as (time, event, how, (model, rate), a `Usage`'s numbers): what a call read and
     took in at its time, what was written when it was written."""
     call = step.call
     if call is not None:
         own = call.model or session.model, call.rate
-        yield call.timestamp, call, "carried", own, Usage(read=step.read)
+        yield call.timestamp, call, "carried", own, (0, 0, 0, step.read, 0)
     for event in step.events:
-        how = HOW_PAID[AGAIN if event.data.get("source") == Source.REBUILD else FIRST]
-        entered, own = Usage(*event.usage[:3]), (event.model or session.model, event.rate)
+        how = "again" if event.data.get("source") == Source.REBUILD else "first"
+        entered, own = (*event.entered, 0, 0), (event.model or session.model, event.rate)
         yield (call or event).timestamp, event, how, session.taken_by(event), entered
         if event.tokens_output:
-            yield event.timestamp, event, "output", own, Usage(output=event.tokens_output)
+            yield event.timestamp, event, "output", own, (0, 0, 0, 0, event.tokens_output)
 
 
 class ContextWalk:
@@ -6591,21 +6592,23 @@ class _SeenLines:
         where none is known; how many lines were known (all: another read may have brought them),
         their characters and those of all, line numbers among them where they are new. Keeps these
         lines."""
-        lines = dict(enumerate(plain_lines(text)[:count], first))
-        hashes = {number: hash(line) for number, line in lines.items()}
-        known = self._known.get(path, {})
+        lines = plain_lines(text)[:count]
+        hashes = dict(enumerate(map(hash, lines), first))
+        known = self._known.setdefault(path, {})
         shared = known.keys() & hashes.keys()
         same = all(known[number] == hashes[number] for number in shared)
-        self._known[path] = {**known, **hashes} if same else hashes
+        if not same:
+            known.clear()
+        known.update(hashes)
         numbers_are_new = bool(_NUMBERED.match(text)) and path not in self._numbered
         if _NUMBERED.match(text):
             self._numbered.add(path)
         verdict = ("same" if same else "changed") if shared else ""
-        known_lines = shared or lines.keys()
-        sizes = [sum(len(lines[n]) + 1 for n in numbers) for numbers in (known_lines, lines)]
-        if numbers_are_new:
-            sizes[1] = max(sizes[1], len(text))
-        return verdict, [len(known_lines), *sizes]
+        part = whole = sum(map(len, lines)) + len(lines)
+        if 0 < len(shared) < len(lines):
+            part = sum(len(lines[number - first]) + 1 for number in shared)
+        return verdict, [len(shared or lines), part,
+                         max(whole, len(text)) if numbers_are_new else whole]
 
     def same_lines(self, operation: str, text: str) -> List[int]:
         """How many of how many characters stand in lines that an operation's last answer had too,
