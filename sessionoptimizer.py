@@ -2199,12 +2199,15 @@ class ContextMemory:
         changes = changes_of(event, self.cwd)
         if changes:
             self._forget(changes)  # a command line that changes and reads shows what it has changed
-        repeat, window = self.repeats(event), self._window(event)
+        repeat, window = None, self._window(event)
         if kind is EventType.FILE_READ:
-            self._keep(window, event)
+            asked = self._asked(event)
+            repeat = self._repeated_read(event, asked)
+            self._keep(window, event, asked)
         elif kind in _ANSWERING and self._acts(event):
             window.answers.clear()
         elif kind in _ANSWERING:
+            repeat = self._repeated_answer(event)
             self._keep_answer(window, event)
         elif kind is EventType.USER_MESSAGE:
             window.before = {answer.id for answer in window.answers.values()}
@@ -2217,13 +2220,15 @@ class ContextMemory:
     def repeats(self, event: SessionEvent) -> Optional[Repeat]:
         """What of this event its window holds, without taking the event in; None when nothing."""
         if event.event_type is EventType.FILE_READ:
-            return self._repeated_read(event)
-        return self._repeated_answer(event) if event.event_type in _ANSWERING else None
+            return self._repeated_read(event, self._asked(event))
+        asks = event.event_type in _ANSWERING and not self._acts(event)
+        return self._repeated_answer(event) if asks else None
 
-    def _repeated_read(self, event: SessionEvent) -> Optional[Repeat]:
+    def _repeated_read(self, event: SessionEvent,
+                       asked: List[Tuple[str, _Held]]) -> Optional[Repeat]:
         if event.data.get("unchanged"):
             return None
-        found = [self._covered(*read) for read in self._asked(event)]
+        found = [self._covered(*read) for read in asked]
         whole = [repeat for repeat in found if repeat and repeat.covered == repeat.total]
         if len(found) == 1:
             return found[0]
@@ -2305,8 +2310,6 @@ class ContextMemory:
         window, data = self._window(event), event.data
         held, answer = window.answers, data.get("content_hash")
         searched = event.event_type is EventType.SEARCH
-        if self._acts(event):
-            return None
         earlier = held.get(search_key(data)) if searched else None
         if earlier:
             old = earlier.data.get("content_hash")
@@ -2352,12 +2355,13 @@ class ContextMemory:
             window.answers[data["content_hash"]] = event
             window.answers["last", data.get("operation")] = event
 
-    def _keep(self, window: _Holding, event: SessionEvent) -> None:
+    def _keep(self, window: _Holding, event: SessionEvent,
+              asked: List[Tuple[str, _Held]]) -> None:
         data = event.data
         total = data["total_lines"] if _is_count(data.get("total_lines")) else 0
         if data.get("unchanged") or data.get("truncated"):
             return
-        for path, new in self._asked(event):
+        for path, new in asked:
             held = window.reads.setdefault(path, [])
             self._note_folders(path)
             if _same(held, new) is False:
@@ -3440,6 +3444,7 @@ class FailedRetryAnalyzer(BaseAnalyzer):
         runs: Dict[Tuple[str, str, str], List[Any]] = {}  # failures: event, batch, how many spoke
         ended: List[List[Any]] = []
         spoken: Dict[str, int] = {}  # by agent: how often somebody has spoken so far
+        cwd = _cwd_of(session)
         for event in session.events:
             data, agent = event.data, event.agent_id
             failed = event.event_type is EventType.ERROR
@@ -3451,7 +3456,7 @@ class FailedRetryAnalyzer(BaseAnalyzer):
             if failed and data.get("recovered"):
                 ended.append(runs.pop(key, []))
                 continue
-            changed = bool(runs) and bool(changes_of(event, _cwd_of(session)))
+            changed = bool(runs) and bool(changes_of(event, cwd))
             for old in [old for old in runs if self._ends(old, key, event, changed, runs[old])]:
                 ended.append(runs.pop(old))
             if failed and any(key[1:]) and not failure_kind(data):
@@ -3481,8 +3486,10 @@ class FailedRetryAnalyzer(BaseAnalyzer):
         data = event.data
         operation = data.get("operation") or _command_of(data) or data.get("tool") \
             or data.get("name") or ""
-        message = data.get("error_hash") \
-            or normal_message(data.get("message") or data.get("error") or "")
+        message = ""
+        if event.event_type is EventType.ERROR:
+            message = data.get("error_hash") \
+                or normal_message(data.get("message") or data.get("error") or "")
         return event.agent_id, " ".join(str(operation).split()), str(message)
 
     def _finding(self, run: Events, measured: bool) -> EfficiencyIssue:
@@ -3603,23 +3610,19 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     minimum_events = 3  # with tokens
 
     def find(self, session: Session, analysis: Analysis) -> Issues:
-        events = [event for event in session.events
-                  if event.tokens and event.event_type is not EventType.CONTEXT_LOAD]
-        sums: Dict[str, List[int]] = {}  # events and tokens by type, and of all
-        for event in events:
-            for name in (event.event_type._value_, ""):
-                row = sums.setdefault(name, [0, 0])
-                row[0] += 1
-                row[1] += event.tokens
-        spikes = []
-        for event in events if len(events) >= max(2, self.minimum_events) else ():
-            count, total = sums[event.event_type._value_]
-            count, total = (count, total) if count >= self.enough else sums[""]
-            average = (total - event.tokens) / (count - 1)
-            if event.tokens > self.times * average:
-                spikes.append((event, average))
+        sizes: Dict[str, List[Tuple[int, int, SessionEvent]]] = defaultdict(list)  # by type
+        for number, event in enumerate(session.events):
+            tokens = event.tokens
+            if tokens and event.event_type is not EventType.CONTEXT_LOAD:
+                sizes[event.event_type._value_].append((-tokens, number, event))
+        events, spikes = list(itertools.chain(*sizes.values())), []
+        for alike in sizes.values() if len(events) >= max(2, self.minimum_events) else ():
+            others = alike if len(alike) >= self.enough else events
+            total, count = -sum(size for size, *_ in others), len(others) - 1
+            spikes += [(*each, (total + each[0]) / count) for each in alike
+                       if -each[0] > self.times * ((total + each[0]) / count)]
         if spikes:
-            yield self._finding(analysis, sorted(spikes, key=lambda spike: -spike[0].tokens))
+            yield self._finding(analysis, [spike[2:] for spike in sorted(spikes)])
 
     def _finding(self, analysis: Analysis,
                  spikes: List[Tuple[SessionEvent, float]]) -> EfficiencyIssue:
