@@ -1651,12 +1651,13 @@ class _Shell:
         name, args = words[0], words[1:]
         if "$" in name:
             return self.unknown()
-        if name not in _WORDS:
+        known = _words()
+        if name not in known:
             name = _plain(name).replace("\\", "/").rsplit("/", 1)[-1].lower()
             name = _PROGRAM.sub("", name)
         cmdlet = self.windows or words[0][:1].isupper()
         family = name.partition("-")[0] + "-*" if cmdlet else "*"
-        row = _WORDS.get(name) or _WORDS.get(family) or _WORDS["*"]
+        row = known.get(name) or known.get(family) or known["*"]
         flags, operands = _options(args, row.takes)
         given = {flag for flag, _ in flags}.union(map(posixpath.basename, operands[:2]))
         if len(args) < 4 and _HELP & set(args[-1:]):
@@ -1849,7 +1850,7 @@ class _Shell:
             self.cwd = self.path(inside) or None
         verb, *rest = call.args[at:] or ["status"]
         verb = call.name + " " + verb
-        flow = self.command([verb] + rest, call.flow) if verb in _WORDS else self.unknown()
+        flow = self.command([verb] + rest, call.flow) if verb in _words() else self.unknown()
         self.cwd = outside
         return flow
 
@@ -2020,14 +2021,19 @@ unknown | ssh eval invoke-expression iex |  |  |
 unknown | source . |  |  | activate .bashrc .zshrc .profile .bash_profile .env .envrc nvm.sh env
 """
 _Word = namedtuple("_Word", "effect otherwise takes needs idle")
-_WORDS = {
-    word.replace("+", " "): _Word(
-        effect.split("/")[0].strip(), (effect.strip() + "/harmless").split("/")[1],
-        {option.lstrip("<>"): option[0] for option in valued.split()},
-        set(needs.split()), set(idle.split()))
-    for effect, words, valued, needs, idle in (row.split("|") for row in _ROWS.strip().split("\n"))
-    for word in words.split()
-}
+
+
+@functools.lru_cache(maxsize=None)
+def _words() -> Dict[str, _Word]:
+    """What is known of commands, by name."""
+    return {
+        word.replace("+", " "): _Word(
+            effect.split("/")[0].strip(), (effect.strip() + "/harmless").split("/")[1],
+            {option.lstrip("<>"): option[0] for option in valued.split()},
+            set(needs.split()), set(idle.split()))
+        for row in _ROWS.strip().split("\n")
+        for effect, words, valued, needs, idle in [row.split("|")]
+        for word in words.split()}
 
 
 # ==================================================================================================
@@ -2733,8 +2739,8 @@ class Step:
 
 def dated_usage(step: Step, session: Session) -> Iterator[
         Tuple[str, SessionEvent, str, Tuple[str, str], Sequence[int]]]:
-    """What is paid with a step, as (time, event, how, (model, rate), a `Usage`'s numbers): what a call read and
-    took in at its time, what was written when it was written."""
+    """What is paid with a step, as (time, event, how, (model, rate), the numbers of a `Usage`):
+    what a call read and took in at its time, what was written when it was written."""
     call = step.call
     if call is not None:
         own = call.model or session.model, call.rate
