@@ -100,9 +100,15 @@ __all__ = [
     "Repeat", "ContextMemory", "search_key", "repeats_in", "Analysis", "CLASSES", "empty_bill",
     "bill_of", "add_bills", "in_usd", "ContextWalk", "Step", "Piece", "ClaimsLedger",
     "BaseAnalyzer", "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer",
+<<<<<<< HEAD
     "ExcessiveThinkingAnalyzer", "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer",
     "HighErrorRateAnalyzer", "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES",
     "parse_policy", "what_if",
+=======
+    "ExcessiveThinkingAnalyzer",
+    "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer", "HighErrorRateAnalyzer",
+    "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES", "parse_policy", "what_if",
+>>>>>>> d0c067c (Say when the newest session was where stats finds none, and end long texts at their end)
     "Replay", "CASES", "is_recommended", "build_report", "CAUSES", "bill_sections",
     "advice_section", "counted", "alerts_of", "alert_limits", "full_row", "billed", "time_text",
     "TranscriptScan", "cut", "plain", "markdown_text", "short_number", "dollars", "bar",
@@ -4567,7 +4573,7 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], width: int =
             fitted = []
             for at, size in columns.items():
                 text = rest if at == last else row[at]
-                short = cut(text, size, middle=True)
+                short = cut(text, size, middle=heads[at][:1] != "-")
                 if short != text and heads[at][:1] == "-":
                     whole = textwrap.shorten(text, size, placeholder=" …")
                     short = whole if 2 * len(whole) > size else short
@@ -4648,7 +4654,7 @@ def rebuild_section(bill: Data) -> Section:
         ">?when": "at:.16", ">where": "where", ">tokens": "tokens:,", ">net $": "net_cost:$",
         ">?minutes": "minutes:.0f", "+cause (who says so)": "cause"}, (dict(
             lost, where=f"line {lost['line']}" if lost.get("line") else "",
-            cause=f"{CAUSES[lost['cause']]} ({lost['source']})",
+            cause=CAUSES[lost["cause"]] + f" ({lost['source']})".replace(" (none)", ""),
             minutes=(lost["gap_seconds"] or 0) / 60) for lost in bill["rebuilds"]))
 
 
@@ -4656,15 +4662,15 @@ def whatif_section(result: Data) -> Section:
     """What ``whatif`` prints of a replay."""
     def told(figures: Data) -> str:
         low, middle, high = (dollars(figures["saves"][name]) for name in ("low", "middle", "high"))
-        told = f"{middle} ({low} to {high})" if result["point"] else f"{low} to {high}"
-        return told + by * bool(known["p90_error"])
+        return f"{middle} ({low} to {high})" if result["point"] else f"{low} to {high}"
 
     counts, known = result["sessions"], result["calibration"]
     worst = counts["worst"]
     worse = f"; {worst['session'][:8]} by {dollars(worst['costs'])}" if worst else ""
     by = f", by {known['n']:,} compactions of your own" if known["n"] else " (shipped medians)"
     facts = [
-        ("Recorded", dollars(result["recorded"])), ("Saves", told(result)),
+        ("Recorded", dollars(result["recorded"])),
+        ("Saves", told(result) + by * bool(known["p90_error"])),
         ("Without the largest", told(result["without_largest"])),
         ("Sessions", f"{counts['better']:,} better, {counts['worse']:,} worse, {counts['same']:,} "
                      f"the same{worse}")]
@@ -10279,9 +10285,14 @@ class SessionOptimizer:
         ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
         ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
         __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
+<<<<<<< HEAD
         [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it,
         kept for the same ``shown_as`` while nothing changes; StorageError when a path is not
         there."""
+=======
+        [{"path", "line", "reason"}], "changes": text}``, or the JSON ``show`` makes of it, kept
+        for the same ``shown_as`` while nothing changes; StorageError when a path is not there."""
+>>>>>>> d0c067c (Say when the newest session was where stats finds none, and end long texts at their end)
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
@@ -10844,8 +10855,11 @@ def _stats(options: Any) -> int:
     _wipe()
     stats = optimizer.agent_statistics(agent, options.days)
     if "message" in stats:
-        _known_agent(options, {row["agent"] for row in optimizer.summaries()})
-        return _show(options, stats, Section(agent or "All agents", lines=[stats["message"]]))
+        found = selection(optimizer.summaries())
+        _known_agent(options, found["agents"])
+        return _show(options, stats, Section(agent or "All agents", lines=[
+            stats["message"], f"The store has {counted(found['sessions'], 'session')}; the newest "
+            f"is of {found['newest'] or 'no day'} (--days asks for more)"]))
     rows = rows_of_agent(optimizer.summaries(options.days), agent)
     stats["groups"] = {by: grouped(rows, by, stats["bill"]) for by in (options.by, "week") if by}
     if options.split:
@@ -10903,13 +10917,13 @@ def _advice(options: Any) -> int:
         _say(f"Taken out of {plain(path, 1000)}")
     else:
         _say(f"Put into {plain(path, 1000)}: {counted(count, 'line')}; the rest of the advice is "
-             f"for you to do ({_command(options, 'advice')} lists it)")
+             f"for you to do:\n{_command(options, f'advice --days {options.days}')}")
     return EXIT_DONE
 
 
 def _alerts(options: Any) -> int:
-    names = [rule.name for rule in ALERT_RULES] + ["dollars"]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = {name: value for name, value in vars(options).items()
+             if name in alert_limits() and value is not None}
     alerts = options.optimizer.alerts(options.since, options.agent, given)
     asked = options.agent or options.fail_on or options.budget
     rows = options.optimizer.summaries() if asked else []
@@ -11105,9 +11119,9 @@ _KINDS_OF_VALUES: Dict[str, Tuple[Callable[[str], Any], str]] = {
     "SCORE": (lambda text: _number(text, most=100), "a score from 0 to 100"),
     "BUDGET": (_budget, "a budget such as 60/month"),
     "STATUS": (lambda text: SessionStatus(text.upper()),
-               f"a status: use one of {', '.join(status.value for status in SessionStatus)}"),
+               f"a status: use one of {', '.join(SessionStatus.__members__)}"),
     "LEVEL": (lambda text: Severity(text.upper()),
-              f"a level: use one of {', '.join(level.value for level in Severity)}"),
+              f"a level: use one of {', '.join(Severity.__members__)}"),
 }
 
 

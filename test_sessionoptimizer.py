@@ -8220,6 +8220,15 @@ def test_a_narrow_table_leaves_columns_out_and_cuts_no_word(optimizer, line, wid
         assert ("CLAUDE-CODE" in shown) == (width > 60) and ("status" in shown) == (width > 80) and "session $" in shown
 
 
+def test_statistics_of_no_recent_session_say_when_the_newest_was(optimizer):
+    assert "The store has 0 sessions; the newest is of no day" in run(optimizer, "stats")[1]
+    store_session(optimizer, "s", [ANSWER], minutes_ago=60 * 24 * 90)
+    day = (datetime.now() - timedelta(days=90)).date()
+    _, out, _ = run(optimizer, "stats")
+    assert "last 30 days" in out and f"The store has 1 session; the newest is of {day} (--days asks for more)" in out
+    assert "The store has" not in run(optimizer, "stats", "--days", "91")[1]
+
+
 def test_a_list_says_how_many_it_leaves_out(optimizer):
     for number in range(3):
         store_session(optimizer, f"s{number}", [ANSWER])
