@@ -100,15 +100,9 @@ __all__ = [
     "Repeat", "ContextMemory", "search_key", "repeats_in", "Analysis", "CLASSES", "empty_bill",
     "bill_of", "add_bills", "in_usd", "ContextWalk", "Step", "Piece", "ClaimsLedger",
     "BaseAnalyzer", "RepeatedFileReadAnalyzer", "RepeatedSearchAnalyzer", "LargeFileAnalyzer",
-<<<<<<< HEAD
     "ExcessiveThinkingAnalyzer", "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer",
     "HighErrorRateAnalyzer", "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES",
     "parse_policy", "what_if",
-=======
-    "ExcessiveThinkingAnalyzer",
-    "FailedRetryAnalyzer", "normal_message", "LongSessionAnalyzer", "HighErrorRateAnalyzer",
-    "TokenSpikeAnalyzer", "BUILT_IN_ANALYZERS", "POLICIES", "parse_policy", "what_if",
->>>>>>> d0c067c (Say when the newest session was where stats finds none, and end long texts at their end)
     "Replay", "CASES", "is_recommended", "build_report", "CAUSES", "bill_sections",
     "advice_section", "counted", "alerts_of", "alert_limits", "full_row", "billed", "time_text",
     "TranscriptScan", "cut", "plain", "markdown_text", "short_number", "dollars", "bar",
@@ -10003,7 +9997,8 @@ class _LiveSessions:
         old = self.refreshed(session_id)
         if old is not None and old.status is SessionStatus.ACTIVE:
             raise SessionExists(
-                f"session {session_id} is still active: end it first or use another id")
+                f"session {session_id} is still active: end it first (end {session_id} --status "
+                "ABANDONED) or use another id")
         if old is not None:
             kept = self.store.archive(session_id)
             self.forget(session_id)
@@ -10285,14 +10280,9 @@ class SessionOptimizer:
         ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
         ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
         __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
-<<<<<<< HEAD
         [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it,
         kept for the same ``shown_as`` while nothing changes; StorageError when a path is not
         there."""
-=======
-        [{"path", "line", "reason"}], "changes": text}``, or the JSON ``show`` makes of it, kept
-        for the same ``shown_as`` while nothing changes; StorageError when a path is not there."""
->>>>>>> d0c067c (Say when the newest session was where stats finds none, and end long texts at their end)
         def look() -> TranscriptScan:
             scan = TranscriptScan(self.store.state if store else None, settings, again)
             scan.look_at(roots)
