@@ -6575,9 +6575,6 @@ def _put(db: Any, table: str, found: Data, part: str = "") -> None:
 # Recorder
 # ==================================================================================================
 
-if TYPE_CHECKING:
-    Laid = List[Tuple[SessionEvent, int]]  # events and their tokens, or their characters
-
 IMAGE_CHARACTERS = 5_600   # what an image weighs against text: about 1,600 tokens
 SHARP_DROP = 10_000        # tokens, and half of itself, a context must lose to end unmarked
 SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
@@ -6609,15 +6606,14 @@ class _SeenLines:
         if not same:
             known.clear()
         known.update(hashes)
-        numbers_are_new = bool(_NUMBERED.match(text)) and path not in self._numbered
-        if _NUMBERED.match(text):
-            self._numbered.add(path)
         verdict = ("same" if same else "changed") if shared else ""
         part = whole = sum(map(len, lines)) + len(lines)
         if 0 < len(shared) < len(lines):
             part = sum(len(lines[number - first]) + 1 for number in shared)
-        return verdict, [len(shared or lines), part,
-                         max(whole, len(text)) if numbers_are_new else whole]
+        if _NUMBERED.match(text) and path not in self._numbered:
+            self._numbered.add(path)  # the numbers are new
+            whole = max(whole, len(text))
+        return verdict, [len(shared or lines), part, whole]
 
     def same_lines(self, operation: str, text: str) -> List[int]:
         """How many of how many characters stand in lines that an operation's last answer had too,
@@ -6838,7 +6834,7 @@ class _Layout:
     def __init__(self, resends_thoughts: bool) -> None:
         self.events: Events = []
         self._resends = resends_thoughts
-        self._pending: Laid = []
+        self._pending: List[Tuple[SessionEvent, int]] = []  # and their characters
         self._seen = [10, 36]  # tokens and characters that entered growing contexts
         self._begin_window(0)
 
@@ -6924,7 +6920,7 @@ class _Layout:
             growth = min(size * self._seen[0] // self._seen[1], limit)
             growth += self._kept(previous, 0) if previous else 0
         left = min(fresh, growth)
-        laid: Laid = []
+        laid: List[Any] = []  # events and their tokens
         if fresh > left:
             laid.append((self._load(call, Source.REBUILD), fresh - left))
         if previous:
@@ -6977,7 +6973,7 @@ class _Layout:
         return event
 
 
-def _bill(call: _Call, laid: Laid) -> None:
+def _bill(call: _Call, laid: List[Any]) -> None:
     """Book the tokens, and the call's cache writes on them in proportion."""
     uncached, write_5m, write_1h, read, _ = call.usage
     call.event.tokens_cache_read += read
@@ -7521,8 +7517,6 @@ def _changed_at(path: str) -> float:
 if TYPE_CHECKING:
     Claim = Callable[..., bool]  # of the id of a response and its output tokens
     Skip = Callable[[str, int, str], None]  # of a file, a line and what is damaged there
-    Lines = Tuple[int, int, int]  # of a file: the first one shown, how many, how many it has
-    Texts = Dict[str, str]
 
 
 class TranscriptReader:
@@ -7760,7 +7754,7 @@ class _ClaudeSession:
         self.uuids: set[str] = set()
         self.tell = {"assistant": self._assistant, "user": self._user, "system": self._system,
                      "attachment": self._attachment}
-        self.roots: Texts = {}             # by uuid of an inline sidechain's line: its agent
+        self.roots: Data = {}              # by uuid of an inline sidechain's line: its agent
         self.echoes: List[Any] = []
 
     def read(self) -> List[Session]:
@@ -7950,7 +7944,7 @@ def _without_reminders(text: str) -> str:
     return text
 
 
-def _file_lines(details: Any) -> Lines:
+def _file_lines(details: Any) -> Tuple[int, int, int]:
     """The first line, how many, and how many the file has, as a read's details tell them."""
     first, count, total = _counts(
         _as_dict(details, "file"), "startLine", "numLines", "totalLines")
@@ -8042,7 +8036,7 @@ class _Rollout:
         # Time, line, whether the model wrote it, item.
         self.waiting: List[Any] = []
         self.open: Data = {}               # tool calls by their key
-        self.running: Texts = {}           # keys by id of a process
+        self.running: Data = {}            # keys by id of a process
 
     def tell(self) -> None:
         """Tell the file."""
@@ -8622,8 +8616,6 @@ class _Conversation:
         told, given = self.told, span.given.get("gen_ai.tool.call.arguments")
         name = span.text("gen_ai.tool.name") or span.name.partition(" ")[2] or "tool"
         arguments = _arguments(given)
-        if "glob" in arguments and not arguments.get("query"):
-            arguments.setdefault("pattern", arguments["glob"])
         event = told.tool(span.identity, name, arguments,
                           len(name) + _json_size(arguments if given is None else given),
                           response=span.parent)
@@ -8894,8 +8886,8 @@ def hook_event(payload: Data) -> Optional[SessionEvent]:
     else:
         return None
     event.tokens_input, event.tokens_output = map(estimated_tokens, (entered, written))
-    event.data.update({"estimated": True} if event.tokens else {})
     event.duration_ms, = _counts(payload, "duration_ms")
+    event.data.update({"estimated": True} if event.tokens else {})
     for name in ("line", "response_id"):
         event.data.pop(name, None)
     return event
