@@ -2691,12 +2691,12 @@ class Step:
 
     ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``:
     the call before in this window; ``events``: what came since, the answer of ``last`` first.
-    ``held`` is the context with all that; ``before``: its length at ``last``; ``new``: the serial
-    number of the first piece that came since; ``stays``: what is
-    left of the pieces that lost tokens since, by serial number. The call read the positions up to
-    ``read`` from the cache and wrote those up to ``kept`` again for ``rebuild_cost``
-    (pico-dollars); there begins what entered. ``fresh_cost``: pico-dollars of all that it wrote.
-    ``ttl``: seconds that what was written before lives in the cache, 0 where nothing was.
+    ``held`` is the context with all that; ``before``: its length at ``last``; ``new``: the index
+    there of the first piece that came since, and its serial number; ``stays``: what is left of the
+    pieces that lost tokens since, by serial number. The call read the positions up to ``read`` from
+    the cache and wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins
+    what entered. ``fresh_cost``: pico-dollars of all that it wrote. ``ttl``: seconds that what was
+    written before lives in the cache, 0 where nothing was.
     """
 
     __slots__ = ("call", "last", "previous", "events", "held", "before", "new", "stays", "read",
@@ -2707,15 +2707,9 @@ class Step:
         self.call, self.previous, self.events = call, previous, events
         self.held, self.ttl = held, ttl
         self.last = previous.call if previous else None
-        self.before, self.rebuild_cost, self.fresh_cost, self.new = held.length, 0, 0, 0
+        self.before, self.rebuild_cost, self.fresh_cost, self.new = held.length, 0, 0, (0, 0)
         self.read = self.kept = call.tokens_cache_read if call else held.length
         self.stays: Dict[int, int] = {}
-
-    @property
-    def entered(self) -> int:
-        """The index in ``held`` of the first piece that came since ``last``."""
-        pieces = self.held.pieces
-        return len(pieces) + self.new - pieces[-1].serial - 1 if pieces else 0
 
     @property
     def began(self) -> Optional[float]:
@@ -2790,7 +2784,6 @@ class ContextWalk:
     def _taken(self, step: Step) -> Step:
         """Bring the held context to what the call saw, and pay."""
         held, session, rebuilt, loads, entering = step.held, self.session, 0, [], []
-        step.new = len(self.pieces)
         for event in step.events:
             source = event.data.get("source")
             if source == Source.REBUILD:
@@ -2803,6 +2796,7 @@ class ContextWalk:
         step.kept += rebuilt
         if step.before > step.kept:
             step.stays = held.lose(step.before - step.kept)
+        step.new = len(held.pieces), len(self.pieces)
         step.fresh_cost = step.rebuild_cost
         self._fill(step, loads)
         if step.call and step.read:
@@ -2935,8 +2929,8 @@ def charged_report(analysis: Analysis, analyzers: Iterable[BaseAnalyzer]) -> Opt
         except Exception as error:  # a user's analyzer may raise anything; the others count
             failures.append(f"{type(analyzer).__name__}: {type(error).__name__}: {error}")
     least = LEAST_FINDING if session.imported else 0
-    small = [issue.estimated_waste_tokens for issue in issues if issue.measured]
-    small = [tokens for tokens in small if tokens < least]
+    small = [issue.estimated_waste_tokens for issue in issues
+             if issue.measured and issue.estimated_waste_tokens < least]
     issues = [issue for issue in issues
               if not issue.measured or issue.estimated_waste_tokens >= least]
     ledger = ClaimsLedger(analysis, issues)
@@ -3715,9 +3709,6 @@ class Replay:
             self._keep_for(step, rebuild, rates)
             return
         self._since += 1
-        if self._length <= self.idle and not (self._cut or self._inserted):
-            self._length = held.length
-            return
         for serial, stays in step.stays.items():
             self._cut_to(serial, min(stays, self._cuts.get(serial, 0)))
         read_again, self._due = self._due, 0
@@ -3774,10 +3765,10 @@ class Replay:
         loads = itertools.takewhile(lambda piece: piece.content == START_LOAD, held.pieces)
         start = sum(held.size(index) - self._cuts.get(piece.serial, 0)
                     for index, piece in enumerate(loads))
-        for index, piece in enumerate(held.pieces[:step.entered]):
+        for index, piece in enumerate(held.pieces[:step.new[0]]):
             if piece.content != START_LOAD and piece.serial >= self._folded:
                 self._cut_to(piece.serial, held.size(index))
-        self._inserted, self._folded, self._since = max(0, base - start), step.new, 0
+        self._inserted, self._folded, self._since = max(0, base - start), step.new[1], 0
         self._due = REREAD if back else (0, REREAD, WORST_REREAD)[self.case]
         return min(self._prefix, start), 0 if back and self.case == BEST else cost
 
@@ -3785,8 +3776,8 @@ class Replay:
         """Cut what enters."""
         self._calls += 1
         start, held = 0, step.held
-        for index in range(step.entered, len(held.pieces)):
-            piece, size = held.pieces[index], held.size(index)
+        for index, piece in enumerate(held.pieces[step.new[0]:], step.new[0]):
+            size = held.size(index)
             if piece.content == START_LOAD and self.name == "start":
                 self._cut_to(piece.serial, size - max(0, min(size, self.options["tokens"] - start)))
                 start += size
@@ -9470,39 +9461,38 @@ class TranscriptScan:
     depend on besides the files; units read under others count as changed, and all with ``again``.
     """
 
-    def __init__(self, state: Optional[State], settings: str = "", again: bool = False):
-        self.state, self.settings, self.again = state, settings, again
+    def __init__(self, state: Optional[State], paths: Optional[Iterable[str]],
+                 settings: str = "", again: bool = False):
+        """``paths``: None for where each agent keeps its transcripts. StorageError for one that is
+        not there."""
+        self.state, self.settings = state, settings
         known = state.scanned() if state else (0, {}, {}, {})  # type: Tuple[int, Data, Data, Data]
         self.generation, files, self.units, self.deleted = known
+        self.away = {} if again else self.deleted  # ids of sessions that do not come back
         self.files = {path: file for path, file in files.items() if "stamp" in file
                       and (not file["unit"] or file["unit"] in self.units)}
-        self.skipped: List[Any] = []  # files that are in no unit
-        self.scope: List[str] = []  # the units that the paths of this scan hold
-        self.changed: List[str] = []
         self.dropped: List[str] = []  # units whose files have moved or now belong to others
-        self.gone: List[str] = []  # units below the paths of this scan whose transcript is gone
-        self.last = "", files  # what marks a scan of these paths, and where the last's sums are
         self.told: Data = {}  # of the units read: outputs by id of a response
         self._news: Data = {}  # files the state does not know so
         self._before: Optional[Rows] = None  # the rows, where some were read since
-
-    def look_at(self, paths: Optional[Iterable[str]]) -> None:
-        """``look`` below these paths (None: where each agent keeps its transcripts). StorageError
-        for one that is not there."""
         if paths is None:
             paths = [root for reader in READERS for root in reader.roots() if os.path.exists(root)]
         roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        self.look(find_transcripts(roots), set(map(os.path.abspath, roots)))
+        units = self._look(roots)
+        self.scope = sorted(units)  # the units that the paths hold
+        self.changed = sorted((unit for unit in units if again
+                               or self.units[unit]["settings"] != settings), key=self._order)
         folders = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
-        self.gone = sorted(name for name in self.units.keys() - set(self.scope)
+        # Units below the paths whose transcript is gone.
+        self.gone = sorted(name for name in self.units.keys() - units
                            if name.startswith(folders) and not os.path.exists(name))
-        if all(map(os.path.isdir, roots)):
-            self.last = _encode(["sums of", *sorted(folders)]), self.last[1]
+        # What marks a scan of these paths, and where the sums of the last one are.
+        self.last = _encode(["sums of", *sorted(folders)]) * all(map(os.path.isdir, roots)), files
 
-    def look(self, found: Iterable[Tuple[str, int, int]], named: Any = ()) -> None:
-        """Compare what is there with the state; sets ``scope`` and ``changed``. Files that somebody
-        ``named`` are not left out in silence."""
-        seen = {path: [size, mtime] for path, size, mtime in found}
+    def _look(self, roots: List[str]) -> Any:
+        """Compare what is there with the state: the units there are. Files that somebody named are
+        not left out in silence."""
+        seen = {path: [size, mtime] for path, size, mtime in find_transcripts(roots)}
         known = {self.files[path]["unit"] for path in seen.keys() & self.files.keys()} - {""}
         parts = {path for unit in known for path in self.units[unit]["files"]}
         for path in parts - seen.keys():  # a session is read whole, whatever part of it was named
@@ -9512,10 +9502,9 @@ class TranscriptScan:
         fresh = {path for path, stamp in seen.items()
                  if path not in self.files or self.files[path]["stamp"] != stamp}
         units = self._regroup(seen, fresh) if fresh or parts - seen.keys() else known
-        self.scope = sorted(units)
-        self.changed = sorted((unit for unit in units if self.again
-                               or self.units[unit]["settings"] != self.settings), key=self._order)
-        self.skipped = left_out([self.files[path] for path in seen], named)
+        self.skipped = left_out([self.files[path] for path in seen],  # files that are in no unit
+                                set(map(os.path.abspath, roots)))
+        return units
 
     def _regroup(self, seen: Data, fresh: Any) -> Any:
         for path in fresh:
@@ -9612,7 +9601,7 @@ class TranscriptScan:
         own: Data = {}
         for session_id, name in before.items():
             own.setdefault(name, []).append(session_id)
-        kept, gone = self.units.keys() - self.changed, {} if self.again else self.deleted
+        kept, gone = self.units.keys() - self.changed, self.away
         ids = SessionIds({session_id: name for session_id, name in before.items() if name in kept},
                          lambda session_id, unit: not state or _replaceable(
                              store, session_id, unit))
@@ -9741,9 +9730,7 @@ def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
         session.prices = prices
         found["rows"].append(session)
 
-    scan = TranscriptScan(None, "once")
-    scan.look_at(paths)
-    units = dict(scan.read(tell))
+    units = dict(TranscriptScan(None, paths, "once").read(tell))
     return [session for unit in units.values() for session in unit["rows"]]
 
 
@@ -10276,9 +10263,7 @@ class SessionOptimizer:
         kept for the same ``shown_as`` while nothing changes; StorageError when a path is not
         there."""
         def look() -> TranscriptScan:
-            scan = TranscriptScan(self.store.state if store else None, settings, again)
-            scan.look_at(roots)
-            return scan
+            return TranscriptScan(self.store.state if store else None, roots, settings, again)
 
         def tell() -> Data:
             with _CollectorPaused():

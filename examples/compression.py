@@ -201,8 +201,7 @@ class Listener(so.Recorder):
 def sessions_told(paths: Iterable[str]) -> Iterator[Tuple[str, List[so.Session], Dict[int, Told]]]:
     """The sessions in transcripts of every format, each response counted once, with what was told of their events.
     A unit may come twice: the last counts."""
-    scan = so.TranscriptScan(None, "once")
-    scan.look_at(list(paths) or None)
+    scan = so.TranscriptScan(None, list(paths) or None, "once")
     recorder, sessions = so.Recorder, []  # type: Tuple[Any, List[so.Session]]
     so.Recorder = Listener  # type: ignore[misc]  # the readers make theirs by this name
     try:
