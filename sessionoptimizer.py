@@ -6571,7 +6571,8 @@ SHARP_DROP = 10_000        # tokens, and half of itself, a context must lose to 
 SMALL_RESULT = 2_000       # characters up to which no text has more than a token for 2.5 of them
 HIDDEN_THINKING = 4_000    # tokens of thinking that nine of ten steps stay below
 SMALL_FALL, LARGE_FALL = 2_000, 8_000  # tokens: never, always more than thinking; else 12%
-GUESSABLE = 500            # characters of a text whose hash could tell a secret in it
+GUESSABLE = 500            # characters of a text whose hash is taken: longer ones are numbered,
+HOOK_HASHED = 20_000       # but where a hook tells one event alone: masking takes 10 ms there
 TASK_LENGTH = 160          # characters of the first prompt that are kept
 
 
@@ -6677,17 +6678,6 @@ def digest_of(text: Any) -> str:
     from hashlib import blake2b
     raw = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
     return blake2b(raw, digest_size=8).hexdigest()
-
-
-def _masked_start(text: str) -> str:
-    """A text whose beginning is masked: of a short one the hash could tell a secret."""
-    return mask_secrets(text[:GUESSABLE]) + text[GUESSABLE:]
-
-
-def _hash_of(text: Any) -> str:
-    """`digest_of` a text, secrets masked where it is so short that they could be guessed by it."""
-    text = str(text)
-    return digest_of(mask_secrets(text) if len(text) <= GUESSABLE else text)
 
 
 def _count_of(value: Any) -> int:
@@ -7032,7 +7022,7 @@ class _Tool:
 
     def __init__(self, told: Recorder, event: SessionEvent, arguments: Any):
         self.event, self.data, self.given = event, event.data, _arguments(arguments)
-        self.window, self.cwd = told._window(), told.cwd
+        self.window, self.cwd, self._hash_of = told._window(), told.cwd, told.hash_of
         self.step, self.calls = self.window.add(event), self.window.calls
 
     def describe(self) -> None:
@@ -7076,7 +7066,7 @@ class _Tool:
         effects = shell_effects(command, cwd)
         text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
-        operation = digest_of(f"{' '.join(_masked_start(text).split())} {cwd} {rights}")
+        operation = self._hash_of(f"{' '.join(text.split())} {cwd} {rights}")
         reads = list(map(list, effects.reads))
         shown = mask_secrets(_beginning(text, GUESSABLE))
         self.data.update(command=_HERE.split(shown, 1)[0][:300], operation=operation,
@@ -7098,9 +7088,10 @@ class _Tool:
         given = self.given
         query = next((given[key] for key in ("pattern", "query", "url") if given.get(key)), path)
         if not query and given.get("prompt"):
-            query = f"prompt {_hash_of(given['prompt'])}"
+            query = f"prompt {self._hash_of(given['prompt'])}"
         place = "" if path == query else place
-        scope = {key: place if place and value == path else _scope(key, value)
+        scope = {key: place if place and value == path
+                 else value if _is_plain(key, value) else self._hash_of(value)
                  for key, value in sorted(given.items())
                  if value not in (None, query) and key != "description"}
         self._becomes(EventType.SEARCH, file_path=place, query=_short(query),
@@ -7115,17 +7106,17 @@ class _Tool:
             tells = data.get("command") or data["tool"].lower().startswith(_TELLING)
             searched = self.event.event_type is EventType.SEARCH
             if searched or tells and len(text) >= 2 * LEAST_ANSWER:
-                data["content_hash"] = _hash_of(text)
+                data["content_hash"] = self._hash_of(text)
             if tells and len(text) >= 2 * LEAST_POLL:
                 operation = data.setdefault(
-                    "operation", _hash_of(data["tool"] + _as_json(self.given)))
+                    "operation", self._hash_of(data["tool"] + _as_json(self.given)))
                 self.keep(same_lines=self.window.seen.same_lines(operation, text))
         elif len(text) < 2000 and "changed" in text.lower() and _UNCHANGED.search(text):
             data["unchanged"] = True
         elif not text:
             data["truncated"] = True  # an image, say: what it showed is not known
         else:
-            data["content_hash"] = _hash_of(text)
+            data["content_hash"] = self._hash_of(text)
             ends = text[:200] + text[-300:]  # say that it is not all there
             if "truncated…" in text or _CUT_OFF.search(ends) \
                     or "command" in data and _COMPLAINT.match(text):
@@ -7154,8 +7145,8 @@ class _Tool:
                 and not _STALE.search(message[:600]):
             self.data["changes"] = []  # where it asks for a new read, that is no repetition
         code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
-        self.data.setdefault("operation", _hash_of(json.dumps(self.given, sort_keys=True)))
-        self._becomes(EventType.ERROR, error_hash=_hash_of(normal_message(_masked_start(message))),
+        self.data.setdefault("operation", self._hash_of(json.dumps(self.given, sort_keys=True)))
+        self._becomes(EventType.ERROR, error_hash=self._hash_of(normal_message(message)),
                       exit_code=int(code.group(1)) if code else 0, kind=kind or _kind_of(message))
 
 
@@ -7169,10 +7160,9 @@ def _short(text: Any) -> str:
     return mask_secrets(_beginning(str(text), 600))[:300]
 
 
-def _scope(key: str, value: Any) -> Any:
-    """An argument of a search as it is kept: a hash of what may be a prompt."""
-    plain_value = not isinstance(value, (dict, list)) and len(str(value)) <= 80
-    return value if key in _SCOPE_KEYS and plain_value else _hash_of(value)
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an argument of a search is kept as it is: of what may be a prompt a hash is."""
+    return key in _SCOPE_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 80
 
 
 def _kind_of(message: str) -> str:
@@ -7212,6 +7202,7 @@ class Recorder:
         self._models: Any = Counter()                   # calls of the main agent by model
         self._source: Data = {}
         self._place: Data = {"line": 0}
+        self._numbers: Data = {}                        # of long texts, by their hashes
 
     # where, and what session
 
@@ -7251,6 +7242,17 @@ class Recorder:
         """A line is damaged: it is counted and named."""
         self.count("damaged_lines")
         self._skip(path, line, reason)
+
+    def hash_of(self, text: Any) -> str:
+        """What tells a text from the session's others, and from which no secret in it can be
+        guessed: a hash of the masked text, of a long one, which takes long to mask, a number.
+        Where a hook tells an event alone there is nothing to number: "" for the longest."""
+        text = str(text)
+        if len(text) <= (GUESSABLE if self.paths[0] else HOOK_HASHED):
+            return digest_of(mask_secrets(text))
+        if not self.paths[0]:
+            return ""
+        return f"{self._numbers.setdefault(digest_of(text), len(self._numbers)):016x}"
 
     def knows(self, identity: str) -> bool:
         """Whether a response of this id, or something of an agent of this name, was told."""
@@ -7296,7 +7298,7 @@ class Recorder:
     def call_failed(self, text: str = "", kind: str = "") -> SessionEvent:
         """A model call failed; ``kind`` where the text does not tell (`failure_kind`)."""
         kind = kind or failure_kind({"message": text}) or "interrupted"
-        data = {"error_hash": _hash_of(normal_message(_masked_start(text)))} if text else {}
+        data = {"error_hash": self.hash_of(normal_message(text))} if text else {}
         return self._enter(EventType.ERROR, 0, tool="model call", kind=kind, changes=[], **data)
 
     def _enter(self, event_type: EventType, size: int, **data: Any) -> SessionEvent:
@@ -9740,7 +9742,7 @@ def billed(rows: Rows) -> Data:
             "advice": in_usd(advice_of(rows))}
 
 
-ROW_FORMAT = 4  # rises when rows of sessions get other columns: kept ones are made anew
+ROW_FORMAT = 5  # rises when rows of sessions get other columns: kept ones are made anew
 
 
 def settings_of(analyzers: Iterable[Any], prices: PriceList) -> str:

@@ -5934,6 +5934,33 @@ def test_no_secret_can_be_guessed_from_a_hash(field, tell):
     assert tell(recorder(), "$PASS").data[field] not in hashes
 
 
+@pytest.mark.parametrize("field, tell", [
+    ("operation", lambda told, key, text: told.tool(key, "Bash", {"command": text})),
+    ("operation", lambda told, key, text: (told.tool(key, "mcp__a__b", {"text": text}), told.returned(key, "no", failed=True))[1]),
+    ("content_hash", lambda told, key, text: (told.tool(key, "Read", {"file_path": "/w/.env"}), told.returned(key, text))[1]),
+    ("error_hash", lambda told, key, text: (told.tool(key, "Bash", {"command": "x"}), told.returned(key, text, failed=True))[1]),
+    ("query", lambda told, key, text: told.tool(key, "WebFetch", {"prompt": text}))])
+def test_a_long_text_is_numbered_and_no_hash_of_it_is_kept(field, tell):
+    texts = ["the known rest\n" * 900 + "opens with %s" % word for word in ("sesame", "barley", "sesame")]
+    told = recorder()
+    first, other, same = [tell(told, str(key), text).data[field] for key, text in enumerate(texts)]
+    assert first == same != other
+    assert tell(recorder(), "t", texts[1]).data[field] == first  # whatever the text is, it is the first
+    assert so.digest_of(texts[0]) not in json.dumps(told.finish()[0].to_dict())
+
+
+@pytest.mark.parametrize("length, kept", [(600, True), (15_000, True), (25_000, False)])
+def test_a_hook_masks_a_long_text_and_keeps_no_hash_of_a_longer_one(length, kept):
+    def digest(secret, rest="x "):
+        event = so.hook_event({
+            "hook_event_name": "PostToolUse", "session_id": "s", "cwd": "/w", "tool_name": "Bash",
+            "tool_input": {"command": "cat /w/.env"},
+            "tool_response": {"stdout": "PASSWORD=%s\n" % secret + rest * (length // 2), "stderr": ""}})
+        return event.data.get("content_hash", "")
+    assert digest("hunter4711") == digest("correcthorse9") and bool(digest("hunter4711")) == kept
+    assert (digest("hunter4711", "y ") != digest("hunter4711")) == kept
+
+
 @pytest.mark.parametrize("second, between, found", [
     ({}, (), [True]), ({"dangerouslyDisableSandbox": True}, (), []), ({}, ("try again",), [False])])
 def test_a_retry_knows_its_rights_and_who_asked_for_it(tmp_path, optimizer, second, between, found):
