@@ -7066,7 +7066,7 @@ class _Tool:
         effects = shell_effects(command, cwd)
         text = command if isinstance(command, str) else " ".join(command)
         rights = [self.given[key] for key in _RIGHTS if self.given.get(key)]
-        operation = self._hash_of(f"{' '.join(text.split())} {cwd} {rights}")
+        operation = self._hash_of(" ".join(text.split()), f" {mask_secrets(cwd)} {rights}")
         reads = list(map(list, effects.reads))
         shown = mask_secrets(_beginning(text, GUESSABLE))
         self.data.update(command=_HERE.split(shown, 1)[0][:300], operation=operation,
@@ -7243,16 +7243,16 @@ class Recorder:
         self.count("damaged_lines")
         self._skip(path, line, reason)
 
-    def hash_of(self, text: Any) -> str:
-        """What tells a text from the session's others, and from which no secret in it can be
-        guessed: a hash of the masked text, of a long one, which takes long to mask, a number.
-        Where a hook tells an event alone there is nothing to number: "" for the longest."""
+    def hash_of(self, text: Any, where: str = "") -> str:
+        """What tells a text (and where it was said) from the session's others, and from which no
+        secret in it can be guessed: a hash of the masked text; of a long one, which takes long to
+        mask, a number. Where a hook tells one event alone: "" for the longest."""
         text = str(text)
         if len(text) <= (GUESSABLE if self.paths[0] else HOOK_HASHED):
-            return digest_of(mask_secrets(text))
+            return digest_of(mask_secrets(text) + where)
         if not self.paths[0]:
             return ""
-        return f"{self._numbers.setdefault(digest_of(text), len(self._numbers)):016x}"
+        return f"{self._numbers.setdefault(digest_of(text + where), len(self._numbers)):016x}"
 
     def knows(self, identity: str) -> bool:
         """Whether a response of this id, or something of an agent of this name, was told."""
