@@ -685,32 +685,21 @@ def days_of(stamp: Any) -> Tuple[str, str]:
 
 def _checked_count(name: str, value: Any) -> int:
     """A count of tokens or milliseconds given by a caller: a whole number from 0 to MAX_TOKENS."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or int(
-            min(max(value, -1), MAX_TOKENS + 1)) != value or not 0 <= value <= MAX_TOKENS:
-        raise InvalidValue(f"{name} is {value!r}: give a whole number from 0 to {MAX_TOKENS:,}")
-    return int(value)
+    if isinstance(value, (int, float)) and value.__class__ is not bool \
+            and 0 <= value <= MAX_TOKENS and int(value) == value:
+        return int(value)
+    raise InvalidValue(f"{name} is {value!r}: give a whole number from 0 to {MAX_TOKENS:,}")
 
 
 class _Record:
-    """What ``dataclass`` would generate for each of the records, at a quarter of the time that
-    importing takes."""
+    """What the records have in common."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
     __dataclass_fields__: Data
     _made_by: Data = {}  # functions that make the value of a field of what JSON holds
 
     def _fields(self) -> Data:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def __repr__(self) -> str:
-        values = (f"{name}={value!r}" for name, value in self._fields().items())
-        return f"{type(self).__qualname__}({', '.join(values)})"
-
-    def __eq__(self, other: Any) -> Any:
-        if other.__class__ is not self.__class__:
-            return NotImplemented
-        return self._fields() == other._fields()
 
     @classmethod
     def from_dict(cls, data: Data) -> Any:
@@ -733,7 +722,7 @@ def _without_dict(cls: Any) -> Any:
 
 
 @_without_dict
-@dataclass(eq=False, repr=False)
+@dataclass
 class SessionEvent(_Record):
     """One thing that happened in a session.
 
@@ -833,7 +822,7 @@ class SessionEvent(_Record):
                 setattr(self, name, str(value or ""))
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Session(_Record):
     """What one agent did on one task: its events in order, and the totals that follow from them.
 
@@ -1032,7 +1021,7 @@ def is_compaction(event: SessionEvent) -> bool:
         Source.COMPACTION, Source.CLEAR) and "left" not in event.data
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class EfficiencyIssue(_Record):
     """A finding: what was wasted, on which events, and how sure the figure is.
 
@@ -1067,7 +1056,7 @@ class EfficiencyIssue(_Record):
                     claims=claims)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class OptimizationReport(_Record):
     """What an analysis found. Tokens and USD; ``total_*`` is the upper bound (with estimates),
     ``measured_*`` the lower one. ``analyzer_errors`` names analyzers that failed, ``notes`` says
@@ -5798,6 +5787,22 @@ def _replace(path: str, parts: Iterable[bytes], *, sync: bool) -> None:
         os.replace(temp, path)
 
 
+def _change_text(path: str, edit: Callable[[str], str]) -> None:
+    """Give a file of the user's, or a new one, other content in one step; its mode stays, and where
+    possible its owner. ValueError when it is no text, or changes meanwhile."""
+    os.stat(os.path.dirname(path))  # it must be there
+    info = os.stat(path) if os.path.exists(path) else None
+    old, mask = read_regular(path) if info else b"", os.umask(0o077)
+    os.umask(mask)
+    with _temporary(path, [edit(old.decode()).encode()], True) as temp:
+        with suppress(OSError, AttributeError):
+            os.chown(temp, info.st_uid, info.st_gid)  # type: ignore[union-attr]
+        os.chmod(temp, stat.S_IMODE(info.st_mode) if info else 0o666 & ~mask)
+        if (read_regular(path) if os.path.exists(path) else b"") != old:
+            raise ValueError("it has just been changed: try again")
+        os.replace(temp, path)
+
+
 def _publish(temp: str, path: str) -> bool:
     """Give a new file the name ``path`` in one step; False when the name is taken."""
     try:
@@ -7250,9 +7255,8 @@ class Recorder:
         text = str(text)
         if len(text) <= (GUESSABLE if self.paths[0] else HOOK_HASHED):
             return digest_of(mask_secrets(text) + where)
-        if not self.paths[0]:
-            return ""
-        return f"{self._numbers.setdefault(digest_of(text + where), len(self._numbers)):016x}"
+        number = self._numbers.setdefault(digest_of(text + where), len(self._numbers))
+        return self.paths[0] and f"{number:016x}"
 
     def knows(self, identity: str) -> bool:
         """Whether a response of this id, or something of an agent of this name, was told."""
@@ -10262,8 +10266,7 @@ class SessionOptimizer:
         ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
         __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
         [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it,
-        kept for the same ``shown_as`` while nothing changes; StorageError when a path is not
-        there."""
+        kept for the same ``shown_as`` while nothing changes. StorageError: a path is not there."""
         def look() -> TranscriptScan:
             return TranscriptScan(self.store.state if store else None, roots, settings, again)
 
@@ -10866,22 +10869,23 @@ def _advice(options: Any) -> int:
             return EXIT_DONE
         return _show(options, advice, advice_section(advice, 20) if advice else Section(
             "Advice", lines=["Nothing to advise: scan first, or ask for more --days."]))
-    try:
-        old = ""
-        if options.undo or os.path.lexists(path):
-            with open(path, encoding="utf-8", newline="") as file:
-                old = file.read()
-        kept, lines = without_advice(old), advice_markdown(advice)
-        count = lines.count("\n- ")
+    lines = advice_markdown(advice)
+    count = lines.count("\n- ")
+
+    def edit(old: str) -> str:
+        kept = without_advice(old)
         if options.undo and kept == old:
             raise CommandError(f"{path} is as it was: it holds no advice")
-        if not options.undo and not count:
-            raise CommandError(f"{path} is as it was: no advice is a line for a file (more --days "
-                               "may have some)")
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            file.write(kept if options.undo else kept + "\n" * bool(kept) + lines)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{path} cannot be changed: {error}") from None
+        return kept if options.undo else kept + "\n" * bool(kept) + lines
+
+    if not options.undo and not count:
+        raise CommandError(f"{path} is as it was: no advice is a line for a file (more --days "
+                           "may have some)")
+    try:
+        _change_text(os.path.realpath(path), edit)
+    except (OSError, ValueError, StorageError) as error:
+        reason = getattr(error, "reason", error)
+        raise CommandError(f"{path} cannot be changed: {reason}") from None
     if options.undo:
         _say(f"Taken out of {plain(path, 1000)}")
     else:

@@ -2975,6 +2975,55 @@ def test_a_file_is_left_alone_where_there_is_nothing_to_put_in_or_take_out(optim
     assert run(optimizer, "advice", "--undo", str(missing))[0] == 1 and not missing.exists()
 
 
+@posix_only
+def test_advice_keeps_a_link_and_the_mode_of_its_file(optimizer, tmp_path):
+    optimizer.scan([SAMPLES])
+    (tmp_path / "dotfiles").mkdir()
+    target, link, new = tmp_path / "dotfiles" / "CLAUDE.md", tmp_path / "CLAUDE.md", tmp_path / "new.md"
+    write(target, "# Rules\n")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    for place in (link, new):
+        assert run(optimizer, "advice", "--days", "9000", "--apply", str(place))[0] == 0
+    write(tmp_path / "plain", "")
+    assert link.is_symlink() and stat.S_IMODE(target.stat().st_mode) == 0o640 and so.ADVICE_BEGIN in target.read_text()
+    assert new.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert run(optimizer, "advice", "--undo", str(link))[0] == 0 and read(target) == b"# Rules\n"
+    assert os.listdir(str(target.parent)) == ["CLAUDE.md"]
+    assert run(optimizer, "advice", "--days", "9000", "--apply", str(tmp_path / "none" / "x.md"))[0] == 1
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("function, number", [
+    ("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EACCES), ("chmod", errno.EPERM), ("open", errno.EMFILE), ("edit", 0)])
+def test_advice_that_cannot_be_written_whole_is_not_written(optimizer, tmp_path, monkeypatch, capsys, function, number):
+    optimizer.scan([SAMPLES])
+    optimizer.summaries()
+    target = tmp_path / "CLAUDE.md"
+    write(target, "# Rules\n")
+    before = "# Rules\n"
+    with monkeypatch.context() as patched:
+        def fail(*args, **kwargs):
+            raise OSError(number, os.strerror(number))
+
+        def edit(text):
+            write(target, "# Other rules\n")  # as an editor does meanwhile
+            return text
+        if function == "edit":
+            before = "# Other rules\n"
+            patched.setattr(so, "without_advice", edit)
+        else:
+            temporary = so._temporary
+
+            def breaking(*args):
+                patched.setattr(so.os, function, fail)
+                return temporary(*args)
+            patched.setattr(so, "_temporary", breaking)
+        status = so.main(["--store", optimizer.store.root, "advice", "--days", "9000", "--apply", str(target)])
+    assert status == 1 and "cannot be changed" in capsys.readouterr().err and target.read_text() == before
+    assert sorted(os.listdir(str(tmp_path))) == ["CLAUDE.md", "store"]
+
+
 def test_sums_by_everything_add_up_to_the_bill(optimizer):
     result = optimizer.scan([SAMPLES])
     total = result["totals"]["estimated_cost"]
