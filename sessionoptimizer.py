@@ -7275,16 +7275,10 @@ class Recorder:
             event.data["changes"] = effects.changes if line[0] in "!$" else effects.writes
         return event
 
-    def context(self, source: str, size: int, *, command: str = "", edited: str = "",
-                **data: Any) -> SessionEvent:
-        """Something else entered, from a `Source`; with it the user ran a shell command, or a file
-        was edited outside the session."""
-        event = self._enter(EventType.CONTEXT_LOAD, size, source=source, **data)
-        if command:
-            event.data["changes"] = shell_effects(command, self.cwd).changes
-        elif edited:
-            event.data["changes"] = [canonical_path(edited, self.cwd)]
-        return event
+    def context(self, source: str, size: int, **data: Any) -> SessionEvent:
+        """Something else entered, from a `Source`; ``changes``: paths of what was edited with it
+        outside the session."""
+        return self._enter(EventType.CONTEXT_LOAD, size, source=source, **data)
 
     def compaction(self, size: int = 0, source: str = Source.COMPACTION,
                    **data: Any) -> SessionEvent:
@@ -7434,8 +7428,7 @@ class Recorder:
         if data["tool"].lower() in AGENT_TOOLS and "kind" not in data:
             data["changes"] = []
         if text and "commit" in data.get("command", ""):
-            commits = _COMMITTED.findall(text[:20_000])
-            tool.keep(**{COMMITS: commits})
+            tool.keep(**{COMMITS: _COMMITTED.findall(text[:20_000])})
         return event
 
     def failed(self, key: str, text: str, kind: str = "") -> None:
@@ -7759,7 +7752,7 @@ class _ClaudeSession:
         paths = self.told.paths
         for path in paths:
             is_agent = path != paths[0] or _is_agent_file(path, _head_of(path))
-            own = os.path.basename(path)[len("agent-"):-len(".jsonl")] if is_agent else ""
+            own = _name_of(path)[len("agent-"):] if is_agent else ""
             self.told.at(path=path)
             for line, entry in transcript_entries(path, self.told.skip, self._broken):
                 self._entry(entry, path, line, own)
@@ -7880,7 +7873,10 @@ class _ClaudeSession:
         elif size:
             if "<command-name>/clear<" in text:
                 self._cleared(entry)
-            event = self.told.context(Source.INJECTED, size, command=_tagged(text, "bash-input"))
+            event = self.told.context(Source.INJECTED, size)
+            line = _tagged(text, "bash-input")  # that the user has run
+            if line:
+                event.data["changes"] = shell_effects(line, self.told.cwd).changes
             command = _tagged(text, "command-name")[:200]
             if command:
                 # The user orders what comes next, and may have changed anything before.
@@ -7902,10 +7898,11 @@ class _ClaudeSession:
     def _attachment(self, entry: Data) -> None:
         attachment = _as_dict(entry, "attachment")
         kind = _text(attachment, "type")
-        edited = _text(attachment, "filename") if kind == "edited_text_file" else ""
         if attachment:
-            self.told.context(Source.ATTACHMENT, _json_size(attachment), edited=edited,
-                              kind=kind[:40])
+            event = self.told.context(Source.ATTACHMENT, _json_size(attachment), kind=kind[:40])
+            edited = _text(attachment, "filename")
+            if edited and kind == "edited_text_file":
+                event.data["changes"] = [canonical_path(edited, self.told.cwd)]
 
     def _echoed(self) -> None:
         """Tell the responses that only progress lines hold, and what their agents were told in
@@ -8045,7 +8042,7 @@ class _Rollout:
             kind, payload = _text(entry, "type"), _as_dict(entry, "payload")
             if kind in verbs:
                 verbs[kind](payload)
-        self._give_up()
+        self._tell_waiting()
 
     def _meta(self, meta: Data) -> None:
         name, origin = _texts(meta, "id", "forked_from_id")
@@ -8069,7 +8066,7 @@ class _Rollout:
         if kind == "token_count":
             self._token_count(_as_dict(message, "info"))
         elif kind in ("task_started", "turn_aborted"):
-            self._give_up()
+            self._tell_waiting()
             self.turn = _text(message, "turn_id") or self.turn
         elif kind == "context_compacted" and not self.compacted or kind == "thread_rolled_back":
             self._compaction({})
@@ -8096,14 +8093,11 @@ class _Rollout:
         identity = f"codex:{name}:{'/'.join(map(str, self.total or (self.line,)))}"
         cached = min(cached, entered)
         write = min(write, entered - cached)
-        waiting, self.waiting = self.waiting, []
-        self.called_at = waiting[0][0] if waiting else self.now
-        self.call, self.compacted = "" if waiting else identity, False
+        self.called_at = self.waiting[0][0] if self.waiting else self.now
         self.told.at(self.called_at)
         self._called(identity, Usage(entered - cached - write, write, 0, cached, output), thoughts)
-        for now, line, _, item in waiting:
-            self.told.at(now, line)
-            self._tell(item, identity)
+        self._tell_waiting(identity)
+        self.compacted = False
 
     def _called(self, identity: str, usage: Optional[Usage], thoughts: Optional[int]) -> None:
         """A call of the model; before 0.35 rollouts did not name it, and 0.34 had one default."""
@@ -8112,14 +8106,15 @@ class _Rollout:
         if self.effort and usage:
             event.data[EFFORT] = self.effort
 
-    def _give_up(self) -> None:
-        """Responses whose usage never came (aborted, or a version that does not write it) have no
-        tokens of their own; what they wrote enters the next call."""
-        waiting, self.waiting, self.call = self.waiting, [], ""
-        identity = ""
+    def _tell_waiting(self, metered: str = "") -> None:
+        """What waited was written by the metered call, which takes what follows where nothing did.
+        Without one the usage of its responses never came (aborted, or a version that does not
+        write it): what they wrote enters the next call."""
+        waiting, self.waiting = self.waiting, []
+        self.call, identity = "" if waiting else metered, metered
         for now, line, by_model, item in waiting:
             self.told.at(now, line)
-            if not by_model:
+            if not metered and not by_model:
                 identity = ""
             elif not identity:
                 identity = f"{self.path}:{line}"
@@ -8207,7 +8202,7 @@ class _Rollout:
                       cut=bool(running or _CODEX_CUT.search(text)))
 
     def _compaction(self, compacted: Data) -> None:
-        self._give_up()
+        self._tell_waiting()
         size = sum(_content(item.get("content"))[1]
                    for item in _dicts(compacted, "replacement_history"))
         self.told.compaction(size or len(_text(compacted, "message")))
