@@ -8328,24 +8328,19 @@ class _Chat:
             if kind == "user":
                 told.prompt(text, size)
             elif kind in ("gemini", "model"):
-                self._call(f"{self.identity}:{identity}", message, size)
+                tokens = _as_dict(message, "tokens")
+                entered, output, cached, thoughts, tool_use = _counts(
+                    tokens, "input", "output", "cached", "thoughts", "tool")
+                cached = min(cached, entered)
+                usage = Usage(entered - cached + tool_use, 0, 0, cached, output + thoughts)
+                told.call(f"{self.identity}:{identity}", _text(message, "model"),
+                          usage if tokens else None, text=size,
+                          thoughts=thoughts if tokens else None)
                 for tool in _dicts(message, "toolCalls"):
                     told.at(stamp)
                     self._tool(tool)
             elif kind == "error":
                 told.call_failed(text, "transient")
-
-    def _call(self, identity: str, message: Data, size: int) -> None:
-        """A message of the model; its thoughts stand beside its output."""
-        tokens, model = _as_dict(message, "tokens"), _text(message, "model")
-        entered, output, cached, thoughts, tool = _counts(
-            tokens, "input", "output", "cached", "thoughts", "tool")
-        cached = min(cached, entered)
-        usage = Usage(entered - cached + tool, 0, 0, cached, output + thoughts)
-        if tokens:
-            self.told.call(identity, model, usage, text=size, thoughts=thoughts)
-        else:
-            self.told.call(identity, model, None, text=size)
 
     def _tool(self, tool: Data) -> None:
         told, name, given = self.told, _text(tool, "name"), tool.get("args")
@@ -8594,7 +8589,13 @@ class _Conversation:
             else:
                 told.call(span.identity, span.model, None)
             return
-        self._entered(span)
+        messages, agent = _messages(span.given.get("gen_ai.input.messages")), self._agent_of(span)
+        seen = self.seen.get(agent, 0)
+        self.seen[agent] = len(messages)
+        for role, parts in messages[seen if seen <= len(messages) else 0:]:  # new in this call
+            text, size = _content(parts)
+            if role == "user" and size:
+                told.prompt(text, size)
         if span.failed and not span.has_usage:
             told.call_failed(span.message)
             return
@@ -8619,17 +8620,6 @@ class _Conversation:
             told.returned(span.identity, why, len(text), failed=span.failed)
         elif span.failed:
             told.failed(span.identity, why)
-
-    def _entered(self, span: _Span) -> None:
-        """The messages new in this call's input are prompts, by their sizes."""
-        messages = _messages(span.given.get("gen_ai.input.messages"))
-        agent = self._agent_of(span)
-        seen = self.seen.get(agent, 0)
-        self.seen[agent] = len(messages)
-        for role, parts in messages[seen if seen <= len(messages) else 0:]:
-            text, size = _content(parts)
-            if role == "user" and size:
-                self.told.prompt(text, size)
 
 
 def _messages(value: Any) -> List[Tuple[Any, Any]]:
