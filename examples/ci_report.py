@@ -4,9 +4,9 @@
     sessionoptimizer scan PATH --format json --no-store | python3 examples/ci_report.py > report.xml
     python3 examples/ci_report.py scan.json --level MEDIUM --output report.xml --strict
 
-One testcase per session; its time is the session's active time. Its findings at or above ``--level``
-(default HIGH) make it fail; the others, and what limits the figures, are its output. Damaged files are the suite's error output.
-docs/ci.md shows a whole job.
+One testcase per session; its time is the session's active time. Its findings at or above
+``--level`` (default HIGH) make it fail; the others, and what limits the figures, are its output.
+Damaged files are the suite's error output. docs/ci.md shows a whole job.
 """
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clon
     sys.path.insert(0, ROOT)
 from sessionoptimizer import Severity  # noqa: E402
 
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
+# XML 1.0, section 2.2
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 STATUS_FINDINGS = 3
 
 
 def clean(text: Any) -> str:
-    """A text without the characters XML cannot hold, escape sequences and lone surrogates among them."""
+    """A text without the characters XML cannot hold,
+    escape sequences and lone surrogates among them."""
     return NOT_XML.sub("", str(text))
 
 
@@ -49,14 +51,17 @@ def testcase(row: dict[str, Any], level: Severity) -> ElementTree.Element:
         "time": f"{60 * row['minutes']:.3f}"})  # active, as everywhere else
     if bad:
         kinds = sorted({issue["issue_type"] for issue in bad})
-        message = f"{len(bad)} findings ({', '.join(kinds)}), efficiency {row['efficiency_score']:.1f}%"
+        message = (
+            f"{len(bad)} findings ({', '.join(kinds)}), efficiency {row['efficiency_score']:.1f}%")
         failure = ElementTree.SubElement(case, "failure", {
             "type": clean(kinds[0] if len(kinds) == 1 else "WASTE"), "message": clean(message)})
         failure.text = "\n".join([finding_line(issue) for issue in bad]
                                  + [clean(f"transcript: {row['path']}")])
-    output = [finding_line(issue) for issue in rest] + [clean(note) for note in row.get("notes", [])]
-    summary = (f"efficiency {row['efficiency_score']:.1f}%, {row['waste']['tokens']:,} tokens wasted "
-               f"(${row['waste']['cost']:.4f} of ${row['estimated_cost']:.4f})")
+    output = ([finding_line(issue) for issue in rest]
+              + [clean(note) for note in row.get("notes", [])])
+    summary = (
+        f"efficiency {row['efficiency_score']:.1f}%, {row['waste']['tokens']:,} tokens wasted "
+        f"(${row['waste']['cost']:.4f} of ${row['estimated_cost']:.4f})")
     ElementTree.SubElement(case, "system-out").text = "\n".join([summary] + output)
     return case
 
@@ -72,7 +77,8 @@ def junit(result: dict[str, Any], level: Severity = Severity.HIGH) -> tuple[str,
     suite.extend(cases)
     if result.get("skipped"):
         ElementTree.SubElement(suite, "system-err").text = "\n".join(
-            clean(f"{entry['path']}:{entry['line']}: {entry['reason']}") for entry in result["skipped"])
+            clean(f"{entry['path']}:{entry['line']}: {entry['reason']}")
+            for entry in result["skipped"])
     for element in [suites, suite] + cases:  # one element per line
         element.text = "\n"
     for element in suites.iter():
@@ -111,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             sys.stdout.buffer.write(text.encode("utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"ci_report: {options.file or 'standard input'} is not what scan --format json prints, or a "
-              f"file cannot be read or written: {error!r}", file=sys.stderr)
+        print(f"ci_report: {options.file or 'standard input'} is not what scan --format json "
+              f"prints, or a file cannot be read or written: {error!r}", file=sys.stderr)
         return 1
     return STATUS_FINDINGS if options.strict and failed else 0
 

@@ -2,17 +2,22 @@
 """Log Claude Code's sessions while they run: ``sessionoptimizer hook`` into settings.json, or out.
 
     python3 examples/claude_code_hooks.py                          shows what --install would change
-    python3 examples/claude_code_hooks.py --install                ~/.claude/settings.json, all projects
-    python3 examples/claude_code_hooks.py --install --project      .claude/settings.json of this directory
-    python3 examples/claude_code_hooks.py --install --guard        advice before a read or a search repeats
-    python3 examples/claude_code_hooks.py --install --status-line  and the line of claude_code_status.py
+    python3 examples/claude_code_hooks.py --install                ~/.claude/settings.json, all
+                                                                   projects
+    python3 examples/claude_code_hooks.py --install --project      .claude/settings.json of this
+                                                                   directory
+    python3 examples/claude_code_hooks.py --install --guard        advice before a read or a search
+                                                                   repeats
+    python3 examples/claude_code_hooks.py --install --status-line  and the line of
+                                                                   claude_code_status.py
     python3 examples/claude_code_hooks.py --uninstall
 
-The change is shown first, as a diff; a copy of the file stays beside it (settings.json.DATE.bak). Installing
-twice is installing once. Uninstalling takes out these entries alone, and gives back the file byte for byte
-when nothing else has changed since. A file that somebody else edits at that moment is read again, not written
-over. The hooks print nothing, and the agent waits for none but the guard, the one at the end of a turn and the
-one at the end of a session (a run with ``-p`` kills those it does not wait for).
+The change is shown first, as a diff; a copy of the file stays beside it (settings.json.DATE.bak).
+Installing twice is installing once. Uninstalling takes out these entries alone, and gives back the
+file byte for byte when nothing else has changed since. A file that somebody else edits at that
+moment is read again, not written over. The hooks print nothing, and the agent waits for none but
+the guard, the one at the end of a turn and the one at the end of a session (a run with ``-p`` kills
+those it does not wait for).
 """
 from __future__ import annotations
 
@@ -37,7 +42,8 @@ EVENTS = ("SessionStart", "UserPromptSubmit", "PostToolUse", "PostToolUseFailure
 GUARDED = "Read|Grep|Glob|Bash|PowerShell"
 WAITED = ("Stop", "SessionEnd")  # for the others the agent does not wait
 SECONDS = 10        # a hook that takes longer is stopped
-LAST_SECONDS = 5    # where the agent waits; at the end of a session hooks have 1.5 s unless they ask for more
+# where the agent waits; at the end of a session hooks have 1.5 s unless they ask for more
+LAST_SECONDS = 5
 REFRESH = 30        # seconds between two status lines while nothing happens but time
 ATTEMPTS = 5        # at a file that others edit at the same moment
 BOM = b"\xef\xbb\xbf"
@@ -60,8 +66,9 @@ def command_line(words: list[str], store: str | None) -> str:
 
 
 def hook_command(store: str | None, project: bool = False) -> str:
-    """The command of a hook: the installed program, else this clone's module. With its path, which the agent may not
-    have on its own (an environment that is left); a project's settings are shared, and keep the name."""
+    """The command of a hook: the installed program, else this clone's module. With its path, which
+    the agent may not have on its own (an environment that is left); a project's settings are
+    shared, and keep the name."""
     program = shutil.which("sessionoptimizer")
     words = [sys.executable, os.path.join(ROOT, "sessionoptimizer.py")]
     if program:
@@ -76,10 +83,12 @@ def status_entry(store: str | None) -> dict[str, Any]:
 
 
 def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
-    """The group to add for each event. ``guard``: "advise" or "deny" answers repeated reads and searches."""
+    """The group to add for each event. ``guard``: "advise" or "deny" answers repeated reads and
+    searches."""
     result = {}
     for event in EVENTS:
-        handler: dict[str, Any] = {"type": "command", "command": command, "timeout": SECONDS, "async": True}
+        handler: dict[str, Any] = {"type": "command", "command": command, "timeout": SECONDS,
+                                   "async": True}
         if event in WAITED:
             handler = {"type": "command", "command": command, "timeout": LAST_SECONDS}
         result[event] = {"hooks": [handler]}
@@ -91,17 +100,19 @@ def entries(command: str, guard: str = "") -> dict[str, dict[str, Any]]:
 
 
 def words_of(handler: Any) -> list[str]:
-    """A handler's command: the base names of program and script, and the other words; [] where it is none."""
+    """A handler's command: the base names of program and script, and the other words;
+    [] where it is none."""
     try:
-        words = shlex.split(str(handler["command"]), posix=os.name != "nt" and "\\" not in handler["command"])
+        words = shlex.split(str(handler["command"]),
+                            posix=os.name != "nt" and "\\" not in handler["command"])
     except (ValueError, TypeError, KeyError):
         return []
     return [re.split(r"[/\\]", word.strip("\"'"))[-1] for word in words]
 
 
 def arguments_of(handler: Any, *programs: str) -> list[str] | None:
-    """The words after one of our programs, run by itself or by Python, and after its --store; None where the
-    command is another, if it only names one of them."""
+    """The words after one of our programs, run by itself or by Python, and after its --store; None
+    where the command is another, if it only names one of them."""
     words = words_of(handler)
     if words and re.match(r"(?:python|pypy|py)[\d.]*(?:\.exe)?$", words[0]):
         words = words[2 if words[1:2] == ["-m"] else 1:]
@@ -112,7 +123,8 @@ def arguments_of(handler: Any, *programs: str) -> list[str] | None:
 
 def is_ours(handler: Any) -> bool:
     """Whether a handler runs ``sessionoptimizer hook``, and nothing else."""
-    words = arguments_of(handler, "sessionoptimizer", "sessionoptimizer.py", "sessionoptimizer.exe") or []
+    words = arguments_of(handler, "sessionoptimizer", "sessionoptimizer.py",
+                         "sessionoptimizer.exe") or []
     return words[:1] == ["hook"] and words[1:] in ([], ["--guard"], ["--guard", "--deny"])
 
 
@@ -125,7 +137,8 @@ def ours_in(settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The groups that hold a handler of ours, by event."""
     found = {}
     for event, groups in settings.get("hooks", {}).items():
-        mine = [group for group in groups if isinstance(group, dict) and isinstance(group.get("hooks"), list)
+        mine = [group for group in groups
+                if isinstance(group, dict) and isinstance(group.get("hooks"), list)
                 and any(map(is_ours, group["hooks"]))]
         if mine:
             found[event] = mine
@@ -133,7 +146,8 @@ def ours_in(settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def without(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without our handlers, and without the groups, events and hooks that this leaves empty."""
+    """The settings without our handlers, and without the groups,
+    events and hooks that this leaves empty."""
     result = copy.deepcopy(settings)
     for event, mine in ours_in(settings).items():
         groups = []
@@ -155,16 +169,17 @@ def without(settings: dict[str, Any]) -> dict[str, Any]:
 
 def merged(settings: dict[str, Any], wanted: dict[str, dict[str, Any]],
            status: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The settings with our entries; the same settings when they are there already. SettingsError where the
-    user's own status line stands in the place of ours."""
+    """The settings with our entries; the same settings when they are there already. SettingsError
+    where the user's own status line stands in the place of ours."""
     if ours_in(settings) == {event: [group] for event, group in wanted.items()}:
         if status == (settings.get("statusLine") if is_our_status(settings) else None):
             return settings
     result = without(settings)
     if status:
         if "statusLine" in result:
-            raise SettingsError("the settings have a statusLine of their own: take it out or install without "
-                                "--status-line; nothing was changed")
+            raise SettingsError(
+                "the settings have a statusLine of their own: take it out or install without "
+                "--status-line; nothing was changed")
         result["statusLine"] = status
     for event, group in wanted.items():
         result.setdefault("hooks", {}).setdefault(event, []).append(copy.deepcopy(group))
@@ -172,7 +187,8 @@ def merged(settings: dict[str, Any], wanted: dict[str, dict[str, Any]],
 
 
 def read_settings(path: str) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of the file and what they say; b"" and {} when there is none. SettingsError when damaged."""
+    """The bytes of the file and what they say; b"" and {} when there is none.
+    SettingsError when damaged."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -184,7 +200,8 @@ def read_settings(path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def parse(data: bytes, path: str) -> dict[str, Any]:
-    """The settings in a file's bytes; SettingsError unless they can be written again without a loss."""
+    """The settings in a file's bytes; SettingsError unless they can be written again without a
+    loss."""
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key occurs twice in {{{', '.join(key for key, _ in pairs)}}}")
@@ -195,25 +212,31 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
         settings = json.loads(text.decode("utf-8"), object_pairs_hook=once) if text.strip() else {}
         write_like(settings, data)
     except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{path} is damaged: {error}; mend it first, nothing was changed") from None
+        raise SettingsError(
+            f"{path} is damaged: {error}; mend it first, nothing was changed") from None
     hooks = settings.get("hooks", {}) if isinstance(settings, dict) else None
-    if not isinstance(hooks, dict) or not all(isinstance(groups, list) for groups in hooks.values()):
-        raise SettingsError(f"{path} is damaged: it needs an object, in which hooks is an object of lists; "
-                            "mend it first, nothing was changed")
+    if (not isinstance(hooks, dict)
+            or not all(isinstance(groups, list) for groups in hooks.values())):
+        raise SettingsError(
+            f"{path} is damaged: it needs an object, in which hooks is an object of lists; "
+            "mend it first, nothing was changed")
     return settings
 
 
 def write_like(settings: dict[str, Any], old: bytes) -> bytes:
-    """The settings as JSON with the byte order mark, indentation, line ends and last line of the old file."""
+    """The settings as JSON with the byte order mark, indentation,
+    line ends and last line of the old file."""
     indent = re.search(rb"^([ \t]+)\S", old, re.MULTILINE)
-    text = json.dumps(settings, indent=indent.group(1).decode() if indent else 2, ensure_ascii=False)
+    text = json.dumps(settings, indent=indent.group(1).decode() if indent else 2,
+                      ensure_ascii=False)
     text += "\n" if not old or old.endswith(b"\n") else ""
     data = text.replace("\n", "\r\n" if b"\r\n" in old else "\n").encode("utf-8")
     return BOM + data if old.startswith(BOM) else data
 
 
 def uninstalled(path: str, old: bytes, settings: dict[str, Any]) -> bytes | None:
-    """The file's bytes without our entries: those of a copy that says the same; None to remove the file."""
+    """The file's bytes without our entries: those of a copy that says the same;
+    None to remove the file."""
     if not ours_in(settings) and not is_our_status(settings):
         return old
     plain = without(settings)
@@ -239,8 +262,8 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def replace(path: str, old: bytes, new: bytes | None) -> str:
-    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" without a file. Edited when
-    the file is not the old one any more; it stays as it is then."""
+    """Keep a copy, then write the file in one step (or remove it); the copy's path, "" without a
+    file. Edited when the file is not the old one any more; it stays as it is then."""
     backup, target = "", os.path.realpath(path)  # a link, as dotfile managers make, stays one
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.exists(target):
@@ -284,16 +307,21 @@ def settings_path(project: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Install or uninstall; 0, or 1 when the settings cannot be changed."""
-    parser = argparse.ArgumentParser(description="Put sessionoptimizer's hooks into Claude Code's settings.")
+    parser = argparse.ArgumentParser(
+        description="Put sessionoptimizer's hooks into Claude Code's settings.")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--install", action="store_true", help="add the hooks (else: only show the change)")
+    action.add_argument("--install", action="store_true",
+                        help="add the hooks (else: only show the change)")
     action.add_argument("--uninstall", action="store_true", help="take them out")
-    parser.add_argument("--project", nargs="?", const=".", metavar="DIR", help="a project's (default: .)")
+    parser.add_argument("--project", nargs="?", const=".", metavar="DIR",
+                        help="a project's (default: .)")
     parser.add_argument("--dry-run", action="store_true", help="show the change and write nothing")
-    parser.add_argument("--guard", nargs="?", const="advise", choices=("advise", "deny"), default="",
-                        help="answer reads and searches that would repeat, by advice (default) or a refusal")
+    parser.add_argument(
+        "--guard", nargs="?", const="advise", choices=("advise", "deny"), default="",
+        help="answer reads and searches that would repeat, by advice (default) or a refusal")
     parser.add_argument("--status-line", action="store_true",
-                        help="also show context, dollars and the cache's end in Claude Code's status line")
+                        help="also show context, dollars and the cache's end in Claude Code's "
+                        "status line")
     parser.add_argument("--store", metavar="DIR", help="let the hooks log to this store")
     options = parser.parse_args(argv)
     path = settings_path(options.project)
@@ -310,20 +338,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def change(path: str, options: argparse.Namespace) -> int:
-    """Show the change and, where it is asked for, make it; 0. SettingsError, OSError or Edited when it cannot."""
+    """Show the change and, where it is asked for, make it; 0. SettingsError,
+    OSError or Edited when it cannot."""
     old, settings = read_settings(path)
     if options.uninstall:
         new = uninstalled(path, old, settings)
     else:
         status = status_entry(options.store) if options.status_line else None
-        wanted = merged(settings, entries(hook_command(options.store, bool(options.project)), options.guard), status)
+        wanted = merged(settings, entries(hook_command(options.store, bool(options.project)),
+                                          options.guard), status)
         new = old if wanted is settings else write_like(wanted, old)
     if new == old:
         print(f"{path}: nothing to change")
         return 0
     print(shown(path, old, new))
     if options.dry_run or not (options.install or options.uninstall):
-        print(f"\n{path}: nothing written" + ("" if options.dry_run else "; --install makes this change"))
+        print(f"\n{path}: nothing written"
+              + ("" if options.dry_run else "; --install makes this change"))
         return 0
     backup = replace(path, old, new)
     done = "removed" if new is None else "written"

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """A live dashboard of a store: efficiency by agent, active sessions, trend, alerts and reports.
 
-    python3 examples/dashboard.py         your own store (SESSIONOPTIMIZER_HOME or ~/.sessionoptimizer)
+    python3 examples/dashboard.py         your own store (SESSIONOPTIMIZER_HOME or
+                                          ~/.sessionoptimizer)
     python3 examples/dashboard.py --store DIR --port 9000
 
-It serves dashboard.html, a JSON API, /metrics for Prometheus and /health, on this machine only unless --host
-and --token say otherwise. It reads sessions and changes none, but ends those whose agent has gone, as every
-command does. docs/dashboard.md describes it all.
+It serves dashboard.html, a JSON API, /metrics for Prometheus and /health, on this machine only
+unless --host and --token say otherwise. It reads sessions and changes none, but ends those whose
+agent has gone, as every command does. docs/dashboard.md describes it all.
 """
 import argparse
 import json
@@ -43,17 +44,18 @@ METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 STATES = [status.value for status in SessionStatus]
 HOW = ("carried", "first", "again", "output")  # the ways a token is paid, see docs/bill.md
 FIGURES = ("waste_tokens", "measured_waste_tokens", "cost", "waste_cost", "measured_waste_cost")
-KEPT = ("id agent task model status started_at last_at started project minutes prompts model_calls tokens "
-        "efficiency efficiency_score error_rate stamp").split() + list(FIGURES)
+KEPT = ("id agent task model status started_at last_at started project minutes prompts model_calls "
+        "tokens efficiency efficiency_score error_rate stamp").split() + list(FIGURES)
 SORTS = {"task": lambda row: row["task"].lower(), "project": lambda row: row["project"].lower(),
          "duration": lambda row: row["minutes"], "issues": lambda row: row["issues"],
          **{name: (lambda row, name=name: row[name]) for name in (
-             "agent", "model", "status", "efficiency", "cost", "tokens", "waste_tokens", "waste_cost", "started")}}
+             "agent", "model", "status", "efficiency", "cost", "tokens", "waste_tokens",
+             "waste_cost", "started")}}
 
 
 def light(row):
-    """A ``summaries()`` row without what only a report shows: ten thousand of them fit into memory. ``paid``:
-    whole pico-dollars by HOW, as docs/bill.md has them."""
+    """A ``summaries()`` row without what only a report shows: ten thousand of them fit into memory.
+    ``paid``: whole pico-dollars by HOW, as docs/bill.md has them."""
     kept = {name: row[name] for name in KEPT}
     kept["paid"] = dict.fromkeys(HOW, 0)
     for cell in row["bill"]["cells"]:
@@ -63,29 +65,31 @@ def light(row):
 
 def paid(rows):
     """USD by HOW of light rows, exact until they are rounded once."""
-    return {how: round(sum(row["paid"][how] for row in rows) / sessionoptimizer.PICO, 12) for how in HOW}
+    return {how: round(sum(row["paid"][how] for row in rows) / sessionoptimizer.PICO, 12)
+            for how in HOW}
 
 
 def sums(rows):
-    """The totals of light rows. ``efficiency`` and ``efficiency_score``: of all their tokens, as scan and stats
-    print it; None without any."""
+    """The totals of light rows. ``efficiency`` and ``efficiency_score``: of all their tokens, as
+    scan and stats print it; None without any."""
     totals = {name: round(sum(row[name] for row in rows), 6) for name in FIGURES}
     tokens = sum(row["tokens"] for row in rows)
     score = round(100 * (1 - totals["waste_tokens"] / (tokens or 1)), 2) if rows else None
-    return dict(totals, sessions=len(rows), total_tokens=tokens, efficiency_score=score, efficiency=score)
+    return dict(totals, sessions=len(rows), total_tokens=tokens, efficiency_score=score,
+                efficiency=score)
 
 
 def listed(row):
     """A light row as the API shows it. Duration in seconds, cost in USD."""
-    names = ("id agent task model status started_at last_at project tokens waste_tokens measured_waste_tokens "
-             "cost waste_cost issues").split()
+    names = ("id agent task model status started_at last_at project tokens waste_tokens "
+             "measured_waste_tokens cost waste_cost issues").split()
     return dict({name: row[name] for name in names}, duration=round(row["minutes"] * 60),
                 efficiency=round(row["efficiency"], 2))
 
 
 def periods_of(first, last):
-    """(unit, dates) from one day to another, without a gap: days, or weeks (from Monday) beyond three months,
-    or months beyond two years."""
+    """(unit, dates) from one day to another, without a gap: days, or weeks (from Monday) beyond
+    three months, or months beyond two years."""
     unit = "day" if (last - first).days <= 92 else "week" if (last - first).days <= 731 else "month"
     dates = [begin_of(first, unit)]
     while dates[-1] < last:
@@ -104,8 +108,8 @@ def begin_of(day, unit):
 
 
 def wasted_tokens(session, report):
-    """Wasted tokens by event id. As in the report an event pays its largest measured claim and what the
-    largest estimated one adds, so the sum is the report's total."""
+    """Wasted tokens by event id. As in the report an event pays its largest measured claim and what
+    the largest estimated one adds, so the sum is the report's total."""
     ledger = sessionoptimizer.ClaimsLedger(sessionoptimizer.Analysis(session), report.issues)
     return {event_id: tokens for event_id, tokens in ledger.by_event.items() if tokens}
 
@@ -119,7 +123,8 @@ def timeline(session, wasted):
         text = ", ".join(f"{count} {kind}" for kind, count in kinds)
         steps.append({"first": first + 1, "events": len(events),
                       "time": events[0].timestamp, "type": kinds[0][0],
-                      "text": text if size > 1 else sessionoptimizer.event_extract(session, events[0]),
+                      "text": text if size > 1
+                      else sessionoptimizer.event_extract(session, events[0]),
                       "input": sum(event.tokens_input for event in events),
                       "output": sum(event.tokens_output for event in events),
                       "again": sum(event.tokens_input for event in events
@@ -129,11 +134,11 @@ def timeline(session, wasted):
 
 
 def context_of(session, bill):
-    """The main agent's context call by call: ``{"calls", "helpers" (calls of sub-agents), "columns"}``, a column
-    for a call or for several where there are more than MAX_CALLS: ``{"call" (number of the last), "time",
-    "read" (tokens sent again from the cache), "again" (written a second time), "new", "gap" (seconds of
-    idleness before it, 0 for none), "compacted", "causes" (why the cache was lost), "cost" (USD of that)}``.
-    Empty where no call tells what it read."""
+    """The main agent's context call by call: ``{"calls", "helpers" (calls of sub-agents),
+    "columns"}``, a column for a call or for several where there are more than MAX_CALLS: ``{"call"
+    (number of the last), "time", "read" (tokens sent again from the cache), "again" (written a
+    second time), "new", "gap" (seconds of idleness before it, 0 for none), "compacted", "causes"
+    (why the cache was lost), "cost" (USD of that)}``. Empty where no call tells what it read."""
     causes = {}
     for rebuild in bill["rebuilds"]:
         causes[rebuild["event"]] = sessionoptimizer.CAUSES[rebuild["cause"]], rebuild["cost"]
@@ -168,10 +173,11 @@ def context_of(session, bill):
 
 
 class Source:
-    """The answers of the API, made of one light row per session. The rows come from the summaries that a scan,
-    ``stats`` and this program keep in the store; sessions that have none are read: a few at once, many in the
-    background, the newest first, while the page shows how many are left. An answer is made again only after a
-    session file has changed, and once a minute for the passing of time; its ETag stays while its content does."""
+    """The answers of the API, made of one light row per session. The rows come from the summaries
+    that a scan, ``stats`` and this program keep in the store; sessions that have none are read: a
+    few at once, many in the background, the newest first, while the page shows how many are left.
+    An answer is made again only after a session file has changed, and once a minute for the passing
+    of time; its ETag stays while its content does."""
 
     def __init__(self, store=None):
         self.store, self.optimizer, self.lock = store, SessionOptimizer(store), threading.RLock()
@@ -184,8 +190,8 @@ class Source:
         threading.Thread(target=self._attend, daemon=True).start()
 
     def _attend(self):
-        """Take in what is there before somebody asks; from then on end, as every command does, the sessions that
-        run no more because their agent has gone."""
+        """Take in what is there before somebody asks; from then on end, as every command does, the
+        sessions that run no more because their agent has gone."""
         try:
             self.answer("overview", {})
         except (SessionOptimizerError, OSError):
@@ -201,10 +207,12 @@ class Source:
 
     def look(self, max_age=0.0):
         """The number of the store's state, which grows when a session has changed or was read."""
-        if self.version and time.monotonic() - self.seen < max(max_age, len(self.files) * LOOK_SECONDS):
+        if (self.version
+                and time.monotonic() - self.seen < max(max_age, len(self.files) * LOOK_SECONDS)):
             return self.version
         with self.lock:
-            found = {session_id: [info.st_size, info.st_mtime_ns] for session_id, info in self.optimizer.store.files()}
+            found = {session_id: [info.st_size, info.st_mtime_ns]
+                     for session_id, info in self.optimizer.store.files()}
             self.seen = time.monotonic()
             if self.by_id is None:
                 self.by_id = self.optimizer.store.state.summaries(self.settings, light)
@@ -218,10 +226,13 @@ class Source:
         gone = self.by_id.keys() - found.keys()
         for session_id in gone:
             del self.by_id[session_id]
-        self.problems = {name: told for name, told in self.problems.items() if told[0] == found.get(name)}
-        self.unread = sorted((name for name, stamp in found.items() if not self._known(name, stamp)),
-                             key=lambda name: found[name][1], reverse=True)
-        if len(self.unread) <= AT_ONCE and sum(found[name][0] for name in self.unread) <= AT_ONCE_BYTES:
+        self.problems = {name: told for name, told in self.problems.items()
+                         if told[0] == found.get(name)}
+        self.unread = sorted(
+            (name for name, stamp in found.items() if not self._known(name, stamp)),
+            key=lambda name: found[name][1], reverse=True)
+        if (len(self.unread) <= AT_ONCE
+                and sum(found[name][0] for name in self.unread) <= AT_ONCE_BYTES):
             self._keep(*self._read(self.unread))
             self.unread = []
         elif self.reader is None:
@@ -231,13 +242,15 @@ class Source:
 
     def _known(self, name, stamp):
         row, problem = self.by_id.get(name), self.problems.get(name)
-        return row is not None and row["stamp"] == stamp or problem is not None and problem[0] == stamp
+        return (row is not None and row["stamp"] == stamp
+                or problem is not None and problem[0] == stamp)
 
     def _keep(self, rows, problems):
         """Take rows and problems by session id among those that are shown."""
         for session_id in problems.keys() - rows.keys():
             self.by_id.pop(session_id, None)
-        self.by_id.update((session_id, row) for session_id, row in rows.items() if session_id in self.files)
+        self.by_id.update((session_id, row) for session_id, row in rows.items()
+                          if session_id in self.files)
         self.problems.update(problems)
         self.rows = sorted(self.by_id.values(), key=lambda row: (row["started"], row["id"]))
 
@@ -255,10 +268,11 @@ class Source:
                 self._keep(*found)
 
     def _read(self, names):
-        """The light rows of these sessions, kept in the store for the next time, and the problems of those that
-        cannot be read, by session id."""
+        """The light rows of these sessions, kept in the store for the next time, and the problems
+        of those that cannot be read, by session id."""
         began, news, problems = time.monotonic(), {}, {}
-        optimizer = SessionOptimizer(self.store)  # of its own: the events it reads do not stay in memory
+        # of its own: the events it reads do not stay in memory
+        optimizer = SessionOptimizer(self.store)
         for name in names:
             stamp = self.files.get(name)
             with HEARING, warnings.catch_warnings(record=True) as caught:
@@ -314,7 +328,8 @@ class Source:
         return rows[first:]
 
     def overview(self, days=0):
-        """What a page shows first. Without ``days`` those of the shortest period that has a session."""
+        """What a page shows first. Without ``days`` those of the shortest period that has a
+        session."""
         now = time.time()
         counts = {period: len(self._since(period)) for period in PERIODS}
         chosen = days or next((period for period in PERIODS if counts[period]), MAX_DAYS)
@@ -328,22 +343,27 @@ class Source:
         totals = dict(sums(rows), paid=paid(rows))
         return {"timestamp": datetime.fromtimestamp(now).astimezone().isoformat(timespec="seconds"),
                 "days": chosen, "counts": {str(period): count for period, count in counts.items()},
-                "totals": totals, "agents": {agent: sums(agents[agent]) for agent in sorted(agents)},
+                "totals": totals,
+                "agents": {agent: sums(agents[agent]) for agent in sorted(agents)},
                 "choices": {name: sorted(counter) for name, counter in choices.items()},
-                "spending": self.spending(chosen), "stored_sessions": len(self.rows), "unread": len(self.unread),
-                "latest": self.rows[-1]["started_at"] if self.rows else "", "problems": self._problems()}
+                "spending": self.spending(chosen), "stored_sessions": len(self.rows),
+                "unread": len(self.unread),
+                "latest": self.rows[-1]["started_at"] if self.rows else "",
+                "problems": self._problems()}
 
     def _problems(self):
         return sorted({told for _, told in list(self.problems.values())})
 
     def spending(self, days):
-        """Dollars by HOW, efficiency and tokens of every day (local, the one on which a session began) of at
-        least a week, or of every week or month: ``{"unit", "rows": [{"date", ...}], "undated" (USD)}``."""
+        """Dollars by HOW, efficiency and tokens of every day (local, the one on which a session
+        began) of at least a week, or of every week or month:
+        ``{"unit", "rows": [{"date", ...}], "undated" (USD)}``."""
         today, rows = date.today(), self._since(max(days, 7))
         dated = [row for row in rows if row["started"] > 0]
         first = today - timedelta(min(max(days, 7), MAX_DAYS) - 1)
         if days > 92:
-            first = min([date.fromtimestamp(row["started"]) for row in dated[:1]] + [today - timedelta(6)])
+            first = min([date.fromtimestamp(row["started"]) for row in dated[:1]]
+                        + [today - timedelta(6)])
         last = max([date.fromtimestamp(row["started"]) for row in dated[-1:]] + [today])
         unit, dates = periods_of(first, last)
         groups = {day: [] for day in dates}
@@ -351,33 +371,37 @@ class Source:
             day = begin_of(date.fromtimestamp(row["started"]), unit)
             if day in groups:  # a period of 24 hours or 7 days begins in the middle of a day
                 groups[day].append(row)
-        names = ("sessions", "total_tokens", "efficiency_score", "cost", "measured_waste_cost", "waste_cost")
+        names = ("sessions", "total_tokens", "efficiency_score", "cost",
+                 "measured_waste_cost", "waste_cost")
         told = []
         for day, its in groups.items():
             figures = sums(its)
-            told.append(dict(paid(its), date=day.isoformat(), **{name: figures[name] for name in names}))
+            told.append(
+                dict(paid(its), date=day.isoformat(), **{name: figures[name] for name in names}))
         undated = sum(row["cost"] for row in rows if row["started"] <= 0)
         return {"unit": unit, "rows": told, "undated": round(undated, 6)}
 
     def bill(self, days=MAX_DAYS):
-        """Where the money went and what to do first, in the words of ``scan``: ``{"total", "rows": [[how, cost,
-        share, largest parts]], "advice": [{"text", "saves"}]}``. The whole rows are read for it."""
+        """Where the money went and what to do first, in the words of ``scan``: ``{"total", "rows":
+        [[how, cost, share, largest parts]], "advice": [{"text",
+        "saves"}]}``. The whole rows are read for it."""
         since, wanted = time.time() - days * 86_400, {row["id"] for row in self.rows}
         rows = self.optimizer.store.state.summaries(
-            self.settings, lambda row: row if row["started"] >= since and row["id"] in wanted else None)
+            self.settings,
+            lambda row: row if row["started"] >= since and row["id"] in wanted else None)
         billed = sessionoptimizer.billed([row for row in rows.values() if row is not None])
         section, = sessionoptimizer.bill_sections(billed["bill"])
         advice = sessionoptimizer.advice_section(billed["advice"])
-        return {"total": billed["bill"]["total"], "guessed": billed["bill"].get("guessed", 0), "rows": section.rows,
-                "advice": [part.title for part in advice.parts][:5]}
+        return {"total": billed["bill"]["total"], "guessed": billed["bill"].get("guessed", 0),
+                "rows": section.rows, "advice": [part.title for part in advice.parts][:5]}
 
     def current(self, days=1):
         rows, agents = self._since(days), defaultdict(list)
         for row in rows:
             agents[row["agent"]].append(row)
         totals = sums(rows)
-        return {"timestamp": datetime.now().astimezone().isoformat(timespec="seconds"), "days": days,
-                "agents": {agent: sums(agents[agent]) for agent in sorted(agents)},
+        return {"timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "days": days, "agents": {agent: sums(agents[agent]) for agent in sorted(agents)},
                 "total_sessions": len(rows), "average_efficiency": totals["efficiency"],
                 "total_waste_tokens": totals["waste_tokens"], "totals": totals,
                 "stored_sessions": len(self.rows), "problems": self._problems(),
@@ -403,22 +427,25 @@ class Source:
         dates = [today - timedelta(days=back) for back in reversed(range(days))]
         points = [dict(sums(by_day.get(day, ())), date=day.isoformat()) for day in dates]
         return {"days": days, "trend": [
-            {"date": point["date"], "efficiency": point["efficiency"], "sessions": point["sessions"],
-             "tokens": point["total_tokens"]} for point in points]}
+            {"date": point["date"], "efficiency": point["efficiency"],
+             "sessions": point["sessions"], "tokens": point["total_tokens"]} for point in points]}
 
-    def sessions(self, agent="", project="", model="", status="", q="", sort="started", order="desc", limit=50,
-                 offset=0, days=MAX_DAYS):
+    def sessions(self, agent="", project="", model="", status="", q="", sort="started",
+                 order="desc", limit=50, offset=0, days=MAX_DAYS):
         words = q.lower().split()
-        exact = {"agent": agent.upper(), "status": status.upper(), "project": project.upper(), "model": model.upper()}
+        exact = {"agent": agent.upper(), "status": status.upper(), "project": project.upper(),
+                 "model": model.upper()}
         exact = {name: value for name, value in exact.items() if value}
         rows = [row for row in self._since(days)
                 if all(row[name].upper() == value for name, value in exact.items())
-                and all(any(word in row[name].lower() for name in ("task", "id", "project", "agent", "model"))
+                and all(any(word in row[name].lower()
+                            for name in ("task", "id", "project", "agent", "model"))
                         for word in words)]
         rows.sort(key=SORTS[sort], reverse=order == "desc")
         shown = [listed(row) for row in rows[offset:offset + limit]]
         return {"sessions": shown, "count": len(shown), "offset": offset, "total": len(rows),
-                "cost": round(sum(row["cost"] for row in rows), 6), "latest": self.rows[-1]["started_at"] if self.rows else ""}
+                "cost": round(sum(row["cost"] for row in rows), 6),
+                "latest": self.rows[-1]["started_at"] if self.rows else ""}
 
     def active(self):
         rows = [listed(row) for row in self.rows if row["status"] == SessionStatus.ACTIVE.value]
@@ -436,7 +463,8 @@ class Source:
                 "sessions": len({alert["session_id"] for alert in found})}
 
     def report(self, name):
-        optimizer = SessionOptimizer(self.store)  # of its own: the events it reads do not stay in memory
+        # of its own: the events it reads do not stay in memory
+        optimizer = SessionOptimizer(self.store)
         session = optimizer.get_session(name) if name in self.files else None
         if session is None:
             raise Refused(404, f"no session {name!r}")
@@ -447,21 +475,24 @@ class Source:
                   "status": session.status.value, "started_at": session.started_at,
                   "ended_at": session.ended_at, "duration": round(session.duration_seconds),
                   "events": len(session.events)}
-        events = {event.id: {"number": number, "type": event.event_type.value, "tokens": event.tokens,
-                             "wasted": wasted.get(event.id, 0),
-                             "text": sessionoptimizer.event_extract(session, event)}
-                  for number, event in enumerate(session.events, 1) if event.id in named}
+        events = {
+            event.id: {"number": number, "type": event.event_type.value, "tokens": event.tokens,
+                       "wasted": wasted.get(event.id, 0),
+                       "text": sessionoptimizer.event_extract(session, event)}
+            for number, event in enumerate(session.events, 1) if event.id in named}
         bill, = sessionoptimizer.bill_sections(report.bill)
-        return dict(report.to_dict(), session=header, timeline=timeline(session, wasted), evidence=events,
-                    money=bill.rows, context=context_of(session, report.bill))
+        return dict(report.to_dict(), session=header, timeline=timeline(session, wasted),
+                    evidence=events, money=bill.rows, context=context_of(session, report.bill))
 
     def metrics(self):
-        groups, states = defaultdict(list), Counter((row["agent"], row["status"]) for row in self.rows)
+        groups, states = (defaultdict(list),
+                          Counter((row["agent"], row["status"]) for row in self.rows))
         for row in self.rows:
             groups[row["agent"]].append(row)
         tables = {"info": [(("version",), (sessionoptimizer.__version__,), 1)],
                   "unreadable": [((), (), len(self.problems))],
-                  "sessions": [(("agent", "status"), key, number) for key, number in sorted(states.items())]}
+                  "sessions": [(("agent", "status"), key, number)
+                               for key, number in sorted(states.items())]}
         for agent, rows in sorted(groups.items()):
             for name, value in sums(rows).items():
                 if name in METRICS:
@@ -480,16 +511,18 @@ class Source:
 METRICS = {"total_tokens": "tokens", "waste_tokens": "wasted_tokens", "cost": "cost_usd",
            "waste_cost": "wasted_cost_usd", "measured_waste_tokens": "measured_wasted_tokens",
            "efficiency": "efficiency_percent"}
-HELP = {"info": "Version", "unreadable": "Problems met while reading the store", "sessions": "Sessions",
-        "tokens": "Tokens, input and output", "wasted_tokens": "Wasted tokens, estimates included",
-        "measured_wasted_tokens": "Wasted tokens, estimates left out", "cost_usd": "Cost at API prices",
-        "wasted_cost_usd": "Cost of the wasted tokens", "efficiency_percent": "Efficiency over all tokens, 0 to 100"}
+HELP = {
+    "info": "Version", "unreadable": "Problems met while reading the store", "sessions": "Sessions",
+    "tokens": "Tokens, input and output", "wasted_tokens": "Wasted tokens, estimates included",
+    "measured_wasted_tokens": "Wasted tokens, estimates left out", "cost_usd": "Cost at API prices",
+    "wasted_cost_usd": "Cost of the wasted tokens",
+    "efficiency_percent": "Efficiency over all tokens, 0 to 100"}
 ROUTES = {"/api/overview": ("overview", "days"), "/api/bill": ("bill", "days"),
           "/api/stats/current": ("current", "days"), "/api/stats/trend": ("trend", "days"),
           "/api/sessions/active": ("active",), "/metrics": ("metrics",),
           "/api/alerts": ("alerts", "days", "limit", "offset"),
-          "/api/sessions": ("sessions", "agent", "project", "model", "status", "q", "sort", "order", "limit",
-                            "offset", "days")}
+          "/api/sessions": ("sessions", "agent", "project", "model", "status", "q", "sort", "order",
+                            "limit", "offset", "days")}
 CHOICES = {"status": (*STATES, ""), "sort": tuple(SORTS), "order": ("asc", "desc")}
 LIMITS = {"days": (1, MAX_DAYS), "limit": (1, MAX_ROWS), "offset": (0, 1_000_000)}
 NAMED = {"/api/stats/agent": ("agent", "days"), "/api/reports": ("report",)}
@@ -510,12 +543,14 @@ def route(path, query):
             raise Refused(400, f"unknown parameter {key!r}: use {', '.join(allowed) or 'none'}")
         known = CHOICES.get(key, ())
         if known and text.upper() not in map(str.upper, known):
-            raise Refused(400, f"unknown {key} {text!r}: use one of {', '.join(filter(None, known))}")
+            raise Refused(400,
+                          f"unknown {key} {text!r}: use one of {', '.join(filter(None, known))}")
         if key in LIMITS:
             least, most = LIMITS[key]
             if not (re.fullmatch("[0-9]{1,7}", text) and least <= int(text) <= most):
                 raise Refused(400, f"{key} is {text!r}: give a whole number from {least} to {most}")
-        values[key] = int(text) if key in LIMITS else text.lower() if key in ("sort", "order") else text
+        values[key] = (int(text) if key in LIMITS else text.lower()
+                       if key in ("sort", "order") else text)
     return answer, dict(values, name=unquote(name)) if path not in ROUTES else values
 
 
@@ -529,7 +564,8 @@ class Dashboard(LocalServer):
     def answer(self, path, query):
         name, arguments = route(path, query)
         try:
-            return (METRICS_TEXT if name == "metrics" else JSON, *self.source.answer(name, arguments))
+            return (METRICS_TEXT if name == "metrics" else JSON,
+                    *self.source.answer(name, arguments))
         except (SessionOptimizerError, OSError) as error:
             raise Refused(500, str(error)) from error
 
@@ -541,27 +577,29 @@ class Dashboard(LocalServer):
         super().server_close()
 
     def state(self, max_age):
-        return self.source.look(max_age), 4 * self.source.spent  # that takes a fifth of the time at most
+        # that takes a fifth of the time at most
+        return self.source.look(max_age), 4 * self.source.spent
 
 
 def read_options(argv):
     parser = argparse.ArgumentParser(prog="dashboard.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", metavar="DIR",
-                        help="directory of the store; without it your own (not a temporary one as elsewhere "
-                        "in examples/: there would be nothing to see)")
+                        help="directory of the store; without it your own (not a temporary one as "
+                        "elsewhere in examples/: there would be nothing to see)")
     parser.add_argument("--port", type=int, default=8765, help="default 8765; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1",
                         help="address to listen on, default 127.0.0.1; others need --token")
     parser.add_argument("--token", default=os.environ.get("SESSIONOPTIMIZER_TOKEN", ""),
-                        help=f"secret that requests need, {MIN_TOKEN} characters or more; by default the "
-                        "variable SESSIONOPTIMIZER_TOKEN")
+                        help=f"secret that requests need, {MIN_TOKEN} characters or more; "
+                        "by default the variable SESSIONOPTIMIZER_TOKEN")
     options = parser.parse_args(argv)
     if not 0 <= options.port <= 65_535:
         parser.error(f"--port is {options.port}: give a number from 0 to 65535")
     if options.host not in LOOPBACK and not options.token:
-        parser.error(f"--host {options.host} lets other machines read your sessions: give a --token as well, "
-                     "e.g. one from python3 -c 'import secrets; print(secrets.token_urlsafe())'")
+        parser.error(
+            f"--host {options.host} lets other machines read your sessions: give a --token as "
+            "well, e.g. one from python3 -c 'import secrets; print(secrets.token_urlsafe())'")
     if 0 < len(options.token) < MIN_TOKEN:
         parser.error(f"--token has {len(options.token)} characters: give at least {MIN_TOKEN}")
     return options
@@ -571,13 +609,16 @@ def main(argv=None):
     options = read_options(argv)
     place = f"{f'[{options.host}]' if ':' in options.host else options.host}:"
     try:
-        server = Dashboard(Source(options.store), host=options.host, port=options.port, token=options.token)
+        server = Dashboard(Source(options.store), host=options.host, port=options.port,
+                           token=options.token)
     except (SessionOptimizerError, OSError, OverflowError) as error:
         reason = f"{place}{options.port} cannot be used: {error}; another --port may do"
-        print("dashboard:", error if isinstance(error, SessionOptimizerError) else reason, file=sys.stderr)
+        print("dashboard:", error if isinstance(error, SessionOptimizerError) else reason,
+              file=sys.stderr)
         return 1
-    print(f"Dashboard of {server.source.optimizer.storage_path}: http://{place}{server.server_address[1]}/"
-          f"{'?token=TOKEN' if options.token else ''}  (Ctrl-C stops it)", flush=True)
+    print(f"Dashboard of {server.source.optimizer.storage_path}: "
+          f"http://{place}{server.server_address[1]}/{'?token=TOKEN' if options.token else ''}  "
+          "(Ctrl-C stops it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@
 
 From cron, every five minutes:
 
-    */5 * * * * python3 /opt/sessionoptimizer/examples/monitor.py --level MEDIUM --to "$HOME/alerts.jsonl"
+    */5 * * * * python3 /opt/sessionoptimizer/examples/monitor.py --level MEDIUM --to
+    "$HOME/alerts.jsonl"
 
 As a systemd user service, in ~/.config/systemd/user/sessionoptimizer-monitor.service (then
 ``systemctl --user enable --now sessionoptimizer-monitor``):
@@ -19,14 +20,15 @@ As a systemd user service, in ~/.config/systemd/user/sessionoptimizer-monitor.se
     [Install]
     WantedBy=default.target
 
-What was sent is kept in a file (monitor.json in the store), so a restart repeats nothing; an alert that could
-not be sent is tried again next time, and one whose trouble went away and came back counts as new. Give a
-second monitor of one store a file of its own (--state).
+What was sent is kept in a file (monitor.json in the store), so a restart repeats nothing; an alert
+that could not be sent is tried again next time, and one whose trouble went away and came back
+counts as new. Give a second monitor of one store a file of its own (--state).
 
-``--live`` shows the sessions that are active in the store, as the hooks log them: the context of the last call, the
-dollars so far and per call, when the cache expires, what was read twice (see claude_code_status.py). In a terminal
-the lines are refreshed until Ctrl-C, every 2 seconds or as --interval says; elsewhere they are printed once.
-Copy message_bus_alerts.py and claude_code_status.py along with this program.
+``--live`` shows the sessions that are active in the store, as the hooks log them: the context of
+the last call, the dollars so far and per call, when the cache expires, what was read twice (see
+claude_code_status.py). In a terminal the lines are refreshed until Ctrl-C, every 2 seconds or as
+--interval says; elsewhere they are printed once. Copy message_bus_alerts.py and
+claude_code_status.py along with this program.
 """
 from __future__ import annotations
 
@@ -51,11 +53,13 @@ from sessionoptimizer import (  # noqa: E402
 )
 
 LIVE_SECONDS = 2.0  # between two looks at the running sessions
-SPARED = r", until \d\d:\d\d", r", \$[\d.,]+ (?:per|for the next) call", r" \(~[^()]*\)$", r" · read twice: .*$"
+SPARED = (r", until \d\d:\d\d", r", \$[\d.,]+ (?:per|for the next) call", r" \(~[^()]*\)$",
+          r" · read twice: .*$")
 
 
 def read_sent(path: str) -> set[str]:
-    """The ids of the alerts that were sent and still held at the last check; none without such a file."""
+    """The ids of the alerts that were sent and still held at the last check;
+    none without such a file."""
     try:
         with open(path, encoding="utf-8") as file:
             sent = json.load(file)
@@ -81,10 +85,11 @@ def message_of(alert: dict[str, Any]) -> dict[str, Any]:
 
 def check(optimizer: SessionOptimizer, bus: Bus, *, level: Severity = Severity.LOW,
           hours: float = 24.0, state: str = "") -> list[str]:
-    """Send the alerts at or above the level that are new among those of the last hours; the ids sent now.
+    """Send the alerts at or above the level that are new among those of the last hours;
+    the ids sent now.
 
-    ``state``: the file that tells which were sent. OSError when the bus refuses one: it and those after it
-    count as not sent.
+    ``state``: the file that tells which were sent. OSError when the bus refuses one: it and those
+    after it count as not sent.
     """
     since = datetime.now().astimezone() - timedelta(hours=hours)
     alerts = [alert for alert in optimizer.alerts(since=since) if Severity(alert["level"]) >= level]
@@ -119,34 +124,42 @@ def watch(optimizer: SessionOptimizer, bus: Bus, options: argparse.Namespace) ->
 
 
 class Live:
-    """A line for every running session. What a transcript cost is kept until the transcript has grown."""
+    """A line for every running session. What a transcript cost is kept until the transcript has
+    grown."""
 
     def __init__(self, optimizer: SessionOptimizer):
         self.optimizer = optimizer
-        self.costs: dict[str, tuple[list[tuple[str, int]], float | None]] = {}  # by session: sizes of its files, USD
+        # by session: sizes of its files, USD
+        self.costs: dict[str, tuple[list[tuple[str, int]], float | None]] = {}
 
     def cost(self, session_id: str, transcript: str) -> float | None:
-        """USD by the usage in the transcript and those of its sub-agents; None where it cannot be read."""
+        """USD by the usage in the transcript and those of its sub-agents;
+        None where it cannot be read."""
         files = [transcript]
         for folder, _, names in os.walk(os.path.splitext(transcript)[0]):
-            files += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".jsonl")]
+            files += [os.path.join(folder, name) for name in sorted(names)
+                      if name.endswith(".jsonl")]
         try:
             sizes = [(path, os.path.getsize(path)) for path in files]
             if self.costs.get(session_id, ([], None))[0] != sizes:
                 rows = self.optimizer.scan(files, store=False)["sessions"]
-                self.costs[session_id] = sizes, sum(row["estimated_cost"] for row in rows if row["id"] == session_id)
+                self.costs[session_id] = (
+                    sizes, sum(row["estimated_cost"] for row in rows if row["id"] == session_id))
             return self.costs[session_id][1]
         except (OSError, SessionOptimizerError):
             return None
 
     def line(self, session: Session, now: float = 0.0) -> str:
-        """What a session has cost and holds; of one without a transcript its recorded tokens and cost."""
+        """What a session has cost and holds;
+        of one without a transcript its recorded tokens and cost."""
         data = session.metadata
         transcript = data.get("transcript_path") or (data.get("source") or {}).get("path") or ""
         call, cost = last_call(transcript), self.cost(session.id, transcript)
         if not call.context:
-            call, cost = call._replace(context=session.total_tokens, model=""), session.estimated_cost
-        text = line_of(self.optimizer, call, cost=cost, session=logged(self.optimizer, session.id), now=now)
+            call, cost = (call._replace(context=session.total_tokens, model=""),
+                          session.estimated_cost)
+        text = line_of(self.optimizer, call, cost=cost,
+                       session=logged(self.optimizer, session.id), now=now)
         return f"{plain(session.id, 8)}  {plain(session.task, 30) or session.agent}  {text}"
 
     def lines(self, now: float = 0.0) -> list[str]:
@@ -179,13 +192,18 @@ def live(optimizer: SessionOptimizer, interval: float) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the monitor; 0, 1 when something could not be sent, 2 for a bad command line."""
     parser = argparse.ArgumentParser(description="Send new alerts of the store.")
-    parser.add_argument("--to", default="-", metavar="TARGET", help="- (default), a file, or an http(s) URL")
-    parser.add_argument("--interval", type=float, default=0, metavar="SECONDS", help="repeat (default: once)")
-    parser.add_argument("--live", action="store_true", help="show the running sessions instead, one line each")
+    parser.add_argument("--to", default="-", metavar="TARGET",
+                        help="- (default), a file, or an http(s) URL")
+    parser.add_argument("--interval", type=float, default=0, metavar="SECONDS",
+                        help="repeat (default: once)")
+    parser.add_argument("--live", action="store_true",
+                        help="show the running sessions instead, one line each")
     parser.add_argument("--level", type=lambda text: Severity(text.upper()), default=Severity.LOW,
                         metavar="LEVEL", help="LOW (default), MEDIUM or HIGH")
-    parser.add_argument("--hours", type=float, default=24.0, metavar="N", help="active in these hours (24)")
-    parser.add_argument("--state", default="", metavar="FILE", help="what was sent (default: in the store)")
+    parser.add_argument("--hours", type=float, default=24.0, metavar="N",
+                        help="active in these hours (24)")
+    parser.add_argument("--state", default="", metavar="FILE",
+                        help="what was sent (default: in the store)")
     parser.add_argument("--store", metavar="DIR", help="the store (default: your own)")
     options = parser.parse_args(argv)
     try:

@@ -51,7 +51,8 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request(
-                method, path, body, {name.replace("_", "-"): value for name, value in headers.items()}
+                method, path, body,
+                {name.replace("_", "-"): value for name, value in headers.items()}
             )
             reply = connection.getresponse()
             return reply.status, reply.headers, reply.read().decode()
@@ -112,23 +113,26 @@ def test_current(client):
     assert set(answer["agents"]) == {"ATLAS", "FORGE"}
     forge = answer["agents"]["FORGE"]
     assert {"sessions", "efficiency", "waste_tokens", "total_tokens", "cost"} <= set(forge)
-    assert (forge["sessions"], forge["efficiency"], forge["waste_tokens"], forge["total_tokens"]) == (
-        1,
-        75.0,
-        1000,
-        4000,
-    )
-    assert (answer["total_sessions"], answer["average_efficiency"], answer["total_waste_tokens"]) == (
-        2,
-        75.0,
-        2000,
-    )
+    assert ((forge["sessions"], forge["efficiency"], forge["waste_tokens"], forge["total_tokens"])
+            == (
+                1,
+                75.0,
+                1000,
+                4000,
+            ))
+    assert ((answer["total_sessions"], answer["average_efficiency"], answer["total_waste_tokens"])
+            == (
+                2,
+                75.0,
+                2000,
+            ))
     assert answer["totals"]["total_tokens"] == 8000 and answer["totals"]["cost"] > 0
 
 
 def test_current_of_an_empty_store(client):
     answer = client.get("/api/stats/current")
-    assert answer["agents"] == {} and answer["total_sessions"] == 0 and answer["average_efficiency"] is None
+    assert (answer["agents"] == {} and answer["total_sessions"] == 0
+            and answer["average_efficiency"] is None)
 
 
 def test_only_the_period_counts(client):
@@ -190,7 +194,8 @@ def test_sessions(client):
     active = client.get("/api/sessions/active")
     assert active["count"] == 1
     row = active["sessions"][0]
-    assert {"id", "agent", "task", "model", "started_at", "duration", "tokens", "efficiency"} <= set(row)
+    assert ({"id", "agent", "task", "model", "started_at", "duration", "tokens", "efficiency"}
+            <= set(row))
     assert (row["id"], row["task"], row["duration"], row["tokens"], row["efficiency"]) == (
         running.id,
         TASK,
@@ -207,7 +212,8 @@ def test_sessions(client):
 
 def test_alerts(client):
     session = log_some(client.optimizer)
-    client.optimizer.log_event(session.id, "FILE_READ", {"file_path": "src/a.py"}, tokens_input=9000)
+    client.optimizer.log_event(session.id, "FILE_READ", {"file_path": "src/a.py"},
+                               tokens_input=9000)
     alerts = client.get("/api/alerts")["alerts"]
     assert {
         "id",
@@ -237,15 +243,17 @@ sys.addaudithook(_listen)  # cannot be taken away: it stays silent while nobody 
 
 
 def multiply(source, store, count):
-    """A store with so many sessions: those of another one under other ids and dates over 200 days, with their
-    summaries, as a scan leaves them."""
+    """A store with so many sessions: those of another one under other ids and dates over 200 days,
+    with their summaries, as a scan leaves them."""
     first, second = SessionOptimizer(str(source)), SessionOptimizer(str(store))
     settings = sessionoptimizer.scan_settings(first.analyzers, first.prices)
     samples, rows, now = first.summaries(), {}, datetime.now().astimezone().replace(microsecond=0)
-    texts = {row["id"]: Path(first.store.find(row["id"])).read_text(encoding="utf-8") for row in samples}
+    texts = {row["id"]: Path(first.store.find(row["id"])).read_text(encoding="utf-8")
+             for row in samples}
     for number in range(count):
         row = dict(samples[number % len(samples)])
-        name, begun = f"{number:05}-{row['id']}"[:100], now - timedelta(minutes=number * 288_000 // count + 30)
+        name, begun = (f"{number:05}-{row['id']}"[:100],
+                       now - timedelta(minutes=number * 288_000 // count + 30))
         path = Path(second.store.find(name))
         text = texts[row["id"]].replace(row["id"], name)
         path.write_text(text.replace(row["started_at"], begun.isoformat()), encoding="utf-8")
@@ -288,7 +296,8 @@ def test_the_first_answers_read_no_session(samples, tmp_path):
     OPENED.append("watching")
     try:
         overview = again.get("/api/overview")
-        for path in ("/api/sessions", "/api/alerts?limit=5", "/api/sessions/active", "/api/bill?days=3650", "/metrics"):
+        for path in ("/api/sessions", "/api/alerts?limit=5", "/api/sessions/active",
+                     "/api/bill?days=3650", "/metrics"):
             again.ask(path)
         opened = list(OPENED)
     finally:
@@ -313,13 +322,16 @@ def test_what_a_scan_stored_is_not_read_again(asked):
 
 
 def test_many_sessions_without_a_summary_are_read_in_the_background(samples, tmp_path, monkeypatch):
-    """The first answer comes before, says how many are left, and the next program finds them read."""
+    """The first answer comes before, says how many are left,
+    and the next program finds them read."""
     store, turn = tmp_path / "store", threading.Event()
     optimizer = multiply(samples, store, 120)
     settings = sessionoptimizer.scan_settings(optimizer.analyzers, optimizer.prices)
-    optimizer.store.state.save_summaries(settings, {}, list(optimizer.store.state.summaries(settings)))
+    optimizer.store.state.save_summaries(settings, {},
+                                         list(optimizer.store.state.summaries(settings)))
     real = dashboard.Source._read
-    monkeypatch.setattr(dashboard.Source, "_read", lambda self, names: turn.wait(20) and real(self, names))
+    monkeypatch.setattr(dashboard.Source, "_read",
+                        lambda self, names: turn.wait(20) and real(self, names))
     client = Client(store)
     try:
         first = client.get("/api/overview")
@@ -340,7 +352,8 @@ def test_what_needs_the_whole_summaries_takes_a_bounded_share_of_the_time(client
     """While an agent works, every event would read them all again."""
     session, made = log_some(client.optimizer), []
     real = client.server.source.bill
-    monkeypatch.setattr(client.server.source, "bill", lambda **options: made.append(1) or time.sleep(0.05) or real(**options))
+    monkeypatch.setattr(client.server.source, "bill",
+                        lambda **options: made.append(1) or time.sleep(0.05) or real(**options))
     for _ in range(5):
         client.get("/api/bill?days=7")
         client.optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=50)
@@ -371,9 +384,11 @@ def test_a_session_whose_agent_has_gone_is_ended(tmp_path, monkeypatch):
 
 
 def test_the_figures_are_those_of_scan(asked):
-    """The bill of ``scan --format json``, to the pico-dollar: in the totals, over the days, by session."""
+    """The bill of ``scan --format json``, to the pico-dollar: in the totals, over the days,
+    by session."""
     result = json.loads(subprocess.run(
-        [sys.executable, str(HERE.parent / "sessionoptimizer.py"), "scan", "--no-store", "--format", "json",
+        [sys.executable, str(HERE.parent / "sessionoptimizer.py"), "scan", "--no-store", "--format",
+         "json",
          str(HERE / "transcripts")], stdout=subprocess.PIPE, timeout=120, check=True).stdout)
     bill, totals = result["bill"], asked.get("/api/overview?days=3650")["totals"]
     for how in dashboard.HOW:
@@ -381,7 +396,8 @@ def test_the_figures_are_those_of_scan(asked):
         assert totals["paid"][how] == pytest.approx(cells, abs=1e-9), how
     assert sum(totals["paid"].values()) == pytest.approx(bill["total"], abs=1e-9)
     assert totals["cost"] == pytest.approx(result["totals"]["estimated_cost"], abs=1e-6)
-    assert totals["efficiency_score"] == pytest.approx(result["totals"]["efficiency_score"], abs=0.005)
+    assert (totals["efficiency_score"]
+            == pytest.approx(result["totals"]["efficiency_score"], abs=0.005))
     assert totals["waste_cost"] == pytest.approx(result["totals"]["waste"]["cost"], abs=1e-6)
     days = asked.get("/api/overview?days=3650")["spending"]
     for how in dashboard.HOW:
@@ -391,24 +407,28 @@ def test_the_figures_are_those_of_scan(asked):
     for row in asked.get("/api/sessions?limit=1000")["sessions"]:
         assert row["cost"] == pytest.approx(by_id[row["id"]]["estimated_cost"], abs=1e-9)
     told = asked.get("/api/bill?days=3650")
-    assert told["total"] == pytest.approx(bill["total"], abs=1e-9) and len(told["rows"]) == 4 and told["advice"]
+    assert (told["total"] == pytest.approx(bill["total"], abs=1e-9) and len(told["rows"]) == 4
+            and told["advice"])
 
 
 def test_the_period_falls_back_to_the_newest_that_has_sessions(client):
     assert client.get("/api/overview")["days"] == dashboard.MAX_DAYS  # nothing at all
     for days, chosen in ((40, dashboard.MAX_DAYS), (20, 30), (3, 7), (0.1, 1)):
         begun = (datetime.now().astimezone() - timedelta(days=days)).isoformat()
-        client.optimizer.import_session({"id": f"s{chosen}", "agent": "A", "task": "t", "status": "COMPLETED",
-                                         "started_at": begun, "total_tokens_input": 10})
+        client.optimizer.import_session(
+            {"id": f"s{chosen}", "agent": "A", "task": "t", "status": "COMPLETED",
+             "started_at": begun, "total_tokens_input": 10})
         answer = client.get("/api/overview")
-        assert answer["days"] == chosen and answer["latest"] == begun and answer["totals"]["sessions"]
+        assert (answer["days"] == chosen and answer["latest"] == begun
+                and answer["totals"]["sessions"])
     assert answer["counts"] == {"1": 1, "7": 2, "30": 3, "3650": 4}
     asked = client.get("/api/overview?days=7")
     assert asked["days"] == 7 and asked["totals"]["sessions"] == 2
 
 
-@pytest.mark.parametrize("first, unit, count", [(0, "day", 7), (30, "day", 31), (92, "day", 93), (93, "week", 14),
-                                                (400, "week", 58), (1_000, "month", 34)])
+@pytest.mark.parametrize("first, unit, count",
+                         [(0, "day", 7), (30, "day", 31), (92, "day", 93), (93, "week", 14),
+                          (400, "week", 58), (1_000, "month", 34)])
 def test_all_reaches_from_the_first_session_to_today(client, first, unit, count):
     begun = datetime.now().astimezone() - timedelta(days=first)
     client.optimizer.import_session({"id": "s", "agent": "A", "task": "t", "status": "COMPLETED",
@@ -421,8 +441,9 @@ def test_all_reaches_from_the_first_session_to_today(client, first, unit, count)
 
 
 def test_a_session_without_a_date_is_told_apart(client):
-    client.optimizer.import_session({"id": "s", "agent": "A", "task": "t", "status": "COMPLETED", "model": "opus",
-                                     "started_at": "", "total_tokens_input": 1_000_000, "total_tokens_output": 0})
+    client.optimizer.import_session(
+        {"id": "s", "agent": "A", "task": "t", "status": "COMPLETED", "model": "opus",
+         "started_at": "", "total_tokens_input": 1_000_000, "total_tokens_output": 0})
     spending = client.get("/api/overview?days=3650")["spending"]
     assert sum(row["sessions"] for row in spending["rows"]) == 0 or spending["undated"] == 0
 
@@ -430,10 +451,13 @@ def test_a_session_without_a_date_is_told_apart(client):
 @pytest.mark.parametrize("sort", list(dashboard.SORTS))
 def test_sessions_sort_by_every_column(asked, sort):
     key = {"started": "started_at", "task": "task"}.get(sort, sort)
-    up, down = ([row[key] for row in asked.get(f"/api/sessions?sort={sort}&order={order}&limit=1000")["sessions"]]
-                for order in ("asc", "desc"))
+    up, down = (
+        [row[key]
+         for row in asked.get(f"/api/sessions?sort={sort}&order={order}&limit=1000")["sessions"]]
+        for order in ("asc", "desc"))
     fold = [value.lower() if isinstance(value, str) else value for value in up]
-    assert fold == sorted(fold) and len(set(map(str, up))) >= 1 and sorted(map(str, up)) == sorted(map(str, down))
+    assert (fold == sorted(fold) and len(set(map(str, up))) >= 1
+            and sorted(map(str, up)) == sorted(map(str, down)))
     assert [str(value).lower() for value in down] == [str(value) for value in sorted(
         (value.lower() if isinstance(value, str) else value for value in down), reverse=True)]
 
@@ -448,27 +472,34 @@ def test_sessions_by_project_model_and_words(asked):
         assert [row["id"] for row in found] == [row["id"] for row in every if row[name] == value]
     row = every[3]
     word = max(row["task"].split(), key=len)
-    found = asked.get(f"/api/sessions?limit=1000&q={quote(word.upper() + ' ' + row['agent'])}")["sessions"]
+    found = asked.get(
+        f"/api/sessions?limit=1000&q={quote(word.upper() + ' ' + row['agent'])}")["sessions"]
     assert row["id"] in [each["id"] for each in found] and len(found) < len(every)
     assert asked.get("/api/sessions?q=no+such+words+anywhere")["total"] == 0
-    assert [each["id"] for each in asked.get(f"/api/sessions?q={row['id'][:12]}")["sessions"]] == [row["id"]]
+    assert ([each["id"] for each in asked.get(f"/api/sessions?q={row['id'][:12]}")["sessions"]]
+            == [row["id"]])
 
 
 def test_pages_of_sessions_and_alerts(asked):
-    for path, name, size in (("/api/sessions?sort=cost", "sessions", 7), ("/api/alerts?days=3650", "alerts", 2)):
+    for path, name, size in (("/api/sessions?sort=cost", "sessions", 7),
+                             ("/api/alerts?days=3650", "alerts", 2)):
         whole, parts, offset = asked.get(f"{path}&limit=1000"), [], 0
         while offset < whole["total"]:
             page = asked.get(f"{path}&limit={size}&offset={offset}")
-            assert page["total"] == whole["total"] > size and page["offset"] == offset and page["count"] == len(page[name])
+            assert (page["total"] == whole["total"] > size and page["offset"] == offset
+                    and page["count"] == len(page[name]))
             parts, offset = parts + page[name], offset + size
         assert parts == whole[name]
     alerts = whole["alerts"]
-    assert [alert["cost"] for alert in alerts] == sorted((alert["cost"] for alert in alerts), reverse=True)
-    assert len({alert["id"] for alert in alerts}) == len(alerts) and all(alert["action"] for alert in alerts)
+    assert ([alert["cost"] for alert in alerts]
+            == sorted((alert["cost"] for alert in alerts), reverse=True))
+    assert (len({alert["id"] for alert in alerts}) == len(alerts)
+            and all(alert["action"] for alert in alerts))
 
 
 def test_the_context_of_a_session_marks_what_happened(tmp_path):
-    """Two calls, a pause beyond the cache's life, a compaction: the columns are the contexts the calls saw."""
+    """Two calls, a pause beyond the cache's life,
+    a compaction: the columns are the contexts the calls saw."""
     sys.path.insert(0, str(HERE / "transcripts"))
     from generator import recorders
 
@@ -500,7 +531,8 @@ def test_the_context_of_a_session_marks_what_happened(tmp_path):
     seen = [column["read"] + column["again"] + column["new"] for column in columns]
     assert [seen[2], seen[3]] == sizes and seen == sorted(seen[:3]) + [sizes[1]]
     assert sum(column["read"] for column in columns) == row["tokens"]["cache_read"]
-    assert back["gap"] >= 95 * 60 and back["again"] > 2_000 and back["causes"] == ["you came back after the cache expired"]
+    assert (back["gap"] >= 95 * 60 and back["again"] > 2_000
+            and back["causes"] == ["you came back after the cache expired"])
     assert back["cost"] > 0 and not back["compacted"]
     assert after["compacted"] and not after["causes"] and sizes[1] < sizes[0]
     assert [first["gap"], second["gap"], second["again"], first["compacted"]] == [0, 0, 0, False]
@@ -508,7 +540,8 @@ def test_the_context_of_a_session_marks_what_happened(tmp_path):
 
 def test_a_session_logged_by_hand_has_no_context_picture(client):
     session = log_some(client.optimizer)
-    assert client.get(f"/api/reports/{session.id}")["context"] == {"calls": 0, "helpers": 0, "columns": []}
+    assert (client.get(f"/api/reports/{session.id}")["context"]
+            == {"calls": 0, "helpers": 0, "columns": []})
 
 
 def test_report(client):
@@ -533,7 +566,8 @@ def test_wasted_parts_of_all_transcripts_add_up_to_the_reports(tmp_path):
     source.look()
     for session_id in source.files:
         report = source.report(session_id)
-        assert sum(step["wasted"] for step in report["timeline"]) == report["total_waste_tokens"], session_id
+        assert (sum(step["wasted"] for step in report["timeline"])
+                == report["total_waste_tokens"]), session_id
         wasted += report["total_waste_tokens"]
     assert wasted
 
@@ -559,7 +593,8 @@ def test_reading_changes_no_session_and_a_damaged_one_is_told(client, tmp_path):
     before = (tmp_path / "store" / "sessions" / f"{session.id}.json").read_bytes()
     (tmp_path / "store" / "sessions" / "bad.json").write_text("{not json")
     current = client.get("/api/stats/current")
-    assert current["total_sessions"] == 1 and any("bad" in problem for problem in current["problems"])
+    assert (current["total_sessions"] == 1
+            and any("bad" in problem for problem in current["problems"]))
     assert "bad" in client.get("/api/reports/bad", 500)["error"]
     client.get(f"/api/reports/{session.id}")
     assert (tmp_path / "store" / "sessions" / f"{session.id}.json").read_bytes() == before
@@ -636,7 +671,8 @@ def test_an_unchanged_store_costs_next_to_nothing(client, monkeypatch):
     tags, calls = {path: client.ask(path)[1]["ETag"] for path in paths}, []
     with monkeypatch.context() as patch:
         for name in ("summaries", "agent_statistics", "get_session"):
-            patch.setattr(SessionOptimizer, name, lambda self, *_, name=name, **options: calls.append(name))
+            patch.setattr(SessionOptimizer, name,
+                          lambda self, *_, name=name, **options: calls.append(name))
         for path in paths:
             status, headers, text = client.ask(path, If_None_Match=f'"other", W/{tags[path]}')
             assert (status, text, headers["ETag"]) == (304, "", tags[path]), path
@@ -644,7 +680,8 @@ def test_an_unchanged_store_costs_next_to_nothing(client, monkeypatch):
     client.optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=50)
     changed = [path for path in paths if client.ask(path, If_None_Match=tags[path])[0] == 200]
     slow = {"/api/bill"} - set(changed)  # is made again a little later
-    assert set(changed) | slow == set(paths[:-2]), "all but the page and the alerts, of which there are none"
+    assert set(changed) | slow == set(paths[:-2]), (
+        "all but the page and the alerts, of which there are none")
 
 
 def test_the_tag_stays_while_time_passes_and_nothing_changes(client):
@@ -668,11 +705,13 @@ def test_metrics(client):
             typed.append(line.split()[2])
             assert line.split()[3] == "gauge"
         elif not line.startswith("# HELP "):
-            found = re.fullmatch(r"([a-z_]+)(?:\{%s(?:,%s)*\})? (-?[0-9.e+-]+)" % (label, label), line)
+            found = re.fullmatch(
+                r"([a-z_]+)(?:\{%s(?:,%s)*\})? (-?[0-9.e+-]+)" % (label, label), line)
             assert found and found.group(1) == typed[-1], line
             assert line.rpartition(" ")[0] not in samples, "a sample stands twice"
             samples[line.rpartition(" ")[0]] = float(found.group(2))
-    assert len(typed) == len(set(typed)) and all(name.startswith("sessionoptimizer_") for name in typed)
+    assert (len(typed) == len(set(typed))
+            and all(name.startswith("sessionoptimizer_") for name in typed))
     assert samples['sessionoptimizer_tokens{agent="FORGE"}'] == 4000
     assert samples['sessionoptimizer_wasted_tokens{agent="FORGE"}'] == 1000
     assert samples['sessionoptimizer_sessions{agent="FORGE",status="COMPLETED"}'] == 1
@@ -686,10 +725,13 @@ def test_an_agents_efficiency_is_that_of_all_its_tokens_everywhere(client):
     client.optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=96_000)
     expected = 99.0  # 1,000 of 100,000 wasted; the mean of the two is 87.5
     assert client.optimizer.agent_statistics("forge")["efficiency_score"] == expected
-    assert f'sessionoptimizer_efficiency_percent{{agent="FORGE"}} {expected}\n' in client.ask("/metrics")[2]
+    assert (f'sessionoptimizer_efficiency_percent{{agent="FORGE"}} {expected}\n'
+            in client.ask("/metrics")[2])
     now = client.get("/api/stats/current")
-    figures = now["average_efficiency"], now["agents"]["FORGE"]["efficiency"], client.get("/api/overview")["totals"]["efficiency_score"]
-    trend = client.get("/api/stats/trend")["trend"][-1]["efficiency"], client.get("/api/stats/agent/forge")["average_efficiency"]
+    figures = (now["average_efficiency"], now["agents"]["FORGE"]["efficiency"],
+               client.get("/api/overview")["totals"]["efficiency_score"])
+    trend = (client.get("/api/stats/trend")["trend"][-1]["efficiency"],
+             client.get("/api/stats/agent/forge")["average_efficiency"])
     assert set(figures + trend) == {expected}
 
 
@@ -700,18 +742,21 @@ def test_health(client):
 # the look
 
 SHARED = "page card ink soft line bad fair new again out carry".split()
-WRITTEN = {"ink": ("page", "card", "faint"), "soft": ("page", "card", "faint"), "accent": ("page", "card", "faint"),
+WRITTEN = {"ink": ("page", "card", "faint"), "soft": ("page", "card", "faint"),
+           "accent": ("page", "card", "faint"),
            "bad": ("page", "card", "faint"), "fair": ("page", "card", "faint")}
 
 
 def palettes(css):
     """The colours of a style sheet: {"light", "dark", "print"}, as far as it has them."""
-    blocks = re.findall(r"(@media ?\([^)]*dark\) ?{\s*|@media print ?{\s*)?:root ?{(.*?)}", css, re.S)
+    blocks = re.findall(
+        r"(@media ?\([^)]*dark\) ?{\s*|@media print ?{\s*)?:root ?{(.*?)}", css, re.S)
     found = {}
     for media, inside in blocks:
         name = "dark" if "dark" in media else "print" if "print" in media else "light"
         colors = re.findall(r"--([a-z]+): ?#([0-9a-f]{3,6})", inside)
-        found[name] = {key: value if len(value) == 6 else "".join(c * 2 for c in value) for key, value in colors}
+        found[name] = {key: value if len(value) == 6 else "".join(c * 2 for c in value)
+                       for key, value in colors}
     return found
 
 
@@ -728,27 +773,33 @@ def contrast(one, other):
 @pytest.fixture(scope="module")
 def report_page(samples):
     optimizer = SessionOptimizer(str(samples))
-    return optimizer.export_report(max(optimizer.summaries(), key=lambda row: row["issue_count"])["id"], "html")
+    return optimizer.export_report(
+        max(optimizer.summaries(), key=lambda row: row["issue_count"])["id"], "html")
 
 
 PAGE = (HERE / "dashboard.html").read_text(encoding="utf-8")
 
 
 def test_contrast_is_computed_right():
-    assert contrast("000000", "ffffff") == 21 and contrast("767676", "ffffff") == pytest.approx(4.54, abs=0.01)
+    assert (contrast("000000", "ffffff") == 21
+            and contrast("767676", "ffffff") == pytest.approx(4.54, abs=0.01))
 
 
 def test_dashboard_and_html_report_are_one_product(report_page):
     """The same palette, light and dark, and the same words for the same things."""
     own, other = palettes(PAGE), palettes(report_page)
-    assert set(own) == {"light", "dark", "print"} and own["print"] == dict(own["light"], page="ffffff")
+    assert (set(own) == {"light", "dark", "print"}
+            and own["print"] == dict(own["light"], page="ffffff"))
     for mode in ("light", "dark"):
-        assert {name: own[mode][name] for name in SHARED} == {name: other[mode][name] for name in SHARED}, mode
-    for words in ("Costs are at API prices. Every token is charged once; measured waste is recorded tokens of exact "
-                  "repeats, estimated waste assumes a share.", "Issues", "Recommendations", "Where the money went", "From start to end"):
+        assert ({name: own[mode][name] for name in SHARED}
+                == {name: other[mode][name] for name in SHARED}), mode
+    for words in (("Costs are at API prices. Every token is charged once; measured waste is "
+                   "recorded tokens of exact repeats, estimated waste assumes a share."),
+                  "Issues", "Recommendations", "Where the money went", "From start to end"):
         assert words in " ".join(PAGE.split()) and words in " ".join(report_page.split()), words
-    rows = [[how, "$1", "1%", ""] for how in ("sent again with every call", "entering the first time",
-                                              "written again (cache lost)", "output")]
+    rows = [[how, "$1", "1%", ""]
+            for how in ("sent again with every call", "entering the first time",
+                        "written again (cache lost)", "output")]
     for how, *_ in rows:
         assert f'"{how.capitalize()}"' in PAGE, how
 
@@ -761,9 +812,11 @@ def test_what_is_written_can_be_read(report_page, which):
             for ground in grounds:
                 if text in colors and ground in colors:
                     assert contrast(colors[text], colors[ground]) >= 4.5, (mode, text, ground)
-        texts = set(re.findall(r"[{; ]color: ?var\(--([a-z]+)\)", PAGE if which == "dashboard" else report_page))
+        texts = set(re.findall(r"[{; ]color: ?var\(--([a-z]+)\)",
+                               PAGE if which == "dashboard" else report_page))
         if which == "dashboard":
-            assert texts <= set(WRITTEN), f"test these colours of text as well: {texts - set(WRITTEN)}"
+            assert texts <= set(WRITTEN), (
+                f"test these colours of text as well: {texts - set(WRITTEN)}")
 
 
 # what is refused
@@ -794,14 +847,16 @@ def test_host_missing_or_twice(client):
     assert " 400 " in client.raw(b"GET / HTTP/1.1\r\n\r\n").split("\r\n")[0]
     assert (
         " 400 "
-        in client.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n").split("\r\n")[0]
+        in client.raw(
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n").split("\r\n")[0]
     )
 
 
 def test_origin(client):
     own = f"127.0.0.1:{client.port}"
     assert client.ask("/api/sessions", Origin=f"http://{own}")[0] == 200
-    for origin in ("http://evil.example", "null", "http://localhost:3000", f"http://{own}.evil.example", ""):
+    for origin in ("http://evil.example", "null", "http://localhost:3000",
+                   f"http://{own}.evil.example", ""):
         status, headers, text = client.ask("/api/sessions", Origin=origin)
         assert status == 403 and "error" in json.loads(text), origin
         assert "Access-Control-Allow-Origin" not in headers
@@ -829,7 +884,8 @@ def test_page_and_policy(client):
         headers["X-Content-Type-Options"] == "nosniff"
         and headers["Cross-Origin-Resource-Policy"] == "same-origin"
     )
-    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(", text), "the page loads something"
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//|@import|url\(",
+                         text), "the page loads something"
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
 
@@ -848,7 +904,8 @@ def test_token(tmp_path):
         ):
             status, headers, text = client.ask(path)
             assert (
-                status == 401 and headers["WWW-Authenticate"] == "Bearer" and "error" in json.loads(text)
+                status == 401 and headers["WWW-Authenticate"] == "Bearer"
+                and "error" in json.loads(text)
             ), path
         assert client.ask("/api/sessions", Authorization=f"Bearer {TOKEN}")[0] == 200
         assert client.ask("/api/sessions", Authorization=f"Bearer {TOKEN}x")[0] == 401
@@ -866,7 +923,8 @@ def test_token(tmp_path):
 
 def test_secrets_are_compared_in_constant_time(tmp_path, monkeypatch):
     compared = []
-    monkeypatch.setattr(local_server.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    monkeypatch.setattr(local_server.hmac, "compare_digest",
+                        lambda a, b: compared.append((a, b)) or a == b)
     client = Client(tmp_path, token=TOKEN)
     try:
         assert client.ask("/metrics", Authorization="Bearer guess")[0] == 401
@@ -899,14 +957,16 @@ def test_request_size_is_bounded(client):
     assert " 431 " in client.raw(start + b"X: a\r\n" * 200 + b"\r\n").split("\r\n")[0]
     assert client.ask("/api/sessions?agent=" + "a" * 3000)[0] == 414
     assert client.ask("/api/sessions", "GET", b"body")[0] == 400
-    assert " 400 " in client.raw(start + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n").split("\r\n")[0]
+    assert (" 400 "
+            in client.raw(start + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n").split("\r\n")[0])
     assert " 400 " in client.raw(b"nonsense\r\n\r\n").split("\r\n")[0]
     assert client.get("/health") == {"status": "ok"}
 
 
 def test_two_requests_sent_at_once_are_both_answered(client):
     one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
-    assert client.raw(one + b"\r\n" + one + b"Connection: close\r\n\r\n").count('{"status": "ok"}') == 2
+    assert (client.raw(one + b"\r\n" + one + b"Connection: close\r\n\r\n").count('{"status": "ok"}')
+            == 2)
 
 
 def test_a_slow_request_is_cut_off(client, monkeypatch):
@@ -964,8 +1024,8 @@ def open_stream(client):
 
 @pytest.mark.parametrize("slow", [silent, half_sent, never_reading, gone_stream, open_stream])
 def test_200_slow_clients_do_not_hold_up_another(client, slow):
-    """A silent, a half-sent, a never-reading client and event streams, closed and open: more than there is
-    room for."""
+    """A silent, a half-sent, a never-reading client and event streams, closed and open: more than
+    there is room for."""
     log_some(client.optimizer)
     paths, held = ("/health", "/", "/api/sessions", "/api/stats/current") * 3, []
     alone = sorted(quick(client, path) for path in paths)
@@ -973,7 +1033,8 @@ def test_200_slow_clients_do_not_hold_up_another(client, slow):
         for _ in range(200):
             held.append(slow(client))
         times = sorted(quick(client, path) for path in paths)
-        assert times[6] < alone[6] + 0.5 and times[-1] < alone[-1] + 5, (alone, times)  # one moment may be a busy one
+        # one moment may be a busy one
+        assert times[6] < alone[6] + 0.5 and times[-1] < alone[-1] + 5, (alone, times)
         assert len(client.server.connections) <= local_server.MAX_CONNECTIONS
         assert len(client.server.streams) <= local_server.MAX_STREAMS
         stream = http.client.HTTPConnection("127.0.0.1", client.port, timeout=5)
@@ -1020,13 +1081,15 @@ def test_too_many_at_work_are_refused(client, monkeypatch):
     held = [silent(client) for _ in range(2)]
     try:
         for connection in held:
-            connection.sendall(f"GET /api/reports/{session.id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            connection.sendall(
+                f"GET /api/reports/{session.id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         deadline = time.monotonic() + 5
         while client.server.waiting < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         status, headers, text = client.ask("/health")
-        assert status == 503 and headers["Retry-After"] and json.loads(text) == {"error": "too many connections"}
+        assert (status == 503 and headers["Retry-After"]
+                and json.loads(text) == {"error": "too many connections"})
         end.set()
         assert b"200 OK" in held[0].recv(100)
         assert client.get("/health") == {"status": "ok"}
@@ -1060,7 +1123,8 @@ def test_events(client, monkeypatch):
 
     first = message()
     assert "event: change" in first and json.loads(first[-1][len("data: ") :])["version"] >= 1
-    while message() != [": still here"]:  # the server had begun to look before the session was there
+    # the server had begun to look before the session was there
+    while message() != [": still here"]:
         pass
     client.optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=5)
     while True:
@@ -1129,7 +1193,8 @@ def test_port_in_use(client, tmp_path):
 def test_a_store_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     done = run("--store", str(tmp_path / "file"), "--port", "0")
-    assert done.returncode == 1 and done.stderr.startswith("dashboard:") and "Traceback" not in done.stderr
+    assert (done.returncode == 1 and done.stderr.startswith("dashboard:")
+            and "Traceback" not in done.stderr)
 
 
 def test_help_says_whose_store_it_is():
@@ -1146,7 +1211,8 @@ def test_runs_and_stops_by_ctrl_c(tmp_path, host):
         except OSError:
             pytest.skip("no IPv6 here")
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "dashboard.py"), "--store", str(tmp_path), "--port", "0", "--host", host],
+        [sys.executable, str(HERE / "dashboard.py"), "--store", str(tmp_path), "--port", "0",
+         "--host", host],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         universal_newlines=True,
@@ -1166,7 +1232,8 @@ def test_runs_and_stops_by_ctrl_c(tmp_path, host):
 
 # the page, in a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (shutil.which("chromium") or shutil.which("chromium-browser")
+            or shutil.which("google-chrome"))
 DRIVER = shutil.which("chromedriver")
 CI = os.environ.get("CI", "") not in ("", "0", "false")
 in_browser = pytest.mark.skipif(
@@ -1180,7 +1247,8 @@ def chromium():
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    assert CHROMIUM and DRIVER, "install chromium and its driver (Debian: chromium, chromium-driver)"
+    assert (CHROMIUM
+            and DRIVER), "install chromium and its driver (Debian: chromium, chromium-driver)"
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     with tempfile.TemporaryDirectory() as profile:
@@ -1245,7 +1313,8 @@ def wait_for(browser, script, *arguments, seconds=40):
 
 def complaints(browser):
     return [
-        entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+        entry["message"] for entry in browser.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
     ]
 
 
@@ -1268,11 +1337,14 @@ def test_the_page_follows_the_store(browser, client):
     title = "return document.querySelector('#active [data-part=task]').textContent"
     assert browser.execute_script(title) == TASK  # as text, and no script came of it
     assert browser.execute_script("return document.querySelectorAll('script').length") == 1
-    wait_for(browser, "return document.querySelector('#active [data-part=tokens]').textContent === '4,000'")
+    wait_for(browser,
+             "return document.querySelector('#active [data-part=tokens]').textContent === '4,000'")
     for _ in range(4):
         client.optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=1500)
-    wait_for(browser, "return document.querySelector('#active [data-part=tokens]').textContent === '10.0k'")
-    wait_for(browser, "return document.querySelector('#active .meter').innerText.trim() === '90.0%'")
+    wait_for(browser,
+             "return document.querySelector('#active [data-part=tokens]').textContent === '10.0k'")
+    wait_for(browser,
+             "return document.querySelector('#active .meter').innerText.trim() === '90.0%'")
     client.optimizer.end_session(session.id)
     wait_for(browser, "return document.body.innerText.includes('Nothing is running')")
     assert complaints(browser) == []
@@ -1284,8 +1356,10 @@ def test_a_report_by_mouse(browser, client):
     resize(browser, 1280, 1000)
     browser.get(client.url)
     wait_for(browser, "return document.querySelector('#sessions tr')")
-    browser.execute_script("document.querySelector('#sessions tr').scrollIntoView({block: 'center'})")
-    browser.find_element("css selector", "#sessions td[data-part=Tokens]").click()  # the whole row opens
+    browser.execute_script(
+        "document.querySelector('#sessions tr').scrollIntoView({block: 'center'})")
+    # the whole row opens
+    browser.find_element("css selector", "#sessions td[data-part=Tokens]").click()
     text = wait_for(
         browser,
         "const d = document.getElementById('report');"
@@ -1298,7 +1372,8 @@ def test_a_report_by_mouse(browser, client):
     browser.find_elements("css selector", "#report .events button")[-1].click()
     told = browser.find_element("css selector", "#timeline + .told")
     assert "file read" in told.text and "1,000 wasted" in told.text
-    client.optimizer.log_event(session.id, "FILE_READ", {"file_path": "src/a.py"}, tokens_input=1000)
+    client.optimizer.log_event(session.id, "FILE_READ", {"file_path": "src/a.py"},
+                               tokens_input=1000)
     wait_for(
         browser, "return document.getElementById('report').innerText.includes('60.0%')"
     )  # it goes on live
@@ -1323,8 +1398,9 @@ def tab_to(browser, wanted, most=40):
         seen.append(focused(browser))
         if wanted in seen[-1]:
             assert browser.execute_script(
-                "const node = document.activeElement, style = getComputedStyle(node.closest('label') || node);"
-                "return style.outlineStyle") == "solid", "the focus is visible"
+                "const node = document.activeElement, style = "
+                "getComputedStyle(node.closest('label') || node);return "
+                "style.outlineStyle") == "solid", "the focus is visible"
             return seen
     raise AssertionError(f"{wanted} is not reached: {seen}")
 
@@ -1336,11 +1412,15 @@ def test_everything_by_keyboard(browser, month):
     resize(browser, 1280, 1000)
     browser.get("about:blank")
     browser.get(month.url)
-    wait_for(browser, "return document.querySelector('#active button') && document.querySelector('#sessions tr')")
+    wait_for(
+        browser,
+        "return document.querySelector('#active button') && document.querySelector('#sessions tr')")
     seen = tab_to(browser, "live-row")
     assert seen[0] == "skip" and "days" in seen, seen
     press(browser, Keys.ENTER)
-    wait_for(browser, "return document.getElementById('report').open && document.querySelector('#timeline svg')")
+    wait_for(
+        browser,
+        "return document.getElementById('report').open && document.querySelector('#timeline svg')")
     tab_to(browser, "timeline")
     press(browser, Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     value = browser.execute_script("return document.activeElement.getAttribute('aria-valuetext')")
@@ -1354,24 +1434,31 @@ def test_everything_by_keyboard(browser, month):
     wait_for(browser, "return document.querySelector('#period :checked').value === '7'")
     tab_to(browser, "days")
     press(browser, Keys.HOME)
-    assert "$" in browser.execute_script("return document.activeElement.getAttribute('aria-valuetext')")
+    assert "$" in browser.execute_script(
+        "return document.activeElement.getAttribute('aria-valuetext')")
     tab_to(browser, "search")
-    word = browser.execute_script("return document.querySelector('#sessions .title').textContent.split(' ').pop()")
+    word = browser.execute_script(
+        "return document.querySelector('#sessions .title').textContent.split(' ').pop()")
     every = browser.execute_script("return document.getElementById('sessions-count').textContent")
     press(browser, *word)
-    wait_for(browser, "const titles = [...document.querySelectorAll('#sessions .title')];"
-                      "return titles.length && titles.every(node => node.textContent.includes(arguments[0]))", word)
-    assert browser.execute_script("return document.getElementById('sessions-count').textContent") != every
+    wait_for(browser, "const titles = [...document.querySelectorAll('#sessions .title')];return "
+             "titles.length && titles.every(node => node.textContent.includes(arguments[0]))", word)
+    assert (browser.execute_script("return document.getElementById('sessions-count').textContent")
+            != every)
     tab_to(browser, "Cost")
     press(browser, Keys.ENTER)
-    wait_for(browser, "return document.querySelector('#sessions-heads [data-sort=cost]').getAttribute('aria-sort') === 'descending'")
+    wait_for(browser, "return document.querySelector('#sessions-heads "
+             "[data-sort=cost]').getAttribute('aria-sort') === 'descending'")
     press(browser, Keys.ENTER)
-    wait_for(browser, "return document.querySelector('#sessions-heads [data-sort=cost]').getAttribute('aria-sort') === 'ascending'")
+    wait_for(browser, "return document.querySelector('#sessions-heads "
+             "[data-sort=cost]').getAttribute('aria-sort') === 'ascending'")
     browser.execute_script("localStorage.clear()")
 
 
-ROWS = "return [...document.querySelectorAll('#sessions tr')].map(row => row.querySelector('[data-part={}]').textContent)"
-READY = "return document.querySelectorAll('#sessions tr').length === 25 && !document.getElementById('bill-card').hidden"
+ROWS = ("return [...document.querySelectorAll('#sessions tr')].map(row => "
+        "row.querySelector('[data-part={}]').textContent)")
+READY = ("return document.querySelectorAll('#sessions tr').length === 25 && "
+         "!document.getElementById('bill-card').hidden")
 
 
 @in_browser
@@ -1384,25 +1471,34 @@ def test_ten_thousand_sessions_and_every_control(browser, crowd, record_property
     record_property("ms_to_figures", browser.execute_script(
         "return Math.round(performance.getEntriesByName('figures')[0].startTime)"))
     wait_for(browser, READY, seconds=60)
-    assert browser.execute_script("return document.querySelectorAll('body *').length") < 3_000, "only a page of rows"
+    assert browser.execute_script("return document.querySelectorAll('body *').length") < 3_000, (
+        "only a page of rows")
     choose = "document.querySelector('#period [value=\"3650\"]').click()"
     browser.execute_script(choose)
     count = "return document.getElementById('sessions-count').textContent"
     wait_for(browser, f"{count} === '10,000'".replace("return ", "return "))
-    assert browser.execute_script("return document.getElementById('days-title').textContent") == "Dollars by week"
+    assert (browser.execute_script("return document.getElementById('days-title').textContent")
+            == "Dollars by week")
     # every column, both ways
     for column in ("task", "efficiency", "waste_cost", "tokens", "cost", "duration", "started"):
         head = browser.find_element("css selector", f"#sessions-heads [data-sort={column}] button")
         for _ in range(2):
-            before = browser.execute_script(f"return document.querySelector('#sessions-heads [data-sort={column}]').getAttribute('aria-sort')")
+            before = browser.execute_script("return document.querySelector('#sessions-heads "
+                                            f"[data-sort={column}]').getAttribute('aria-sort')")
             head.click()
-            order = wait_for(browser, f"const now = document.querySelector('#sessions-heads [data-sort={column}]')"
-                                      f".getAttribute('aria-sort'); return now !== {json.dumps(before)} && now")
-            wanted = crowd.get(f"/api/sessions?sort={column}&order={order[:-6]}&limit=25&days=3650")["sessions"]
+            order = wait_for(
+                browser,
+                f"const now = document.querySelector('#sessions-heads [data-sort={column}]')"
+                         f".getAttribute('aria-sort'); return now !== {json.dumps(before)} && now")
+            wanted = crowd.get(
+                f"/api/sessions?sort={column}&order={order[:-6]}&limit=25&days=3650")["sessions"]
             tasks = [row["task"] or "(no task)" for row in wanted]
-            wait_for(browser, f"{ROWS.format('task')}.join() === arguments[0]".replace("return [", "return ["), ",".join(tasks))
+            wait_for(browser, f"{ROWS.format('task')}.join() === arguments[0]".replace("return [",
+                                                                                       "return ["),
+                     ",".join(tasks))
     # filters, one by one and together, and what leads on where nothing is left
-    total = "return Number(document.getElementById('sessions-count').textContent.replaceAll(',', ''))"
+    total = (
+        "return Number(document.getElementById('sessions-count').textContent.replaceAll(',', ''))")
     for name in ("agent", "project", "model", "status"):
         value = browser.execute_script(
             f"const node = document.getElementById('by-{name}'); node.selectedIndex = 2;"
@@ -1410,10 +1506,12 @@ def test_ten_thousand_sessions_and_every_control(browser, crowd, record_property
         wanted = crowd.get(f"/api/sessions?days=3650&{name}={quote(value)}")["total"]
         wait_for(browser, f"{total} === arguments[0]", wanted)
         browser.execute_script(
-            f"const node = document.getElementById('by-{name}'); node.selectedIndex = 0; node.dispatchEvent(new Event('change'))")
+            f"const node = document.getElementById('by-{name}'); node.selectedIndex = 0; "
+            "node.dispatchEvent(new Event('change'))")
         wait_for(browser, f"{total} === 10000")
     browser.find_element("id", "search").send_keys("no such words")
-    wait_for(browser, "return document.getElementById('sessions-empty').innerText.includes('No session is as asked for')")
+    wait_for(browser, "return document.getElementById('sessions-empty').innerText.includes('No "
+             "session is as asked for')")
     browser.find_element("css selector", "#sessions-empty button").click()
     wait_for(browser, f"{total} === 10000")
     assert browser.execute_script("return document.getElementById('search').value") == ""
@@ -1421,7 +1519,8 @@ def test_ten_thousand_sessions_and_every_control(browser, crowd, record_property
     said = "return document.querySelector('#{} [data-part=said]').textContent"
     for pager in ("sessions-pager", "alerts-pager"):
         first = browser.execute_script(said.format(pager))
-        assert first.startswith("1 to ") and browser.find_element("css selector", f"#{pager} [data-part=back]").get_attribute("disabled")
+        assert first.startswith("1 to ") and browser.find_element(
+            "css selector", f"#{pager} [data-part=back]").get_attribute("disabled")
         browser.execute_script(f"document.querySelector('#{pager} [data-part=on]').click()")
         wait_for(browser, f"{said.format(pager)} !== arguments[0]", first)
         browser.execute_script(f"document.querySelector('#{pager} [data-part=back]').click()")
@@ -1431,37 +1530,47 @@ def test_ten_thousand_sessions_and_every_control(browser, crowd, record_property
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", days)
     days.click()
     assert "$" in browser.find_element("id", "days-told").text
-    browser.execute_script("document.querySelector('#agents-heads [data-sort=name] button').click()")
-    names = browser.execute_script("return [...document.querySelectorAll('#agents tr')].map(row => row.dataset.key)")
+    browser.execute_script(
+        "document.querySelector('#agents-heads [data-sort=name] button').click()")
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('#agents tr')].map(row => row.dataset.key)")
     assert names == sorted(names) and len(names) > 2
     browser.execute_script("document.querySelector('#agents button').click()")
-    wait_for(browser, f"{total} === arguments[0]", crowd.get(f"/api/sessions?days=3650&agent={quote(names[0])}")["total"])
+    wait_for(browser, f"{total} === arguments[0]",
+             crowd.get(f"/api/sessions?days=3650&agent={quote(names[0])}")["total"])
     browser.execute_script("document.querySelector('#alerts button').click()")
-    wait_for(browser, "return document.getElementById('report').open && document.querySelector('#report .finding')")
+    wait_for(browser, "return document.getElementById('report').open && "
+             "document.querySelector('#report .finding')")
     browser.execute_script("document.getElementById('report').close(); localStorage.clear()")
     assert complaints(browser) == []
 
 
 @in_browser
 def test_empty_states_lead_on(browser, client):
-    """None since yesterday: the newest range that has one is shown; who asks for the day is told where to look."""
+    """None since yesterday: the newest range that has one is shown; who asks for the day is told
+    where to look."""
     begun = datetime.now().astimezone() - timedelta(days=20)
-    client.optimizer.import_session({"id": "old", "agent": "A", "task": "The old one", "status": "COMPLETED",
-                                     "model": "opus", "started_at": begun.isoformat(), "total_tokens_input": 10})
+    client.optimizer.import_session(
+        {"id": "old", "agent": "A", "task": "The old one", "status": "COMPLETED",
+         "model": "opus", "started_at": begun.isoformat(), "total_tokens_input": 10})
     resize(browser, 1280, 1000)
     browser.get("about:blank")
     browser.get(client.url)
     newest = begun.strftime("%-d %b %Y") if os.name != "nt" else str(begun.year)
     note = wait_for(browser, "return document.getElementById('money-note').textContent")
-    assert "1 session in the last 30 days" in note and f"none since yesterday: the newest is of {newest}" in note
+    assert ("1 session in the last 30 days" in note
+            and f"none since yesterday: the newest is of {newest}" in note)
     assert browser.execute_script("return document.querySelector('#period :checked').value") == "30"
     wait_for(browser, "return document.querySelector('#sessions tr')")
     browser.execute_script("document.querySelector('#period [value=\"1\"]').click()")
-    wait_for(browser, "return document.getElementById('money-note').textContent.includes(arguments[0])",
+    wait_for(browser,
+             "return document.getElementById('money-note').textContent.includes(arguments[0])",
              f"No session since yesterday; the newest is of {newest}")
-    wait_for(browser, "return document.getElementById('sessions-empty').innerText.includes('No session since yesterday')")
+    wait_for(browser, "return document.getElementById('sessions-empty').innerText.includes('No "
+             "session since yesterday')")
     browser.find_element("css selector", "#sessions-empty button").click()
-    wait_for(browser, "return document.querySelector('#sessions .title')?.textContent === 'The old one'")
+    wait_for(browser,
+             "return document.querySelector('#sessions .title')?.textContent === 'The old one'")
     assert browser.execute_script("return document.querySelector('#period :checked').value") == "30"
     browser.execute_script("localStorage.clear()")
     assert complaints(browser) == []
@@ -1497,7 +1606,8 @@ return [...document.querySelectorAll('body *')].filter(
 
 
 TASKS = [
-    "Fix the invoice rounding bug", "Add pagination to the orders API", "Write tests for the retry queue",
+    "Fix the invoice rounding bug", "Add pagination to the orders API",
+    "Write tests for the retry queue",
     "Explain the flaky deploy job", "Refactor the session cache", "Speed up the nightly import",
     "Localise the checkout page", "Find the memory leak in the worker", "Review the migration plan",
 ]
@@ -1505,8 +1615,8 @@ MODELS = {"Claude": ("claude-opus-4-6", "claude-sonnet-4-6"), "Codex": ("gpt-5.1
 
 
 def fill(optimizer, folder):
-    """A store as a month leaves it, in the proportions of real ones (a test below holds them): transcripts as
-    examples/transcripts has them, only longer, and four sessions that run."""
+    """A store as a month leaves it, in the proportions of real ones (a test below holds them):
+    transcripts as examples/transcripts has them, only longer, and four sessions that run."""
     import random
 
     sys.path.insert(0, str(HERE / "transcripts"))
@@ -1519,28 +1629,33 @@ def fill(optimizer, folder):
             number += 1
             kind = "Codex" if number % 5 == 0 else "Claude"
             recorder = getattr(recorders, kind)(
-                f"month-{number}", chance.choice(TASKS), start=now - timedelta(days=day, hours=chance.uniform(4, 9)))
+                f"month-{number}", chance.choice(TASKS),
+                start=now - timedelta(days=day, hours=chance.uniform(4, 9)))
             recorder.model = MODELS[kind][number % len(MODELS[kind])]
             work(recorder, chance, chance.randint(30, 120))
             for name, lines in recorder.files.items():
                 path = folder / kind / recorder.name / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines),
+                                encoding="utf-8")
     optimizer.scan([str(folder)])
     for agent, model, task, steps in (
         ("FORGE", "claude-opus-4-6", "Make the loader read gzip files without a second pass", 40),
         ("ATLAS", "claude-sonnet-4-6", "Draft the release notes", 14),
         ("SCOUT", "claude-haiku-4-5", "Find every caller of parse_order()", 9),
     ):
-        session = optimizer.start_session(agent, task, model=model, session_id=f"{agent.lower()}_900")
+        session = optimizer.start_session(agent, task, model=model,
+                                          session_id=f"{agent.lower()}_900")
         for step in range(steps):
-            optimizer.log_event(session.id, "FILE_READ", {"file_path": f"src/{agent}/{step}.py"}, 700)
+            optimizer.log_event(session.id, "FILE_READ",
+                                {"file_path": f"src/{agent}/{step}.py"}, 700)
             optimizer.log_event(session.id, "AI_RESPONSE", tokens_output=300, duration_ms=9_000)
     log_some(optimizer, "claude-code", 'Escape "<b>" in the mail template')
 
 
 def work(recorder, chance, calls):
-    """A session of so many calls: reads, commands, edits, pauses longer than the cache lives, compactions."""
+    """A session of so many calls: reads, commands, edits,
+    pauses longer than the cache lives, compactions."""
     recorder.context += 9_000  # tools and instruction files
     for call in range(calls):
         what, path = chance.random(), f"src/{recorder.name}/{call}.py"
@@ -1575,11 +1690,12 @@ def month(tmp_path_factory):
 
 
 def test_the_samples_have_real_proportions(month):
-    """Those of bill.md's 411 sessions: more than half sent again, a tenth or more written again, and little of it
-    measured waste. The pictures of the documentation are made of these."""
+    """Those of bill.md's 411 sessions: more than half sent again, a tenth or more written again,
+    and little of it measured waste. The pictures of the documentation are made of these."""
     totals = month.get("/api/overview?days=30")["totals"]
     share = {how: 100 * amount / totals["cost"] for how, amount in totals["paid"].items()}
-    assert 50 < share["carried"] < 66 and 10 < share["again"] < 24 and 12 < share["first"] < 26 and 3 < share["output"] < 12
+    assert (50 < share["carried"] < 66 and 10 < share["again"] < 24 and 12 < share["first"] < 26
+            and 3 < share["output"] < 12)
     assert 0.2 < 100 * totals["measured_waste_cost"] / totals["cost"] < 1
 
 
@@ -1632,28 +1748,32 @@ def open_month(browser, month, width, height, mode):
     browser.get("about:blank")
     browser.get(month.url)
     wait_for(browser, "return document.querySelectorAll('#active li').length === 4")
-    wait_for(browser, "return document.querySelector('#trend svg') && !document.getElementById('bill-card').hidden"
-                      " && document.querySelectorAll('#sessions tr').length === 25")
+    wait_for(browser,
+             "return document.querySelector('#trend svg') && !document.getElementById('bill-card')"
+             ".hidden && document.querySelectorAll('#sessions tr').length === 25")
 
 
 def open_costliest(browser, month):
     costliest = month.get("/api/sessions?sort=cost&limit=1")["sessions"][0]["id"]
     browser.execute_script("location.hash = 'session=' + arguments[0]", costliest)
-    wait_for(browser, "return document.querySelector('#context svg') && document.querySelector('#timeline svg')")
+    wait_for(
+        browser,
+        "return document.querySelector('#context svg') && document.querySelector('#timeline svg')")
 
 
 @in_browser
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_a_full_page_can_be_read_at_every_width(browser, month, tmp_path, mode):
-    """No scrolling sideways, nothing on top of something else, no control without a name, enough contrast.
-    SESSIONOPTIMIZER_SCREENSHOTS=1 renews the pictures of the documentation."""
+    """No scrolling sideways, nothing on top of something else, no control without a name, enough
+    contrast. SESSIONOPTIMIZER_SCREENSHOTS=1 renews the pictures of the documentation."""
     for width, height in ((390, 844), (768, 1000), (860, 1180), (1280, 1180)):
         open_month(browser, month, width, height, mode)
         for view in ("", "report"):
             if view:
                 open_costliest(browser, month)
             for wide in ("document.documentElement", "document.getElementById('report')"):
-                assert browser.execute_script(f"return {wide}.scrollWidth <= innerWidth"), (width, view)
+                assert browser.execute_script(f"return {wide}.scrollWidth <= innerWidth"), (
+                    width, view)
             written, overlaps = browser.execute_script(OVERLAPS, view)
             assert written > 40 and overlaps == [], (width, view, overlaps)
             assert browser.execute_script(NAMELESS) == [] and browser.execute_script(CONTRAST) == []
@@ -1672,7 +1792,8 @@ def test_what_overlaps_is_found(browser, month):
     """The test above can fail."""
     open_month(browser, month, 390, 844, "light")
     assert browser.execute_script(OVERLAPS, "")[1] == []
-    browser.execute_script("document.querySelector('#facts div:nth-child(2)').style.marginLeft = '-120px'")
+    browser.execute_script(
+        "document.querySelector('#facts div:nth-child(2)').style.marginLeft = '-120px'")
     assert browser.execute_script(OVERLAPS, "")[1]
     browser.execute_script("localStorage.clear()")
 
@@ -1680,13 +1801,15 @@ def test_what_overlaps_is_found(browser, month):
 @in_browser
 def test_the_axes_have_units_and_days_are_days(browser, month):
     open_month(browser, month, 1280, 1180, "light")
-    days = browser.execute_script("return [...document.querySelectorAll('#days svg text')].map(node => node.textContent)")
+    days = browser.execute_script(
+        "return [...document.querySelectorAll('#days svg text')].map(node => node.textContent)")
     assert "USD a day" in days and "day a session began (local)" in days and "$0" in days
     rows = month.get("/api/overview?days=30")["spending"]["rows"]
     assert len(rows) == 30
     for index in (0, 17, 29):  # a column stands for one day
         told = browser.execute_script(
-            "const box = document.getElementById('days'); box.select(arguments[0]); return box.getAttribute('aria-valuetext')", index)
+            "const box = document.getElementById('days'); box.select(arguments[0]); "
+            "return box.getAttribute('aria-valuetext')", index)
         day = datetime.strptime(rows[index]["date"], "%Y-%m-%d")
         assert told.startswith(f"{day.day} {day:%b}"), told
         assert f"${rows[index]['cost']:,.2f}" in told or rows[index]["cost"] < 1
@@ -1704,7 +1827,8 @@ def test_the_axes_have_units_and_days_are_days(browser, month):
 @in_browser
 @pytest.mark.parametrize("view", ["", "report"])
 def test_it_prints(browser, month, view):
-    """On white in either mode, without controls; of an open report only that; and not on one page cut off."""
+    """On white in either mode, without controls; of an open report only that;
+    and not on one page cut off."""
     import base64
 
     open_month(browser, month, 1000, 1000, "dark")
@@ -1713,11 +1837,14 @@ def test_it_prints(browser, month, view):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": [
         {"name": "prefers-color-scheme", "value": "dark"}]})
     try:
-        assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert (browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+                == "rgb(255, 255, 255)")
         shown = browser.execute_script(
-            "return [...document.querySelectorAll('select, input, .pager, .close, #period')].filter(node => node.offsetParent).length")
+            "return [...document.querySelectorAll('select, input, .pager, .close, "
+            "#period')].filter(node => node.offsetParent).length")
         assert shown == 0 and browser.execute_script(CONTRAST) == []
-        assert bool(browser.execute_script("return document.getElementById('hero').offsetParent")) is not bool(view)
+        assert (bool(browser.execute_script("return document.getElementById('hero').offsetParent"))
+                is not bool(view))
         printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"]
         pages = base64.b64decode(printed).count(b"/Type /Page\n")
         assert pages == 0 or 2 <= pages <= 12
@@ -1729,7 +1856,8 @@ def test_it_prints(browser, month, view):
 @in_browser
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_html_reports_can_be_read_as_well(browser, month, tmp_path, mode):
-    """The module's own pages by the same measures: contrast, width, nothing on top of something else."""
+    """The module's own pages by the same measures: contrast, width,
+    nothing on top of something else."""
     costliest = month.get("/api/sessions?sort=cost&limit=1")["sessions"][0]["id"]
     folder = Path(month.optimizer.storage_path).parent / "transcripts"
     pages = {"session": month.optimizer.export_report(costliest, "html"),
@@ -1739,11 +1867,15 @@ def test_html_reports_can_be_read_as_well(browser, month, tmp_path, mode):
         for width in (390, 1280):
             resize(browser, width, 900, mode=mode)
             browser.get((tmp_path / f"{name}.html").as_uri())
-            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (name, width)
-            faint = [found for found in browser.execute_script(CONTRAST) if found[3] != "■"]  # a square beside its word
+            assert browser.execute_script(
+                "return document.documentElement.scrollWidth <= innerWidth"), (name, width)
+            # a square beside its word
+            faint = [found for found in browser.execute_script(CONTRAST) if found[3] != "■"]
             assert faint == [], (name, width)
-            written, overlaps = browser.execute_script(OVERLAPS.replace("found.push(['off", "0 && found.push(['off"), "")
-            assert written > 40 and overlaps == [], (name, width, overlaps)  # a wide table scrolls in its box
+            written, overlaps = browser.execute_script(
+                OVERLAPS.replace("found.push(['off", "0 && found.push(['off"), "")
+            # a wide table scrolls in its box
+            assert written > 40 and overlaps == [], (name, width, overlaps)
     assert complaints(browser) == []
 
 

@@ -55,7 +55,8 @@ INTEGRATIONS = {
     ],
 }
 # What works on what is in a store, a file or a queue.
-PROGRAMS = ("token_tracker", "error_recovery", "message_bus_alerts", "agent_health", "collaboration", "priority_queue")
+PROGRAMS = ("token_tracker", "error_recovery", "message_bus_alerts", "agent_health",
+            "collaboration", "priority_queue")
 EXPLAINED = (
     *INTEGRATIONS,
     *PROGRAMS,
@@ -96,7 +97,8 @@ def session(optimizer):
 
 @pytest.fixture
 def server():
-    """A server on 127.0.0.1 that keeps what is posted and answers with ``status`` and ``answer``."""
+    """A server on 127.0.0.1 that keeps what is posted and answers with ``status`` and
+    ``answer``."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -114,7 +116,8 @@ def server():
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.status, server.answer, server.delay = [], 200, b"", 0
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever,
+                              kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -135,7 +138,8 @@ def run(name, *arguments, stdin=""):
 
 
 def events_of(optimizer, session_id, event_type):
-    return [event for event in optimizer.get_session(session_id).events if event.event_type is event_type]
+    return [event for event in optimizer.get_session(session_id).events
+            if event.event_type is event_type]
 
 
 # ---- All programs ----
@@ -158,7 +162,8 @@ def test_store_keeps_the_sessions_and_runs_twice(name, tmp_path):
     assert len(ended) >= 2 and all(session.status is not SessionStatus.ACTIVE for session in ended)
 
 
-@pytest.mark.parametrize("name", [*INTEGRATIONS, *PROGRAMS, "monitor", "ci_report", "selftest", "export_otlp", "claude_code_hooks"])
+@pytest.mark.parametrize("name", [*INTEGRATIONS, *PROGRAMS, "monitor", "ci_report", "selftest",
+                                  "export_otlp", "claude_code_hooks"])
 def test_help_and_a_bad_option(name, capsys):
     if name == "error_recovery":
         pytest.importorskip("tenacity", reason="tenacity is missing: pip install -e '.[recovery]'")
@@ -190,35 +195,45 @@ def test_the_table_names_every_program():
 
 # ---- Token tracker ----
 
-# What ccusage 20.0.26 printed for three of the samples (`ccusage claude session --json`, `ccusage session --json`). It counts the
-# sub-agent whose file lies beside the session's own as a session of its own, so the last one differs.
+# What ccusage 20.0.26 printed for three of the samples (`ccusage claude session --json`, `ccusage
+# session --json`). It counts the sub-agent whose file lies beside the session's own as a session of
+# its own, so the last one differs.
 CCUSAGE = {
     "sessions": [
         {
-            "sessionId": "f714ed36-6704-5270-9cc6-0bb8ff3d909d", "inputTokens": 108, "outputTokens": 569,
-            "cacheCreationTokens": 15113, "cacheReadTokens": 569459, "totalCost": 0.4506245000000001,
+            "sessionId": "f714ed36-6704-5270-9cc6-0bb8ff3d909d", "inputTokens": 108,
+            "outputTokens": 569, "cacheCreationTokens": 15113, "cacheReadTokens": 569459,
+            "totalCost": 0.4506245000000001,
         },
         {
-            "sessionId": "dc5caaa6-2c15-540c-8204-baa120fdf75f", "inputTokens": 24, "outputTokens": 91,
+            "sessionId": "dc5caaa6-2c15-540c-8204-baa120fdf75f", "inputTokens": 24,
+            "outputTokens": 91,
             "cacheCreationTokens": 10542, "cacheReadTokens": 121234, "totalCost": 0.168432,
         },
         {
-            "sessionId": "3bb8a77a-323f-513f-ba8d-8e650bc7675d", "inputTokens": 12, "outputTokens": 59,
+            "sessionId": "3bb8a77a-323f-513f-ba8d-8e650bc7675d", "inputTokens": 12,
+            "outputTokens": 59,
             "cacheCreationTokens": 5274, "cacheReadTokens": 60600, "totalCost": 0.084575,
         },
     ]
 }
-CCUSAGE_SESSIONS = {"session": [{**{k: v for k, v in row.items() if k != "sessionId"}, "period": row["sessionId"]}
-                                for row in CCUSAGE["sessions"]]}
+CCUSAGE_SESSIONS = {
+    "session": [{**{k: v for k, v in row.items() if k != "sessionId"}, "period": row["sessionId"]}
+                for row in CCUSAGE["sessions"]]}
 F714 = CCUSAGE["sessions"][0]["sessionId"]
 
 
 def litellm_rows(session_id, **change):
-    """One request as LiteLLM 1.106 logs it (StandardLoggingPayload), and one as its spend log has it."""
-    detail = {"prompt_tokens": 500, "completion_tokens": 4, "cache_read_input_tokens": 400, "cache_creation_input_tokens": 97}
-    row = {"prompt_tokens": 500, "completion_tokens": 4, "status": "success", "metadata": {"usage_object": detail}}
-    first = dict(row, response_cost=0.25, end_user=f"user_0f_account_{F714}_session_{session_id}", session_id="", **change)
-    second = dict(row, spend=0.5, metadata=json.dumps(row["metadata"]), session_id=session_id, end_user=None)
+    """One request as LiteLLM 1.106 logs it (StandardLoggingPayload),
+    and one as its spend log has it."""
+    detail = {"prompt_tokens": 500, "completion_tokens": 4, "cache_read_input_tokens": 400,
+              "cache_creation_input_tokens": 97}
+    row = {"prompt_tokens": 500, "completion_tokens": 4, "status": "success",
+           "metadata": {"usage_object": detail}}
+    first = dict(row, response_cost=0.25, end_user=f"user_0f_account_{F714}_session_{session_id}",
+                 session_id="", **change)
+    second = dict(row, spend=0.5, metadata=json.dumps(row["metadata"]), session_id=session_id,
+                  end_user=None)
     failed = dict(first, status="failure", prompt_tokens=9_999)
     return [first, second, failed]
 
@@ -235,13 +250,18 @@ def otel_export(session_id, temporality, *exports):
             }
             for kind, value in figures.items()
         ]
-        cost = {"attributes": points[0]["attributes"][:1], "startTimeUnixNano": "1", "asDouble": 0.25}
+        cost = {"attributes": points[0]["attributes"][:1], "startTimeUnixNano": "1",
+                "asDouble": 0.25}
         metrics = [
-            {"name": "claude_code.token.usage", "sum": {"aggregationTemporality": temporality, "dataPoints": points}},
-            {"name": "claude_code.cost.usage", "sum": {"aggregationTemporality": temporality, "dataPoints": [cost]}},
-            {"name": "claude_code.session.count", "sum": {"dataPoints": [{"attributes": [], "asInt": "1"}]}},
+            {"name": "claude_code.token.usage",
+             "sum": {"aggregationTemporality": temporality, "dataPoints": points}},
+            {"name": "claude_code.cost.usage",
+             "sum": {"aggregationTemporality": temporality, "dataPoints": [cost]}},
+            {"name": "claude_code.session.count",
+             "sum": {"dataPoints": [{"attributes": [], "asInt": "1"}]}},
         ]
-        lines.append(json.dumps({"resourceMetrics": [{"resource": {}, "scopeMetrics": [{"metrics": metrics}]}]}))
+        lines.append(json.dumps(
+            {"resourceMetrics": [{"resource": {}, "scopeMetrics": [{"metrics": metrics}]}]}))
     return "\n".join(lines)
 
 
@@ -249,24 +269,31 @@ def otel_export(session_id, temporality, *exports):
 def test_ccusage_is_reconciled_to_the_token_and_a_difference_is_told(tmp_path, report):
     optimizer = SessionOptimizer(str(tmp_path / "store"))
     optimizer.scan([os.path.join(SAMPLES, "claude-code")])
-    status, output, _ = run("token_tracker", "ccusage", "-", "--store", tmp_path / "store", stdin=json.dumps(report))
+    status, output, _ = run("token_tracker", "ccusage", "-", "--store", tmp_path / "store",
+                            stdin=json.dumps(report))
     assert status == 3 and "2 of 3 sessions agree to the token" in output
-    rows = {row["session"]: row for row in token_tracker.reconcile(optimizer, token_tracker.from_ccusage(json.dumps(report)))}
-    assert rows[F714]["equal"] and rows[F714]["ours"].cost == pytest.approx(rows[F714]["theirs"].cost, abs=1e-9)
+    rows = {row["session"]: row for row in token_tracker.reconcile(
+        optimizer, token_tracker.from_ccusage(json.dumps(report)))}
+    assert (rows[F714]["equal"]
+            and rows[F714]["ours"].cost == pytest.approx(rows[F714]["theirs"].cost, abs=1e-9))
     apart = rows["3bb8a77a-323f-513f-ba8d-8e650bc7675d"]
     assert apart["ours"].tokens() == [21, 7462, 77072, 104]  # with the sub-agent
     two = {"sessions": report.get("sessions", [])[:2], "session": report.get("session", [])[:2]}
-    assert run("token_tracker", "ccusage", "-", "--store", tmp_path / "store", stdin=json.dumps(two))[0] == 0
+    assert run("token_tracker", "ccusage", "-", "--store", tmp_path / "store",
+               stdin=json.dumps(two))[0] == 0
 
 
 @pytest.mark.parametrize(
     "source, text",
     [
         ("litellm", json.dumps(litellm_rows("a1b2c3d4-0000-4000-8000-000000000001"))),
-        ("litellm", "\n".join(map(json.dumps, litellm_rows("a1b2c3d4-0000-4000-8000-000000000001")))),
-        ("otel", otel_export("a1b2c3d4-0000-4000-8000-000000000001", 1, {"input": 2, "output": 5, "cacheRead": 800},
+        ("litellm",
+         "\n".join(map(json.dumps, litellm_rows("a1b2c3d4-0000-4000-8000-000000000001")))),
+        ("otel", otel_export("a1b2c3d4-0000-4000-8000-000000000001", 1,
+                             {"input": 2, "output": 5, "cacheRead": 800},
                              {"input": 4, "output": 3, "cacheCreation": 194})),
-        ("otel", otel_export("a1b2c3d4-0000-4000-8000-000000000001", 2, {"input": 2, "output": 5, "cacheRead": 800},
+        ("otel", otel_export("a1b2c3d4-0000-4000-8000-000000000001", 2,
+                             {"input": 2, "output": 5, "cacheRead": 800},
                              {"input": 6, "output": 8, "cacheRead": 800, "cacheCreation": 194})),
     ],
     ids=["litellm array", "litellm lines", "otel delta", "otel cumulative"],
@@ -275,12 +302,15 @@ def test_classes_do_not_overlap_whoever_counted(source, text):
     ((session_id, usage),) = token_tracker.SOURCES[source](text).items()
     assert session_id == "a1b2c3d4-0000-4000-8000-000000000001"
     assert usage.tokens() == [6, 194, 800, 8]
-    assert usage.cost == {"litellm": 0.75, "otel": 0.5 if '"aggregationTemporality": 1' in text else 0.25}[source]
+    assert usage.cost == {"litellm": 0.75,
+                          "otel": 0.5 if '"aggregationTemporality": 1' in text else 0.25}[source]
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[1]", '{"sessions": [{"sessionId": "x"}]}', '[{"metadata": "{"}]'])
+@pytest.mark.parametrize(
+    "text", ["", "no json", "[1]", '{"sessions": [{"sessionId": "x"}]}', '[{"metadata": "{"}]'])
 def test_what_no_tracker_wrote_is_named(text, tmp_path):
-    sources = ["ccusage"] if "sessionId" in text else ["litellm"] if "metadata" in text else ["ccusage", "litellm", "otel"]
+    sources = (["ccusage"] if "sessionId" in text else ["litellm"] if "metadata" in text
+               else ["ccusage", "litellm", "otel"])
     for source in sources:
         status, output, errors = run("token_tracker", source, "-", "--store", tmp_path, stdin=text)
         assert (status, "is not what" in errors) == (1, True) or (text == "" and status == 0)
@@ -295,7 +325,8 @@ def test_a_session_that_is_not_in_the_store_is_a_difference(tmp_path):
 def test_usage_is_counted_once_however_often_it_is_synced(optimizer, session):
     counted = token_tracker.Usage(uncached=900, cache_write=100, output=300)
     optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_input=400, tokens_output=300)
-    assert [token_tracker.sync_usage(optimizer, session.id, counted) for _ in range(3)] == [600, 0, 0]
+    assert ([token_tracker.sync_usage(optimizer, session.id, counted) for _ in range(3)]
+            == [600, 0, 0])
     counted.add(token_tracker.Usage(50, output=7))
     token_tracker.sync_usage(optimizer, session.id, counted)
     assert (session.total_tokens_input, session.total_tokens_output) == (1_050, 307)
@@ -417,7 +448,8 @@ def test_reads_are_logged_with_original_and_compressed_tokens(optimizer, session
     assert "ü" in read.text and read.compressed_tokens < read.original_tokens
     first, second = events_of(optimizer, session.id, EventType.FILE_READ)
     assert first.tokens_input == first.data["compressed_tokens"] == read.compressed_tokens
-    assert first.data["original_tokens"] == read.original_tokens and first.data["compressed"] is True
+    assert (first.data["original_tokens"] == read.original_tokens
+            and first.data["compressed"] is True)
     assert "compressed" not in second.data and second.tokens_input == 35_000
     stats = compressor.compression_stats(session)
     assert (stats["files"], stats["original_tokens"]) == (1, read.original_tokens)
@@ -461,14 +493,17 @@ def test_backoff_doubles_up_to_the_limit_and_every_attempt_is_told(recovery, opt
     pauses = []
     wait = recovery.tenacity.wait_exponential(multiplier=1, max=3)
     stop = recovery.tenacity.stop_after_attempt(5)
-    tracked = recovery.retry_with_tracking(optimizer, session.id, stop=stop, wait=wait, sleep=pauses.append)(call)
+    tracked = recovery.retry_with_tracking(optimizer, session.id, stop=stop, wait=wait,
+                                           sleep=pauses.append)(call)
     assert tracked(21) == 42 and calls == [21] * 5
     assert pauses == [1, 2, 3, 3]
     (error,) = events_of(optimizer, session.id, EventType.ERROR)
-    assert (error.data["recovery_strategy"], error.data["recovered"], error.data["attempts"]) == ("retry", True, 5)
+    assert ((error.data["recovery_strategy"], error.data["recovered"], error.data["attempts"])
+            == ("retry", True, 5))
     assert "hunter2secret" not in json.dumps(optimizer.get_session(session.id).to_dict())
     told = [event.data for event in events_of(optimizer, session.id, EventType.CUSTOM)]
-    assert [(data["attempt"], data["delay_seconds"]) for data in told] == [(1, 1), (2, 2), (3, 3), (4, 3)]
+    assert ([(data["attempt"], data["delay_seconds"]) for data in told]
+            == [(1, 1), (2, 2), (3, 3), (4, 3)])
     assert optimizer.analyze(session.id).issues == []
 
 
@@ -480,13 +515,17 @@ def test_no_attempt_left(recovery, optimizer, session):
     assert len(calls) == 3 and error.data["recovered"] is False and error.data["attempts"] == 3
 
 
-@pytest.mark.parametrize("error, retry_on, attempts", [(TypeError, (OSError,), 1), (TypeError, (TypeError,), 3)])
-def test_a_bug_is_not_retried_unless_it_is_named(recovery, optimizer, session, error, retry_on, attempts):
+@pytest.mark.parametrize("error, retry_on, attempts",
+                         [(TypeError, (OSError,), 1), (TypeError, (TypeError,), 3)])
+def test_a_bug_is_not_retried_unless_it_is_named(recovery, optimizer, session, error,
+                                                 retry_on, attempts):
     call, calls = flaky(9, error)
     with pytest.raises(error):
-        recovery.retry_with_tracking(optimizer, session.id, retry_on=retry_on, sleep=lambda seconds: None)(call)(1)
+        recovery.retry_with_tracking(optimizer, session.id, retry_on=retry_on,
+                                     sleep=lambda seconds: None)(call)(1)
     (told,) = events_of(optimizer, session.id, EventType.ERROR)
-    assert (len(calls), told.data["recovery_strategy"]) == (attempts, "retry" if attempts > 1 else "none")
+    assert ((len(calls), told.data["recovery_strategy"])
+            == (attempts, "retry" if attempts > 1 else "none"))
 
 
 def test_success_at_once_logs_nothing_and_the_name_stays(recovery, optimizer, session):
@@ -500,7 +539,8 @@ def test_tracking_and_fallback(recovery, optimizer, session):
     call, _ = flaky(9, KeyError)
     with pytest.raises(KeyError):
         recovery.with_session_tracking(optimizer, session.id)(call)(1)
-    assert recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: "spare")(call)(1) == "spare"
+    assert recovery.with_session_tracking(optimizer, session.id,
+                                          fallback=lambda error: "spare")(call)(1) == "spare"
     with pytest.raises(ZeroDivisionError):
         recovery.with_session_tracking(optimizer, session.id, fallback=lambda error: 1 / 0)(call)(1)
     assert [
@@ -519,15 +559,19 @@ def test_tracking_and_fallback(recovery, optimizer, session):
         (0, [], 0, 1, []),
     ],
 )
-def test_a_command_is_run_again_until_it_works(recovery, tmp_path, optimizer, fails, options, status, runs, strategies):
-    script = f"echo x >> {tmp_path}/runs; [ $(wc -l < {tmp_path}/runs) -gt {fails} ] || {{ echo no luck >&2; exit 7; }}"
+def test_a_command_is_run_again_until_it_works(recovery, tmp_path, optimizer, fails, options,
+                                               status, runs, strategies):
+    script = (f"echo x >> {tmp_path}/runs; [ $(wc -l < {tmp_path}/runs) -gt {fails} ] || {{ echo "
+              f"no luck >&2; exit 7; }}")
     store = ["--store", tmp_path / "store"]
-    assert run("error_recovery", *options, "--wait", "0.01", *store, "--", "sh", "-c", script)[0] == status
+    assert (run("error_recovery", *options, "--wait", "0.01", *store, "--", "sh", "-c", script)[0]
+            == status)
     assert len((tmp_path / "runs").read_text().split()) == runs
     (session,) = optimizer.list_sessions()
     assert session.status is (SessionStatus.FAILED if status else SessionStatus.COMPLETED)
     told = events_of(optimizer, session.id, EventType.ERROR)
-    assert [(event.data["recovery_strategy"], event.data["recovered"]) for event in told] == strategies
+    assert ([(event.data["recovery_strategy"], event.data["recovered"]) for event in told]
+            == strategies)
     assert all("no luck" in event.data["message"] for event in told)
     assert run("error_recovery", *store, "--session", "last", "--", "sh", "-c", "exit 0")[0] == 0
     assert run("error_recovery", *store, "--session", "nobody", "--", "true")[0] == 1
@@ -538,9 +582,11 @@ def test_a_command_is_run_again_until_it_works(recovery, tmp_path, optimizer, fa
 
 
 def wasteful(optimizer, session_id, reads):
-    """Reads one file again and again: with 1,000 more tokens, the score is 100 * 2 / (1 + reads)."""
+    """Reads one file again and again: with 1,000 more tokens,
+    the score is 100 * 2 / (1 + reads)."""
     for _ in range(reads):
-        optimizer.log_event(session_id, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=1_000)
+        optimizer.log_event(session_id, EventType.FILE_READ, {"file_path": "a.py"},
+                            tokens_input=1_000)
     optimizer.log_event(session_id, EventType.AI_RESPONSE, tokens_output=1_000)
 
 
@@ -558,7 +604,8 @@ def test_a_webhook_gets_the_message(optimizer, session, server):
     bus.send_session_summary(optimizer, session.id, bus.bus_to(server.url + "/hook"))
     (path, headers, alert), (_, _, summary) = server.requests
     assert path == "/hook" and headers["Content-Type"] == "application/json"
-    assert alert["priority"] == "HIGH" and "40.0%" in alert["text"] and alert["session_id"] == session.id
+    assert (alert["priority"] == "HIGH" and "40.0%" in alert["text"]
+            and alert["session_id"] == session.id)
     assert summary["priority"] == "LOW" and "4,000 in" in summary["text"]
 
 
@@ -581,16 +628,20 @@ def test_a_file_gets_one_line_per_message(optimizer, session, tmp_path):
     path = tmp_path / "messages.jsonl"
     for _ in range(2):
         assert bus.send_session_summary(optimizer, session.id, bus.bus_to(str(path)))
-    assert [json.loads(line)["priority"] for line in path.read_text(encoding="utf-8").splitlines()] == ["LOW", "LOW"]
+    assert ([json.loads(line)["priority"] for line in path.read_text(encoding="utf-8").splitlines()]
+            == ["LOW", "LOW"])
     assert not bus.send_session_summary(optimizer, "nobody", bus.bus_to(str(path)))
 
 
-def test_on_a_crews_bus_an_alert_is_a_note_to_the_worker_and_comes_once(optimizer, session, tmp_path):
-    worker = optimizer.start_session("FORGE", "Crew", session_id="crewed", metadata={"crew_agent": "forge-2"})
+def test_on_a_crews_bus_an_alert_is_a_note_to_the_worker_and_comes_once(
+        optimizer, session, tmp_path):
+    worker = optimizer.start_session("FORGE", "Crew", session_id="crewed",
+                                     metadata={"crew_agent": "forge-2"})
     for one in (session, worker):
         wasteful(optimizer, one.id, 4)
     for _ in range(2):
-        status, _, errors = run("message_bus_alerts", "--store", tmp_path / "store", "--to", f"bus:{tmp_path}/queue.db")
+        status, _, errors = run("message_bus_alerts", "--store", tmp_path / "store", "--to",
+                                f"bus:{tmp_path}/queue.db")
         assert (status, "2 of 2 sessions told" in errors) == (0, True)
     with open_bus(str(tmp_path / "queue.db")) as queue:
         (for_all,) = queue.receive("forge-1")
@@ -603,11 +654,13 @@ def test_alerts_of_the_sessions_in_a_store(optimizer, session, tmp_path):
     wasteful(optimizer, session.id, 4)
     store = ["--store", tmp_path / "store"]
     status, output, errors = run("message_bus_alerts", *store, "--summary")
-    assert (status, errors) == (0, "2 messages sent\n") and "[HIGH] Low efficiency: FORGE" in output and "[LOW]" in output
-    assert run("message_bus_alerts", *store, "--since", "2999-01-01")[1:] == ("", "0 of 0 sessions told\n")
+    assert ((status, errors) == (0, "2 messages sent\n")
+            and "[HIGH] Low efficiency: FORGE" in output and "[LOW]" in output)
+    assert (run("message_bus_alerts", *store, "--since", "2999-01-01")[1:]
+            == ("", "0 of 0 sessions told\n"))
     assert run("message_bus_alerts", *store, "--session", session.id, "--threshold", "10")[1] == ""
-    for wrong in (["--to", tmp_path / "no" / "such" / "file"], ["--since", "soon"], ["--to", "ftp://example.com/x"],
-                  ["--to", f"bus:{tmp_path}/store/sessions"]):
+    for wrong in (["--to", tmp_path / "no" / "such" / "file"], ["--since", "soon"],
+                  ["--to", "ftp://example.com/x"], ["--to", f"bus:{tmp_path}/store/sessions"]):
         status, _, errors = run("message_bus_alerts", *store, *wrong)
         assert status == 1 and "not sent" in errors
 
@@ -615,7 +668,8 @@ def test_alerts_of_the_sessions_in_a_store(optimizer, session, tmp_path):
 # ---- All programs ----
 
 
-@pytest.mark.parametrize("path", sorted(Path(agent_health.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(Path(agent_health.__file__).parent.glob("*.py")),
+                         ids=lambda path: path.name)
 def test_programs_use_public_names_alone(path):
     """Of the module, so that they can be copied and go on working."""
     if path.name.startswith("test_"):
@@ -623,11 +677,13 @@ def test_programs_use_public_names_alone(path):
     tree, used, called = ast.parse(path.read_text(encoding="utf-8")), set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            called |= {each.asname or each.name for each in node.names if each.name == "sessionoptimizer"}
+            called |= {each.asname or each.name for each in node.names
+                       if each.name == "sessionoptimizer"}
         elif isinstance(node, ast.ImportFrom) and node.module == "sessionoptimizer":
             used |= {each.name for each in node.names}
     used |= {node.attr for node in ast.walk(tree)
-             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in called}
+             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+             and node.value.id in called}
     assert {name for name in used if not name.startswith("__")} <= set(sessionoptimizer.__all__)
 
 
@@ -653,7 +709,8 @@ def test_metrics_of_a_session(optimizer, session):
     wasteful(optimizer, session.id, 2)
     optimizer.log_event(session.id, EventType.ERROR, {"message": "x"})
     metrics = agent_health.session_metrics(optimizer, session.id)
-    assert (metrics["agent"], metrics["waste_tokens"], metrics["error_rate"]) == ("FORGE", 1_000, 20.0)
+    assert ((metrics["agent"], metrics["waste_tokens"], metrics["error_rate"])
+            == ("FORGE", 1_000, 20.0))
     assert agent_health.session_metrics(optimizer, "nobody") is None
     assert agent_health.health_summary(optimizer, "FORGE")["status"] == "CRITICAL"
     assert agent_health.health_summary(optimizer, "NOBODY")["status"] == "UNKNOWN"
@@ -662,8 +719,9 @@ def test_metrics_of_a_session(optimizer, session):
 def test_the_health_of_all_agents_and_of_a_crews_workers(optimizer, session, tmp_path):
     store = ["--store", tmp_path / "store"]
     wasteful(optimizer, session.id, 1)
-    assert run("agent_health", *store)[:2] == (0, "FORGE: HEALTHY, 1 session in 7 days, efficiency 100.0%, "
-                                                  "trend insufficient_data\n")
+    assert (run("agent_health", *store)[:2]
+            == (0, "FORGE: HEALTHY, 1 session in 7 days, efficiency 100.0%, "
+                   "trend insufficient_data\n"))
     with open_bus(str(tmp_path / "queue.db"), lease_seconds=0.05) as queue:
         for name in ("a", "b", "c", "d"):
             queue.submit(Task(name, name, max_attempts=1))
@@ -672,9 +730,12 @@ def test_the_health_of_all_agents_and_of_a_crews_workers(optimizer, session, tmp
         queue.complete(queue.claim("fit"), 1)
         queue.fail(queue.claim("weak"), "tests: no")
         assert queue.claim("fit").task.id == "d"
-    status, output, _ = run("agent_health", *store, "--queue", tmp_path / "queue.db", "--format", "json")
-    workers = {row["agent"]: (row["status"], row["done"], row["holds"]) for row in json.loads(output)["workers"]}
-    assert workers == {"dead": ("CRITICAL", 0, []), "fit": ("HEALTHY", 1, ["d"]), "weak": ("WARNING", 0, [])}
+    status, output, _ = run("agent_health", *store, "--queue", tmp_path / "queue.db",
+                            "--format", "json")
+    workers = {row["agent"]: (row["status"], row["done"], row["holds"])
+               for row in json.loads(output)["workers"]}
+    assert workers == {"dead": ("CRITICAL", 0, []), "fit": ("HEALTHY", 1, ["d"]),
+                       "weak": ("WARNING", 0, [])}
     assert status == 3 and run("agent_health", *store, "--queue", tmp_path / "nothing.db")[0] == 1
     assert not (tmp_path / "nothing.db").exists()
 
@@ -684,37 +745,46 @@ def test_the_health_of_all_agents_and_of_a_crews_workers(optimizer, session, tmp
 
 def test_agents_of_different_processes_share_one_collaboration(tmp_path):
     def join(collab_id, agent, role):
-        collab = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", None, collab_id=collab_id)
+        collab = collaboration.Collaboration(SessionOptimizer(str(tmp_path)), "Task", None,
+                                             collab_id=collab_id)
         collab.join(agent, role)
         return collab
 
-    first, second, other = join("c1", "A", "planner"), join("c1", "B", "builder"), join("c2", "C", "builder")
+    first, second, other = (join("c1", "A", "planner"), join("c1", "B", "builder"),
+                            join("c2", "C", "builder"))
     for collab, agent, reads in ((first, "A", 1), (second, "B", 3), (other, "C", 1)):
         for _ in range(reads):
             collab.log(agent, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=1_000)
     first.finish()
     result = second.finish()
-    assert (result["total_tokens"], result["waste_tokens"], result["combined_efficiency"]) == (4_000, 2_000, 50.0)
+    assert ((result["total_tokens"], result["waste_tokens"], result["combined_efficiency"])
+            == (4_000, 2_000, 50.0))
     assert [row["agent"] for row in result["agents"].values()] == ["A", "B"]
     assert result["shared_files"] == ["a.py"]
     status, output, _ = run("collaboration", "c1", "--store", tmp_path)
     assert status == 0 and "together" in output and "read by more than one agent: a.py" in output
-    assert [line.split()[0] for line in run("collaboration", "--store", tmp_path)[1].splitlines()] == ["c1", "c2"]
-    assert json.loads(run("collaboration", "c1", "--store", tmp_path, "--format", "json")[1])["agents"] == result["agents"]
+    assert ([line.split()[0] for line in run("collaboration", "--store", tmp_path)[1].splitlines()]
+            == ["c1", "c2"])
+    assert json.loads(run("collaboration", "c1", "--store", tmp_path, "--format",
+                          "json")[1])["agents"] == result["agents"]
     assert run("collaboration", "c3", "--store", tmp_path)[0] == 1
 
 
 def test_a_handoff_reaches_another_process_once_and_costs_its_receiver(optimizer, tmp_path):
-    with open_bus(str(tmp_path / "queue.db")) as here, open_bus(str(tmp_path / "queue.db")) as there:
+    with open_bus(str(tmp_path / "queue.db")) as here, open_bus(
+            str(tmp_path / "queue.db")) as there:
         sender = collaboration.Collaboration(optimizer, "Task", here, collab_id="c1")
-        receiver = collaboration.Collaboration(SessionOptimizer(str(tmp_path / "store")), "Task", there, collab_id="c1")
+        receiver = collaboration.Collaboration(SessionOptimizer(str(tmp_path / "store")), "Task",
+                                               there, collab_id="c1")
         one, two = sender.join("A", "planner"), receiver.join("B", "builder")
         there.send("X", "B", "a note of another kind")
         sender.handoff("A", "B", "x" * 400)
-        assert receiver.take_over("B", wait=5) == [("A", "x" * 400)] and receiver.take_over("B") == []
+        assert (receiver.take_over("B", wait=5) == [("A", "x" * 400)]
+                and receiver.take_over("B") == [])
     assert (one.total_tokens, two.total_tokens) == (0, 100)
     assert one.metadata["collab_id"] == two.metadata["collab_id"] == "c1"
-    assert one.events[-1].data["type"] == "handoff_out" and two.events[-1].data["type"] == "handoff_in"
+    assert (one.events[-1].data["type"] == "handoff_out"
+            and two.events[-1].data["type"] == "handoff_in")
 
 
 # ---- Priority queue ----
@@ -722,21 +792,27 @@ def test_a_handoff_reaches_another_process_once_and_costs_its_receiver(optimizer
 
 def test_the_most_urgent_command_first_with_a_session_each(optimizer, tmp_path):
     queue, store, log = tmp_path / "queue.db", tmp_path / "store", tmp_path / "log"
-    script = [sys.executable, "-c", "import os, sys; sys.path.insert(0, sys.argv[1]); from sessionoptimizer import *; "
-              "SessionOptimizer().log_event(os.environ['SESSIONOPTIMIZER_SESSION'], 'AI_RESPONSE', tokens_output=10); "
-              "open(sys.argv[2], 'a').write(sys.argv[3]); sys.exit(sys.argv[3] == 'b')", ROOT, log]
-    for name, priority, more in (("a", 1, []), ("b", 9, ["--attempts", "1"]), ("c", 9, []), ("d", 5, ["--after", "c"]),
-                                 ("e", 7, ["--requires", "gpu"])):
-        assert run("priority_queue", "add", queue, name, "--priority", priority, *more, "--", *script, name)[0] == 0
+    script = [sys.executable, "-c",
+              ("import os, sys; sys.path.insert(0, sys.argv[1]); from sessionoptimizer import *; "
+               "SessionOptimizer().log_event(os.environ['SESSIONOPTIMIZER_SESSION'], "
+               "'AI_RESPONSE', tokens_output=10); open(sys.argv[2], 'a').write(sys.argv[3]); "
+               "sys.exit(sys.argv[3] == 'b')"), ROOT, log]
+    for name, priority, more in (("a", 1, []), ("b", 9, ["--attempts", "1"]), ("c", 9, []),
+                                 ("d", 5, ["--after", "c"]), ("e", 7, ["--requires", "gpu"])):
+        assert run("priority_queue", "add", queue, name, "--priority", priority, *more, "--",
+                   *script, name)[0] == 0
     assert run("priority_queue", "add", queue, "x", "--after", "nothing", "--", "true")[0] == 1
     status, output, _ = run("priority_queue", "work", queue, "--as", "w1", "--store", store)
     assert (status, log.read_text()) == (3, "bcda")
     assert "priority 9: 1 of 2 runs succeeded, 20 tokens" in output
     assert "READY      7 e" in run("priority_queue", "list", queue)[1]
-    assert run("priority_queue", "work", queue, "--can", "gpu", "--store", store)[0] == 3 and log.read_text() == "bcdae"
+    assert (run("priority_queue", "work", queue, "--can", "gpu", "--store", store)[0] == 3
+            and log.read_text() == "bcdae")
     by_task = {session.metadata["task_id"]: session for session in optimizer.list_sessions()}
-    assert sorted(by_task) == list("abcde") and {session.total_tokens for session in by_task.values()} == {10}
-    assert [name for name, session in by_task.items() if session.status is SessionStatus.FAILED] == ["b"]
+    assert (sorted(by_task) == list("abcde")
+            and {session.total_tokens for session in by_task.values()} == {10})
+    assert ([name for name, session in by_task.items() if session.status is SessionStatus.FAILED]
+            == ["b"])
 
 
 # ---- Knowledge base ----
@@ -779,7 +855,8 @@ def test_a_query_repeated_is_waste_until_something_is_saved(optimizer, session, 
         assert optimizer.analyze(session.id).issues == []
         knowledge_base.query_knowledge(optimizer, session.id, base, "keys")
         knowledge_base.query_knowledge(optimizer, session.id, base, "Keys ")
-        assert [i.issue_type.value for i in optimizer.analyze(session.id).issues] == ["REPEATED_SEARCH"]
+        assert ([i.issue_type.value for i in optimizer.analyze(session.id).issues]
+                == ["REPEATED_SEARCH"])
         assert knowledge_base.load_knowledge(optimizer, session.id, base, 99) == ""
         assert knowledge_base.load_knowledge(optimizer, session.id, base, 1) == "Rotate keys weekly"
     (load,) = events_of(optimizer, session.id, EventType.CONTEXT_LOAD)
@@ -796,13 +873,15 @@ def test_an_alert_is_sent_once_and_again_after_it_was_gone(optimizer, session):
     assert sent[0]["priority"] == "HIGH" and sent[0]["session_id"] == session.id and sent[0]["id"]
     count = len(sent)
     assert (
-        monitor.check(SessionOptimizer(str(optimizer.storage_path)), sent.append) == [] and len(sent) == count
+        monitor.check(SessionOptimizer(str(optimizer.storage_path)), sent.append) == []
+        and len(sent) == count
     )
     for _ in range(40):
         optimizer.log_event(session.id, EventType.AI_RESPONSE, tokens_output=1_000)
     assert "LOW_EFFICIENCY" not in str(monitor.check(optimizer, sent.append))
     for _ in range(80):
-        optimizer.log_event(session.id, EventType.FILE_READ, {"file_path": "a.py"}, tokens_input=1_000)
+        optimizer.log_event(session.id, EventType.FILE_READ, {"file_path": "a.py"},
+                            tokens_input=1_000)
     assert f"{session.id}:LOW_EFFICIENCY" in monitor.check(optimizer, sent.append)
 
 
@@ -835,7 +914,8 @@ def test_the_monitor_as_a_program(tmp_path, optimizer, session, server):
     wasteful(optimizer, session.id, 4)
     path = tmp_path / "alerts.jsonl"
     for _ in range(2):
-        assert run("monitor", "--store", optimizer.storage_path, "--to", path, "--level", "high")[0] == 0
+        assert run("monitor", "--store", optimizer.storage_path, "--to", path, "--level",
+                   "high")[0] == 0
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["priority"] for line in lines] == ["HIGH"]
     server.status = 503
@@ -911,7 +991,8 @@ def test_a_scan_becomes_junit_with_one_testcase_per_session(scan_json):
     result, suites = json.loads(scan_json), ElementTree.fromstring(text)
     (suite,) = suites
     cases = suite.findall("testcase")
-    assert suites.tag == "testsuites" and len(cases) == len(result["sessions"]) == int(suite.get("tests"))
+    assert (suites.tag == "testsuites"
+            and len(cases) == len(result["sessions"]) == int(suite.get("tests")))
     for row, case in zip(result["sessions"], cases):
         high = [issue for issue in row["issues"] if issue["severity"] in ("HIGH", "CRITICAL")]
         failures = case.findall("failure")
@@ -928,7 +1009,8 @@ def test_level_and_strict(scan_json, tmp_path):
     counts = []
     for level in ("critical", "HIGH", "low"):
         assert run("ci_report", path, "--level", level, "--output", tmp_path / "report.xml")[0] == 0
-        counts.append(int(ElementTree.parse(str(tmp_path / "report.xml")).getroot().get("failures")))
+        counts.append(
+            int(ElementTree.parse(str(tmp_path / "report.xml")).getroot().get("failures")))
     assert counts[0] == 0 < counts[1] < counts[2]
     assert run("ci_report", path, "--strict")[0] == 3
     assert run("ci_report", path, "--strict", "--level", "CRITICAL")[0] == 0
@@ -938,7 +1020,8 @@ def test_level_and_strict(scan_json, tmp_path):
 def test_whatever_is_in_a_session_the_report_is_xml(scan_json):
     result = json.loads(scan_json)
     row = next(
-        row for row in result["sessions"] if any(issue["severity"] == "HIGH" for issue in row["issues"])
+        row for row in result["sessions"]
+        if any(issue["severity"] == "HIGH" for issue in row["issues"])
     )
     evil = "]]> <b a=\"'&amp; \0\x1b[31m\x0b\ufffe\ud800 \U0001f600 ü"
     row.update(task=evil + "\nnext", agent=evil, path=evil, notes=[evil])
@@ -950,13 +1033,15 @@ def test_whatever_is_in_a_session_the_report_is_xml(scan_json):
     case = suite.find("testcase")
     kept = "]]> <b a=\"'&amp; [31m \U0001f600 ü"
     assert failed == 1 and case.get("name").startswith(kept + "\nnext")
-    assert float(case.get("time")) == pytest.approx(60 * row["minutes"], abs=0.001) and row["minutes"] > 0
+    assert (float(case.get("time")) == pytest.approx(60 * row["minutes"], abs=0.001)
+            and row["minutes"] > 0)
     assert kept in case.find("failure").text and kept in case.find("system-out").text
     assert kept in suite.find("system-err").text
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"sessions": 3}', '{"sessions": [{}]}', '{"sessions": [3]}', "\ufeff"]
+    "text",
+    ["", "{", "[]", "{}", '{"sessions": 3}', '{"sessions": [{}]}', '{"sessions": [3]}', "\ufeff"]
 )
 def test_what_is_no_scan_is_named(text, tmp_path, capsys):
     path = tmp_path / "scan.json"
@@ -968,7 +1053,8 @@ def test_what_is_no_scan_is_named(text, tmp_path, capsys):
 
 def test_standard_input_that_is_empty_is_named():
     status, output, errors = run("ci_report")
-    assert status == 1 and output == "" and errors.startswith("ci_report: standard input is not what")
+    assert (status == 1 and output == ""
+            and errors.startswith("ci_report: standard input is not what"))
 
 
 def test_a_file_that_is_not_there():
@@ -994,7 +1080,8 @@ def totals(session):
 def read_back(session, path, batch=export_otlp.BATCH):
     """The session that our own reader makes of what was written."""
     path.write_text(
-        "".join(json.dumps(part) + "\n" for part in export_otlp.documents(session, batch)), encoding="utf-8"
+        "".join(json.dumps(part) + "\n" for part in export_otlp.documents(session, batch)),
+        encoding="utf-8"
     )
     reader = SessionOptimizer(str(path) + "-store")
     result = reader.scan([str(path)])
@@ -1009,9 +1096,9 @@ def test_what_is_written_is_read_back_equal_for_every_sample(optimizer, tmp_path
     assert len(rows) > 50
     for number, row in enumerate(rows):
         session = optimizer.get_session(row.id)
-        assert totals(read_back(session, tmp_path / f"{number}.jsonl")) == totals(session), session.metadata[
-            "source"
-        ]["path"]
+        assert totals(read_back(session, tmp_path / f"{number}.jsonl")) == totals(session), (
+            session.metadata["source"
+            ]["path"])
 
 
 def test_a_session_logged_by_hand_is_read_back_equal(optimizer, session, tmp_path):
@@ -1033,7 +1120,8 @@ def test_a_session_logged_by_hand_is_read_back_equal(optimizer, session, tmp_pat
         == totals(session)
         == {"input": 1_046, "write": 0, "read": 0, "output": 714, "calls": 2, "thinking": 70}
     )
-    assert back.agent == "FORGE" and sum(event.event_type is EventType.ERROR for event in back.events) == 1
+    assert (back.agent == "FORGE"
+            and sum(event.event_type is EventType.ERROR for event in back.events) == 1)
 
 
 @pytest.mark.parametrize(
@@ -1070,7 +1158,8 @@ def test_times_that_are_missing_or_go_back_keep_the_order(tmp_path):
 
 def test_the_spans_follow_the_conventions(optimizer, session):
     optimizer.log_event(
-        session.id, "FILE_READ", {"file_path": "a.py", "lines": [1, 9]}, tokens_input=500, duration_ms=12
+        session.id, "FILE_READ", {"file_path": "a.py", "lines": [1, 9]}, tokens_input=500,
+        duration_ms=12
     )
     optimizer.log_event(session.id, "AI_RESPONSE", {"response_id": "r1"}, tokens_output=50)
     (first,) = export_otlp.documents(session)
@@ -1079,10 +1168,11 @@ def test_the_spans_follow_the_conventions(optimizer, session):
     values = {pair["key"]: pair["value"] for pair in chat["attributes"]}
     assert chat["name"] == "chat opus" and chat["kind"] == 3 and agent["parentSpanId"] == ""
     assert chat["parentSpanId"] == tool["parentSpanId"] == agent["spanId"]
-    assert re.fullmatch("[0-9a-f]{32}", chat["traceId"]) and re.fullmatch("[0-9a-f]{16}", chat["spanId"])
-    assert values["gen_ai.usage.input_tokens"] == {"intValue": "500"} and values["gen_ai.provider.name"] == {
-        "stringValue": "anthropic"
-    }
+    assert (re.fullmatch("[0-9a-f]{32}", chat["traceId"])
+            and re.fullmatch("[0-9a-f]{16}", chat["spanId"]))
+    assert (values["gen_ai.usage.input_tokens"] == {"intValue": "500"}
+            and values["gen_ai.provider.name"] == {"stringValue": "anthropic"
+            })
     assert int(tool["endTimeUnixNano"]) - int(tool["startTimeUnixNano"]) == 12_000_000
     assert agent["name"] == "invoke_agent FORGE" and tool["name"] == "execute_tool read"
 
@@ -1094,9 +1184,11 @@ def test_the_exporter_as_a_program(optimizer, session, tmp_path, server):
     assert (status, errors) == (0, "") and json.loads(output)["resourceSpans"]
     assert run("export_otlp", "last", "--output", tmp_path / "o.jsonl", *place)[0] == 0
     assert (tmp_path / "o.jsonl").read_text(encoding="utf-8") == output
-    assert run("export_otlp", "last", "--endpoint", server.url, "--header", "X-Key=k=1", *place)[0] == 0
+    assert (run("export_otlp", "last", "--endpoint", server.url, "--header", "X-Key=k=1", *place)[0]
+            == 0)
     path, headers, body = server.requests[0]
-    assert (path, headers["X-Key"], headers["Content-Type"]) == ("/v1/traces", "k=1", "application/json")
+    assert ((path, headers["X-Key"], headers["Content-Type"])
+            == ("/v1/traces", "k=1", "application/json"))
     assert body == json.loads(output)
     server.answer = b'{"partialSuccess": {"rejectedSpans": "2"}}'
     status, _, errors = run("export_otlp", "last", "--endpoint", server.url + "/v1/traces", *place)
@@ -1119,9 +1211,10 @@ SETTINGS = [
     b'{"hooks": {}}\n',
     b'{\r\n  "a": 1\r\n}\r\n',
     b'\xef\xbb\xbf{\n  "a": 1\n}\n',
-    '{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say \\u00fc ü"}]}], "PreToolUse": []}, '
-    '"x": 1.50}'.encode(),
-    b'{"hooks": {"PostToolUse": [{"matcher": "Edit", "hooks": [{"type": "command", "command": "fmt"}]}]}}\n',
+    ('{"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "say \\u00fc ü"}]}], '
+     '"PreToolUse": []}, "x": 1.50}').encode(),
+    (b'{"hooks": {"PostToolUse": [{"matcher": "Edit", "hooks": [{"type": "command", "command": '
+     b'"fmt"}]}]}}\n'),
 ]
 
 
@@ -1165,7 +1258,8 @@ def test_other_entries_are_never_touched(settings):
         "hooks": {
             "Stop": [{"hooks": [{"type": "command", "command": "say done"}]}],
             "Notification": [
-                {"matcher": "", "hooks": [{"type": "command", "command": "my-sessionoptimizer-hook"}]}
+                {"matcher": "",
+                 "hooks": [{"type": "command", "command": "my-sessionoptimizer-hook"}]}
             ],
         },
     }
@@ -1187,8 +1281,10 @@ def test_nothing_is_written_without_install(settings, capsys):
     for options in ([], ["--dry-run"], ["--install", "--dry-run"]):
         assert hooks.main(options) == 0
         output = capsys.readouterr().out
-        assert "nothing written" in output and '+    "SessionStart": [' in output.replace('+  "', '+    "')
-    assert settings.read_bytes() == b'{"model": "opus"}' and len(list(settings.parent.iterdir())) == 1
+        assert ("nothing written" in output
+                and '+    "SessionStart": [' in output.replace('+  "', '+    "'))
+    assert (settings.read_bytes() == b'{"model": "opus"}'
+            and len(list(settings.parent.iterdir())) == 1)
 
 
 @pytest.mark.parametrize(
@@ -1266,7 +1362,8 @@ def test_which_entries_are_ours(command, ours):
 def test_an_installed_hook_logs_a_session(settings, tmp_path):
     hooks.main(["--install", "--store", str(tmp_path / "live")])
     found = json.loads(settings.read_text(encoding="utf-8"))["hooks"]
-    common = {"session_id": "0b1c", "transcript_path": str(tmp_path / "t.jsonl"), "cwd": str(tmp_path)}
+    common = {"session_id": "0b1c", "transcript_path": str(tmp_path / "t.jsonl"),
+              "cwd": str(tmp_path)}
     for event, more in (
         ("SessionStart", {"source": "startup"}),
         ("UserPromptSubmit", {"prompt": "Fix the loader"}),
@@ -1304,14 +1401,16 @@ def test_an_installed_hook_logs_a_session(settings, tmp_path):
     session = SessionOptimizer(str(tmp_path / "live")).get_session("0b1c")
     assert session.status is SessionStatus.COMPLETED and session.task == "Fix the loader"
     assert [
-        event.event_type.value for event in session.events if event.event_type is EventType.FILE_READ
+        event.event_type.value for event in session.events
+        if event.event_type is EventType.FILE_READ
     ] == ["FILE_READ"]
 
 
 def test_the_installer_as_a_program(home):
     status, output, errors = run("claude_code_hooks")
     assert (
-        (status, errors) == (0, "") and "--install makes this change" in output and list(home.iterdir()) == []
+        (status, errors) == (0, "") and "--install makes this change" in output
+        and list(home.iterdir()) == []
     )
 
 
@@ -1336,7 +1435,8 @@ def test_a_wrong_label_is_noticed(tmp_path, change, mistakes):
     with open(os.path.join(SAMPLES, "labels.json"), encoding="utf-8") as file:
         case = next(case for case in json.load(file)["cases"] if case["name"] == "read-twice")
     shutil.copytree(os.path.join(SAMPLES, case["path"]), str(tmp_path / case["path"]))
-    (tmp_path / "labels.json").write_text(json.dumps({"cases": [dict(case, **change(case))]}), encoding="utf-8")
+    (tmp_path / "labels.json").write_text(json.dumps({"cases": [dict(case, **change(case))]}),
+                                          encoding="utf-8")
     assert len(selftest.run_labelled_cases(str(tmp_path))["mistakes"]) == mistakes
     status, out, errors = run("selftest", tmp_path, "--format", "json")
     assert (status, json.loads(out)["wrong"], errors) == (3 if mistakes else 0, mistakes, "")
