@@ -4896,11 +4896,11 @@ def _worst_section(rows: Rows, most: int, command: Callable[[str], str]) -> Sect
 def _scan_notes(rows: Rows) -> List[str]:
     """The notes of all sessions: those that begin with a number once, with their numbers added
     up."""
-    told: Dict[str, List[List[int]]] = {}
+    told: Dict[str, List[List[int]]] = defaultdict(list)
     for note in (note for row in rows for note in row["notes"]):
         numbers = re.findall(r"\b\d[\d,]*\b", note) if note[:1].isdigit() else []
         text = re.sub(r"\b\d[\d,]*\b", "\0", note) if numbers else note
-        told.setdefault(text, []).append([int(number.replace(",", "")) for number in numbers])
+        told[text].append([int(number.replace(",", "")) for number in numbers])
     lines = []
     for text, found in told.items():
         for count in map(sum, zip(*found)):
@@ -10594,8 +10594,8 @@ def _write_out(text: str, path: Optional[str]) -> None:
     try:
         private = functools.partial(os.open, mode=0o600)
         with open(path, "w", encoding="utf-8", opener=private) as file:
-            if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                os.fchmod(file.fileno(), 0o600)
+            if os.path.isfile(path):  # also one that was there
+                os.chmod(path, 0o600)
             file.write(text if text.endswith("\n") else text + "\n")
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {error.strerror}") from None
@@ -10886,7 +10886,9 @@ def _alerts(options: Any) -> int:
     asked = options.agent or options.fail_on or options.budget
     rows = options.optimizer.summaries() if asked else []
     _known_agent(options, {row["agent"] for row in rows})
-    sections = [alert_section(alerts, options.limit)]
+    sections = [alert_section(alerts, options.limit), *(
+        Section("Why", lines=[_command(options, f"analyze {alert['session_id']} --evidence")])
+        for alert in with_short_ids(alerts, "session_id")[:1])]
     if options.budget:
         budget = budget_of(rows, *options.budget)
         sections.insert(0, budget_section(budget))

@@ -6524,7 +6524,7 @@ def test_damaged_lines_are_named(tmp_path, optimizer):
     path = transcript.save()
     result = optimizer.scan([path])
     assert [(entry["path"], entry["line"]) for entry in result["skipped"]] == [(path, 2), (path, 3), (path, 4), (path, 5)]
-    assert result["sessions"][0]["model_calls"] == 2 and any("4 damaged" in note for note in result["sessions"][0]["notes"])
+    assert result["sessions"][0]["model_calls"] == 2 and any("4 of the transcript's lines: damaged" in note for note in result["sessions"][0]["notes"])
     status, out, err = command("--store", str(tmp_path / "s"), "scan", path)
     assert status == 0 and "4 damaged lines in 1 file" in out
 
@@ -8294,6 +8294,14 @@ def test_a_narrow_table_leaves_columns_out_and_cuts_no_word(optimizer, line, wid
     assert not tables, (tables, shown)
     if line == "list":
         assert ("CLAUDE-CODE" in shown) == (width > 60) and ("status" in shown) == (width > 80) and "session $" in shown
+
+
+def test_alerts_name_the_command_that_says_why(optimizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "WHY" not in run(optimizer, "alerts")[1]
+    store_session(optimizer, "bad", [READ, READ, READ, ANSWER])
+    told = " ".join(run(optimizer, "alerts", "--dollars", "0", "--budget", "0.001/day")[1].split())
+    assert "BUDGET" in told and f"sessionoptimizer.py analyze bad --evidence --store {optimizer.store.root}" in told
 
 
 def test_statistics_of_no_recent_session_say_when_the_newest_was(optimizer):
