@@ -4454,6 +4454,10 @@ def selection(rows: Rows, only_stored: int = 0) -> Data:
 
 # -- a report is a list of sections; each renderer escapes every text of them in its own way
 
+class Pasted(str):
+    """A command to be pasted, of a section's lines: it stays on one line, however long."""
+
+
 Section = namedtuple("Section", "title facts heads rows lines parts picture hint",
                      defaults=((), (), (), (), (), "", ""))
 Section.__doc__ = """A part of a report: a title, ``facts`` (label, text), a table (``heads`` and
@@ -4511,7 +4515,7 @@ def _text_body(section: Section, width: int) -> List[str]:
         lines += [""] * bool(body and number > 1)
         lines += _wrapped(part.title, width, f"{number}. ") + body
     for line in section.lines:
-        lines += _wrapped(line, width, "* ")
+        lines += [f"$ {line}"] if isinstance(line, Pasted) else _wrapped(line, width, "* ")
     return lines
 
 
@@ -4886,7 +4890,7 @@ def _kinds_section(rows: Rows) -> Section:
 def _worst_section(rows: Rows, most: int, command: Callable[[str], str]) -> Section:
     wasteful = [row for row in with_short_ids(rows) if row["waste_tokens"]]
     wasteful.sort(key=lambda row: (-row["waste_cost"], -row["waste_tokens"]))
-    why = [f"why: {command('analyze %s --evidence' % row['id'])}" for row in wasteful[:1]]
+    why = [Pasted(command(f"analyze {row['id']} --evidence")) for row in wasteful[:1]]
     return table("Worst sessions", {
         "~id": "id", ">score": "efficiency_score:.1f", ">?wasted": "waste_tokens:k",
         ">wasted $": "waste_cost:$", ">session $": "estimated_cost:$", "-task": "task",
@@ -5206,7 +5210,7 @@ def alert_section(alerts: Rows, most: int) -> Section:
     rows = [dict(alert, what=alert["message"].split(" (")[0])
             for alert in with_short_ids(alerts, "session_id")[:most]]
     return table("Alerts", {">wasted $": "cost:$", "~id": "session_id", "level": "level",
-                            "-what": "what", "-?what to do": "action"}, rows,
+                            "what": "what", "-?what to do": "action"}, rows,
                  lines=lines if alerts else ["No alerts."])
 
 
@@ -10559,10 +10563,11 @@ def _program() -> str:
     return join([sys.argv[0] if own else name])
 
 
-def _command(options: Any, words: str) -> str:
-    """A command to be pasted: in the form in which this one was started, on the same store."""
+def _command(options: Any, words: str) -> Pasted:
+    """A command in the form in which this one was started, on the same store."""
     from shlex import quote
-    return f"{_program()} {words}" + f" --store {quote(options.store or '')}" * bool(options.store)
+    store = f" --store {quote(options.store)}" if options.store else ""
+    return Pasted(f"{_program()} {words}{store}")
 
 
 def _complain(text: str) -> None:
@@ -10663,10 +10668,8 @@ def _welcome(options: Any) -> int:
         Section(f"sessionoptimizer {__version__}", lines=[
             "Where the tokens of your AI agents' sessions went, and what to change. Nothing leaves "
             "this machine.", f"Transcripts found: {found}"]),
-        Section("Begin with", heads=("", "+"), rows=[
-            (_command(options, "scan"), "read the transcripts on this machine"),
-            (_command(options, "analyze last --evidence"), "look at the newest session"),
-            (_command(options, "help"), "all commands, with examples")])], _width()))
+        Section("Begin with", lines=[_command(options, words) for words in (
+            "scan", "analyze last --evidence", "help")])], _width()))
     return EXIT_DONE
 
 
@@ -10955,7 +10958,7 @@ def _scan_text(options: Any, result: Data, width: int) -> str:
         places = (root for reader in READERS for root in reader.roots())
         looked = ("Looked in", ", ".join(places))
         sections = [Section("No transcripts found", [looked, *sections[0].facts], lines=[
-            f"Give a path: {_command(options, 'scan PATH')}"])]
+            "Give a path:", _command(options, "scan PATH")])]
     elif options.by and result["sessions"]:
         sections = [by_section(result["sessions"], options.by, result["bill"])]
     elif result["sessions"] and not result["changes"] and not options.no_store:

@@ -7637,7 +7637,7 @@ def test_the_alerts_command(optimizer):
     status, out, _ = run(optimizer, "alerts")
     assert status == 0 and re.search(r"\$0\.0200  wasteful  HIGH +Low efficiency: 50\.0% +See analyze --evidence", out)
     status, out, _ = run(optimizer, "alerts", "--limit", "1", "--dollars", "0")
-    assert len(out.splitlines()) == 4 and "and 1 more" in out
+    assert len(out.partition("\n\nWHY\n  $ ")[0].splitlines()) == 4 and "and 1 more" in out
     status, _, err = run(optimizer, "alerts", "--fail-on", "high")
     assert (status, err) == (3, "sessionoptimizer: an alert is HIGH or above\n")
     assert run(optimizer, "alerts", "--fail-on", "critical")[0] == 0
@@ -8192,7 +8192,7 @@ def test_without_a_command_it_says_what_it_is_and_what_is_here(home, capsys):
     assert so.main([]) == 0
     shown = capsys.readouterr().out
     assert "none where agents keep them" in shown and all(
-        "sessionoptimizer " + words in shown for words in ("scan ", "analyze last", "help "))
+        "sessionoptimizer " + words in shown for words in ("scan\n", "analyze last", "help\n"))
     place = home / ".claude" / "projects" / "p"
     place.mkdir(parents=True)
     write(place / "a.jsonl", "{}")
@@ -8288,7 +8288,7 @@ def test_a_narrow_table_leaves_columns_out_and_cuts_no_word(optimizer, line, wid
     optimizer.scan(["t"])
     story, = [session.id for session in optimizer.list_sessions() if session.id != "other"]
     so.main(["--store", optimizer.store.root, *line.replace("story", story).replace("last", story).split()])
-    shown = capsys.readouterr().out
+    shown = re.sub(r"(?m)^  [$] .*\n", "", capsys.readouterr().out)  # commands stay on one line
     assert max(map(len, shown.splitlines())) <= width
     tables = [text for text in re.findall(r"\S*…\S*", shown) if not re.search(r"[/.~]|^…$|^[0-9a-z-]*…", text)]
     assert not tables, (tables, shown)
@@ -8310,6 +8310,12 @@ def test_statistics_of_no_recent_session_say_when_the_newest_was(optimizer):
     _, out, _ = run(optimizer, "stats")
     assert "last 30 days" in out and re.search(r"The store has 1 session; the newest is of 20\d\d-\d\d-\d\d \(--days asks", out)
     assert "The store has" not in run(optimizer, "stats", "--days", "91")[1]
+
+
+def test_a_command_stays_on_one_line_and_other_lines_do_not():
+    long = "sessionoptimizer " + "x" * 90 + " --evidence"
+    shown = so.text_sections([so.Section("Why", lines=[so.Pasted(long), "$ " + "y " * 60, "$ \x1b[31m"])], 60).splitlines()
+    assert shown[1] == "  $ " + long and max(map(len, shown[2:])) <= 60 and shown[-1] == "  * $ [31m"
 
 
 def test_a_list_says_how_many_it_leaves_out(optimizer):
@@ -8362,7 +8368,7 @@ def test_a_command_that_is_named_can_be_pasted(start, tmp_path, monkeypatch):
         return " ".join(done.stdout.decode("utf-8").split())
 
     shown = begun("scan", os.path.join(TRANSCRIPTS, "read-twice"))
-    words = shlex.split(re.search(r"[*] why: (.* --store '.*?')", shown).group(1))
+    words = shlex.split(re.search(r"[$] (\S*python\S* .*? --store '.*?')", shown).group(1))
     assert words[-2:] == ["--store", store] and words[:-5] in ([os.path.basename(sys.executable), *start], [sys.executable, *start])
     done = subprocess.run([sys.executable, *words[1:]], stdout=subprocess.PIPE)
     assert done.returncode == 0 and b"EVIDENCE" in done.stdout
@@ -8403,10 +8409,10 @@ def test_the_first_screen_fits_whatever_the_paths(width, tmp_path, monkeypatch, 
     store = os.path.join(str(tmp_path), "another-folder/" * 6, "store")
     for by in ([], ["--by", "session"], ["--by", "project"]):
         assert so.main(["scan", str(place), *by, "--store", store]) == 0
-        shown = capsys.readouterr().out
+        shown = re.sub(r"(?m)^  [$] .*\n", "", capsys.readouterr().out)  # commands stay on one line
         assert ("KEPT, ALSO WHEN" in shown) is (not by) and "a-folder" not in shown
         assert [line for line in shown.splitlines() if len(line) > (width or 80)] == []
-        assert by != "project" or "/store" in shown and ("…" in shown or (width or 80) >= 200)
+        assert by or "/store" in shown and ("…" in shown or (width or 80) >= 200)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -8418,7 +8424,7 @@ def test_no_line_is_wider_than_the_terminal(crowded, width, monkeypatch, capsys)
                  ["compare", "fff", "short", "f714ed36"], ["help", "scan"] if width >= 80 else [], []):
         assert so.main([*line, "--store", root] if line and line[0] != "help" else line) == 0
         shown = capsys.readouterr().out.splitlines()
-        assert [text for text in shown if len(text) > width] == [], line
+        assert [text for text in shown if len(text) > width and text[:4] != "  $ "] == [], line
         widest = max(widest, *map(len, shown))
     assert widest > width - 12  # and a wide terminal is used
     if width >= 80:
