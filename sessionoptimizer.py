@@ -1130,7 +1130,7 @@ _ADDRESSED = r"""
     | \bdiscord(?:app)?\.com/api/webhooks/\d{1,30}/ | \bwebhook\.office\.com/webhookb2/
     | \bhooks\.zapier\.com/hooks/catch/)"""
 _GIVEN = r"""
-    (?:(?:\s-[ua]|--(?:proxy-)?user|--auth)[\s=]{0,3}(?P<quote>["'])?[\w.@%+-]{1,100}:
+    (?=[\s-])(?:(?:\s-[ua]|--(?:proxy-)?user|--auth)[\s=]{0,3}(?P<quote>["'])?[\w.@%+-]{1,100}:
       (?![/\\]|\d+\b)
     | \s-U\s{1,3}["']?[\w.\\/-]{1,60}% | (?:\s-b|--cookie)[\s=]{1,3}(?P<jar>["'])?[\w.-]{1,60}=
     | \s/(?:p(?:ass)?:|user:\S{1,60}\s{1,3}(?!/)))"""
@@ -1159,7 +1159,8 @@ _VALUE = r"""(?P<open>\\?["'])?)
     | (?:process\.env|os\.environ|secrets|env|config|self|args)\b)
   (?(open)(?:(?!(?P=open)).){1,2000}"""
 _BARE = r"""[^\s"'`&|;,)}<>\\]{1,2000}"""
-_PROVIDERS = _Pattern(r"""(?ax)(?<![A-Za-z0-9])(?:
+# The first line holds of all that follow, and of few words else.
+_PROVIDERS = _Pattern(r"""(?ax)(?<![A-Za-z0-9])(?=[\w.:+/=-]{15})(?:
     [sprc]k[-_](?:live_|test_|ant-|proj-|or-)?[\w-]{16,} | gh[pousr]_\w{20,} | github_pat_\w{20,}
   | (?:AKIA|ASIA|ABIA|ACCA|LTAI)[0-9A-Za-z]{12,} | xox[a-z](?:\.xox[a-z])?-[\w-]{10,}
   | xapp-[\w-]{10,} | AIza[\w-]{30,} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,}
@@ -1177,7 +1178,7 @@ _PROVIDERS = _Pattern(r"""(?ax)(?<![A-Za-z0-9])(?:
 _KEY_BLOCK = _Pattern(r"(?s)-----BEGIN [A-Z ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----.*?"
                       r"(?:-----END[^\n-]{0,50}-----|\Z)")
 # Long words, but for the numbers of calls and messages, public keys and checksums.
-_WORD = _Pattern(r"""(?x)(?<![\w/.+~@-])
+_WORD = _Pattern(r"""(?x)(?<![\w/.+~@-])(?=[A-Za-z0-9+_/-]{24})
   (?!(?:toolu|msg|call|req|resp|chatcmpl|fc|rs|ses|prt|item|run|gen|evt)[_-]|AAAA|sha\d+-)
   (?=[^a-z\s]{0,99}[a-z])(?=[^A-Z\s]{0,99}[A-Z])(?=[^\d\s]{0,99}\d[^\d\s]{0,99}\d)
   (?P<word>[A-Za-z0-9+_][A-Za-z0-9+/_-]{23,200}={0,2})(?![\w/.=:-])""")
