@@ -7324,7 +7324,7 @@ class Recorder:
     def call(self, identity: str, model: str, usage: Optional[Usage], *, text: int = 0,
              thinking: Optional[int] = None, thoughts: Optional[int] = None,
              complete: Optional[bool] = True,
-             earlier: Iterable[Tuple[str, Usage]] = ()) -> SessionEvent:
+             earlier: Sequence[Tuple[str, Usage]] = ()) -> SessionEvent:
         """A response, or more of one: told again it is the same, and its largest usage counts
         (None: its usage is not known). What is told next of this agent belongs to it.
 
@@ -7346,11 +7346,10 @@ class Recorder:
             if usage != one.usage and usage is not None:
                 one.usage = Usage(*map(max, one.usage or usage, usage))
             one.complete = one.complete or complete
-        for number, (its_model, its_usage) in enumerate(earlier):
-            if number == len(call.earlier):
-                event = self._event(EventType.AI_RESPONSE, its_model or call.event.model,
-                                    response_id=identity, iteration=number)
-                call.earlier.append(_Call(event, its_usage))
+        for its_model, its_usage in earlier[len(call.earlier):]:
+            event = self._event(EventType.AI_RESPONSE, its_model or call.event.model,
+                                response_id=identity, iteration=len(call.earlier))
+            call.earlier.append(_Call(event, its_usage))
         if text:
             call.parts.append((text, call.event))
         if thinking and call.thinking is None:
@@ -8160,10 +8159,10 @@ class _Rollout:
             else:
                 self.told.context(
                     Source.ATTACHMENT if kind == "message" else Source.AGENT_MESSAGE, size)
-        elif kind.endswith("_call"):
-            self._tool(item, kind, key)
         elif kind.endswith("_output"):
             self._returned(item, key, self.open[key])
+        elif kind.endswith("_call"):
+            self._tool(item, kind, key)
 
     def _tool(self, item: Data, kind: str, key: str) -> None:
         name = _text(item, "name") or _CODEX_TOOLS.get(kind) or kind[:-len("_call")]
@@ -8679,8 +8678,12 @@ class OpenCodeReader(TranscriptReader):
     def read(self, paths: List[str], claim: Claim, skip: Skip) -> List[Session]:
         copies: List[_Stored] = []
         for path in paths:
-            read = _opencode_database if path.endswith(".db") else _opencode_export
-            copies += read(path, skip)
+            if path.endswith(".db"):
+                copies += _opencode_database(path, skip)
+                continue
+            for _, entry in transcript_entries(path, skip):  # an export
+                copies.append(_Stored(path, _as_dict(entry, "info"), _dicts(entry, "messages"),
+                                      places_of(path, rb"id")))
         copies.sort(key=lambda one: (-_integer(one.info, "time", "updated"), -len(one.messages)))
         known: Data = {}  # of several copies the one that was written last
         for stored in copies:
@@ -8694,12 +8697,6 @@ class OpenCodeReader(TranscriptReader):
                 _opencode_session(told, known[member], slug(member) if member != family[0] else "")
             sessions += told.finish()
         return sessions
-
-
-def _opencode_export(path: str, skip: Skip) -> List[_Stored]:
-    """The session that an export holds."""
-    return [_Stored(path, _as_dict(entry, "info"), _dicts(entry, "messages"),
-                    places_of(path, rb"id")) for _, entry in transcript_entries(path, skip)]
 
 
 def _opencode_database(path: str, skip: Skip) -> List[_Stored]:
