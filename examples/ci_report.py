@@ -21,7 +21,7 @@ from typing import Any
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.exists(os.path.join(ROOT, "sessionoptimizer.py")):  # run from a clone
     sys.path.insert(0, ROOT)
-from sessionoptimizer import Severity  # noqa: E402
+from sessionoptimizer import Severity, counted  # noqa: E402
 
 # XML 1.0, section 2.2
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -38,7 +38,8 @@ def finding_line(issue: dict[str, Any]) -> str:
     """A finding in two lines: what was wasted, and what to do."""
     how = "measured" if issue.get("measured") else "estimated"
     return clean(f"[{issue['severity']}] {issue['issue_type']}: {issue['description']} "
-                 f"({issue['estimated_waste_tokens']:,} tokens, {how})\n    {issue['suggestion']}")
+                 f"({counted(issue['estimated_waste_tokens'], 'token')}, {how})\n"
+                 f"    {issue['suggestion']}")
 
 
 def testcase(row: dict[str, Any], level: Severity) -> ElementTree.Element:
@@ -52,7 +53,8 @@ def testcase(row: dict[str, Any], level: Severity) -> ElementTree.Element:
     if bad:
         kinds = sorted({issue["issue_type"] for issue in bad})
         message = (
-            f"{len(bad)} findings ({', '.join(kinds)}), efficiency {row['efficiency_score']:.1f}%")
+            f"{counted(len(bad), 'finding')} ({', '.join(kinds)}), "
+            f"efficiency {row['efficiency_score']:.1f}%")
         failure = ElementTree.SubElement(case, "failure", {
             "type": clean(kinds[0] if len(kinds) == 1 else "WASTE"), "message": clean(message)})
         failure.text = "\n".join([finding_line(issue) for issue in bad]
@@ -60,7 +62,8 @@ def testcase(row: dict[str, Any], level: Severity) -> ElementTree.Element:
     output = ([finding_line(issue) for issue in rest]
               + [clean(note) for note in row.get("notes", [])])
     summary = (
-        f"efficiency {row['efficiency_score']:.1f}%, {row['waste']['tokens']:,} tokens wasted "
+        f"efficiency {row['efficiency_score']:.1f}%, "
+        f"{counted(row['waste']['tokens'], 'token')} wasted "
         f"(${row['waste']['cost']:.4f} of ${row['estimated_cost']:.4f})")
     ElementTree.SubElement(case, "system-out").text = "\n".join([summary] + output)
     return case

@@ -28,7 +28,7 @@ if HERE not in sys.path:
     sys.path.append(HERE)
 from crew import ALL, CrewError, open_bus  # noqa: E402
 from sessionoptimizer import (  # noqa: E402
-    Session, SessionOptimizer, SessionOptimizerError, now_text, parse_time, plain)
+    Session, SessionOptimizer, SessionOptimizerError, counted, now_text, parse_time, plain)
 
 Message = Dict[str, Any]
 Bus = Callable[[Message], None]  # takes a message; raises OSError when it cannot be sent
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, SessionOptimizerError) as error:
         print(f"message_bus_alerts: not sent: {error}", file=sys.stderr)
         return 1
-    print(f"{sent} of {len(found)} sessions told" if not options.summary
+    print(f"{sent} of {counted(len(found), 'session')} told" if not options.summary
           else f"{sent} messages sent", file=sys.stderr)
     return 0
 
