@@ -9507,16 +9507,18 @@ class TranscriptScan:
             unit = self.files.get(path, {"unit": ""})["unit"]
             facts = dict(describe_transcript(path), stamp=seen[path], unit=unit)
             self.files[path] = self._news[path] = facts
-        gone = {self._mark(name): name for name in self.units if not os.path.exists(name)}
+        gone: Data = defaultdict(list)  # units whose files are not there any more, by their marks
+        for name in self.units:
+            if not os.path.exists(name):
+                gone[self._mark(name)].append(name)
         groups = group_transcripts(self.files[path] for path in seen)
         return {self._unit([file["path"] for file in group], fresh, gone) for group in groups}
 
     def _mark(self, path: str) -> Any:
-        """What tells a file that was moved from another of its name: when it begins, its size where
-        it does not say."""
-        file = self.files.get(path, {"order": "~", "size": -1})
-        begins = file["order"][0]
-        return os.path.basename(path), file["size"] if begins == "~" else begins
+        """What tells a file that was moved from another of its name: when it begins. One that does
+        not say is never taken for another."""
+        begins = self.files.get(path, {"order": "~"})["order"][0]
+        return os.path.basename(path) if begins != "~" else path, begins
 
     def _unit(self, group: List[str], fresh: Any, gone: Any) -> str:
         name = group[0]
@@ -9527,7 +9529,8 @@ class TranscriptScan:
             if before != name:
                 file["unit"], self._news[path] = name, file
         if name not in self.units:
-            self._drop(gone.pop(self._mark(name), ""))
+            self._drop(next(iter(gone[self._mark(name)]), ""))
+            del gone[self._mark(name)][:1]
         old = self.units.get(name, {"files": (), "lost": ()})
         if old["files"] != group or not fresh.isdisjoint(group):
             self.units[name] = {"files": group, "reader": self.files[name]["reader"],
@@ -9611,6 +9614,9 @@ class TranscriptScan:
             found.clear()
             if progress:
                 progress(done, max(done, len(self.changed)))
+        for session_id, name in before.items():
+            if name in self.told and self.rows.get(name) and session_id not in ids.taken:
+                drop(session_id)  # its files tell another name now
         if state:
             self._save(state, drop)
             store.sweep(once=True)
@@ -10101,7 +10107,7 @@ class SessionOptimizer:
             raise InvalidValue(f"data is a {type(data).__name__}: give an object")
         event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {},
                              tokens_input, tokens_output, duration_ms,
-                             model=mask_secrets(str(model or "").lower()), rate=rate)
+                             model=mask_secrets(str(model or "").lower()), rate=_known_rate(rate))
         if usage is not None:
             try:
                 event.usage = Usage(*usage)
@@ -10427,6 +10433,12 @@ def _begun(agent: str, task: str, model: str, session_id: Optional[str],
     told = {"agent": session.agent, "task": session.task, "model": session.model}
     session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, told))
     return session
+
+
+def _known_rate(value: Any) -> str:
+    if value in ("", "fast", "long", "fast long", None):
+        return value or ""
+    raise InvalidValue(f"rate is {value!r}: use 'fast', 'long', 'fast long' or ''")
 
 
 def _path(name: str) -> Any:

@@ -4248,7 +4248,7 @@ def test_damaged_copies_are_listed_and_removed_on_demand(tmp_path, capsys):
 
     assert store.copies() == []
     assert re.search(r"Repaired: 2\n.*kept.*: 2\nOther.*: 1\nNot readable: 1\n.*hopeless.json", shown("repair", status=1))
-    assert shown("list").count("damaged-1 (repair --discard removes it)") == 2 and len(store.load("a")["events"]) == 3
+    assert len(re.findall(r"damaged-1 \(.*repair.* --discard.* removes it\)", shown("list"))) == 2 and len(store.load("a")["events"]) == 3
     assert re.search(r"Repaired: 0\n.*removed: 2\nOther.*: 0\nNot readable: 1", shown("repair", "--discard", status=1))
     assert shown("delete", "hopeless") and shown("repair").count(": 0") == 4 and store.copies() == []
 
@@ -6797,6 +6797,56 @@ def test_a_moved_transcript_keeps_what_it_has_counted(tmp_path, optimizer):
     assert len(optimizer.list_sessions()) == 1
 
 
+def test_both_of_two_that_began_together_are_known_when_they_move(tmp_path, optimizer):
+    path = tiny(tmp_path / "a").save()
+    other = read(path).replace(b'"m1', b'"n1').replace(b'"m2', b'"n2')
+    for place, data in (("a", read(path)), ("b", other)):
+        os.makedirs(str(tmp_path / place), exist_ok=True)
+        write(tmp_path / place / os.path.basename(path), data)
+    before = optimizer.scan([str(tmp_path)])
+    for place in "ab":
+        os.rename(str(tmp_path / place), str(tmp_path / ("new " + place)))
+    after = optimizer.scan([str(tmp_path)])
+    assert after["totals"] == before["totals"] and len(after["sessions"]) == len(optimizer.list_sessions()) == 2
+    assert optimizer.agent_statistics("", 9000)["total_tokens"] == before["totals"]["total_tokens"]
+
+
+def test_a_transcript_without_times_is_not_taken_for_another_of_its_name_and_size(tmp_path, optimizer):
+    path = tiny(tmp_path / "a").save()
+    first = re.sub(rb'"timestamp":\s*"[^"]*"', b'"timestamp":""', read(path))
+    other = first.replace(b'"m1', b'"n1').replace(b'"m2', b'"n2').replace(b'"cache_read_input_tokens": 1000', b'"cache_read_input_tokens": 1001')
+    write(path, first)
+    kept, = optimizer.scan([str(tmp_path)])["sessions"]
+    os.unlink(path)
+    write(tmp_path / os.path.basename(path), other)
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    assert len(first) == len(other) and first != other
+    assert {kept["id"], row["id"]} == {session.id for session in optimizer.list_sessions()} and kept["id"] != row["id"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_session_that_is_told_another_name_does_not_stay_under_the_old_one(tmp_path, optimizer, shared):
+    """The span of the agent, which names the conversation, comes last."""
+    def line(name, parent="", **attributes):
+        values = [{"key": "gen_ai." + key.replace("__", "."), "value": {"stringValue": value}} for key, value in attributes.items()]
+        values += [{"key": "gen_ai.usage.input_tokens", "value": {"intValue": "100"}}] if parent else []
+        return json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [{
+            "traceId": "trace1", "spanId": name, "parentSpanId": parent, "name": name, "startTimeUnixNano": str(10**18),
+            "endTimeUnixNano": str(10**18 + 5), "attributes": values}]}]}]}) + "\n"
+    path = tmp_path / "spans.jsonl"
+    write(path, line("call", "agent", operation__name="chat", request__model="gpt-5"))
+    first, = optimizer.scan([str(path)])["sessions"]
+    optimizer.analyze(first["id"])
+    if shared:  # the old name is another file's session by then
+        optimizer.delete_session(first["id"])
+        optimizer.start_session("FORGE", "t", session_id=first["id"])
+    write(path, read(path).decode() + line("agent", operation__name="invoke_agent", conversation__id="talk"))
+    second, = optimizer.scan([str(path)])["sessions"] or optimizer.scan([str(path)], again=True)["sessions"]
+    assert first["id"] == "trace1" and second["id"] == "talk"
+    assert sorted(session.id for session in optimizer.list_sessions()) == ["talk"] + ["trace1"] * shared
+    assert os.listdir(str(optimizer.reports_dir)) == []
+
+
 def test_another_transcript_of_a_moved_ones_name_takes_nothing_away(tmp_path, optimizer):
     path = tiny(tmp_path / "day1").save()
     kept, = optimizer.scan([str(tmp_path)])["sessions"]
@@ -7241,6 +7291,18 @@ def test_threads_see_every_event_once(optimizer):
         assert len(seen) == len(set(seen)) == 161 and session.total_tokens == 1_600
         assert session.to_dict() == SessionOptimizer(optimizer.store.root).get_session(name).to_dict()
         assert optimizer.analyze(name).total_waste_tokens == 0
+
+
+@pytest.mark.parametrize("rate, kept", [("", ""), (None, ""), ("fast", "fast"), ("long", "long"), ("fast long", "fast long"),
+                                        ("quick", None), ("long fast", None), ("Fast", None), (5, None)])
+def test_an_events_rate_is_one_that_has_a_price(optimizer, rate, kept):
+    optimizer.start_session("FORGE", "t", session_id="s")
+    if kept is None:
+        with pytest.raises(InvalidValue, match="use 'fast', 'long', 'fast long'"):
+            optimizer.log_event("s", "AI_RESPONSE", {}, 10, 5, rate=rate)
+    else:
+        assert optimizer.log_event("s", "AI_RESPONSE", {}, 10, 5, rate=rate).rate == kept
+    assert len(optimizer.get_session("s").events) == 1 + (kept is not None)
 
 
 def test_an_optimizer_is_pickled_with_its_sessions(optimizer):
