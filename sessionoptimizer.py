@@ -6040,10 +6040,9 @@ class Store:
         if sync or self.durable:
             os.fsync(fd)
 
-    def load(self, session_id: str) -> Data:
+    def load(self, session_id: str) -> Any:
         """The session as one dict, events included; a damaged file is repaired first."""
-        found: Data = self.load_marked(session_id)[0]
-        return found
+        return self.load_marked(session_id)[0]
 
     def load_marked(self, session_id: str, make: Any = dict, *, shown: bool = True) -> Any:
         """(the session as one dict, mark for `tail`). Every event is handed through ``make``: a
@@ -6090,17 +6089,16 @@ class Store:
             found = _stream(fd, info, dict, offset)
         return found if found and found[1]["event_count"] == count + len(found[0]) else None
 
-    def head(self, session_id: str) -> Data:
+    def head(self, session_id: str) -> Any:
         """Header and footer of a session as one dict, from the ends of its file; from all of it
         when they do not fit."""
         head = _peek(self.find(session_id), header_only=False)
         if not head or _fault(head):
             head = self.load(session_id)
         del head["events"]
-        found: Data = head
-        return found
+        return head
 
-    def readable_head(self, session_id: str) -> Optional[Data]:
+    def readable_head(self, session_id: str) -> Any:
         """Header and footer as one dict; None for a session that is gone meanwhile, and with a
         warning for one that cannot be read."""
         try:
@@ -6545,26 +6543,23 @@ class State:
                      "scan reads everything again, and deleted sessions may come back")
 
 
-def _table(db: Any, name: str, column: str = "value") -> Data:
+def _table(db: Any, name: str, column: str = "value") -> Any:
     pairs = db.execute(f"SELECT key || ':' || {column} FROM {name} ORDER BY serial")
-    found: Data = json.loads("{%s}" % ",".join([pair for pair, in pairs]))
-    return found
+    return json.loads("{%s}" % ",".join([pair for pair, in pairs]))
 
 
-def _listed(db: Any, query: str, *values: Any) -> List[Any]:
-    found: List[Any] = json.loads("[%s]" % ",".join([text for text, in db.execute(query, values)]))
-    return found
+def _listed(db: Any, query: str, *values: Any) -> Any:
+    return json.loads("[%s]" % ",".join([text for text, in db.execute(query, values)]))
 
 
 def _forget_shown(db: Any) -> None:
     db.execute("DELETE FROM summaries WHERE part = ?", (_encode(_SHOWN),))
 
 
-def _generation(db: Any) -> int:
+def _generation(db: Any) -> Any:
     query = ("SELECT total(seq) FROM sqlite_sequence "
              "WHERE name IN ('files', 'units', 'deleted')")
-    found: int = db.execute(query).fetchone()[0]
-    return found
+    return db.execute(query).fetchone()[0]
 
 
 def _put(db: Any, table: str, found: Data, part: str = "") -> None:
@@ -9792,20 +9787,12 @@ class _ListedSession(Session):
     """A session of which a listing has read the ends only; its events are read when asked for."""
 
     _load: Any = None
-    _events: Any = None
 
-    @property
-    def events(self) -> Any:
+    @functools.cached_property
+    def events(self) -> Any:  # type: ignore[override]
         """The events, read from the store at first use."""
-        if self._events is None and self._load:
-            self._load(self.id)
-        if self._events is None:
-            self._events = []
-        return self._events
-
-    @events.setter
-    def events(self, events: List[SessionEvent]) -> None:
-        self._events = events
+        self._load(self.id)
+        return self.__dict__.get("events", [])
 
 
 _SAVE_EVERY = 3.0  # seconds of reading sessions after which what they came to is kept
@@ -9917,7 +9904,8 @@ class _LiveSessions:
                 model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
             for name in _TOTALS:
                 setattr(session, name, head.get(name) or 0)
-            session._events, session._load = None, self.refreshed
+            del session.events
+            session._load = self.refreshed
             return self.adopt(session)
 
     def create(self, session: Session, *, replace: bool = False, sync: bool = True) -> None:
