@@ -8393,6 +8393,7 @@ def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
 # -- OpenTelemetry GenAI
 
 _MODEL_CALLS = ("chat", "generate_content", "text_completion", "embeddings")
+_WITH_USAGE = (*_MODEL_CALLS, "invoke_agent")
 _OTEL_USAGE = (  # input, output, cache reads, cache writes, reasoning, by all their names
     ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens"),
     ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens"),
@@ -8546,12 +8547,12 @@ class _Conversation:
     def __init__(self, told: Recorder, members: List[_Span]):
         self.told, self.members = told, members
         self.seen: Data = {}   # how many input messages each agent's window has seen
-        calls = [span for span in members if span.operation in _MODEL_CALLS]
-        self.above = {one.id for span in calls for one in _ancestry(span) if one is not span}
+        self.above = {one.id for span in members if span.operation in _MODEL_CALLS
+                      for one in _ancestry(span) if one is not span}
         # Cached tokens are part of the input by convention; a call with more shows otherwise.
         self.exclusive = any(
             span.usage[2] + span.usage[3] > span.usage[0]
-            for span in members if span in calls or span.operation == "invoke_agent")
+            for span in members if span.operation in _WITH_USAGE)
 
     def tell(self, identity: str) -> None:
         """Tell the spans."""
@@ -8565,7 +8566,7 @@ class _Conversation:
             told.at(_iso_time(span.start), span.line, span.path, self._agent_of(span))
             if span.operation == "execute_tool":
                 self._tool(span)
-            elif span.operation in (*_MODEL_CALLS, "invoke_agent") and span.id not in self.above:
+            elif span.operation in _WITH_USAGE and span.id not in self.above:
                 self._call(span)
         roots = (span.name for span in self.members if span.operation == "invoke_agent")
         told.session(task=next(roots, first.name))
