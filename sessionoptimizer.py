@@ -8374,13 +8374,12 @@ def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
         failed = failed or bool(_text(response, "error"))
         size += len(text) or _json_size(response) if response else _content([part])[1]
     text = "\n".join(texts)
-    start = 0 if text.startswith("Output: ") else text.find("\nOutput: ") + 1
     codes = _GEMINI_EXIT.findall(text)
     if failed or tool.get("name") != "run_shell_command" \
             or not codes and not text.startswith(("Command: ", "Output: ")):
         return text, size, failed
     # What a command printed stands between labels.
-    output = told = text[start:]
+    output = told = text[max(0, f"\n{text}".find("\nOutput: ")):]
     if told.startswith("Output: "):
         output = _GEMINI_LABELS.split(told[len("Output: "):], maxsplit=1)[0]
     if codes and int(codes[-1]):
