@@ -7541,13 +7541,15 @@ class TranscriptReader:
         """Which files (by path, with their `kin`) are read together: those of one session and of
         its sub-agents, its own first. Looks into no file."""
         named = {path: (own or path, parent) for path, (own, parent) in sorted(files.items())}
-        parents = dict(named.values())
+        parents, roots = dict(named.values()), {}  # type: Data, Data
         units: Data = {}
         for path, (own, _) in named.items():
-            line = [own]  # of ancestors; where it is a circle each of them leads its own
-            while parents[line[-1]] in parents and line[-1] not in line[:-1]:
-                line.append(parents[line[-1]])
-            units.setdefault(line[-1], []).append(path)
+            name, line = own, {own}  # of ancestors; a circle is led by the first that is met
+            while name not in roots and parents[name] in parents and parents[name] not in line:
+                name = parents[name]
+                line.add(name)
+            roots.update(dict.fromkeys(line, roots.get(name, name)))
+            units.setdefault(roots[own], []).append(path)
         return [sorted(unit, key=lambda path: (named[path][0] != root, "archived_" in path, path))
                 for root, unit in units.items()]
 
@@ -8401,6 +8403,7 @@ _OTEL_USAGE = (  # input, output, cache reads, cache writes, reasoning, by all t
     ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens"),
     ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_output_tokens"),
 )
+_NESTED = 100         # spans inside each other that are followed; real ones are fewer than 20
 _LATEST = 4 * 10**18  # nanoseconds since 1970: the year 2096; what is later is no time
 
 
@@ -8527,7 +8530,7 @@ def _integer(value: Any, *keys: str) -> int:
 def _ancestry(span: Optional[_Span]) -> Iterator[_Span]:
     """The span and those above it, nearest first."""
     seen: Set[Any] = set()
-    while span and span.id not in seen:
+    while span and span.id not in seen and len(seen) < _NESTED:
         seen.add(span.id)
         yield span
         span = span.above

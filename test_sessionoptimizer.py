@@ -5806,10 +5806,11 @@ def test_a_message_of_several_steps_is_several_calls(optimizer, tmp_path):
 
 
 @pytest.mark.parametrize("parents, rows", [
-    ((None, 0), 1), ((1, 0), 2), ((0, 0), 1), ((1, 0, 0), 2), ((None, 0, 1), 1), ((2, 0, 1), 3)])
+    ((None, 0), 1), ((1, 0), 1), ((0, 0), 1), ((1, 0, 0), 1), ((None, 0, 1), 1), ((2, 0, 1), 1),
+    ((None, None), 2), ((None, 0, 3, 2), 2)])
 @pytest.mark.parametrize("shape", ["exports", "database"])
 def test_sessions_that_are_each_others_parent_are_read(optimizer, tmp_path, parents, rows, shape):
-    """None of a circle is a sub-agent; what hangs on it, and on a session without a parent, is."""
+    """A circle is one session, as is what hangs on it, and what hangs on one without a parent."""
     export, = opencode_exports("opencode-read-twice")
     exports = []
     for number, parent in enumerate(parents):
@@ -5823,6 +5824,16 @@ def test_sessions_that_are_each_others_parent_are_read(optimizer, tmp_path, pare
     (_, _, calls, _, _, _), = told_by(optimizer, os.path.join(OPENCODE_SAMPLES, "opencode-read-twice"))
     found = told_by(optimizer, tmp_path)
     assert len(found) == rows and sum(told[2] for told in found) == calls * len(parents)
+
+
+def test_grouping_takes_as_many_steps_as_there_are_files():
+    def chain(n):
+        return {"p%d" % i: ["s%d" % i, "s%d" % (i - 1)] for i in range(n)}
+
+    reader = so.TranscriptReader()
+    assert reader.group(chain(30)) == [["p0"] + sorted("p%d" % i for i in range(1, 30))]
+    once, twice = (operations(reader.group, chain(n)) for n in (500, 1_000))
+    assert twice <= 2.5 * once
 
 
 @pytest.mark.parametrize("named", [True, False])
