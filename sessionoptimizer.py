@@ -10223,9 +10223,9 @@ class SessionOptimizer:
         session."""
         try:
             session = Session.from_dict(data)
-            session.task, session.metadata = mask_secrets(session.task), masked(session.metadata)
-            for event in session.events:
-                event.data = masked(event.data)
+            for record in (session, *session.events):
+                for name in record.__dataclass_fields__.keys() - {"id", "agent_id", "events"}:
+                    setattr(record, name, masked(getattr(record, name)))
             check_id(session.id)
             _encode(session.to_dict())
         except (InvalidValue, TypeError, ValueError, RecursionError) as error:

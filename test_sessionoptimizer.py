@@ -7316,6 +7316,18 @@ def test_an_events_rate_is_one_that_has_a_price(optimizer, rate, kept):
     assert len(optimizer.get_session("s").events) == 1 + (kept is not None)
 
 
+def test_every_text_of_an_imported_session_is_masked_but_what_names_things(optimizer):
+    secret = "sk-ant-api03-" + "Ab1" * 12
+    session = dict(WHOLE_SESSION, status="FAILED", metadata={"a": {secret: [secret]}},
+                   **dict.fromkeys(("agent", "task", "model", "started_at", "ended_at"), "x " + secret))
+    session["events"] = [dict(WHOLE_SESSION["events"][1], data={"id": secret, "query": [secret]},
+                              **dict.fromkeys(("timestamp", "model", "rate", "input_model", "input_rate"), secret))]
+    assert optimizer.import_session(session).events[0].tokens_cache_read == 50
+    assert secret.encode() not in stored_bytes(optimizer.store.root)
+    optimizer.import_session(dict(WHOLE_SESSION, id="innocent"))
+    assert optimizer.get_session("innocent").to_dict() == dict(WHOLE_SESSION, id="innocent")
+
+
 def test_an_optimizer_is_pickled_with_its_sessions(optimizer):
     session = optimizer.start_session("FORGE", "t", session_id="s")
     optimizer.log_event("s", "CUSTOM", tokens_input=5)
