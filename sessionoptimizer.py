@@ -5594,7 +5594,7 @@ def _adds_up(doc: Data) -> bool:
     return bool(doc["event_count"] == len(doc["events"]) + doc.get("lost_events", 0))
 
 
-def _parse(data: bytes, path: str) -> Data:
+def _parse(data: bytes, path: str) -> Any:
     """A whole session from the bytes of its file; DamagedSession when they are not one."""
     try:
         doc = _DECODER.decode(data.decode("utf-8-sig"))
@@ -5610,8 +5610,7 @@ def _parse(data: bytes, path: str) -> Data:
     if fault:
         raise _damaged(path, fault)
     doc.setdefault("event_count", len(doc["events"]))
-    found: Data = doc
-    return found
+    return doc
 
 
 def _header_of(first: bytes) -> Any:
@@ -5799,6 +5798,8 @@ def _change_text(path: str, edit: Callable[[str], str]) -> None:
     info = os.stat(path) if os.path.exists(path) else None
     old, mask = read_regular(path) if info else b"", os.umask(0o077)
     os.umask(mask)
+    if info:
+        os.close(os.open(path, os.O_WRONLY))  # one that is read-only stays as it is
     with _temporary(path, [edit(old.decode()).encode()], True) as temp:
         with suppress(OSError, AttributeError):
             os.chown(temp, info.st_uid, info.st_gid)  # type: ignore[union-attr]
@@ -5882,7 +5883,7 @@ class Store:
     called with each). With ``durable`` every event is forced to the disk before it is acknowledged.
     No file stays open between calls, so threads and forked processes may share a Store."""
 
-    def __init__(self, root: str, *, warn: Optional[Callable[[str], None]] = None,
+    def __init__(self, root: str, *, warn: Any = None,
                  durable: bool = False):
         self.root = os.path.abspath(os.fspath(root))
         self.sessions = os.path.join(self.root, "sessions")
@@ -6201,7 +6202,7 @@ class Store:
         self._swept = True
         return found
 
-    def _is_left(self, folder: str, entry: os.DirEntry[str]) -> bool:
+    def _is_left(self, folder: str, entry: Any) -> Any:
         if folder == self.reports and entry.name.endswith(_REPORT):
             session = entry.name[:-len(_REPORT)] + ".json"
             return not os.path.lexists(os.path.join(self.sessions, session))
@@ -6357,7 +6358,7 @@ class State:
     may share a State. Keys and values are JSON. Reading creates nothing; where the file cannot be
     written, it is read as it is. A damaged file is begun afresh, with a warning."""
 
-    def __init__(self, root: str, report: Callable[[str], None]):
+    def __init__(self, root: str, report: Any):
         self.root, self.path = root, os.path.join(root, "state.sqlite3")
         self._report = report
 

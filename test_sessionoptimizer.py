@@ -2994,6 +2994,32 @@ def test_advice_keeps_a_link_and_the_mode_of_its_file(optimizer, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@posix_only
+@pytest.mark.parametrize("kind", ["folder", "pipe", "read-only", "no text"])
+def test_advice_leaves_alone_what_is_no_text_to_be_changed(optimizer, tmp_path, monkeypatch, capsys, kind):
+    optimizer.scan([SAMPLES])
+    target = str(tmp_path / "CLAUDE.md")
+    if kind == "folder":
+        os.mkdir(target)
+    elif kind == "pipe":
+        os.mkfifo(target)
+    else:
+        write(target, b"\xff" if kind == "no text" else b"# Rules\n")
+
+    def refuse(path, flags, *mode, real=os.open):
+        if path == target and flags == os.O_WRONLY:  # root may write everywhere
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *mode)
+    if kind == "read-only":
+        monkeypatch.setattr(so.os, "open", refuse)
+    before = os.lstat(target)
+    for option in ("--apply", "--undo"):
+        assert so.main(["--store", optimizer.store.root, "advice", "--days", "9000", option, target]) == 1
+        assert "cannot be changed" in capsys.readouterr().err or option == "--undo"
+    assert (os.lstat(target).st_ino, os.lstat(target).st_size) == (before.st_ino, before.st_size)
+    assert sorted(os.listdir(str(tmp_path))) == ["CLAUDE.md", "store"]
+
+
 @pytest.mark.parametrize("function, number", [
     ("write", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EACCES), ("chmod", errno.EPERM), ("open", errno.EMFILE), ("edit", 0)])
 def test_advice_that_cannot_be_written_whole_is_not_written(optimizer, tmp_path, monkeypatch, capsys, function, number):
