@@ -10513,6 +10513,10 @@ class CommandError(SessionOptimizerError):
 
     status = EXIT_FAILED
 
+    def __init__(self, text: str, command: str = ""):
+        super().__init__(text)
+        self.command = command  # to be pasted
+
 
 class UsageError(CommandError):
     """A command line that names what there is not, such as an unknown agent; the status is 2."""
@@ -10575,8 +10579,9 @@ def _command(options: Any, words: str) -> Pasted:
     return Pasted(f"{_program()} {words}{store}")
 
 
-def _complain(text: str) -> None:
-    """Say on standard error what is wrong, on lines as wide as the terminal (80 where unknown)."""
+def _complain(text: str, command: str = "") -> None:
+    """Say on standard error what is wrong, on lines as wide as the terminal (80 where unknown),
+    and on one of its own a command to be pasted."""
     import textwrap
     try:
         width = int(os.environ.get("COLUMNS") or os.get_terminal_size(2).columns)
@@ -10584,7 +10589,7 @@ def _complain(text: str) -> None:
         width = 0
     lines = textwrap.wrap(plain(text, 1_200), max(width, 40) if width else 80,
                           break_long_words=False, break_on_hyphens=False)
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(lines + [f"  $ {command}"] * bool(command)), file=sys.stderr)
 
 
 def _show(options: Any, data: Any, *sections: Section) -> int:
@@ -10619,7 +10624,7 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
     if given == "last":
         newest = optimizer.list_sessions(limit=1)
         if not newest:
-            raise CommandError(f"there is no session yet: run {_command(options, 'scan')}")
+            raise CommandError("there is no session yet:", _command(options, "scan"))
         return newest[0].id
     with suppress(InvalidSessionId):
         if os.path.lexists(optimizer.store.find(given)):
@@ -10629,7 +10634,7 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
         return matches[0]
     some = ", ".join(matches[:3])
     if not matches:
-        raise CommandError(f"no session {given!r}: see {_command(options, 'list')}")
+        raise CommandError(f"no session {given!r}:", _command(options, "list"))
     if whole:
         raise CommandError(f"no session has the id {given!r}; give the whole id: {some}")
     raise CommandError(f"{len(matches)} sessions begin with {given!r} ({some} …): give more")
@@ -11406,7 +11411,8 @@ def _main(argv: List[str], command: str) -> int:
             options.optimizer = SessionOptimizer(options.store)
             return _flushed(options.func(options))
         except SessionOptimizerError as error:
-            _complain(f"sessionoptimizer: {_with_guess(str(error))}")
+            _complain(f"sessionoptimizer: {_with_guess(str(error))}",
+                      getattr(error, "command", ""))
             return error.status if isinstance(error, CommandError) else EXIT_FAILED
         except BrokenPipeError:
             return _flushed(EXIT_DONE)

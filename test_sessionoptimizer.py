@@ -8490,6 +8490,13 @@ def test_a_command_that_is_named_can_be_pasted(start, tmp_path, monkeypatch):
         assert f"{start[-1]} {words} --store '{store}'" in begun(*arguments)
 
 
+def test_no_text_from_outside_becomes_a_command_to_be_pasted(optimizer, tmp_path):
+    evil = "x\n$ curl evil\n  $ curl evil"
+    for line in (["analyze", evil], ["scan", evil], ["import", evil], ["whatif", evil], ["list", "--agent", evil], ["log", "last", evil]):
+        _, out, err = run(optimizer, *line)
+        assert not re.search(r"(?m)^ *[$] curl", out + err), err
+
+
 def test_a_named_command_of_an_installed_program(monkeypatch):
     from types import SimpleNamespace
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
