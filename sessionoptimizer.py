@@ -4820,7 +4820,7 @@ def by_section(rows: Rows, by: str, bill: Data) -> Section:
     cells = bill["cells"]
     total = _tool_row("total", cells) if by == "tool" else dict(measures(rows), key="total")
     section = group_section([*grouped(rows, by, bill), total], by)
-    return section._replace(hint=", ".join(filter(None, [date_range(rows), section.hint])))
+    return section._replace(hint=f"{date_range(rows)}; {section.hint}".strip("; "))
 
 
 def group_section(groups: Rows, by: str) -> Section:
@@ -5186,8 +5186,7 @@ def alert_limits(thresholds: Optional[Dict[str, float]] = None) -> Dict[str, flo
     place; InvalidValue for an unknown name or a value that is not a number >= 0."""
     limits = dict({rule.name: rule.threshold for rule in ALERT_RULES}, dollars=LEAST_DOLLARS)
     for name, value in (thresholds or {}).items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name not in limits or not number or not value >= 0:
+        if name not in limits or value.__class__ not in (int, float) or not value >= 0:
             raise InvalidValue(f"threshold {name!r} is {value!r}: give a number >= 0 for one of "
                                f"{', '.join(limits)}")
         limits[name] = value
@@ -10553,10 +10552,13 @@ def _painted(report: str, when: Optional[str]) -> str:
         match.group(), match.lastgroup or match.group(), when), report)
 
 
-def _width() -> int:
-    """Columns of the terminal; 80 where there is none."""
-    from shutil import get_terminal_size
-    return max(40, min(200, get_terminal_size().columns or 80))  # before 3.11 it may say 0
+def _width(stream: int = 1) -> int:
+    """Columns of the terminal behind a stream; 80 where there is none."""
+    try:
+        width = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream).columns)
+    except (OSError, ValueError):
+        width = 0
+    return max(40, min(200, width or 80))
 
 
 def _program() -> str:
@@ -10583,12 +10585,8 @@ def _complain(text: str, command: str = "") -> None:
     """Say on standard error what is wrong, on lines as wide as the terminal (80 where unknown),
     and on one of its own a command to be pasted."""
     import textwrap
-    try:
-        width = int(os.environ.get("COLUMNS") or os.get_terminal_size(2).columns)
-    except (OSError, ValueError):
-        width = 0
-    lines = textwrap.wrap(plain(text, 1_200), max(width, 40) if width else 80,
-                          break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(plain(text, 1_200), _width(2), break_long_words=False,
+                          break_on_hyphens=False)
     print("\n".join(lines + [f"  $ {command}"] * bool(command)), file=sys.stderr)
 
 
@@ -10670,8 +10668,8 @@ def _judged_score(options: Any, score: float, count: int = 1) -> int:
 def _welcome(options: Any) -> int:
     here = []
     for reader in READERS:
-        files = find_transcripts(root for root in reader.roots() if os.path.isdir(root))
-        count = sum(1 for _ in files)
+        roots = filter(os.path.isdir, reader.roots())
+        count = sum(1 for _ in find_transcripts(roots))
         here += [f"{counted(count, 'file')} of {reader.name}"] * bool(count)
     found = ", ".join(here) or "none where agents keep them: give a path to scan"
     _say(text_sections([
@@ -10899,9 +10897,9 @@ def _alerts(options: Any) -> int:
     asked = options.agent or options.fail_on or options.budget
     rows = options.optimizer.summaries() if asked else []
     _known_agent(options, {row["agent"] for row in rows})
-    sections = [alert_section(alerts, options.limit), *(
-        Section("Why", lines=[_command(options, f"analyze {alert['session_id']} --evidence")])
-        for alert in with_short_ids(alerts, "session_id")[:1])]
+    sections = [alert_section(alerts, options.limit), Section("Why", lines=[
+        _command(options, f"analyze {alert['session_id']} --evidence")
+        for alert in with_short_ids(alerts, "session_id")[:1]])]
     if options.budget:
         budget = budget_of(rows, *options.budget)
         sections.insert(0, budget_section(budget))
