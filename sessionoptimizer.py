@@ -10630,12 +10630,10 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
     matches = sorted(name for name, _ in optimizer.store.files() if name.startswith(given))
     if len(matches) == 1 and not whole:
         return matches[0]
-    some = ", ".join(matches[:3])
     if not matches:
         raise CommandError(f"no session {given!r}:", _command(options, "list"))
-    if whole:
-        raise CommandError(f"no session has the id {given!r}; give the whole id: {some}")
-    raise CommandError(f"{len(matches)} sessions begin with {given!r} ({some} …): give more")
+    raise CommandError(f"{given!r} begins {counted(len(matches), 'id')}: give "
+                       f"{'all' if whole else 'more'} of {', '.join(matches[:3])}")
 
 
 def _known_agent(options: Any, agents: Iterable[str]) -> None:
@@ -11396,18 +11394,15 @@ def _command_word(argv: Iterable[str]) -> str:
 
 
 def _main(argv: List[str], command: str) -> int:
-    try:
-        options = build_parser(command).parse_args(argv)
-    except SystemExit as stop:
-        return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
-    except BrokenPipeError:  # from the help or the version
-        return _flushed(EXIT_DONE)
     with warnings.catch_warnings():
         warnings.simplefilter("always", SessionOptimizerWarning)
         warnings.showwarning = _show_warning
         try:
+            options = build_parser(command).parse_args(argv)
             options.optimizer = SessionOptimizer(options.store)
             return _flushed(options.func(options))
+        except SystemExit as stop:
+            return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
         except SessionOptimizerError as error:
             _complain(f"sessionoptimizer: {_with_guess(str(error))}",
                       getattr(error, "command", ""))

@@ -8106,7 +8106,7 @@ def test_a_beginning_or_last_serves_as_an_id(tmp_path, capsys):
     assert asked("alpha-2") == "alpha-2" and asked("last") == "alpha-1"
     assert asked("beta") == "beta" and asked("beta-") == "beta-2"
     message = asked("alpha")
-    assert "2 sessions begin with 'alpha'" in message and "alpha-1" in message and "alpha-2" in message
+    assert "'alpha' begins 2 ids: give more of " in message and "alpha-1" in message and "alpha-2" in message
     assert "no session 'gamma'" in asked("gamma") and asked("").startswith("sessionoptimizer:")
     empty = str(tmp_path / "empty")
     assert so.main(["--store", empty, "analyze", "last"]) == 1 and "no session yet" in capsys.readouterr().err
