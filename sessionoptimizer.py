@@ -6303,13 +6303,24 @@ def _peek(path: str, *, header_only: bool) -> Any:
                 first = _read(fd, 0, _LONG_PEEK)
             head, size = _header_of(first), os.fstat(fd).st_size
             if header_only or not head:
-                return head
+                older = first.startswith(b"{\n") and not header_only
+                return _peek_older(_read(fd, 0, size)) if older else head
             footer, _ = _parse_footer(_read(fd, max(size - _FOOTER_SIZE, 0), size))
             return footer and {**head, **footer}
         finally:
             os.close(fd)
     except OSError:
         return None  # damaged, or read without a lock in the middle of an append
+
+
+def _peek_older(data: bytes) -> Any:
+    """What a session of the older layout, indented by two, says besides its events, whose JSON is
+    most of the time that reading it takes; None where it looks otherwise."""
+    start, end = data.find(b'\n  "events": [\n'), data.rfind(b'\n  ],\n  "total_tokens_input"')
+    head = _decoded(data[:start] + b'"events": [' + data[end:]) if 0 <= start < end else None
+    if head:
+        head.setdefault("event_count", data.count(b"\n    },\n    {\n", start, end) + 1)
+    return head
 
 
 def read_regular(path: str) -> bytes:
@@ -10036,6 +10047,13 @@ class SessionOptimizer:
         return (f"<{type(self).__name__} {self.store.root}: sessions stored: {stored}, "
                 f"in use: {len(self._sessions):,}>")
 
+    def __eq__(self, other: Any) -> bool:
+        mine = self.store.root, self._settings()
+        return type(other) is type(self) and (other.store.root, other._settings()) == mine
+
+    def __hash__(self) -> int:
+        return hash(self.store.root)
+
     def _settings(self) -> str:
         return settings_of(self.analyzers, self.prices)
 
@@ -10178,8 +10196,7 @@ class SessionOptimizer:
                       status: Union[SessionStatus, str, None] = None,
                       since: Optional[datetime] = None, limit: int = 100) -> List[Session]:
         """Sessions, newest first, at most ``limit``. ``since`` is a datetime (without a zone:
-        local). Reads the ends of the files only; a damaged one is named in a warning and left
-        out."""
+        local). Reads the ends of the files only; a damaged one is named in a warning."""
         wanted = None if status is None else _status(status).value
         if limit.__class__ is not int or agent is not None and not isinstance(agent, str):
             raise InvalidValue(f"agent {agent!r}, limit {limit!r}: give a text and a whole number")
@@ -10219,8 +10236,7 @@ class SessionOptimizer:
 
     def import_session(self, data: Data) -> Optional[Session]:
         """Store a session given as a dict (`Session.to_dict`). A stored one of the same id that
-        differs is kept as ``<id>.1``. None, with a warning that says why, when the data is not a
-        session."""
+        differs is kept as ``<id>.1``. None, with a warning that says why, when it is none."""
         try:
             session = Session.from_dict(data)
             for record in (session, *session.events):
@@ -10243,17 +10259,17 @@ class SessionOptimizer:
 
     def scan(self, paths: Optional[Iterable[str]] = None, *, agent: str = "",
              since: Optional[datetime] = None, project: str = "", store: bool = True,
-             again: bool = False, progress: Any = None,
-             jobs: int = 1, show: Any = None, shown_as: Any = ()) -> Data:
-        """Read agent transcripts at ``paths`` (files or directories; default: where each agent
-        keeps them) and say where the money went. Only what changed since the last scan is read,
-        unless ``again``, which also brings deleted sessions back. ``agent``, ``since`` and
-        ``project`` (a part of the working directory or path) narrow what is reported; with
-        ``store=False`` nothing is kept; ``progress`` is called with units done and to do;
-        ``jobs``: processes that read (0: the cores, from 20 MB on), for programs under ``if
-        __name__ == "__main__"``. Returns ``{"sessions", "totals", "bill", "advice", "skipped":
-        [{"path", "line", "reason"}], "changes": text}``, or the JSON that ``show`` makes of it,
-        kept for the same ``shown_as`` while nothing changes. StorageError: a path is not there."""
+             again: bool = False, progress: Any = None, jobs: int = 1, show: Any = None,
+             shown_as: Any = ()) -> Data:
+        """Read transcripts at ``paths`` (default: where each agent keeps them) and say where the
+        money went. Only what changed since the last scan is read, unless ``again``, which also
+        brings deleted sessions back. ``agent``, ``since`` and ``project`` (a part of the working
+        directory or path) narrow what is reported; with ``store=False`` nothing is kept;
+        ``progress`` is called with units done and to do; ``jobs``: processes that read (0: the
+        cores, from 20 MB on), for programs under ``if __name__ == "__main__"``. Returns
+        ``{"sessions", "totals", "bill", "advice", "skipped": [{"path", "line", "reason"}],
+        "changes": text}``, or the JSON that ``show`` makes of it, kept for the same ``shown_as``
+        while nothing changes. StorageError: a path is not there."""
         def look() -> TranscriptScan:
             return TranscriptScan(self.store.state if store else None, roots, settings, again)
 
@@ -10354,8 +10370,8 @@ class SessionOptimizer:
         return None if report is None else FORMATS[format](self._sessions[session_id], report)
 
     def compare_sessions(self, session_ids: Iterable[str]) -> Data:
-        """Sessions side by side, their averages, the best and the worst, and what the best did
-        that the worst did not; ``{"error": ...}`` when fewer than two of them are found."""
+        """Sessions side by side, their averages, the best and the worst, and what only the best
+        did; ``{"error": ...}`` when fewer than two are found."""
         if isinstance(session_ids, str) or not hasattr(session_ids, "__iter__"):
             raise InvalidValue(f"session_ids is {session_ids!r}: give a list of ids")
         reports = {name: self.analyze(name) for name in dict.fromkeys(map(str, session_ids))}
@@ -10373,15 +10389,15 @@ class SessionOptimizer:
         if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days <= 1e9:
             raise InvalidValue(f"days is {days!r}: give a number from 0 to 1,000,000,000")
         rows = rows_of_agent(self.summaries(days), agent)
-        if not rows:
-            return {"agent": agent, "sessions": 0,
-                    "message": f"No sessions found in the last {counted(days, 'day', 'g')}"}
-        return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
+        if rows:
+            return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
+        message = f"No sessions found in the last {counted(days, 'day', 'g')}"
+        return {"agent": agent, "sessions": 0, "message": message}
 
     def summaries(self, days: Optional[float] = None, *, progress: Any = None) -> List[Data]:
         """One `summary_row` per session, oldest first; of the last ``days``. Unchanged ones come
-        from the store; a damaged session is named in a warning and left out. ``progress`` is called
-        with the number of sessions read and to read."""
+        from the store; a damaged one is named in a warning. ``progress`` gets how many were read
+        and are to be."""
         rows = self._live.summaries(self._settings(), self.analyzers, progress)
         active = [row["id"] for row in rows if row["status"] == SessionStatus.ACTIVE.value]
         if any([self._closed(name, self.store.readable_head(name)) for name in active]):
