@@ -718,7 +718,7 @@ def _without_dict(cls: Any) -> Any:
     names = tuple(cls.__dataclass_fields__)
     kept = {name: value for name, value in vars(cls).items()
             if name not in (*names, "__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, cls.__bases__, dict(kept, __slots__=names))
+    return type(cls)(cls.__name__, cls.__bases__, dict(kept, __slots__=(*names, "__weakref__")))
 
 
 @_without_dict
@@ -1248,7 +1248,7 @@ def _masked_as(key: Any, value: Any, hashes: bool) -> Any:
 @functools.lru_cache(maxsize=1_000)
 def _may_name(key: Any) -> bool:
     """Whether a name holds a word without which no rule takes it for a secret's."""
-    return any(map(str(key).lower().__contains__, _RULES[0][0]))
+    return any(map(f"{key}=".lower().__contains__, _RULES[0][0]))
 
 
 _NUMBERS = ("response_id", "batch_id")  # drawn by lot, and no secret
@@ -4152,7 +4152,7 @@ def _start_advice(rows: Rows) -> Iterator[Data]:
         if bill:
             yield _advised(
                 "start_load", f"{_last_name(project)} loads {tokens // 1000}k tokens before the "
-                f"first prompt: ${total / PICO:,.2f}, {100 * total // bill}% of its bill.",
+                f"first prompt: ${total / PICO:,.2f}, {100 * total / bill:.0f}% of its bill.",
                 "/context", sorted((min(per_1000, most), most // 2, most)), above, project=project,
                 per_1000_tokens={"cost": per_1000})
 
@@ -4441,8 +4441,13 @@ def _day(time: str, monday: bool = False) -> str:
 
 
 def rows_of_agent(rows: Rows, agent: Optional[str]) -> Rows:
-    """The rows of one agent, in any case; all where none is named."""
-    return [row for row in rows if not agent or row["agent"].upper() == str(agent).upper()]
+    """The rows of one agent, in any spelling; all where none is named."""
+    return [row for row in rows if not agent or agent_key(row["agent"]) == agent_key(agent)]
+
+
+def agent_key(name: Any) -> str:
+    """What the spellings of an agent's name have in common: "Claude Code" is "claude-code"."""
+    return str(name).lower().replace(" ", "-")
 
 
 def selection(rows: Rows, only_stored: int = 0) -> Data:
@@ -6425,7 +6430,7 @@ class State:
         while what was found is of this generation."""
         query, part = "SELECT value FROM summaries WHERE key = ? AND part = ?", _encode(_SHOWN)
         kept = self._run(lambda db: _listed(db, query, _encode(key), part))
-        shown = kept[0] if kept else show()
+        shown = kept[0] if kept else json.loads(_encode(show()))
 
         def work(db: Any) -> None:
             if _generation(db) == generation:
@@ -7530,7 +7535,8 @@ class TranscriptReader:
     def roots(self) -> List[str]:
         """Where the agent keeps its transcripts: the folders in its homes; none by default."""
         variable, usual, folders = self.home
-        homes = filter(str.strip, (os.environ.get(variable) or usual).split(","))
+        given = os.environ.get(variable) or usual
+        homes = filter(str.strip, given.split(",") if variable == "CLAUDE_CONFIG_DIR" else [given])
         return [os.path.join(os.path.expanduser(home.strip()), folder)
                 for home in homes for folder in folders.split()]
 
@@ -8051,7 +8057,8 @@ class _Rollout:
         verbs = {"session_meta": self._meta, "turn_context": self._turn, "event_msg": self._message,
                  "response_item": self._item, "compacted": self._compaction}
         for line, entry in transcript_entries(self.path, self.told.skip):
-            self.line, self.now = line, _text(entry, "timestamp") or self.now
+            stamp = _text(entry, "timestamp")
+            self.line, self.now = line, stamp if _TIME.match(stamp) else self.now
             self.told.at(self.now, line)
             kind, payload = _text(entry, "type"), _as_dict(entry, "payload")
             if kind in verbs:
@@ -8535,6 +8542,8 @@ def _integer(value: Any, *keys: str) -> int:
     value = _under(value, keys)
     if value.__class__ is str:
         return int(value) if re.match(r"\d{1,20}\Z", value, re.A) else 0
+    if value.__class__ is float and value.is_integer() and abs(value) < 1e19:
+        return int(value)
     return value if value.__class__ is int else 0
 
 
@@ -9311,18 +9320,22 @@ class SessionIds:
     def give(self, unit: str, wanted: Iterable[str], own: Sequence[str] = ()) -> List[str]:
         """The ids of a unit's sessions in their order; of its ``own`` from before it keeps what
         fits."""
-        given: List[str] = []
-        own = [*own, *self._given.get(unit, ())]
+        given: Dict[str, None] = {}
+        before = dict.fromkeys((*own, *self._given.get(unit, ())))
+        mine: Data = defaultdict(list)  # by the names they may have been given for
+        for old in before:
+            for name in {old, re.sub(r"-\d+\Z", "", old)}:
+                mine[name].append(old)
         for name in wanted:
-            kept = [old for old in own if re.match(re.escape(name) + r"(-\d+)?\Z", old)]
+            kept = mine.get(name, ())
             for session_id in itertools.chain(kept, [name], self._numbered(name)):
                 if session_id not in given and self.taken.get(session_id, unit) == unit \
-                        and (session_id in own or self.free(session_id, unit)):
+                        and (session_id in before or self.free(session_id, unit)):
                     break
             self.taken[session_id] = unit
-            given.append(session_id)
-        self._given[unit] = given
-        return given
+            given[session_id] = None
+        self._given[unit] = list(given)
+        return list(given)
 
     def _numbered(self, name: str) -> Iterator[str]:
         while True:
@@ -9623,9 +9636,12 @@ class TranscriptScan:
             found.clear()
             if progress:
                 progress(done, max(done, len(self.changed)))
-        for session_id, name in before.items():
-            if name in self.told and self.rows.get(name) and session_id not in ids.taken:
-                drop(session_id)  # its files tell another name now
+        renamed_from = [(session_id, name) for session_id, name in before.items()
+                        if name in self.told and session_id not in ids.taken]
+        known = state.responses() if state and renamed_from else {}
+        for session_id, name in renamed_from:
+            if self.rows.get(name) and known.get(name, {}).keys() <= self.told[name].keys():
+                drop(session_id)  # its files tell all of it under another name now
         if state:
             self._save(state, drop)
             store.sweep(once=True)
@@ -9805,8 +9821,8 @@ class _ListedSession(Session):
     @functools.cached_property
     def events(self) -> Any:  # type: ignore[override]
         """The events, read from the store at first use."""
-        self._load(self.id)
-        return self.__dict__.get("events", [])
+        loaded = self._load(self.id)
+        return self.__dict__.get("events", getattr(loaded, "events", []))
 
 
 _SAVE_EVERY = 3.0  # seconds of reading sessions after which what they came to is kept
@@ -10203,7 +10219,7 @@ class SessionOptimizer:
         after = since_seconds(since)
         rows = [(seconds_of(head.get("started_at")) or 0.0, session_id)
                 for session_id, head in self.store.headers()
-                if not agent or str(head.get("agent")).upper() == agent.upper()]
+                if not agent or agent_key(head.get("agent")) == agent_key(agent)]
         found: List[Session] = []
         for started, session_id in sorted(rows, reverse=True):
             if len(found) >= limit or after is not None and started < after:
@@ -10598,11 +10614,12 @@ def _command(options: Any, words: str) -> Pasted:
 
 
 def _complain(text: str, command: str = "") -> None:
-    """Say on standard error what is wrong, on lines as wide as the terminal (80 where unknown),
-    and on one of its own a command to be pasted."""
+    """Say on standard error what is wrong, on a terminal on lines as wide as it is, and on one of
+    its own a command to be pasted."""
     import textwrap
-    lines = textwrap.wrap(plain(text, 1_200), _width(2), break_long_words=False,
-                          break_on_hyphens=False)
+    text = plain(text, 1_200)
+    lines = textwrap.wrap(text, _width(2), break_long_words=False, break_on_hyphens=False) \
+        if sys.stderr.isatty() else [text]
     print("\n".join(lines + [f"  $ {command}"] * bool(command)), file=sys.stderr)
 
 
@@ -10655,8 +10672,7 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
 def _known_agent(options: Any, agents: Iterable[str]) -> None:
     """UsageError where the agent asked for is none of these; every name is right where there are
     none."""
-    known = {name.lower().replace(" ", "-") for name in agents if name}
-    asked = (options.agent or "").lower().replace(" ", "-")
+    known, asked = set(map(agent_key, filter(None, agents))), agent_key(options.agent or "")
     if asked and known and asked not in known:
         raise UsageError(f"no session of an agent {options.agent!r}{_did_you_mean(asked, known)} "
                          f"(agents: {', '.join(sorted(known))})")
@@ -10872,6 +10888,8 @@ def _whatif(options: Any) -> int:
 
 def _advice(options: Any) -> int:
     path = options.apply or options.undo
+    if options.apply and options.undo:
+        raise UsageError("give --apply or --undo, not both")
     advice = options.optimizer.agent_statistics("", options.days).get("advice", [])
     if not path:
         if options.format == "claude-md":
@@ -11420,8 +11438,8 @@ def _main(argv: List[str], command: str) -> int:
         except SystemExit as stop:
             return _flushed(stop.code if isinstance(stop.code, int) else EXIT_USAGE)
         except SessionOptimizerError as error:
-            _complain(f"sessionoptimizer: {_with_guess(str(error))}",
-                      getattr(error, "command", ""))
+            said = str(error) if isinstance(error, InvalidSessionId) else _with_guess(str(error))
+            _complain(f"sessionoptimizer: {said}", getattr(error, "command", ""))
             return error.status if isinstance(error, CommandError) else EXIT_FAILED
         except BrokenPipeError:
             return _flushed(EXIT_DONE)
