@@ -4404,13 +4404,24 @@ def grouped(rows: Rows, by: str, bill: Data) -> Rows:
     """The `measures` of session rows by one of GROUPS, each with its ``key``; days and weeks (by
     their Monday) in order, else the most dollars first. A day is local; each call counts on its
     own (`day_parts`). By tool the ``bill`` (USD) is told by content: ``{"key", "first", "carried",
-    "again", "output", "estimated_cost"}``."""
+    "again", "output", "estimated_cost"}``; by model ``estimated_cost`` is what was billed at it and
+    ``sessions`` are those that were, the rest is of the sessions that it leads."""
     if by == "tool":
         sums = [_tool_row(content, [cell for cell in bill["cells"] if cell["content"] == content])
                 for content in cell_sums(bill["cells"], "content")]
     else:
-        sums = [dict(measures(group), key=key) for key, group in sorted(_groups(rows, by).items())]
+        groups = _groups(rows, by)
+        sums = [dict(measures(group), key=key) for key, group in sorted(groups.items())]
+    if by == "model":
+        sums = [_model_row(key, cost, groups.get(key, []), [
+            row for row in rows if key in row["bill"]["models"]])
+            for key, cost in bill.get("models", {}).items()]
     return sums if by in ("day", "week") else sorted(sums, key=lambda row: -row["estimated_cost"])
+
+
+def _model_row(key: str, cost: float, led: Rows, billed_at: Rows) -> Data:
+    return dict(measures(led), key=key, sessions=len(billed_at), estimated_cost=cost,
+                cost_per_session=cost / (len(billed_at) or 1))
 
 
 def _tool_row(key: str, cells: Rows) -> Data:
@@ -4837,7 +4848,9 @@ def group_section(groups: Rows, by: str) -> Section:
         ">?a session": "cost_per_session:$", ">?a prompt": "cost_per_prompt:$",
         ">?wasted": "measured_waste_cost:$", ">?again": "written_again:.1%",
     }, "wasted: measured; again: share written again"
-    if by == "tool":
+    if by == "model":
+        columns, hint = dict(list(columns.items())[:4]), "sessions: all that it was used in"
+    elif by == "tool":
         columns, hint = {"~tool": "key", ">cost $": "estimated_cost:$", ">first": "first:$",
                          ">carried": "carried:$", ">again": "again:$"}, ""
     return table(f"By {by}", columns, groups, hint=hint)
