@@ -7772,6 +7772,22 @@ def test_a_session_that_its_database_no_longer_has_stays_in_the_store(tmp_path, 
     assert {session.id for session in optimizer.list_sessions()} == {"ses_0", "ses_1"}
 
 
+@pytest.mark.parametrize("told, tokens", [
+    ({"intValue": "500"}, 500), ({"intValue": 500}, 500), ({"doubleValue": 500.0}, 500),
+    ({"doubleValue": 500.5}, 0), ({"doubleValue": float("nan")}, 0)])
+def test_a_span_that_tells_its_tokens_as_a_double_counts(tmp_path, optimizer, told, tokens):
+    values = [("operation.name", {"stringValue": "chat"}), ("request.model", {
+        "stringValue": "gpt-5"}), ("usage.input_tokens", told),
+        ("usage.output_tokens", {"intValue": "7"})]
+    span = {"traceId": "t1", "spanId": "s1", "parentSpanId": "", "name": "chat",
+            "startTimeUnixNano": str(10**18), "endTimeUnixNano": str(10**18 + 5),
+            "attributes": [{"key": "gen_ai." + key, "value": value} for key, value in values]}
+    write(tmp_path / "spans.jsonl",
+          json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}) + "\n")
+    row, = optimizer.scan([str(tmp_path / "spans.jsonl")])["sessions"]
+    assert row["tokens"]["uncached_input"] == tokens and row["tokens"]["output"] == 7
+
+
 def test_another_transcript_of_a_moved_ones_name_takes_nothing_away(tmp_path, optimizer):
     path = tiny(tmp_path / "day1").save()
     kept, = optimizer.scan([str(tmp_path)])["sessions"]
