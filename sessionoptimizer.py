@@ -909,8 +909,11 @@ class Session(_Record):
         """The usage by model and rate."""
         groups: Dict[Tuple[str, str], List[int]] = defaultdict(lambda: [0] * 5)
         for event in self._counted():
+            write, hour = event.tokens_cache_write, event.tokens_cache_write_1h
             sums = groups[self.taken_by(event)]
-            sums[:3] = map(int.__add__, sums, event.entered)
+            sums[0] += event.tokens_input - write
+            sums[1] += write - hour
+            sums[2] += hour
             if event.input_model:
                 sums = groups[event.model or self.model, event.rate]
             sums[3] += event.tokens_cache_read
@@ -2514,8 +2517,6 @@ class Analysis:
         self.days: Dict[Tuple[str, str], Dict[str, int]] = defaultdict(lambda: defaultdict(int))
         days = {stamp: days_of(stamp or session.started_at)
                 for stamp in {event.timestamp for event in self.events}}
-        several = len(set(days.values())) > 1
-        dated: Dict[Any, List[Sequence[int]]] = defaultdict(list)
         cells = _add_usage(bill, session)
         hidden, small = bill["hidden_output"], bill["small_rebuilds"]
         hidden["calls"] = session.metadata.get("output_lower_bound_calls", 0)
@@ -2531,30 +2532,37 @@ class Analysis:
             if step.call:
                 hidden["of"] += 1
                 bill["unpriced"]["calls"] += session.price_of(step.call).model == UNPRICED
-            visible = step.last.tokens_input if step.last and hidden["calls"] else 0
-            if step.last and visible > sum(event.tokens_output for event in step.events):
-                hidden["cost_if_visible"] += session.price_of(step.last).cost(Usage(output=visible))
+            last, visible = step.last, step.last.tokens_input if step.last else 0
+            if last and hidden["calls"] and visible > sum(e.tokens_output for e in step.events):
+                hidden["cost_if_visible"] += session.price_of(last).cost(Usage(output=visible))
             for watch in watchers:
                 watch(step, rebuild)
-            for stamp, event, how, payer, usage in dated_usage(step, session) if several else ():
-                dated[days[stamp], how, payer].append(usage)
-                if event.event_type is EventType.USER_MESSAGE and how == "first":
-                    self.days[days[stamp]]["prompts"] += 1
-        for (its_day, how, payer), usages in dated.items():
-            usage, day = list(map(sum, zip(*usages))), self.days[its_day]
-            day["total_tokens"] += sum(usage) - usage[3]
-            day[how] += session.prices.lookup(*payer).cost(usage)
+            self._date(step, days)
         for piece in walk.pieces:
             for how, paid in zip(HOW_PAID, piece.sums):
                 cells[piece.content, how] += paid
         bill["cells"] = _cell_rows(cells)
-        if days and not several:  # as most sessions: the whole bill is of that day
-            day = self.days[days.popitem()[1]]
-            day["total_tokens"] = session.total_tokens
-            day["prompts"] = sum(e.event_type is EventType.USER_MESSAGE for e in self.events)
-            for cell in bill["cells"]:
-                day[cell["how"]] += cell["cost"]
         return self
+
+    def _date(self, step: Step, days: Dict[str, Tuple[str, str]]) -> None:
+        """Book what a call read and took in on its day, what was written on that of the writing."""
+        session, call = self.session, step.call
+        if call:
+            day = self.days[days[call.timestamp]]
+            day["carried"] += step.read * session.price_of(call).rates.read
+            day["again"] += step.rebuild_cost
+            day["first"] += step.fresh_cost - step.rebuild_cost
+        for event in step.events:
+            own, output = self.days[days[event.timestamp]], event.tokens_output
+            taken = day if call else own
+            taken["total_tokens"] += event.tokens_input
+            taken["prompts"] += event.event_type is EventType.USER_MESSAGE
+            if not call:
+                again = event.data.get("source") == Source.REBUILD
+                own["again" if again else "first"] += session.entry_cost(event)
+            if output:
+                own["total_tokens"] += output
+                own["output"] += output * session.price_of(event).rates.output
 
 
 # What a context holds; what other tools return goes by the tool's name.
@@ -2590,13 +2598,13 @@ def content_of(event: SessionEvent) -> str:
 class Piece:
     """What entered a context in one go. ``event``: None for what was counted elsewhere or stands
     for several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED +
-    tokens; ``notes``: what is paid for every token up to its end and not summed up yet."""
+    tokens."""
 
-    __slots__ = ("serial", "content", "event", "sums", "notes")
+    __slots__ = ("serial", "content", "event", "sums")
 
     def __init__(self, serial: int, content: str, event: Optional[SessionEvent] = None):
         self.serial, self.content, self.event = serial, content, event
-        self.sums, self.notes = [0, 0, 0], [0, 0, 0]
+        self.sums = [0, 0, 0]
 
     def __lt__(self, other: Piece) -> bool:
         return self.serial < other.serial
@@ -2612,6 +2620,8 @@ class HeldContext:
     def __init__(self) -> None:
         self.pieces: List[Piece] = []
         self.ends: List[int] = []
+        # Of every piece what is paid for each token up to its end, CARRIED and AGAIN.
+        self._notes: Dict[int, List[int]] = {CARRIED: [], AGAIN: []}
 
     @property
     def length(self) -> int:
@@ -2622,6 +2632,8 @@ class HeldContext:
         """A piece enters at the end."""
         self.ends.append(self.length + tokens)
         self.pieces.append(piece)
+        for notes in self._notes.values():
+            notes.append(0)
 
     def size(self, index: int) -> int:
         """Tokens of a piece."""
@@ -2638,19 +2650,19 @@ class HeldContext:
         for position, paid in ((end, unit), (start, -unit)):
             index, inside = self.find(position)
             if index:
-                self.pieces[index - 1].notes[how] += paid
+                self._notes[how][index - 1] += paid
             if inside:
                 self.pieces[index].sums[how] += paid * inside
 
     def settle(self) -> List[int]:
         """Sum up what was noted; the sizes of the pieces."""
         sizes = [end - start for start, end in zip([0] + self.ends, self.ends)]
-        for how in (CARRIED, AGAIN):
-            running = 0
-            for piece, size in zip(reversed(self.pieces), reversed(sizes)):
-                running += piece.notes[how]
-                piece.notes[how] = 0
-                piece.sums[how] += running * size
+        for how, notes in self._notes.items():
+            paid = list(itertools.accumulate(reversed(notes)))
+            for piece, size, each in zip(self.pieces, sizes, reversed(paid)):
+                if each:
+                    piece.sums[how] += each * size
+            notes[:] = [0] * len(notes)
         return sizes
 
     def lose(self, tokens: int) -> Dict[int, int]:
@@ -2668,6 +2680,7 @@ class HeldContext:
                 break
         self.pieces = list(itertools.compress(self.pieces, sizes))
         self.ends = list(itertools.accumulate(filter(None, sizes)))
+        self._notes = {how: [0] * len(self.ends) for how in self._notes}
         return stays
 
 
@@ -2719,22 +2732,6 @@ class Step:
         began = self.began
         before = self.previous.began if self.previous else None
         return None if began is None or before is None else began - before
-
-
-def dated_usage(step: Step, session: Session) -> Iterator[
-        Tuple[str, SessionEvent, str, Tuple[str, str], Sequence[int]]]:
-    """What is paid with a step, as (time, event, how, (model, rate), the numbers of a `Usage`):
-    what a call read and took in at its time, what was written when it was written."""
-    call = step.call
-    if call is not None:
-        own = call.model or session.model, call.rate
-        yield call.timestamp, call, "carried", own, (0, 0, 0, step.read, 0)
-    for event in step.events:
-        how = "again" if event.data.get("source") == Source.REBUILD else "first"
-        entered, own = (*event.entered, 0, 0), (event.model or session.model, event.rate)
-        yield (call or event).timestamp, event, how, session.taken_by(event), entered
-        if event.tokens_output:
-            yield event.timestamp, event, "output", own, (0, 0, 0, 0, event.tokens_output)
 
 
 class ContextWalk:
@@ -2986,16 +2983,21 @@ _PURPOSES = {EventType.USER_MESSAGE: ("prompts", "other output"),
 def token_use(session: Session) -> Dict[str, int]:
     """Where all tokens went, by purpose, most first: what was loaded, asked, returned by each tool,
     written. The parts add up to the session's total tokens."""
-    use: Dict[str, int] = defaultdict(int)
+    sums: Dict[Any, List[int]] = defaultdict(lambda: [0, 0])
     for event in session.events:
-        data, kind = event.data, event.event_type
-        tool = str(data.get("tool") or kind._value_.lower())
-        names = _PURPOSES.get(kind) or (f"results of {tool}", "tool calls written")
+        kind = event.event_type
+        told = event.data.get("source" if kind is EventType.CONTEXT_LOAD else "tool")
+        its = sums[kind._value_, str(told or "")]
+        its[0] += event.tokens_input
+        its[1] += event.tokens_output
+    use: Dict[str, int] = defaultdict(int)
+    for (value, name), pair in sums.items():
+        kind = EventType(value)
+        names = _PURPOSES.get(kind) or (f"results of {name or value.lower()}", "tool calls written")
         if kind is EventType.CONTEXT_LOAD:
-            source = str(data.get("source") or "")
-            names = _CONTEXT_NAMES.get(source, source), "other output"
-        for name, tokens in zip(names, (event.tokens_input, event.tokens_output)):
-            use[name] += tokens
+            names = _CONTEXT_NAMES.get(name, name), "other output"
+        for purpose, tokens in zip(names, pair):
+            use[purpose] += tokens
     ranked = sorted(use.items(), key=lambda item: -item[1])
     return {name: tokens for name, tokens in ranked if tokens}
 
@@ -3619,7 +3621,7 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
         worst, average = spikes[0]
         costs = [analysis.cost(event, event.tokens_input, event.tokens_output)
                  for event, _ in spikes]
-        cost, bill = sum(costs) / PICO, analysis.session.estimated_cost
+        cost, bill = sum(costs) / PICO, analysis.bill["total"] / PICO
         multiplier = worst.tokens / (average or 1)
         more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
         return self.issue(
@@ -3702,9 +3704,12 @@ class Replay:
         for serial, stays in step.stays.items():
             self._cut_to(serial, min(stays, self._cuts.get(serial, 0)))
         read_again, self._due = self._due, 0
-        changed_from, extra = self._compact(step, rebuild, rates)
-        self._enter(step)
-        changed_from = min(changed_from, self._clear(step, rebuild))
+        changed_from, extra = MAX_TOKENS, 0
+        if self._length > self.idle:
+            changed_from, extra = self._compact(step, rebuild, rates)
+        if self.name not in ("compact", "return"):  # which cut nothing that enters
+            self._enter(step)
+            changed_from = min(changed_from, self._clear(step, rebuild))
         read = min(self._place(held, step.read), changed_from)
         self._inserted += read_again
         self._length = held.length - self._cut + self._inserted
@@ -4292,7 +4297,8 @@ def head_row(session: Session) -> Data:
 
 def session_row(session: Session, report: OptimizationReport) -> Data:
     """What every command prints of one session (the ``sessions`` of ``scan --format json``)."""
-    events, source = session.events, source_of(session)
+    events, source = session.events, session.source
+    last_at = events[-1].timestamp if events else ""
     calls = [event for event in events if event.event_type is EventType.AI_RESPONSE]
     errors = [event for event in events if event.event_type is EventType.ERROR]
     failures = sum(not failure_kind(error.data) for error in errors)
@@ -4304,7 +4310,8 @@ def session_row(session: Session, report: OptimizationReport) -> Data:
     return {
         **head_row(session), **waste, "waste": _nested(waste),
         "source": source.get("reader", ""), "path": source.get("path", ""),
-        "project": source.get("cwd", ""), "last_at": _last_at(session),
+        "project": source.get("cwd", ""),
+        "last_at": last_at or session.ended_at or session.started_at,
         "minutes": session.duration_seconds / 60,
         "prompts": sum(event.event_type is EventType.USER_MESSAGE for event in events),
         "model_calls": sum(not call.data.get("unmetered") for call in calls),
@@ -4321,19 +4328,8 @@ def session_row(session: Session, report: OptimizationReport) -> Data:
     }
 
 
-def source_of(session: Session) -> Data:
-    """Where an imported session came from; empty for one logged by hand."""
-    source = session.metadata.get("source")
-    return source if isinstance(source, dict) else {}
-
-
 def _nested(flat: Data) -> Data:
     return {name.replace("waste_", ""): flat[name] for name in _WASTE}
-
-
-def _last_at(session: Session) -> str:
-    last = session.events[-1].timestamp if session.events else ""
-    return last or session.ended_at or session.started_at
 
 
 _LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "path")
@@ -4703,7 +4699,7 @@ def without_advice(text: str) -> str:
 
 def _session_sections(session: Session, report: OptimizationReport, *more: Section,
                       evidence: bool = False) -> List[Section]:
-    path = source_of(session).get("path")
+    path = session.source.get("path")
     incomplete = " (incomplete: an analyzer failed)" if report.analyzer_errors else ""
     tokens = waste_text(report.measured_waste_tokens, report.total_waste_tokens,
                         report.total_tokens, lambda count: f"{count:,.0f}")
@@ -4762,7 +4758,7 @@ def _evidence(session: Session, event: SessionEvent, issue: EfficiencyIssue) -> 
 
 def event_place(session: Session, event: SessionEvent) -> str:
     """path:line of an imported event; the id and time of one logged by hand."""
-    source, line = source_of(session), event.data.get("line")
+    source, line = session.source, event.data.get("line")
     if source and line:
         return f"{plain(event.data.get('path') or source.get('path'), 300)}:{line}"
     return f"{plain(event.id, 80)} {plain(event.timestamp, 40)}"
@@ -9741,12 +9737,22 @@ def usage_rows(session: Session) -> Rows:
     took in and read falls on its day, what it wrote on the day it was written; ``tool``: "" where
     none."""
     sums: Dict[Any, List[int]] = {}
+
+    def book(stamp: str, event: SessionEvent, payer: Tuple[str, str], *figures: int) -> None:
+        tool, cost = str(event.data.get("tool") or ""), session.prices.lookup(*payer).cost
+        key = days_of(stamp or session.started_at)[1], payer[0], tool
+        figures = (*figures, cost(figures[1:]))
+        sums[key] = list(map(sum, zip(figures, sums.get(key, [0] * 7))))
+
     for step in ContextWalk(session):
-        for stamp, event, how, payer, usage in dated_usage(step, session):
-            tool = str(event.data.get("tool") or "")
-            key = days_of(stamp or session.started_at)[1], payer[0], tool
-            figures = how == "carried", *usage, session.prices.lookup(*payer).cost(usage)
-            sums[key] = list(map(sum, zip(figures, sums.get(key, [0] * 7))))
+        call = step.call
+        if call:
+            book(call.timestamp, call, (call.model or session.model, call.rate),
+                 1, 0, 0, 0, step.read, 0)
+        for event in step.events:
+            book((call or event).timestamp, event, session.taken_by(event), 0, *event.entered, 0, 0)
+            book(event.timestamp, event, (event.model or session.model, event.rate),
+                 0, 0, 0, 0, 0, event.tokens_output)
     names = ("calls", *CLASSES, "cost")
     return [dict(zip(names, row), day=day, model=model, tool=tool, project=_cwd_of(session))
             for (day, model, tool), row in sorted(sums.items()) if any(row)]
