@@ -2666,22 +2666,22 @@ class HeldContext:
         return sizes
 
     def lose(self, tokens: int) -> Dict[int, int]:
-        """Tokens have left unmarked: of the oldest results of tools, then of what came last. What
-        stays of the pieces that lost some, by serial number."""
-        sizes, stays = self.settle(), {}
-        results = [i for i, piece in enumerate(self.pieces) if is_result(piece)]
-        others = [i for i, piece in enumerate(self.pieces) if not is_result(piece)]
-        for index in results + others[::-1]:
+        """Tokens have left unmarked: of the oldest results of tools, then of what came last. How
+        many each piece lost, by serial number."""
+        sizes, lost = self.settle(), {}
+        last = 2 * len(sizes)
+        for index in sorted(range(len(sizes)), key=lambda index: (
+                index if is_result(self.pieces[index]) else last - index)):
             part = min(tokens, sizes[index])
             sizes[index] -= part
-            stays[self.pieces[index].serial] = sizes[index]
+            lost[self.pieces[index].serial] = part
             tokens -= part
             if not tokens:
                 break
         self.pieces = list(itertools.compress(self.pieces, sizes))
         self.ends = list(itertools.accumulate(filter(None, sizes)))
         self._notes = {how: [0] * len(self.ends) for how in self._notes}
-        return stays
+        return lost
 
 
 def is_result(piece: Piece) -> bool:
@@ -2695,14 +2695,14 @@ class Step:
     ``call``: the AI_RESPONSE, None where a window ends with events that no call took in; ``last``:
     the call before in this window; ``events``: what came since, the answer of ``last`` first.
     ``held`` is the context with all that; ``before``: its length at ``last``; ``new``: the index
-    there of the first piece that came since, and its serial number; ``stays``: what is left of the
-    pieces that lost tokens since, by serial number. The call read the positions up to ``read`` from
-    the cache and wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins
+    there of the first piece that came since, and its serial number; ``lost``: tokens that pieces
+    lost at their ends since, by serial number. The call read the positions up to ``read`` from the
+    cache and wrote those up to ``kept`` again for ``rebuild_cost`` (pico-dollars); there begins
     what entered. ``fresh_cost``: pico-dollars of all that it wrote. ``ttl``: seconds that what was
     written before lives in the cache, 0 where nothing was.
     """
 
-    __slots__ = ("call", "last", "previous", "events", "held", "before", "new", "stays", "read",
+    __slots__ = ("call", "last", "previous", "events", "held", "before", "new", "lost", "read",
                  "kept", "rebuild_cost", "fresh_cost", "ttl")
 
     def __init__(self, call: Optional[SessionEvent], previous: Optional[Step],
@@ -2712,7 +2712,7 @@ class Step:
         self.last = previous.call if previous else None
         self.before, self.rebuild_cost, self.fresh_cost, self.new = held.length, 0, 0, (0, 0)
         self.read = self.kept = call.tokens_cache_read if call else held.length
-        self.stays: Dict[int, int] = {}
+        self.lost: Dict[int, int] = {}
 
     @property
     def began(self) -> Optional[float]:
@@ -2782,7 +2782,7 @@ class ContextWalk:
                 entering.append(event)
         step.kept += rebuilt
         if step.before > step.kept:
-            step.stays = held.lose(step.before - step.kept)
+            step.lost = held.lose(step.before - step.kept)
         step.new = len(held.pieces), len(self.pieces)
         step.fresh_cost = step.rebuild_cost
         self._fill(step, loads)
@@ -3680,8 +3680,8 @@ class Replay:
         self.summary = summary or SUMMARIES.get(self.session.agent, SUMMARY)
         self.saved = 0
         # The context above which it is compacted when coming back, and at any time.
-        limits = options if name == "all" else {name: options.get("above")}
-        self._back, self._any = (limits.get(key) or MAX_TOKENS for key in ("return", "compact"))
+        limits: Data = options if name == "all" else {name: options.get("above")}
+        self._back, self._any = (limits.get(key, MAX_TOKENS) for key in ("return", "compact"))
         # A context has the recorded length, and is not looked at, until it is longer than this.
         self.idle, self.busy = limits.get(name) or -1, False
         self.repeated = repeated_tokens(analysis) if name in ("no-repeats", "all") else {}
@@ -3701,8 +3701,8 @@ class Replay:
             self._keep_for(step, rebuild, rates)
             return
         self._since += 1
-        for serial, stays in step.stays.items():
-            self._cut_to(serial, min(stays, self._cuts.get(serial, 0)))
+        for serial, lost in step.lost.items():  # what was cut is the end as well
+            self._cut_to(serial, max(0, self._cuts.get(serial, 0) - lost))
         read_again, self._due = self._due, 0
         changed_from, extra = MAX_TOKENS, 0
         if self._length > self.idle:
@@ -3815,7 +3815,7 @@ class Replay:
         for event in step.events:
             _, short, hour, *_ = event.usage
             self.saved += short * (rates.write_5m - price) + hour * (rates.write_1h - price)
-        if not step.ttl or step.last is None:
+        if step.ttl in (0, ttl) or step.last is None:  # a live cache outlived that time as well
             return
         if rebuild is not None and _is_expired(rebuild):
             if gap <= ttl + GRACE:

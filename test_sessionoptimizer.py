@@ -2742,6 +2742,49 @@ def test_a_policy_saves_of_six_calls_what_was_computed_by_hand(policy, worst, mi
     assert result["recommended"] is (worst > 0 and middle / 10**6 >= recorded / 100)
 
 
+def saved_of(session, policy):
+    """What the middle case of a policy saves, in micro-dollars."""
+    return so.replayed(so.Analysis(session), so.parse_policy(policy))[0][1] / 10**6
+
+
+@pytest.mark.parametrize("hour, policy, saved", [
+    # a cache that outlived its five minutes was recorded to do so
+    (False, "ttl 5m", 0), (True, "ttl 1h", 0),
+    # 32,000 at 18.75 instead of 30; the 10,000 beyond the first context are lost in 95 of 100 cases
+    (True, "ttl 5m", 360_000 - 0.95 * 10_000 * (18.75 - 1.5)),
+    (False, "ttl 1h", -360_000)])
+def test_writes_that_live_as_long_as_the_policy_says_change_nothing(hour, policy, saved):
+    def written(tokens, **more):
+        return E("SEARCH", tokens, _write=tokens, _hour=tokens * hour, **more)
+
+    session = session_of(
+        written(21_000, _at=0, query="a"), E("AI_RESPONSE", 0, 9, _at=0),
+        written(10_000, _at=1, query="b"), E("AI_RESPONSE", 0, 9, _at=1, _read=21_000),
+        written(1_000, _at=11, query="c"), E("AI_RESPONSE", 0, 9, _at=11, _read=31_000))
+    assert saved_of(session, policy) == saved
+
+
+@pytest.mark.parametrize("left, saved", [
+    # 5,000 of 9,000 tokens are not written, then not read
+    (0, 5_000 * 18.75 + 2 * 5_000 * 1.5),
+    # what left is the end of the start load, most of which was cut: 1,000 are not read, twice
+    (4_000, 5_000 * 18.75 + 2 * 1_000 * 1.5),
+    (6_000, 5_000 * 18.75)])
+def test_what_a_policy_has_cut_is_the_first_that_leaves(left, saved):
+    session = session_of(E("CONTEXT_LOAD", 9_000, _write=9_000, source="system"),
+                         E("AI_RESPONSE", 0, 9), E("AI_RESPONSE", 0, 9, _read=9_000 - left),
+                         E("AI_RESPONSE", 0, 9, _read=9_000 - left))
+    assert saved_of(session, "start --tokens 4k") == saved
+
+
+def test_a_context_may_be_compacted_from_the_first_token_on():
+    session = long_session(5_000)
+    for policy in ("compact --above %d", "return --above %d"):
+        assert (so.replayed(so.Analysis(session), so.parse_policy(policy % 0))
+                == so.replayed(so.Analysis(session), so.parse_policy(policy % 1)))
+    assert saved_of(session, "compact --above 0")
+
+
 def test_without_a_policy_the_replay_is_the_bill_whatever_the_calls_say():
     generator = random.Random(9)
     sessions = [random_calls(generator) for _ in range(100)]
