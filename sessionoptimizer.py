@@ -2669,9 +2669,8 @@ class HeldContext:
         """Tokens have left unmarked: of the oldest results of tools, then of what came last. How
         many each piece lost, by serial number."""
         sizes, lost = self.settle(), {}
-        last = 2 * len(sizes)
         for index in sorted(range(len(sizes)), key=lambda index: (
-                index if is_result(self.pieces[index]) else last - index)):
+                index if is_result(self.pieces[index]) else MAX_TOKENS - index)):
             part = min(tokens, sizes[index])
             sizes[index] -= part
             lost[self.pieces[index].serial] = part
@@ -4389,11 +4388,11 @@ def measures(rows: Rows) -> Data:
     "measured_waste_cost", "cost_per_session", "cost_per_prompt", "written_again"}`` (a share of the
     dollars); 0 where there is nothing to divide by."""
     sums = _sums(rows, ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost"))
-    prompts, cost = sum(row["prompts"] for row in rows), sums["estimated_cost"]
-    billed = sum(row["bill"]["total"] for row in rows)
-    return dict(sums, sessions=len(rows), cost_per_session=cost / (len(rows) or 1),
-                cost_per_prompt=cost / (prompts or 1),
-                written_again=_paid(rows).get("again", 0.0) / (billed or 1))
+    prompts, cost, paid = sum(row["prompts"] for row in rows), sums["estimated_cost"], _paid(rows)
+    sessions = len({row["id"] for row in rows})  # one may have several days of a week
+    return dict(sums, sessions=sessions, cost_per_session=cost / (sessions or 1),
+                cost_per_prompt=prompts and cost / prompts,
+                written_again=paid.get("again", 0.0) / (sum(paid.values()) or 1))
 
 
 def grouped(rows: Rows, by: str, bill: Data) -> Rows:
@@ -5301,14 +5300,17 @@ def budget_of(rows: Rows, amount: float, unit: str) -> Data:
     """What was spent of a budget (USD a ``day``, ``week`` or ``month``) since that began, and where
     the straight pace leads: ``{"budget", "per", "since", "spent", "pace"}``."""
     from datetime import datetime, timedelta
-    now = datetime.now().astimezone()
-    today = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    now = datetime.now()
+    today = datetime(*now.timetuple()[:3])
     month, monday = today.replace(day=1), today - timedelta(today.weekday())
-    begin, end = {"day": (today, today + timedelta(1)), "week": (monday, monday + timedelta(7)),
-                  "month": (month, (month + timedelta(32)).replace(day=1))}[unit]
-    spent = sum(row["estimated_cost"] for row in rows if row["started"] >= begin.timestamp())
-    return {"budget": amount, "per": unit, "since": begin.isoformat(), "spent": spent,
-            "pace": spent * ((end - begin) / (now - begin))}
+    begin, end = (day.astimezone() for day in {  # each at its own offset
+        "day": (today, today + timedelta(1)), "week": (monday, monday + timedelta(7)),
+        "month": (month, (month + timedelta(32)).replace(day=1))}[unit])
+    since = begin.isoformat()
+    spent = sum(part["estimated_cost"] for row in rows for part in day_parts(row)
+                if part["day"] >= since[:10])
+    return {"budget": amount, "per": unit, "since": since, "spent": spent,
+            "pace": spent * ((end - begin) / (now.astimezone() - begin))}
 
 
 def budget_section(budget: Data) -> Section:

@@ -3531,7 +3531,8 @@ def test_sums_by_everything_add_up_to_the_bill(optimizer):
 
 
 def rows_of(*costs, begun=0.0):
-    return [{"started": begun + number, "started_at": "2026-03-0%dT10:00:00Z" % (1 + number % 9),
+    return [{"id": "%d-%d" % (begun, number), "started": begun + number,
+             "started_at": "2026-03-0%dT10:00:00Z" % (1 + number % 9),
              "estimated_cost": cost, "prompts": 2,
              "measured_waste_cost": 0.0, "waste_cost": 0.0, "total_tokens": 5, "bill": {
                  "total": 10, "cells": [{"how": "again", "cost": 1}, {"how": "first", "cost": 9}]},
@@ -3577,9 +3578,31 @@ def test_weeks_begin_on_monday(utc):
             == [("2026-02-23", 1), ("2026-03-02", 7), ("2026-03-09", 1)])
 
 
+def on_days(row, **dollars):
+    """The row of a session that paid so much on these days of March 2026 (``d1``: the 1st)."""
+    return dict(row, days=[
+        {"day": "2026-03-%02d" % int(day[1:]), "prompts": 1, "total_tokens": 5,
+         "paid": {"first": paid}} for day, paid in dollars.items()])
+
+
+def test_a_session_of_several_days_is_one_of_their_week():
+    first, second = rows_of(6.0, 2.0)
+    rows = [on_days(first, d3=1.0, d4=3.0, d9=2.0), on_days(second, d3=2.0)]
+    weeks = so.grouped(rows, "week", {})
+    assert ([(week["key"], week["sessions"], week["cost_per_session"]) for week in weeks]
+            == [("2026-03-02", 2, 3.0), ("2026-03-09", 1, 2.0)])
+
+
+@pytest.mark.parametrize("prompts, each", [(2, 2.0), (0, 0.0)])
+def test_without_a_prompt_none_cost_anything(prompts, each):
+    row = dict(rows_of(4.0)[0], prompts=prompts)
+    assert so.measures([row])["cost_per_prompt"] == each
+
+
 def test_a_budget_and_where_the_pace_leads(optimizer, utc):
     now = datetime.now(timezone.utc)
-    rows = rows_of(30.0, begun=now.timestamp()) + rows_of(99.0, begun=now.timestamp() - 40 * 86_400)
+    rows = [dict(row, days=[dict(row["days"][0], day=now.strftime("%Y-%m-%d"))])
+            for row in rows_of(30.0)] + rows_of(99.0)
     budget = so.budget_of(rows, 60.0, "month")
     days = now.day - 1 + (now.hour * 3600 + now.minute * 60 + now.second) / 86_400
     assert budget["spent"] == 30 and budget["pace"] == pytest.approx(30 * 31 / days, rel=0.12)
@@ -3592,6 +3615,24 @@ def test_a_budget_and_where_the_pace_leads(optimizer, utc):
     assert "Pace:" in run(optimizer, "stats", "--budget", "60/month")[1]
     assert (run(optimizer, "alerts", "--budget", "60")[0]
             == run(optimizer, "stats", "--budget", "x/month")[0] == 2)
+
+
+@pytest.mark.parametrize("zone, unit, spent, pace", [
+    # noon of a day of 24 hours, and of one of 23, of which 11 are over
+    ("UTC", "day", 4.0, 4.0 * 24 / 12), ("Europe/Berlin", "day", 4.0, 4.0 * 23 / 11),
+    ("UTC", "week", 7.0, 7.0 * 168 / 156), ("UTC", "month", 7.5, 7.5 * 31 / 28.5)])
+def test_a_budget_counts_what_was_paid_since_whenever_the_session_began(
+        monkeypatch, utc, zone, unit, spent, pace):
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 3, 29, 12, tzinfo=tz)
+
+    set_zone(monkeypatch, zone)
+    monkeypatch.setattr("datetime.datetime", Noon)
+    began, other = rows_of(8.0, 0.5)
+    budget = so.budget_of([on_days(began, d28=3.0, d29=4.0), on_days(other, d2=0.5)], 60.0, unit)
+    assert budget["spent"] == spent and budget["pace"] == pytest.approx(pace)
 
 
 @pytest.mark.parametrize("command", ["analyze", "export"])
