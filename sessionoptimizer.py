@@ -1096,120 +1096,197 @@ class OptimizationReport(_Record):
 # ==================================================================================================
 
 # Names of what is always secret, unless they end as a file, an address or a count does, and of what
-# is when its value has letters and digits.
-_SECRET_NAME = r"""(?:
+# is when its value has letters and digits. How they begin is asked first: half the time.
+_SECRET_NAME = r"""(?=[pP][aAwWrR]|[mM][nNaA]|[sS][eEhHiItT]|[tT][oO]|[cC][rRlLoO]|[aA][pPcCuUdD]
+  |[eE][nN]|[lL][iI]|[dD][eE]|[wW][eE]|(?<=[_-])[KASPk])(?:
   (?i:pass(?:w(?:or)?d|phrase|code)?(?!word|ed|es|ing|ive|ion|age|port|through|thru|less)
-    | (?<![a-z])pw(?:d|(?=\s?[=:])) | secret(?!ary|ion|s?[./])
+    | (?:(?<![a-z])pw|(?-i:Pw))(?:d|(?=\\?["']?\s?[=:])) | mnemonic
+    | (?<!existing)secret(?!ary|ion|s?[./]|[-_]keys\b)
     | token(?!s\b|iz|[_-]?(?:count|limit|type)) | (?<![a-z])cred(?:ential)?s?(?![a-z])
     | (?:api|access|account|shared|private|encrypt\w{0,3}|signing|secret|master|auth|client|license
-        |app|storage|deploy|service|consumer|session|webhook|admin)[-_.]?key(?!s))
-| (?<=_)(?:KEY|AUTH|SIG|PAT)(?![A-Z])(?=[A-Z0-9_]{0,40}=) | (?<=-)(?i:key)(?=:\s))
+        |app|storage|deploy|service|consumer|session|webhook|admin)[-_.\ ]?key(?!s(?!=)))
+| (?<=_)(?<!PUB_)(?<!PUBLIC_)(?:KEY|AUTH|SIG|PAT|PSK|PIN)(?![A-Z])(?=[A-Z0-9_]{0,40}=)
+| (?<=-)(?i:key)(?=:\s))
 (?![\w.-]{0,40}
   (?i:file|path|stdin|dir|id|name|url|uri|type|policy|ttl|env|length|prompt|pattern)s?\b)
 [\w-]{0,40}"""
-_WEAK_NAME = r"""(?:(?i:(?<![a-z])(?:key|auth|sig(?:nature)?)(?![a-z]))
-  | (?<=[a-z])(?:Key|Auth|Sig(?:nature)?)(?![a-z]))[\w-]{0,40}"""
+_WEAK_NAME = r"""(?:(?i:(?<![a-z])(?<!pub[_-])(?<!public[_-])(?:key|auth|sig(?:nature)?)(?![a-z]))
+  | (?<=[a-z])(?:Key|Auth|Sig(?:nature)?)(?![a-z]) | (?<=_)(?i:session)(?==[\w%-]{20})
+  | (?<=[?&#])(?:jwt|sid|code|appid|ticket|session))[\w-]{0,40}"""
 _NAMED = r"""
     (?:%(secret)s
-      (?:\\?["']?\]?(?:=(?!=)|:(?![:=])(?=\S|\s{0,3}
-            (?:\\?["']|\S{1,300}\s{0,3}(?:[^\w\s]|\n|\Z))))\s{0,3}
-        | ["']?\]?\s{1,3}(?:=>|:=|=)\s{1,3}(?=["']|\S{0,60}\d) | >(?=[^<>\s]{1,200}</)
-        | ["']\s{1,3}(?::|value=)\s{0,3}(?=["']))
-    | (?<![\w-])--?[\w-]{0,40}?%(secret)s\s{1,3}(?!-)
-    | \b(?:set(?:x|\s+-\w{1,3})?|ENV|ARG)\s+[\w:]{0,40}?%(secret)s\s{1,3}(?!=)
+      (?:\\?["']?\]?(?:=(?!=)|:=(?=[^\s}])|:(?![:=?]|[-+]\})(?=\S|\s{0,3}
+            (?:\\?["']|\S{1,300}\s{0,3}(?:[^\w\s]|\n|\Z))))\s{0,3} | \}= | ["']\]\s(?=["'])
+        | ["']?\]?\s{1,3}(?:=>|:=|->|=|(?:is|was|provided|used):?)\s{1,3}
+          (?=[bBfFrRuU]{0,2}["']|\S{0,60}\d)
+        | ["']?>(?=[^<>\s]{1,200}</) | ["']\s{1,3}(?::|value=)\s{0,3}(?=["'])
+        | :\s{0,3}[\w.]{1,30}\s{1,3}=\s{1,3}(?=["'])
+        | \\?["']?,?\s{0,20}\\?["']?(?i:value)\\?["']?\s{0,3}[:=]\s{0,3}
+        | \s{1,3}(?=[A-Za-z_+=-]{0,60}\d)(?=[\d_+=-]{0,20}[A-Za-z])(?=[\w+=-]{8,60}(?![\w./])))
+    | (?<![\w-])--?[\w.-]{0,40}?%(secret)s\s{1,9}(?!-)
+    | (?:\b(?:set(?:x|env|-env\s+\S{1,60}|\s+-\w{1,3})?|ENV|ARG)|\#define)
+      \s+[\w:]{0,40}?%(secret)s\s{1,3}(?!=|-|(?i:for)\s)
+    | \b(?i:define|put_?env|set_?env\w{0,20}|set_?default|set_?prop\w{0,20})\(\s{0,3}
+      \\?["'][\w.]{0,60}?%(secret)s\\?["']\s{0,3},\s{0,3}(?=\\?["'])
+    | (?i:set_?(?:pass(?:w(?:or)?d)?|secret|token))\(\s{0,3}(?=\\?["'])
     | (?:%(weak)s\\?["']?\s{0,3}[=:]\s{0,3} | (?<![\w-])--?[\w-]{0,40}?%(weak)s\s{1,3})
       (?=\\?["']?[A-Za-z_+/=.:-]{0,60}\d)(?=\\?["']?[\d_+/=.:-]{0,20}[A-Za-z])
       (?=\\?["']?[\w+/=.:-]{8})(?!\\?["']?[\w-]{0,30}[./]\w{1,9}\b)
-    | (?i:authorization)["']?\s{0,3}[:=]\s{0,3}["']?
-      (?:(?i:bearer|basic|token|digest|apikey)\s{1,3})?(?!(?i:bearer|basic|token|digest|apikey)\s)
-    | (?i:_authToken)\s{1,3})""" % {"secret": _SECRET_NAME, "weak": _WEAK_NAME}
+    | (?i:authorization)["']?\s{0,3}[:=]\s{0,3}["']?(?:[A-Za-z][\w-]{0,30}\s{1,3}(?=[^\s"'\\]))?
+      (?!(?i:bearer|basic|token|digest|apikey)(?:\W|\Z)|[A-Za-z][\w-]{0,30}\s{1,3}[\w$"'{<%%])
+    | (?i:_authToken|(?<!\w)_auth)["']?\s{1,3} )""" % {"secret": _SECRET_NAME, "weak": _WEAK_NAME}
 _SAID = r"""
     (?i:(?:\b(?:bearer|basic)\s{1,3}(?=[\w.~+/=-]{12})(?=[A-Za-z._~+/-]{0,60}[\d=])
-    | --oauth2-bearer\s{1,3} | \bcookie["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}= | \brequirepass\s+
-    | \b(?:securestring|identified\s+by|(?:with|set)\s+password\s*=?)\s+ | \bpass:(?=\w)))"""
+    | --oauth2-bearer\s{1,3} | \brequirepass\s+ | \bsecurestring\s+(?:-{1,2}\w{1,20}\s+)?
+    | \bidentified\s+(?:with\s+\w{1,60}\s+)?by\s+ | \bpass:(?=\w)
+    | \b(?:with|set|login|encrypted)\s+password\s*=?\s+(?=["']|\S{0,60}\d)
+    | \bset\s+password(?:\s+for\s+\S{1,80})?\s*=\s*(?:password\(\s*)?
+    | (?:\.login|\bauth=?|credentials?|superuser)\(\s{0,3}\\?["'][^"'\n]{1,80}["'],\s{0,3}
+      (?:["'][^"'\n]{1,80}["'],\s{0,3})?(?=\\?["'])))"""
 _ADDRESSED = r"""
-    (?::/{1,2}[^\s/@:'"]{0,200}:(?=[^\s/'"]{1,200}@) | :/{1,2}(?=[\w-]{20,200}@)
+    (?::/{1,2}(?=[^\s/@:'"]{8,200}:(?:x-oauth-basic)?@)
+    | :/{1,2}[^\s/@:'"]{0,200}:(?=[^\s/'"]{1,200}@) | :/{1,2}(?=[\w-]{20,200}@)
     | \bhooks\.slack\.com/(?:services|workflows|triggers)/ | \bapi\.telegram\.org/bot
     | \bdiscord(?:app)?\.com/api/webhooks/\d{1,30}/ | \bwebhook\.office\.com/webhookb2/
     | \bhooks\.zapier\.com/hooks/catch/)"""
 _GIVEN = r"""
-    (?=[\s-])(?:(?:\s-[ua]|--(?:proxy-)?user|--auth)[\s=]{0,3}(?P<quote>["'])?[\w.@%+-]{1,100}:
-      (?![/\\]|\d+\b)
+    (?:(?=[\s-])(?:(?:\s-(?:u|[a-zA-Z]{1,5}u\s|U\s)|--(?:proxy-)?user|--auth)[\s=]{0,9}
+      (?P<quote>["'])?[\w.@%+\\-]{1,100}:(?![/\\]|\d+\b)
     | \s-U\s{1,3}["']?[\w.\\/-]{1,60}% | (?:\s-b|--cookie)[\s=]{1,3}(?P<jar>["'])?[\w.-]{1,60}=
-    | \s/(?:p(?:ass)?:|user:\S{1,60}\s{1,3}(?!/)))"""
+      (?:\d{1,3};\s?[\w.-]{1,60}=)?
+    | \s/(?:p(?:ass)?:|user:\S{1,60}\s{1,3}(?!/)))
+    | (?P<head>(?i:\bcookie)["']?\s{0,3}:\s{0,3}["']?[\w.-]{1,60}=(?:\d{1,3};\s?[\w.-]{1,60}=)?))"""
 _TYPED = r"""
-    \b(?:(?:mysql|mariadb)[\w-]{0,9}\b[^\n|;&]{0,200}?\s-p(?=\S) | (?:7z|rar)\b[^\n|;&]{0,80}?\s-h?p
-    | (?:sshpass|mongo\w{0,9}|rdesktop|twine|login|psexec|security)\b[^\n|;&]{0,200}?\s-p\s{0,3}
-    | (?:zip|unzip|sqlcmd|ssh-keygen)\b[^\n|;&]{0,80}?\s-P\s{0,3}
+    \b(?:(?:mysql|mariadb)[\w-]{0,9}\b[^\n|;&]{0,200}?\s-p(?=\S)
+    | (?:7z|(?:un)?rar)\b[^\n|;&]{0,80}?\s-h?p
+    | (?:sshpass|mongo\w{0,9}|rdesktop|twine|login|psexec|security|cqlsh|cypher-shell|hdbsql|beeline
+       |ncftpput|rabbitmqadmin|mycli|veracrypt|nuget|elasticsearch-users
+       |(?:poetry|uv)\s+publish|conan\s+user)\b[^\n|;&]{0,200}?\s-p\s{0,3}
+    | (?:plink|pscp|psftp|putty)\b[^\n|;&]{0,80}?\s-pw\s+
+    | (?:zip|sqlcmd|ssh-keygen|unzip|bcp|osql|tsql|mosquitto_[ps]ub)\b[^\n|;&]{0,80}?\s-P\s{0,3}
     | ssh-keygen\b[^\n|;&]{0,80}?\s-N\s{1,3} | lftp\b[^\n|;&]{0,200}?\s-u\s{1,3}["']?[\w.@-]{1,60},
-    | redis-cli\b[^\n|;&]{0,80}?\s-a\s{1,3} | (?:ldap\w{3,8}|security)\b[^\n|;&]{0,200}?\s-w\s{1,3}
-    | openssl\b[^\n|;&]{0,200}?\s-[kK]\s{1,3} | sqlplus\s+(?:-\w+\s+)?\w{1,60}/
-    | (?:vault|cargo)\s+login\s+(?!-) | login\s+\S{1,100}\s+password\s+
-    | (?:add_user|change_password)\s+\S{1,60}\s+ | htpasswd\s+-\w*b\w*\s+\S{1,200}\s+\S{1,60}\s+
-    | secrets?\s+set\s[^\n|;&]{0,80}?(?:--body[\s=]|=)
+    | redis-cli\b[^\n|;&]{0,80}?\s(?:-a|(?i:auth)(?:\s\w{1,60}(?=\s[^\s|;&]))?)\s{1,3}
+    | (?:ldap\w{3,8}|security)\b[^\n|;&]{0,200}?\s-w\s{1,3}
+    | (?:lda|sla)ppasswd\b[^\n|;&]{0,99}?\s-s\s+
+    | openssl\b[^\n|;&]{0,200}?\s-(?:[kK]|hmac)\s{1,3}
+    | (?:openssl\s+passwd|mkpasswd)(?:\s+-(?:salt|m)\s+\S{1,60}|\s+-[\w-]{1,20}){0,4}\s+(?!-)
+    | (?:sqlplus|expdp|impdp)\s+(?:-\w+\s+)?\w{1,60}/ | (?:vault|cargo)\s+login\s+(?!-)
+    | vault\s+operator\s+unseal\s+ | bw\s+(?:unlock|login\s+\S{1,60})\s+(?!-) | rclone\s+obscure\s+
+    | ngrok\s+(?:config\s+add-)?authtoken\s+ | (?:snyk\s+auth|auth:token)\s+(?!-)
+    | b2\s+authorize-account\s+\S{1,60}\s+ | (?:doctl|glab|codecov)\b[^\n|;&]{0,80}?\s-t\s+
+    | mc\s+(?:alias\s+set|config\s+host\s+add)(?:\s+\S{1,80}){3}\s+
+    | (?:http-basic\.\S{1,60}\s+\S{1,60}|pypi-token\.\S{1,60}|-oauth\.\S{1,60})\s+
+    | bundle\s+config\s+(?:set\s+)?(?:--\w{1,9}\s+)?\S{1,60}\s+[\w.-]{1,60}:(?![/\\])
+    | rclone\s+config\s[^\n|;&]{0,100}?(?:pass|key|token)\s+ | nmcli\s[^\n|;&]{0,99}?\spassword\s+
+    | wpa_passphrase\s+\S{1,60}\s+ | dscl\s[^\n|;&]{0,99}?\s(?:-passwd\s+\S{1,60}|Password)\s+
+    | (?:re)?set-[\w-]{0,20}password\s+(?!-) | user:password\s+\S{1,60}\s+ | qpdf\s+--encrypt\s+
+    | samba-tool\s+user\s+\w{3,9}\s+\S{1,60}\s+(?!-) | pdfto\w{2,5}\s[^\n|;&]{0,60}?-[uo]pw\s+
+    | smbclient\s+//\S{1,99}\s+(?!-) | mysqlsh\b[^\n|;&]{0,80}?\s[\w.-]{1,60}:(?=[^\s@]{1,99}@)
+    | nuget\s[^\n|;&]{0,99}?\s-k\s+
+    | (?:encrypt_string|-plaintext|-setairport\w+\s+\S+\s+\S+)\s+(?!-)
+    | sonar\.login=
+    | signtool\b[^\n|;&]{0,200}?\s/p\s+ | swaks\b[^\n|;&]{0,200}?\s-ap\s+
+    | db2\b[^\n|;&]{0,120}?\susing\s+ | curl\b[^\n|;&]{0,200}?\s(?:-E|--cert)\s+[\w./-]{1,99}:
+    | (?:https?|xhs?|hey)\s(?:[^\n|;&]{0,200}?\s)?(?:-A\s?bearer\s+-a\s+|-a\s+(?=\S{1,99}:[^\s/]))
+    | pulumi\s[^\n|;&]{0,60}?--secret\s+\S{1,60}\s+(?!-) | [\w.-]{1,60}:(?=[^\n:]{1,99}\.pgpass)
+    | login\s+\S{1,100}\s+password\s+ | (?:add_user|change_password)\s+\S{1,60}\s+
+    | (?:htpasswd|mosquitto_passwd)\s+-\w*b\w*\s+\S{1,200}\s+\S{1,60}\s+
+    | htpasswd\s+-\w*n\w*\s+\S{1,60}\s+
+    | (?:secrets?|variables?)(?::|\s+)(?:set|create|add|put)\s[^\n|;&]{0,80}?
+      (?:(?:--(?:body|value)|\s-[bv])[\s=]{0,3}|=)
     | net\s+user\s+\S{1,60}\s+(?!/) | \w{1,9}_pw\s+
-    | (?:sudo|(?:ch)?passwd|login|cryptsetup|keyring|secret)\b[^\n|;&]{0,100}?<<<\s{0,3}
+    | (?:sudo|(?:ch)?passwd|login|cryptsetup|keyring|secret|kinit|su|doas|pass\s+insert|env\s+add
+       |kubeseal|gpg|ldap\w{3,8}|unlock|read\b[^\n|;&]{0,40}?(?i:pass|token|secret))\b
+      [^\n|;&]{0,100}?(?:<<<\s{0,3}|<<\s?["']?EOF["']?\n)
     | (?:echo|printf|yes)\s{1,3}(?:-\w{1,3}\s{1,3}|["']?%s(?:\\n)?["']?\s{1,3})?
       (?=[^\n|;&]{1,200}\|\s{0,3}(?:sudo\s[^\n|;&]{0,40}-S
-        |(?:sudo\s+)?(?:(?:ch)?passwd|kinit|su|cryptsetup)\b
-        |[^\n|;&]{0,60}\bsecrets?\s+(?:create|put|set|add)\b
+        |(?:sudo\s+)?(?:(?:ch|smb)?passwd|kinit|su|cryptsetup|pass\s+insert|ssh-keygen)\b
+        |[^\n|;&]{0,60}\b(?:secrets?|env)\s+(?:versions\s+)?(?:create|put|set|add)\b
         |base64\s{0,3}(?:-w\s?0\s{0,3})?(?:[\n|;&)]|\Z)
         |\S{1,40}\s[^\n|;&]{0,60}--(?:password-stdin|with-token|passphrase-fd))))"""
 # What follows: no variable, no file, no word of code; up to the closing quote where there is one.
-_VALUE = r"""(?P<open>\\?["'])?)
-  (?!(?i:true|false|null|none|nil|undefined|yes|no|on|off|str|string|required|optional)\b
-    | [$<{%(*\[`] | ~ | \.{0,2}/ | [a-zA-Z_][\w.]*[(\[] | \d{1,3}\b(?![./\w-])
-    | (?:process\.env|os\.environ|secrets|env|config|self|args)\b)
-  (?(open)(?:(?!(?P=open)).){1,2000}"""
-_BARE = r"""[^\s"'`&|;,)}<>\\]{1,2000}"""
+_VALUE = r"""(?:\$(?=')|[bBfFrRuU]{1,2}(?=["'])
+    | ["']?(?:\$\(|`)\s{0,3}(?:echo|printf)\s{1,3}(?:-\w{1,3}\s{1,3})?)?
+  (?P<open>\\?["'](?!\s))?)
+  (?!(?i:true|false|null|none|nil|undefined|yes|no|on|off|str|string|required|optional)
+    (?(open)(?:(?P=open)|\Z)|(?![\w-])))
+  (?!(?(open)(?:\$\([^\n]{0,999}? | `[^\n]{0,999}? | [~.]{0,2}/[\w./@+~-]{0,200}
+      | \d{1,3} | (?:\$(?:\w+|\{{1,2}[^{}"']{0,99}\}{1,2})[\w\s./:@,=&?${}-]{0,99})
+      | \w[\w.]{0,60}\([^"'\n]{0,99}\) | \{[^"'\n]{0,99}\} | <[^<>"'\n]{1,99}>
+      | %\(?\w{0,30}\)?\w?%? | \*+ | \.+
+      | (?:process\.env|os\.environ|secrets|env|config|self|args)\.[\w.]{1,60})(?:(?P=open)|\Z)
+    | (?:(?:process\.env|os\.environ|secrets|env|config|self|args)(?![\w-])
+      | [$<{%(*\[`] | ~ | \.{0,2}/ | [a-zA-Z_][\w.]*[(\[] | \d{1,3}\b(?![./\w-]))))
+  (?(open)(?:'\\''|(?!(?P=open))(?:\\.|.)){1,2000}(?:\n(?:(?!(?P=open))[^\\]){0,300}(?=(?P=open)))?
+  """
+_BARE = r"""(?:[^\s"'`&|;,)}<>\\]|\\[^\s\w"'\\]){1,2000}"""
 # The first line holds of all that follow, and of few words else.
-_PROVIDERS = _Pattern(r"""(?ax)(?<![A-Za-z0-9])(?=[\w.:+/=-]{15})(?:
+_PROVIDERS = _Pattern(r"""(?ax)(?<![A-Za-z0-9])(?=[\w.:+/=~$-]{15})(?:
     [sprc]k[-_](?:live_|test_|ant-|proj-|or-)?[\w-]{16,} | gh[pousr]_\w{20,} | github_pat_\w{20,}
   | (?:AKIA|ASIA|ABIA|ACCA|LTAI)[0-9A-Za-z]{12,} | xox[a-z](?:\.xox[a-z])?-[\w-]{10,}
-  | xapp-[\w-]{10,} | AIza[\w-]{30,} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,}
-  | gl(?:pat|dt|rt|ptt|cbt|soat|ft)-[\w.-]{16,} | pypi-[\w-]{16,} | SG\.[\w-]{16,}\.[\w-]{16,}
+  | (?:A3T|SCW)[A-Z0-9]{17}\b | xapp-[\w-]{10,} | AIza[\w-]{30,} | ya29\.[\w-]{20,}
+  | GOCSPX-[\w-]{20,} | gl(?:pat|dt|rt|ptt|cbt|soat|ft|imt|ffct|oas|agent)-[\w.-]{16,}
+  | pypi-[\w-]{16,} | SG\.[\w-]{16,}\.[\w-]{16,} | ops_eyJ[\w+/-]{20,} | p8e-\w{32}
   | whsec_[\w+/=]{16,} | hv[sbr]\.[\w-]{16,} | dapi[0-9a-f]{32} | shp(?:at|ca|pa|ss)_\w{16,}
-  | do[por]_v1_\w{16,} | sq0[a-z]{3}-[\w-]{16,} | EAA[A-Z]\w{30,} | (?:NRAK|PMAK|CFPAT)-[\w-]{16,}
-  | dp\.(?:pt|st|ct|sa)\.[\w.-]{16,} | dt0c01\.[\w.]{20,} | \w{10,20}\.atlasv1\.[\w-]{20,}
+  | do[por]_v1_\w{16,} | sq0[a-z]{3}-[\w-]{16,} | EAA[A-Z]\w{30,} | PMAK-[\w-]{16,}
+  | (?:NR(?:AK|II|JS|RA)|CFPAT|SWMTKN-1)-[\w-]{16,} | pat\w{14}\.[0-9a-f]{64} | API-[A-Z0-9]{26}\b
+  | dp\.(?:pt|st|ct|sa|audit|scim)\.[\w.-]{16,} | dt0c01\.[\w.]{20,}
+  | \w{10,20}\.atlasv1\.[\w-]{20,} | (?:hf|api_org)_\w{34}
   | AGE-SECRET-KEY-1\w{20,} | A(?:TATT3|TBB|TCTT3)[\w=-]{16,} | v1\.0-[0-9a-f]{24}-[0-9a-f]{40,}
+  | A3-[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5} | [\w~.]{3}\dQ~[\w~.-]{31,34} | sha256~[\w-]{43}
+  | (?:sc|ext|scauth|authress)_\w{5,30}\.\w{4,6}\.acc[_-][\w-]{10,32}\.[\w+/=-]{30,120}
+  | sl\.[\w-]{130,}
+  | t1\.[\w-]{20,200}={0,2}\.[\w-]{80,} | [ps]at\.[\w-]{22}\.[0-9a-f]{24}\.\w{20} | mfa\.[\w-]{80,}
+  | v[1-4]\.(?:local|public)\.[\w-]{40,} | amzn\.mws\.[0-9a-f-]{36} | rzp_(?:live|test)_\w{14}
+  | access_token\$\w{4,12}\$\w{16}\$[0-9a-f]{32} | sandbox_\w{8}_\w{16} | live_[0-9a-f]{35}
+  | (?:sdk|mob|api)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12} | oy2[a-z0-9]{43}\b
   | (?:npm|hf|gsk|lin_api|lin_oauth|sntry[su]|rubygems|figd|gl(?:c|sa)|r8|dckr_pat|sbp|sb_secret
      |ntn|secret|pscale_(?:tkn|pw|oauth)|shippo_(?:live|test)|bkua|CLOJARS|fo1|fm[12]r?|aio|rnd|rpa
      |e2b|jina|duffel_(?:live|test)|lsv2_(?:pt|sk)|phx|nvapi|pplx|pul|xkeysib|xsmtpsib|hrku|HRKU|key
-     |tvly|xai|fc|FLWSECK(?:_TEST)?|tk-us|fio-u|sess|api_org)[-_](?=[A-Za-z_-]{0,30}\d)[\w=-]{20,}
+     |tvly|xai|fc|FLWSECK(?:_TEST)?|tk-us|fio-u|sess|api_org|pnu|sgp|rdme|sq[aup]|s-s4t2ud|pubkey
+     |tskey-\w{3,9}|waka)[-_](?=[A-Za-z_-]{0,30}\d)[\w=-]{20,} | sm_pat_\w{16}
   | (?<!-)eyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)? | [MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,38}
   | \d{8,10}:AA[\w-]{32,34} | [0-9a-f]{32}-us\d\d? | SK[0-9a-f]{32} | EZ[AT]K\w{40,} )""")
-_KEY_BLOCK = _Pattern(r"(?s)-----BEGIN [A-Z ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----.*?"
-                      r"(?:-----END[^\n-]{0,50}-----|\Z)")
+_KEY_BLOCK = _Pattern(
+    r"(?s)-----BEGIN [A-Z ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----.*?(?:-----END[^\n-]{0,50}-----|\Z)")
 # Long words, but for the numbers of calls and messages, public keys and checksums.
 _WORD = _Pattern(r"""(?x)(?<![\w/.+~@-])(?=[A-Za-z0-9+_/-]{24})
   (?!(?:toolu|msg|call|req|resp|chatcmpl|fc|rs|ses|prt|item|run|gen|evt)[_-]|AAAA|sha\d+-)
   (?=[^a-z\s]{0,99}[a-z])(?=[^A-Z\s]{0,99}[A-Z])(?=[^\d\s]{0,99}\d[^\d\s]{0,99}\d)
-  (?P<word>[A-Za-z0-9+_][A-Za-z0-9+/_-]{23,200}={0,2})(?![\w/.=:-])""")
-_IN_JAR = r"(?(quote)(?:(?!(?P=quote)).){1,2000}|(?(jar)(?:(?!(?P=jar)).){1,2000}|%s))" % _BARE
+  (?P<word>[A-Za-z0-9+_][A-Za-z0-9+/_-]{23,2000}={0,2})(?![\w/.=:-])""")
+_IN_JAR = r"""(?(quote)(?:(?!(?P=quote)).){1,2000}|(?(jar)(?:(?!(?P=jar)).){1,2000}
+  |(?(head)[^"'\n]{1,2000}|%s)))""" % _BARE
 # What a text must hold, in lower case, for a rule to be tried; the rule.
 _RULES = [
     (hints.split("|"), _Pattern("(?x)(?P<kept>%s%s|%s)" % (before, _VALUE, value)))
     for hints, before, value in (
-        ("pass|pwd|pw=|pw:|key|secret|token|cred|auth|sig|_pat=", _NAMED, _BARE),
-        ("bearer|basic |cookie|pass|securestring|identified", _SAID, _BARE),
+        ("""\
+mysql|maria|7z|rar|sshp|passw|mongo|rdesk|twine|login|psexec|security|cqlsh|cypher|hdbsql|beeline|\
+ncftp|rabbit|mycli|veracrypt|nuget|uv pub|poetry|conan|elasticsearch-|plink|scp |psftp|putty|zip|\
+sqlcmd|ssh-key|bcp|osql|tsql|mosquitto|lftp|redis-cli|ldap|openssl|mkpass|sqlplus|xpdp|impdp|\
+unseal|bw |obscure|authtoken|snyk|auth:|authorize-|doctl|glab|codecov|mc |http-basic|pypi-token|\
+-oauth|bundle|rclone|nmcli|wpa_|dscl|password|qpdf|samba|pdfto|smbcl|signtool|swaks|db2|--cert|\
+ -e | -a |pulumi|add_user|secret|variable|net user|_pw|<<<|sudo -s|sonar|echo |printf |yes |\
+encrypt_|--plaint|airport|.pgpass""",
+         _TYPED, _BARE),
+        ("""pass|pw|key|secret|token|cred|auth|sig|_pat=|psk|pin=|mnemonic|_session=|jwt=|sid=\
+|code=|appid=|ticket=|&session=|?session=""", _NAMED, _BARE),
+        ("bearer|basic |pass|securestring|identified|login(|auth=(|auth(|credential|superuser",
+         _SAID, _BARE),
         (":/|hook|telegram", _ADDRESSED, r"(?:[^\s/'\"]{1,200}(?=@)|%s)" % _BARE),
-        (" -u| -a| -b|user|--auth|cookie|/p:|/pass:", _GIVEN, _IN_JAR),
-        (" -p| -hp| -n | -u | -a | -w | -k |login|passw|secret|sqlplus|add_user|<<<|echo|printf"
-         "|yes |_pw|net user",
-         _TYPED, _BARE))]
+        (" -u| -b|curl|user|--auth|cookie|/p:|/pass:", _GIVEN, _IN_JAR))]
 
 
 @functools.lru_cache(maxsize=4_096)  # paths and names come again and again
 def mask_secrets(text: str) -> str:
     """Return the text with what looks like a key, a token or a password replaced by ``***``."""
+    text = text.replace("\\\n", "\x1c ")  # the next line goes on: white space to the rules
     lower = text.lower()
-    if "-----begin" in lower:
-        text = _KEY_BLOCK.sub("***", text)
-    text = _PROVIDERS.sub("***", text)
+    text = _PROVIDERS.sub("***", _KEY_BLOCK.sub("***", text))
     for hints, rule in _RULES:
         if any(map(lower.__contains__, hints)):
             text = rule.sub(r"\g<kept>***", text)
-    return _WORD.sub(_hide_random, text)
+    return _WORD.sub(_hide_random, text).replace("\x1c ", "\\\n")
 
 
 def _hide_random(match: Any) -> str:
@@ -1217,8 +1294,8 @@ def _hide_random(match: Any) -> str:
     word = match.group()
     kinds = [char.isdigit() + 2 * char.isupper() + 4 * char.islower() for char in word]
     changes = sum(map(int.__ne__, kinds, kinds[1:]))
-    likely = 5 * min(kinds.count(2), kinds.count(4), changes // 2) >= len(word)
-    return "***" if likely and len(word) >= 8 * word.count("/") else word
+    quick = 5 * min(kinds.count(2), kinds.count(4), changes // 2)
+    return "***" if quick >= len(word) >= 8 * word.count("/") else word
 
 
 def masked(value: Any, *, hashes: bool = True) -> Any:
@@ -1230,31 +1307,36 @@ def masked(value: Any, *, hashes: bool = True) -> Any:
     if isinstance(value, str):
         return mask_secrets(value)
     if isinstance(value, dict):
-        return {mask_secrets(key) if isinstance(key, str) else key: _masked_as(key, part, hashes)
+        return {masked(key): _masked_as(
+            str(value.get("name")) if key == "value" else key, part, hashes)
                 for key, part in value.items()
                 if hashes or not isinstance(part, str) or not _HASH.match(f"{key}={part}")}
     if isinstance(value, (list, tuple)):
+        if {*map(type, value)} == {str}:  # the words of a command, perhaps
+            return mask_secrets(" \x1d".join(value)).split(" \x1d")
         return [masked(part, hashes=hashes) for part in value]
     return value
 
 
 def _masked_as(key: Any, value: Any, hashes: bool) -> Any:
-    """A value under its name, which may say that it is a secret."""
-    if key in _NUMBERS or value.__class__ is int:
+    """A value under its name, which may say that it is a secret; a number is none."""
+    if key in ("response_id", "batch_id"):  # drawn by lot, and no secret
         return value
-    if isinstance(value, str) and _may_name(key) \
-            and mask_secrets(f"{key}='{value}'") == f"{key}='***'":
-        return "***"
+    if _may_name(key):
+        if isinstance(value, list):
+            return [_masked_as(key, part, hashes) for part in value]
+        if isinstance(value, str) and mask_secrets(
+                f"{key}='%s'" % re.sub(r"['\\\s]", "-", value)) == f"{key}='***'":
+            return "***"
     return masked(value, hashes=hashes)
 
 
 @functools.lru_cache(maxsize=1_000)
 def _may_name(key: Any) -> bool:
     """Whether a name holds a word without which no rule takes it for a secret's."""
-    return any(map(f"{key}=".lower().__contains__, _RULES[0][0]))
+    return any(map(f"{key}=".lower().__contains__, _RULES[1][0]))
 
 
-_NUMBERS = ("response_id", "batch_id")  # drawn by lot, and no secret
 _HASH = _Pattern(r"(?:(?:content_hash|error_hash|operation)=|query=prompt )[0-9a-f]{16}\Z")
 
 
@@ -2504,8 +2586,7 @@ class Analysis:
             billed = self.session.entry_cost(event)
             if event.data.get("source") == Source.REBUILD:
                 read = total * price.rates.read
-                found: int = cost + min(billed * entered // total, max(0, billed - read))
-                return found
+                return int(cost + min(billed * entered // total, max(0, billed - read)))
             cost += (billed + self._carried[event.id]) * entered // total
         return cost
 
@@ -3750,8 +3831,7 @@ class Replay:
         cost."""
         base, held = self._first + self.summary, step.held
         back = self._length > max(base, self._back) and _is_expired(rebuild)
-        due = self._length > max(base, self._any) and self._since >= CALLS_BETWEEN
-        if not (back or due):
+        if not back and (self._length <= max(base, self._any) or self._since < CALLS_BETWEEN):
             return MAX_TOKENS, 0
         read = min(step.read, self._length) if back and self.case == WORST else self._length
         cost = (read * rates.read + _written(step, self._length - read, rates)
@@ -3802,8 +3882,8 @@ class Replay:
         for _, piece, _ in old:
             index = bisect_left(held.pieces, piece)
             if held.pieces[index:index + 1] == [piece] and held.size(index) > CLEARED_RESULT:
-                begins = held.ends[index] - held.size(index)
-                changed_from = min(changed_from, self._place(held, begins))
+                changed_from = min(
+                    changed_from, self._place(held, held.ends[index] - held.size(index)))
                 self._cut_to(piece.serial, held.size(index) - CLEARED_RESULT)
         return changed_from
 
@@ -4509,8 +4589,8 @@ def text_sections(sections: Iterable[Section], width: int = 80) -> str:
     blocks = []
     for section in sections:
         body = _text_body(section, width - 2)
-        title = section.title.upper() + f" ({section.hint})" * bool(section.hint)
         if body:
+            title = section.title.upper() + f" ({section.hint})" * bool(section.hint)
             blocks.append("\n".join(_wrapped(title, width) + _indented(body, "  ")))
     return "\n\n".join(blocks)
 
@@ -6034,8 +6114,7 @@ class Store:
                 line = b""
                 if event is not None:
                     _count(footer, event)
-                    comma = "" if tail.endswith(b"[\n", 0, cut) else ","
-                    line = f"{comma}{_encode_event(event)}\n".encode()
+                    line = f",{_encode_event(event)}\n"[tail.endswith(b"[\n", 0, cut):].encode()
                 footer.update(changes)
                 self._overwrite(fd, start + cut, tail[cut:], line, footer, sync)
             mark = _mark(info, line or tail[:cut], start + cut + len(line), footer["event_count"])
@@ -6683,8 +6762,7 @@ def _counts(value: Any, *names: str) -> List[int]:
 
 def _as_dict(value: Any, *keys: str) -> Data:
     """What stands under the keys where it is an object, else an empty one."""
-    for key in keys:
-        value = value.get(key) if value.__class__ is dict else None
+    value = _under(value, keys)
     return value if value.__class__ is dict else {}
 
 
@@ -6872,9 +6950,8 @@ class _Layout:
     def _lose(self, event: SessionEvent, lost: int, left: Events) -> None:
         """Results leave the context: those known, or the oldest until the loss is used up."""
         if not left:
-            sizes = [result.tokens_input for result in self._results]
-            before = [0, *itertools.accumulate(sizes)]
-            left = self._results[:bisect_left(before, lost)]
+            sizes = (result.tokens_input for result in self._results)
+            left = self._results[:bisect_left([0, *itertools.accumulate(sizes)], lost)]
         event.data.update(lost=lost, left=left)
         gone = set(map(id, left))
         self._results = [result for result in self._results if id(result) not in gone]
@@ -7136,8 +7213,7 @@ class _Tool:
         if self.event.event_type is not EventType.FILE_READ:
             # What a search, a command or a tool that tells something answered.
             tells = data.get("command") or data["tool"].lower().startswith(_TELLING)
-            searched = self.event.event_type is EventType.SEARCH
-            if searched or tells and len(text) >= 2 * LEAST_ANSWER:
+            if self.event.event_type is EventType.SEARCH or tells and len(text) >= 2 * LEAST_ANSWER:
                 data["content_hash"] = self._hash_of(text)
             if tells and len(text) >= 2 * LEAST_POLL:
                 operation = data.setdefault(
@@ -8038,8 +8114,7 @@ class CodexReader(TranscriptReader):
             copies.setdefault((os.path.basename(path), threads[path]), path)
         told = Recorder(self, list(copies.values()), claim, skip)
         for path in told.paths:
-            own = threads[path] == threads[paths[0]]
-            told.at(path=path, agent="" if own else slug(threads[path]))
+            told.at(path=path, agent=slug(threads[path]) * (threads[path] != threads[paths[0]]))
             _Rollout(told, path).tell()
         return told.finish()
 
@@ -8302,8 +8377,7 @@ class GeminiReader(TranscriptReader):
         told = Recorder(self, paths, claim, skip, resends_thoughts=False)
         chats: Data = {}
         for path in paths:
-            own = self.kin(path, _head_of(path))[0]
-            chats.setdefault(own, _Chat(told)).add(path)
+            chats.setdefault(self.kin(path, _head_of(path))[0], _Chat(told)).add(path)
         main = next(iter(chats))
         for name, chat in chats.items():
             if chat.identity:
@@ -8817,8 +8891,8 @@ def _opencode_answer(told: Recorder, message: str, info: Data, parts: List[Data]
             elif kind == "reasoning" and not thoughts:
                 told.call(identity, "", None, thinking=size)
             elif kind == "tool":
-                key = f"{part.get('callID')}:{part.get('id') or (identity, place)}"
-                _opencode_tool(told, key, part)
+                _opencode_tool(
+                    told, f"{part.get('callID')}:{part.get('id') or (identity, place)}", part)
     if info.get("summary") is True:
         told.compaction(sum(len(_text(part, "text")) for part in parts))
 
@@ -9475,8 +9549,7 @@ def _place_of(cwd: str) -> Data:
     with suppress(OSError, ValueError):  # of a linked work tree or a submodule: "gitdir: PATH"
         if os.path.isfile(git):
             git = os.path.join(place, read_regular(git).decode().partition("gitdir:")[2].strip())
-            common = read_regular(os.path.join(git, "commondir")).decode()
-            git = os.path.join(git, common.strip())
+            git = os.path.join(git, read_regular(os.path.join(git, "commondir")).decode().strip())
     return {"repository": os.path.realpath(git), "work_tree": place} if os.path.isdir(git) else {}
 
 
@@ -9576,8 +9649,7 @@ class TranscriptScan:
             self.dropped.append(name)
 
     def _order(self, name: str) -> List[str]:
-        found: List[str] = self.units[name]["order"]
-        return found
+        return list(self.units[name]["order"])
 
     def read(self, tell: _Tell, jobs: int = 1) -> Iterator[Tuple[str, Data]]:
         """Read the changed units, earliest first, then those that lose responses to others or
@@ -9975,8 +10047,7 @@ class _LiveSessions:
         self.forget(header["id"])
         with suppress(FileNotFoundError):  # deleted meanwhile
             info = os.stat(self.store.find(header["id"]))
-            stamp = [info.st_size, info.st_mtime_ns]
-            self.found[header["id"]] = dict(short_row(row), stamp=stamp)
+            self.found[header["id"]] = dict(short_row(row), stamp=[info.st_size, info.st_mtime_ns])
 
     def summaries(self, settings: str, analyzers: Iterable[BaseAnalyzer], progress: Any) -> Rows:
         """The summaries of all sessions; kept ones are taken from the store while nothing changed,
@@ -10151,9 +10222,9 @@ class SessionOptimizer:
         that JSON cannot hold."""
         if data is not None and not isinstance(data, dict):
             raise InvalidValue(f"data is a {type(data).__name__}: give an object")
-        event = SessionEvent("", now_text(), _event_type(event_type), dict(data) if data else {},
+        event = SessionEvent("", now_text(), _event_type(event_type), dict(data or {}),
                              tokens_input, tokens_output, duration_ms,
-                             model=mask_secrets(str(model or "").lower()), rate=_known_rate(rate))
+                             model=mask_secrets(str(model or "")).lower(), rate=_known_rate(rate))
         if usage is not None:
             try:
                 event.usage = Usage(*usage)
@@ -10339,8 +10410,8 @@ class SessionOptimizer:
             parts = (settings, _stamp_of(__file__), self.store.root, now_text()[:10], time.timezone,
                      time.tzname, scan.scope, scan.gone, scan.skipped, scan.last[0], agent, project,
                      shown_as)
-            key = digest_of(json.dumps(parts))
-            return self.store.state.shown(key, scan.generation, tell)  # type: ignore[no-any-return]
+            return self.store.state.shown(  # type: ignore[no-any-return]
+                digest_of(json.dumps(parts)), scan.generation, tell)
         return tell()
 
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
@@ -10468,12 +10539,12 @@ def _begun(agent: str, task: str, model: str, session_id: Optional[str],
     session_id = session_id or f"{slug(str(agent).lower())}_{digits[:8]}_{digits[8:]}"
     try:
         metadata = masked(metadata or {})
-    except RecursionError as error:
+    except (RecursionError, TypeError) as error:
         raise _not_json(error, "metadata") from None
     session = Session(
         check_id(session_id), mask_secrets(str(agent)).upper(), mask_secrets(str(task)),
-        SessionStatus.ACTIVE, now, model=mask_secrets(str(model or "default").lower()),
-        metadata=metadata or {})
+        SessionStatus.ACTIVE, now, model=mask_secrets(str(model or "default")).lower(),
+        metadata=metadata)
     told = {"agent": session.agent, "task": session.task, "model": session.model}
     session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, told))
     return session
@@ -10638,7 +10709,7 @@ def _complain(text: str, command: str = "") -> None:
     """Say on standard error what is wrong, on a terminal on lines as wide as it is, and on one of
     its own a command to be pasted."""
     import textwrap
-    text = plain(text, 1_200)
+    text = plain(mask_secrets(text), 1_200)
     lines = textwrap.wrap(text, _width(2), break_long_words=False, break_on_hyphens=False) \
         if sys.stderr.isatty() else [text]
     print("\n".join(lines + [f"  $ {command}"] * bool(command)), file=sys.stderr)
@@ -10719,8 +10790,7 @@ def _judged_score(options: Any, score: float, count: int = 1) -> int:
 def _welcome(options: Any) -> int:
     here = []
     for reader in READERS:
-        roots = filter(os.path.isdir, reader.roots())
-        count = sum(1 for _ in find_transcripts(roots))
+        count = sum(1 for _ in find_transcripts(filter(os.path.isdir, reader.roots())))
         here += [f"{counted(count, 'file')} of {reader.name}"] * bool(count)
     found = ", ".join(here) or "none where agents keep them: give a path to scan"
     _say(text_sections([
@@ -10988,11 +11058,10 @@ def _scan(options: Any) -> int:
     def show(result: Data) -> Tuple[str, float, int]:
         _wipe()
         if not result["sessions"]:
-            readers = [reader.name for reader in READERS]
-            _known_agent(options, result["found"]["agents"] + readers)
+            _known_agent(options, result["found"]["agents"] + [each.name for each in READERS])
         if options.by:
-            groups = grouped(result["sessions"], options.by, result["bill"])
-            result["groups"] = {options.by: groups}
+            result["groups"] = {
+                options.by: grouped(result["sessions"], options.by, result["bill"])}
         if options.format == "json":
             text = json.dumps(result, indent=2)
         elif options.format == "html":

@@ -669,6 +669,22 @@ KEYS = [  # by the prefixes that providers give them
     "1234567890:AA" + drawn(33), "lsv2_pt_" + drawn(32, HEX) + "_" + drawn(10, HEX),
     "xkeysib-" + drawn(64, HEX) + "-" + drawn(16), "EZAK" + drawn(54), "sk-or-v1-" + drawn(64, HEX),
     "xai-" + drawn(80), "tvly-" + drawn(32), "LTAI" + drawn(20),
+    "ops_eyJ" + drawn(60), "p8e-" + drawn(32, LOWER), drawn(3) + "8Q~" + drawn(33),
+    "A3-" + "-".join(drawn(n, UPPER) for n in (6, 6, 5, 5, 5, 5)), "sha256~" + drawn(43),
+    "pat" + drawn(14) + "." + drawn(64, HEX), "glimt-" + drawn(25), "gloas-" + drawn(64, HEX),
+    "sl." + drawn(140), "t1." + drawn(60) + "." + drawn(86), "pnu_" + drawn(36, LOWER),
+    "sgp_" + drawn(40, HEX), "pat." + drawn(22) + "." + drawn(24, HEX) + "." + drawn(20),
+    "sm_pat_" + drawn(16), "API-" + drawn(26, UPPER), "rdme_" + drawn(70, LOWER),
+    "live_" + drawn(35, HEX), "squ_" + drawn(40, HEX), "NRJS-" + drawn(19, HEX),
+    "s-s4t2ud-" + drawn(64, HEX), "hf_" + drawn(34, LETTERS), "api_org_" + drawn(34, LETTERS),
+    "v2.local." + drawn(80), "amzn.mws." + drawn(8, HEX) + "-ab12-cd34-ef56-" + drawn(12, HEX),
+    "access_token$production$" + drawn(16, LOWER) + "$" + drawn(32, HEX), "A3T" + drawn(17, UPPER),
+    "pubkey-" + drawn(32, HEX), "oy2" + drawn(43, LOWER), "dp.audit." + drawn(43),
+    "SWMTKN-1-" + drawn(50, LOWER) + "-" + drawn(25, LOWER), "mfa." + drawn(84),
+    "sdk-" + drawn(8, HEX) + "-ab12-cd34-ef56-" + drawn(12, HEX), "rzp_live_" + drawn(14),
+    "sandbox_" + drawn(8) + "_" + drawn(16, LOWER), "waka_" + drawn(8, HEX) + "-" + drawn(27, HEX),
+    "sc_" + drawn(10, LOWER) + ".ab12c.acc-" + drawn(20, LOWER) + "." + drawn(60),
+    "tskey-auth-" + drawn(17) + "-" + drawn(32),
 ]
 SECRETS = [("curl -d %s https://x.y", key) for key in KEYS] + [
     ("export DB_PASS=%s", "hunter2"), ("DB_PASSWORD=%s psql", "hunter2"),
@@ -867,6 +883,53 @@ SECRETS = [("curl -d %s https://x.y", key) for key in KEYS] + [
     ("--from-literal=api-key=%s","abc"),
     ("--set secrets.apiKey=%s","abc"), ("-e TOKEN=%s","abc"), ("--env API_SECRET=%s","abc"),
     ("--build-arg PASS=%s","abc"),
+    # a line that goes on, what is quoted, and what a value may look like
+    ("export DB_PASSWORD=\\\n%s", "hunter2"), ("mysql \\\n  -u me \\\n  -p%s x", "hunter2"),
+    ("docker login \\\n  -u me \\\n  -p %s r.io", "hunter2"), ("curl -u \\\n me:%s u", "hunter2"),
+    ("PASSWORD='%s'", "{br}ace"), ("PASSWORD='%s'", "(pa)ren"), ("PASSWORD='%s'", "*star"),
+    ("PASSWORD='%s'", "~tilde!x"), ("PASSWORD='%s'", "no way in"), ("PASSWORD='%s'", "1 way"),
+    ("PASSWORD='%s'", "env-x1"), ("password=%s", "none-x1"), ("PASSWORD=%s", "config-x1"),
+    ("PASSWORD=$'%s\\n'", "hunter2"), ("PASSWORD='it'\\''s %s'", "hunter2"),
+    ("PASSWORD=\"a\\\"%s\"", "hunter2"), ("PASSWORD='%s'", "hun\nter2"), ("SECRET = r'%s'", "abc"),
+    ("secret_key = b'%s'", "abc"), ("TOKEN=$(echo '%s')", "hunter2"), ("TOKEN=`echo %s`", "abc"),
+    ("${DB_PASS:=%s}", "hunter2"), ("${DB_PASS:-%s}", "hunter2"),
+    # names
+    ("export WIFI_PSK=%s", "hunter2"), ("export MY_PIN=%s", "hunter2"), ("dbPwd=%s x", "hunter2"),
+    ("$pw = \"%s\"", "hunter2"), ("launchctl setenv API_KEY %s", "hunter2"),
+    ("[Environment]::SetEnvironmentVariable('API_KEY','%s','User')", "hunter2"),
+    ("define('DB_PASSWORD', '%s');", "hunter2"), ("#define WIFI_PASSWORD \"%s\"", "hunter2"),
+    ("os.environ.setdefault('TOKEN', '%s')", "hunter2"), ("x.set_password('%s')", "hunter2"),
+    ("password: str = '%s'", "hunter2"), ("$ENV{TOKEN}=\"%s\"", "hunter2"),
+    ("env:\n  - name: DB_PASSWORD\n    value: %s", "hunter2"),
+    ("{\"name\":\"DB_PASSWORD\",\"value\":\"%s\"}", "hunter2"), ("PASSWORD -> %s", "hunter2"),
+    ("<entry key='password'>%s</entry>", "hunter2"), ("the secret key is \"%s\"", "two words"),
+    ("The password is %s", "hunter2"), ("Incorrect API key provided: %s. See", "abcd1234"),
+    ("use token %s to log in", "abcd1234"), ("curl 'u?jwt=%s'", "abcd1234"),
+    ("curl -H 'Authorization: Splunk %s' u", "abcd1234"), ("x --server.password %s", "hunter2"),
+    ("x _gitlab_session=%s", drawn(32, HEX)), ("cf set-env app API_TOKEN %s", "hunter2"),
+    # programs
+    ("curl -su 'me:%s' u", "hunter2"), ("curl -u 'DOM\\me:%s' u", "hunter2"),
+    ("curl -b 'a=1; sid=%s; c=2' u", "abcdef"), ("curl -H 'Cookie: a=1; x=%s; b' u", "abcdef"),
+    ("curl --cert c.pem:%s u", "hunter2"), ("git clone https://%s:x-oauth-basic@h/x", "abcd1234"),
+    ("gh secret set T -b '%s'", "hunter2"), ("eas secret:create --name X --value %s", "hunter2"),
+    ("aws ssm put-parameter --type SecureString --value '%s'", "hunter2"),
+    ("ConvertTo-SecureString -String '%s' -AsPlainText", "hunter2"),
+    ("az keyvault secret set -n n --value '%s'", "hunter2"), ("snyk auth %s", "hunter2"),
+    ("printf %s | gcloud secrets versions add s --data-file=-", "hunter2"),
+    ("echo '%s' | vercel env add S production", "hunter2"), ("bw unlock %s", "hunter2"),
+    ("vercel env add S production <<< '%s'", "hunter2"), ("sudo -S id <<EOF\n%s\nEOF", "hunter2"),
+    ("pulumi config set --secret dbPassword %s", "hunter2"), ("ngrok authtoken %s", "hunter2"),
+    ("mc alias set m http://h me %s", "hunter2"), ("poetry config http-basic.x me %s", "hunter2"),
+    ("bundle config gems.x.com me:%s", "hunter2"), ("npm config set _auth %s", "hunter2"),
+    ("mysqlsh root:%s@localhost", "hunter2"), ("tsql -S h -U me -P %s", "hunter2"),
+    ("mysql -e \"SET PASSWORD FOR 'me'@'h' = '%s'\"", "hunter2"),
+    ("psql -c \"CREATE ROLE me LOGIN PASSWORD '%s'\"", "hunter2"), ("redis-cli AUTH %s", "hunter2"),
+    ("cqlsh -u me -p %s h", "hunter2"), ("neo4j-admin set-initial-password %s", "hunter2"),
+    ("plink -pw %s me@h", "hunter2"), ("openssl passwd -6 -salt ab '%s'", "hunter2"),
+    ("openssl dgst -hmac '%s' f", "hunter2"), ("htpasswd -nbB me %s", "hunter2"),
+    ("echo 'h:5432:db:me:%s' > ~/.pgpass", "hunter2"), ("qpdf --encrypt %s o 256", "hunter2"),
+    ("nmcli d wifi connect s password '%s'", "two words"), ("swaks -ap %s -t x", "hunter2"),
+    ("requests.get(u, auth=('me', '%s'))", "hunter2"), ("db.auth('me','%s')", "hunter2"),
 ]
 INNOCENT = [
     "git show 3812fab9c0b7a1d2e3f4a5b6c7d8e9f0a1b2c3d4", "git log --author='Jane Doe' --oneline",
@@ -906,6 +969,17 @@ INNOCENT = [
     "node_modules/.pnpm/x@1.2.3_abcdef12/node_modules/x",
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "https://host:443/x?y=a@b",
     "https://docs.example.com/some/Long-Path-2024-With-Words/v2/Index.html",
+    "rsync -a host:src dst", "grep -rn \"password=\" src", "grep -rn 'api_key:' config/",
+    "rg 'Authorization: Bearer' src", "helm template . --set auth.existingSecret=db-secret",
+    "export API_KEY=\"${API_KEY:-}\"", "${TOKEN:?must be set}", "read -s -p \"Password: \" PASS",
+    "gpg --export-secret-keys ABCD1234", "grep \"token: \" a\necho \"x\"", "sc_auth list",
+    "PUBLIC_KEY=\"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5\"", "docker run \\\n  -u 1000:1000 \\\n  nginx",
+    "password: \"{{ vault_password }}\"", "token: '${TOKEN}'", "password='$PASSWORD'",
+    "password: process.env.PASSWORD,", "the password is wrong", "unexpected token is here",
+    "curl -H 'Authorization: Bearer ${TOKEN}' u", "password: str = Field(...)", "grep -E 'a:b' f",
+    "sudo -u postgres mkdir -p data/x", "docker exec -u postgres db psql", "tar -su f",
+    "kubectl create secret generic db --from-env-file=.env", "az keyvault secret list -n v",
+    "openssl rand -hex 32", "pip install -p x", "vercel env ls", "getenv('API_KEY', '')",
 ]
 
 
@@ -978,7 +1052,9 @@ def test_real_commands_are_kept():
 def test_masking_grows_with_the_text():
     for part in ("eyJ-", "eyJ-é", "eyJsk-", "PASSWORD", "password=", "login ", "://a:",
                  "-----BEGIN PRIVATE KEY-----", "aB3" * 9 + "/", "-", "--key ", "echo a",
-                 "| sudo -S", "curl -u ", '\\"', "key=\"", "SG." + "a" * 20, "Bearer "):
+                 "| sudo -S", "curl -u ", '\\"', "key=\"", "SG." + "a" * 20, "Bearer ", "\\\n",
+                 "password='\n", "pass=$(echo ", "mc alias set ", ":a:", "cookie: a=",
+                 "ldappasswd ", "sl."):
         assert so.mask_secrets(part * 2_000).count("***") <= 2_001
     code = ("import sessionoptimizer as so\n"
             "for part in ('eyJ-', 'eyJ-é', 'eyJsk-', 'aB3', '-', 'key=\"', '://a:', 'a1B/', "
@@ -997,6 +1073,13 @@ def test_masked_values():
              f"at {key}": [1.5]}
     assert so.masked(value) == {"tool": "Bash", "n": 3, "x": None, "ok": True,
                                 "args": [{"token": "***"}, ["-p", "***"]], "at ***": [1.5]}
+    assert so.masked({"password": "it's\nx\\", "tokens": ["a"], "secret": ["b", "c"]}) == {
+        "password": "***", "tokens": ["a"], "secret": ["***", "***"]}
+    pairs = [{"name": "DB_PASSWORD", "value": "hunter2"}, {"name": "x", "value": "y"}]
+    assert so.masked(pairs) == [{"name": "DB_PASSWORD", "value": "***"}, pairs[1]]
+    words = ["mysql", "-u", "me", "-phunter2", "db"]
+    assert so.masked({"x": words, "y": words[:3]}) == {
+        "x": ["mysql", "-u", "me", "-p***", "db"], "y": words[:3]}
     stored = {"content_hash": "0123456789abcdef", "operation": "build", "query": "0123456789abcdef",
               "events": [{"operation": "0123456789abcdef", "query": "prompt 0123456789abcdef"}]}
     assert so.masked(stored) == stored
