@@ -6430,19 +6430,27 @@ def read_regular(path: str) -> bytes:
         os.close(fd)
 
 
-def own_prices(root: str) -> Data:
-    """What the user put into prices.json; empty without it. InvalidValue when it cannot be
-    used."""
+def own_prices(root: str) -> PriceList:
+    """The prices, with what the user put into prices.json. InvalidValue when it cannot be used, a
+    warning where it looks as if it were not in USD per token."""
     path = os.path.join(root, "prices.json")
     try:
         own = json.loads(read_regular(path).decode("utf-8-sig"))
     except FileNotFoundError:
-        return {}
+        return PriceList()
     except (OSError, ValueError, RecursionError) as error:
-        raise InvalidValue(f"{path} cannot be read: {error}; mend or remove it") from None
+        raise InvalidValue(f"{path} cannot be read: {getattr(error, 'strerror', error)}; mend or "
+                           "remove it") from None
     if not isinstance(own, dict):
         raise InvalidValue(f"{path} holds a {type(own).__name__}: it needs an object of models")
-    return own
+    prices = PriceList(own)
+    known = {row.model: row.figures for row in prices._own.values()}
+    for model, entry in own.items():
+        dear = [figure for figure in known.get(model, ()) if figure and figure > _DEAREST]
+        if dear or model not in known and "litellm_provider" not in str(entry):
+            _warn(f"{path}: implausible price of {model!r}, {dear or entry}: give "
+                  "input_cost_per_token and the others in USD per single token")
+    return prices
 
 
 # -- what a store knows across its sessions
@@ -9935,7 +9943,7 @@ class _LiveSessions:
     @functools.cached_property
     def prices(self) -> PriceList:
         """See `SessionOptimizer.prices`."""
-        return PriceList(own_prices(self.store.root))
+        return own_prices(self.store.root)
 
     def refreshed(self, session_id: str) -> Optional[Session]:
         """The session with what was logged since; None when there is none."""

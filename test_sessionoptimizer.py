@@ -340,14 +340,14 @@ def own_prices(optimizer, value):
 
 def test_prices_of_the_user_come_first(optimizer):
     optimizer = own_prices(optimizer, {
-        "sample_spec": {"input_cost_per_token": "a text"},
+        "sample_spec": {"input_cost_per_token": "a text", "litellm_provider": "one of"},
         "my-model": {"input_cost_per_token": 1e-06, "output_cost_per_token": 2e-06, "mode": "chat"},
         "opus": {"input_cost_per_token": 4e-06, "output_cost_per_token": 8e-06,
                  "cache_read_input_token_cost": 1e-06},
         "gpt-5.7": {"input_cost_per_token": 3e-06, "output_cost_per_token": 0,
                     "cache_creation_input_token_cost": 5e-06,
                     "cache_creation_input_token_cost_above_1hr": 6e-06},
-        "an-embedding": {"output_vector_size": 3}})
+        "an-embedding": {"output_vector_size": 3, "litellm_provider": "x"}})
     for model, cost in (("my-model", 1.0 + 2.0), ("my-model-2026-01-01", 3.0), ("opus", 4.0 + 8.0),
                         ("gpt-5.7", 3.0), ("sonnet", 3.0 + 15.0), ("an-embedding", 10.0 + 30.0)):
         session = optimizer.start_session("a", "t", model=model)
@@ -366,6 +366,22 @@ def test_prices_of_the_user_come_first(optimizer):
 def test_prices_that_cannot_be_used_are_named(optimizer, content):
     with pytest.raises(InvalidValue, match="price"):
         own_prices(optimizer, content).start_session("a", "t")
+
+
+@pytest.mark.parametrize("entry, says", [
+    ({"input_cost_per_token": 0.003, "output_cost_per_token": 0.015}, r"'mine', \[0.003, 0.015\]"),
+    ({"input_cost_per_token": 3}, r"'mine', \[3\]"), ({"input": 3, "output": 15}, "'input': 3"),
+    ({"input_cost_per_token": 0, "cache_read_input_token_cost": 1}, r"\[1\]"), (3, "'mine', 3")],
+    ids=str)
+def test_a_price_of_more_than_a_token_is_named(optimizer, entry, says):
+    with pytest.warns(SessionOptimizerWarning, match=says + ".*: give .* USD per single token"):
+        _ = own_prices(optimizer, {"mine": entry}).prices
+
+
+def test_the_dearest_price_of_the_table_is_none_of_more_than_a_token(optimizer):
+    dearest = max(price for row in so._parse_prices(so._PRICE_TABLE).values()
+                  for price in row.figures if price)
+    _ = own_prices(optimizer, {"mine": {"input_cost_per_token": dearest}}).prices
 
 
 def test_a_price_that_had_to_be_guessed_is_reported(optimizer):
