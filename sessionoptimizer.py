@@ -6418,16 +6418,22 @@ def _peek_older(data: bytes) -> Any:
     return head
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """Opens a file for ``open``; OSError for a pipe or a device, which could block or never end."""
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
 def read_regular(path: str) -> bytes:
-    """The content of a file; ValueError for a pipe or a device, which could block or never end."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError("not a regular file")
-        return _read(fd, 0, info.st_size)
-    finally:
-        os.close(fd)
+    """The content of a file; OSError for a pipe or a device, which could block or never end."""
+    with open(path, "rb", opener=_open_regular) as file:
+        return file.read()
+
+
+_DEAREST = 0.001  # USD per token: no model is known that costs as much
 
 
 def own_prices(root: str) -> PriceList:
@@ -7626,12 +7632,13 @@ class TranscriptReader:
     name = agent = ""
     stamp = rb'"timestamp"\s*:\s*"([^"]{4,40})"'  # how a time is written
     home = ("", "", "")  # environment variable, where it is not set; folders in there
+    separator = "\0"  # stands between several homes; no variable holds this one
 
     def roots(self) -> List[str]:
         """Where the agent keeps its transcripts: the folders in its homes; none by default."""
         variable, usual, folders = self.home
         given = os.environ.get(variable) or usual
-        homes = filter(str.strip, given.split(",") if variable == "CLAUDE_CONFIG_DIR" else [given])
+        homes = filter(str.strip, given.split(self.separator))
         return [os.path.join(os.path.expanduser(home.strip()), folder)
                 for home in homes for folder in folders.split()]
 
@@ -7698,9 +7705,7 @@ def open_transcript(path: str, buffering: int = -1) -> Any:
         import io
         # Some have no readline(size).
         return io.BufferedReader(opener(path, "rb"), max(buffering, 1 << 13))
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return open(path, "rb", buffering)
+    return open(path, "rb", buffering, opener=_open_regular)
 
 
 @contextmanager
@@ -7724,11 +7729,11 @@ def _head_of(path: str) -> bytes:
 def _value_in(head: bytes, key: bytes, prefix: bytes = b"") -> str:
     """The first text under a key in a file's beginning; "" where there is none."""
     match = re.search(rb'"%s"\s*:\s*"(%s[^"]{1,200})"' % (key, prefix), head)
-    return match.group(1).decode("utf-8", "replace") if match else ""
+    return match[1].decode("utf-8", "replace") if match else ""
 
 
 def numbered_lines(path: str, skip: Optional[Skip] = None) -> Iterator[Tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1, as bytes; a byte order mark is dropped. A line
+    """The lines of a file with their numbers from 1, as bytes; byte order marks are dropped. A line
     longer than MAX_LINE goes to ``skip``. OSError as `open_transcript`."""
     with open_transcript(path, 1 << 20) as file:
         lines = iter(functools.partial(file.readline, MAX_LINE), b"")
@@ -7739,7 +7744,7 @@ def numbered_lines(path: str, skip: Optional[Skip] = None) -> Iterator[Tuple[int
                 if skip:
                     skip(path, number, _TOO_LONG)
             else:
-                yield number, line.lstrip(_BOM) if number == 1 else line
+                yield number, line.lstrip(_BOM)  # in mid-file where files were joined by cat
 
 
 def transcript_entries(path: str, skip: Skip, broken: Any = None) -> Iterator[Tuple[int, Data]]:
@@ -7812,6 +7817,7 @@ class ClaudeCodeReader(TranscriptReader):
     name = "claude-code"
     agent = "CLAUDE-CODE"
     home = ("CLAUDE_CONFIG_DIR", "~/.claude,~/.config/claude", "projects")
+    separator = ","
 
     def detect(self, path: str, head: bytes) -> bool:
         marks = (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')

@@ -7512,6 +7512,25 @@ def test_pipes_and_devices_are_not_opened(tmp_path, optimizer):
             optimizer.scan([odd])
 
 
+@posix_only
+def test_a_pipe_that_takes_a_files_place_just_now_blocks_nobody(tmp_path, monkeypatch):
+    path, seen = tiny(tmp_path).save(), os.stat(tiny(tmp_path / "other").save())
+    os.unlink(path)
+    os.mkfifo(path)
+    monkeypatch.setattr(os, "stat", lambda *_, **__: seen)
+    with pytest.raises(OSError, match="not a regular file"):
+        so.open_transcript(path)
+
+
+def test_files_joined_by_cat_lose_no_line_to_a_mark_in_between(tmp_path, optimizer):
+    mark, path = b"\xef\xbb\xbf", str(tmp_path / "joined.jsonl")
+    write(path, mark + b"".join(read(tiny(tmp_path / name, name=name * 8).save())
+                                for name in "ab").replace(b"\n{", b"\n" + mark + b"{"))
+    assert len(read(path).split(mark)) > 8
+    result = optimizer.scan([path])
+    assert result["skipped"] == [] and result["totals"]["model_calls"] == 4
+
+
 def test_only_who_loses_or_regains_a_response_is_read_again(tmp_path, optimizer):
     """A copy that is cut off in a response leaves it to the whole one; when that is gone from the
     file, it takes it back."""
@@ -7763,6 +7782,15 @@ def test_default_places_follow_the_agents_settings(tmp_path, home, monkeypatch):
                     str(tmp_path / "x,y" / "sessions" / "2026"))
     assert ({row["agent"] for row in SessionOptimizer().scan(store=False)["sessions"]}
             == {"CLAUDE-CODE", "CODEX"})
+
+
+@pytest.mark.parametrize("separator, homes", [(":", ["/a", "/b"]), (None, ["/a:/b"])])
+def test_a_reader_says_how_several_homes_are_told_apart(separator, homes, monkeypatch):
+    mine = type("Mine", (so.TranscriptReader,), dict(
+        {"separator": separator} if separator else {}, home=("MINE", "~/.mine", "logs old")))
+    monkeypatch.setenv("MINE", "/a:/b")
+    assert mine().roots() == [os.path.join(place, name) for place in homes
+                              for name in ("logs", "old")]
 
 
 def test_ids_that_are_taken_get_a_suffix(tmp_path, optimizer):
