@@ -4715,7 +4715,7 @@ def advice_section(advice: Rows, most: int = 5) -> Section:
             told += f", {entry['worse']} worse ({dollars(entry['worst'])})"
         parts.append(Section(told + "."))
     return Section("What to do first", parts=parts, hint="the savings overlap",
-                   lines=_more(advice, most, "--format json has all"))
+                   lines=_more(len(advice), most, "--format json has all"))
 
 
 def rebuild_section(bill: Data) -> Section:
@@ -4751,8 +4751,8 @@ def whatif_section(result: Data) -> Section:
     return Section(f"What if: {result['policy']}", facts, lines=result["assumptions"])
 
 
-def _more(entries: Sequence[Any], most: int, how: str) -> List[str]:
-    return [f"and {len(entries[most:]):,} more ({how})"] * (len(entries) > most)
+def _more(count: int, most: int, how: str) -> List[str]:
+    return [f"and {count - most:,} more ({how})"] * (count > most)
 
 
 ADVICE_BEGIN, ADVICE_END = "<!-- sessionoptimizer: begin -->", "<!-- sessionoptimizer: end -->"
@@ -5299,12 +5299,12 @@ def budget_alerts(budget: Data) -> Rows:
 
 def alert_section(alerts: Rows, most: int) -> Section:
     """The alerts as a table, the most dollars first."""
-    lines = _more(alerts, most, f"--limit {len(alerts)} shows them")
     rows = [dict(alert, what=alert["message"].split(" (")[0])
             for alert in with_short_ids(alerts, "session_id")[:most]]
     return table("Alerts", {">wasted $": "cost:$", "~id": "session_id", "level": "level",
                             "what": "what", "-?what to do": "action"}, rows,
-                 lines=lines if alerts else ["No alerts."])
+                 lines=_more(len(alerts), most, f"--limit {len(alerts)} shows them")
+                 if alerts else ["No alerts."])
 
 
 # -- sessions over time
@@ -10897,11 +10897,16 @@ def _hook(options: Any) -> int:
 
 
 def _list(options: Any) -> int:
-    listed = functools.partial(options.optimizer.list_sessions, limit=sys.maxsize)
-    sessions = listed(options.agent, options.status, options.since)
+    listed, store = options.optimizer.list_sessions, options.optimizer.store
+    asked = options.agent, options.status, options.since
+    limit = sys.maxsize if any(asked) else options.limit
+    sessions = listed(*asked, limit=limit)
+    count = len(sessions)
+    if count == limit:
+        count = sum(1 for _ in store.files())  # of the others no more is asked than their number
     if not sessions and options.agent:
-        _known_agent(options, {session.agent for session in listed()})
-    for path in options.optimizer.store.copies() if options.format == "text" else ():
+        _known_agent(options, {session.agent for session in listed(limit=sys.maxsize)})
+    for path in store.copies() if options.format == "text" else ():
         _say(f"copy of a damaged file: {plain(path, 300)} "
              f"({_command(options, 'repair --discard')} removes it)")
     rows = []
@@ -10912,11 +10917,11 @@ def _list(options: Any) -> int:
         except SessionOptimizerError as error:  # its events cannot be read
             _complain(f"sessionoptimizer: {error}")
         rows.append(row)
-    lines = _more(sessions, len(rows), f"--limit {len(sessions)} shows them")
     return _show(options, rows, table("Sessions", {
         "~id": "id", "?agent": "agent", "?status": "status", ">started": "started_at:.16",
         ">?tokens": "total_tokens:,", ">session $": "estimated_cost:$", "-task": "task",
-    }, with_short_ids(rows), lines=lines if sessions else ["No sessions found."]))
+    }, with_short_ids(rows), lines=_more(count, len(rows), f"--limit {count} shows them")
+        if count else ["No sessions found."]))
 
 
 def _delete(options: Any) -> int:

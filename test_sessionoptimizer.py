@@ -9244,7 +9244,9 @@ CALLS = [  # a command line, and the calls of the library it makes
                          tokens_input=5, tokens_output=6, duration_ms=7))]),
     ("log s1 custom", [("log_event", dict(session_id="s1", event_type="custom", data=None,
                                           tokens_input=0, tokens_output=0, duration_ms=0))]),
-    ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=sys.maxsize))]),
+    ("list", [("list_sessions", dict(agent=None, status=None, since=None, limit=20))]),
+    ("list --agent forge",
+     [("list_sessions", dict(agent="forge", status=None, since=None, limit=sys.maxsize))]),
     ("list --agent forge --status active --since 2026-03-01T10:00:00Z --limit 3 --format json",
      [("list_sessions", dict(agent="forge", status=SessionStatus.ACTIVE, since=datetime(
          2026, 3, 1, 10, tzinfo=timezone.utc), limit=sys.maxsize))]),
@@ -9811,7 +9813,22 @@ def test_a_list_says_how_many_it_leaves_out(optimizer):
     out = run(optimizer, "list", "--limit", "1")[1]
     assert out.splitlines()[-1] == "  * and 2 more (--limit 3 shows them)"
     assert "more" not in run(optimizer, "list", "--limit", "3")[1]
+    assert "and 3 more (--limit 3 " in run(optimizer, "list", "--limit", "0")[1]
+    narrowed = run(optimizer, "list", "--limit", "1", "--status", "active")[1]
+    assert narrowed.splitlines()[-1] == out.splitlines()[-1]
+    assert "more" not in run(optimizer, "list", "--limit", "0", "--status", "failed")[1]
     assert len(json.loads(run(optimizer, "list", "--limit", "2", "--format", "json")[1])) == 2
+
+
+@pytest.mark.parametrize("line, most", [
+    ("", 20), ("--limit 3", 3), ("--limit 3 --format json", 3), ("--status active", 30)])
+def test_a_list_reads_no_more_heads_than_it_shows(optimizer, monkeypatch, capsys, line, most):
+    for number in range(30):
+        store_session(optimizer, f"s{number}", [ANSWER])
+    heads, head = [], so.Store.head
+    monkeypatch.setattr(so.Store, "head", lambda *told: heads.append(told) or head(*told))
+    assert so.main(["--store", optimizer.store.root, "list", *line.split()]) == 0
+    assert len(heads) == most
 
 
 @pytest.mark.parametrize("by", so.GROUPS)
