@@ -3857,16 +3857,11 @@ class Replay:
                 start += size
             elif piece.event is not None and piece.event.id in self.repeated:
                 self._cut_to(piece.serial, min(size, self.repeated[piece.event.id]))
-            elif self.name == "cap" and is_result(piece) and self._named(piece):
+            elif self.name == "cap" and self.options["tool"].lower() in _returned_by(piece):
                 over = max(0, size - self.options["tokens"])
                 self._cut_to(piece.serial, over * (WORST - self.case) // 2)
             elif self.name == "clear" and is_result(piece) and size > CLEARED_RESULT:
                 self._results.append((self._calls, piece, size))
-
-    def _named(self, piece: Piece) -> bool:
-        """Whether the policy is for the tool that returned a piece."""
-        tool = str(piece.event.data.get("tool") or "") if piece.event else ""
-        return self.options["tool"].lower() in ("", tool.lower(), piece.content.lower())
 
     def _clear(self, step: Step, rebuild: Optional[Data]) -> int:
         """Clear old results where the policy does; the position from which on the context is
@@ -3903,6 +3898,12 @@ class Replay:
         elif gap > ttl + GRACE:
             missed = max(0, step.read - self._prefix)
             self.saved -= missed * (price - rates.read) * LOST // 100
+
+
+def _returned_by(piece: Piece) -> Set[str]:
+    """How a policy may name the tool that returned a piece; "" stands for any."""
+    tool = piece.event.data.get("tool") if piece.event else ""
+    return {"", piece.content.lower(), str(tool or "").lower()} if is_result(piece) else set()
 
 
 def _is_expired(rebuild: Optional[Data]) -> bool:
@@ -3953,7 +3954,7 @@ def parse_policy(text: str) -> Tuple[str, Data]:
             key = word[2:].replace("-", "_")
             value = True if options.get(key) is False else None
         else:
-            value = _policy_value(key, word)
+            value = _policy_value(key, word, options.get(key))
         if key not in options or name == "all":
             known = ", ".join(options) or "none"
             raise InvalidValue(f"{name} has no option {word!r}: it has {known}")
@@ -3964,10 +3965,10 @@ def parse_policy(text: str) -> Tuple[str, Data]:
     return name, options
 
 
-def _policy_value(key: str, word: str) -> Any:
+def _policy_value(key: str, word: str, before: Any) -> Any:
     """None for what is no value."""
-    if key == "tool":
-        return word
+    if key == "tool":  # which may be of several words
+        return f"{before or ''} {word}".strip()
     if key == "ttl":
         return {"5m": SHORT_TTL, "1h": HOUR_TTL}.get(word)
     number = re.match(r"(\d{1,9})([km]?)$", word.lower())
@@ -4060,16 +4061,20 @@ def what_if(sessions: Any, policy: str,
     for a policy that is none."""
     name, options = parse_policy(policy)
     compacts = name in ("compact", "return", "all")
-    compactions, rows = Compactions(), []
+    compactions, rows, tools = Compactions(), [], set()  # type: Compactions, List[Any], Set[str]
     load = sessions if callable(sessions) else lambda: sessions
     for session in filter(None, load() if compacts else ()):
         compactions.look_at(session)
     for session in filter(None, load()):
-        summary = compactions.summary(session.agent)
-        saves, = replayed(Analysis(session), (name, options), summary=summary)
+        analysis, summary = Analysis(session), compactions.summary(session.agent)
+        saves, = replayed(analysis, (name, options), summary=summary)
+        tools.update(*map(_returned_by, analysis.walk.pieces))
         rows.append((saves[MIDDLE], session.id, saves, session.cost_in_pico, session.agent))
         if progress:
             progress(len(rows))
+    if tools and options.get("tool", "").lower() not in tools:
+        raise InvalidValue(f"no result of {options['tool']!r}: use one of "
+                           f"{', '.join(sorted(tools - {''}))}")
     shipped = [SHIPPED_ERRORS.get(row[-1], SHIPPED_ERRORS[""]) for row in rows if compacts]
     median, high = max(shipped, default=(0, 0))
     errors = compactions.errors()
@@ -10766,7 +10771,8 @@ def _found_id(options: Any, given: str, whole: bool = False) -> str:
     with suppress(InvalidSessionId):
         if os.path.lexists(optimizer.store.find(given)):
             return given
-    matches = sorted(name for name, _ in optimizer.store.files() if name.startswith(given))
+    matches = sorted(
+        name for name, _ in optimizer.store.files() if given and name.startswith(given))
     if len(matches) == 1 and not whole:
         return matches[0]
     if not matches:
@@ -10986,11 +10992,12 @@ def _whatif(options: Any) -> int:
         value = getattr(options, name)
         words += [] if value is None else ["--" + name.replace("_", "-"), value]
     words += ["--when-rebuilding"] * options.when_rebuilding
+    policy = " ".join(words)
     try:
-        parse_policy(" ".join(words))
+        parse_policy(policy)
     except InvalidValue as error:
         raise UsageError(str(error)) from None
-    result = options.optimizer.whatif(" ".join(words), options.paths, progress=show and (
+    result = options.optimizer.whatif(policy, options.paths, progress=show and (
         lambda done: show(done, 0)))
     _wipe()
     return _show(options, result, whatif_section(result))
@@ -11174,14 +11181,7 @@ def _version(options: Any) -> int:
 
 
 def _help(options: Any) -> int:
-    known, topic = commands(), options.topic
-    if topic is None:
-        print(_overview(), end="")
-    elif topic in known:
-        return main([topic, "--help"])
-    else:
-        raise UsageError(f"no command {topic!r}: use one of {', '.join(known)}")
-    return EXIT_DONE
+    return main([*filter(None, [options.topic]), "--help"])
 
 
 # -- what an option's value is
@@ -11238,14 +11238,14 @@ _KINDS_OF_VALUES: Dict[str, Tuple[Callable[[str], Any], str]] = {
 
 
 def _reader(kind: str) -> Callable[[str], Any]:
-    read, what = _KINDS_OF_VALUES.get(kind, (str, ""))
+    read, what = _KINDS_OF_VALUES.get(kind, (str, "a value: it is empty"))
 
     def convert(text: str) -> Any:
-        try:
-            return read(text)
-        except (ValueError, OverflowError, RecursionError):
-            from argparse import ArgumentTypeError
-            raise ArgumentTypeError(f"{text!r} is not {what}") from None
+        with suppress(ValueError, OverflowError, RecursionError):
+            if text:
+                return read(text)
+        from argparse import ArgumentTypeError
+        raise ArgumentTypeError(f"{text!r} is not {what}")
     return convert
 
 
@@ -11329,7 +11329,7 @@ _COMMANDS = (
         --tokens TOKENS  how many
         --tool NAME  results of this tool
         --older CALLS  results older than so many calls
-        --at-least TOKENS  results of so many tokens
+        --at-least TOKENS  not before so many tokens are cleared
         --when-rebuilding  only when the cache is lost anyway
         --paths+ PATH  transcripts to read instead of the store
         {_TEXT_OR_JSON}"""),
@@ -11446,26 +11446,32 @@ def build_parser(only: str = "") -> Any:
     """The argparse parser: from it the shell completions in examples/completions are made.
     ``only``: with this command alone, which is sooner made; all where there is no such one."""
     import argparse
-    known, shared = commands(), list(map(_option, _SHARED.splitlines()))
+    known, program = commands(), _program()
+    shared = list(map(_option, _SHARED.splitlines()))
 
     class Parser(argparse.ArgumentParser):
         """A parser that says what was meant, with the usage of the command it is about."""
 
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            known, words = self._option_string_actions, args or ()
+            early = itertools.takewhile(_command_word(words).__ne__, words)
+            for word in early if self is parser else ():
+                if word[:2] == "--" != word and word.partition("=")[0] not in known:
+                    near = _did_you_mean(word, re.findall(r"--[\w-]+", f"{_COMMANDS}{_SHARED}"))
+                    self.error(f"{word} is unknown before a command, it may stand behind one{near}")
             options, rest = super().parse_known_args(args, namespace)
             if rest:
-                near = _did_you_mean(rest[0], self._option_string_actions)
-                self.error(f"unknown: {' '.join(rest)}{near}")
+                self.error(f"unknown: {' '.join(rest)}{_did_you_mean(rest[0], known)}")
             return options, rest
 
         def error(self, message: str) -> Any:
             self.print_usage(sys.stderr)
             told = re.sub(r"^argument command: invalid choice: (\S+) .*\)", r"no command \1",
                           _with_guess(message))
-            _complain(f"{self.prog}: {told}")
+            _complain(f"sessionoptimizer: {told}")
             self.exit(EXIT_USAGE)
 
-    parser = Parser(prog="sessionoptimizer", allow_abbrev=False)
+    parser = Parser(prog=program, allow_abbrev=False)
     parser.format_help = _overview  # type: ignore[method-assign]
     parser.set_defaults(func=_welcome)
     parser.add_argument("--version", action="version", version=f"sessionoptimizer {__version__}")
@@ -11476,7 +11482,7 @@ def build_parser(only: str = "") -> Any:
         command = known[name]
         sub = choice.add_parser(
             name, help=command.summary, description=f"{name} - {command.summary}",
-            epilog=f"example:\n  {_program()} {command.example}\n\n{_STATUSES}",
+            epilog=f"example:\n  {program} {command.example}\n\n{_STATUSES}",
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         for *flags, settings in command.options:
             sub.add_argument(*flags, **settings)
@@ -11495,10 +11501,10 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _with_guess(message: str) -> str:
     """A message of a word that is none of those it lists, with the one that was meant."""
-    wrong = re.search(r"'([^']*)'.*?(?:one of|choose from|: use) (.*)", message)
+    wrong = re.search(r"'([^']*)'.*?(?:(?:: use )?one of|choose from|: use) (.*)", message)
     if wrong is None:
         return message
-    return message + _did_you_mean(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+    return message + _did_you_mean(wrong[1], re.findall(r"\w[\w -]*", wrong[2]))
 
 
 # -- one command line, from its words to its status

@@ -2951,6 +2951,25 @@ def test_the_best_case_costs_least_and_a_smaller_cap_no_more(policy):
         assert capped == sorted(capped, reverse=True)
 
 
+@pytest.mark.parametrize("tool, saves", [
+    ("Bash", 450), ("bash", 450), ("shell", 450), ("file reads", 44_550), ("", 46_000)])
+def test_a_cap_is_for_the_tool_it_names(tool, saves):
+    session = session_of(
+        E("CONTEXT_LOAD", 1_000, source="system"), E("FILE_READ", 90_000, file_path="a.py"),
+        E("SEARCH", 2_900, query="q"), E("TOOL_CALL", 1_800, tool="Bash", command="make"),
+        E("AI_RESPONSE", 0, 10))
+    policy = "cap 900" + f" --tool {tool}" * bool(tool)
+    assert so.what_if([session], policy)["saves"]["middle"] == pytest.approx(saves * 15e-6)
+
+
+def test_a_cap_of_a_tool_that_returned_nothing_names_those_that_did():
+    for tool in ("Nope", "file", "prompts"):
+        with pytest.raises(InvalidValue, match=(
+                f"no result of '{tool}': use one of bash, file reads, searches, shell$")):
+            so.what_if([six_calls()], f"cap 1k --tool {tool}")
+    assert so.what_if([], "cap 1k --tool Nope")["saves"]["high"] == 0
+
+
 def test_a_policy_is_no_faster_word_than_it_says():
     assert so.parse_policy("clear --older 5 --at-least 20k") == (
         "clear", {"older": 5, "at_least": 20_000, "when_rebuilding": False})
@@ -9636,6 +9655,8 @@ MISTYPED = [  # a command line, what it is told, and whose usage it sees
     ("scan --sinc 7d", "unknown: --sinc: did you mean --since?", "sessionoptimizer scan"),
     ("list --stroe x", "did you mean --store?", "sessionoptimizer list"),
     ("analyze x --evidnece", "did you mean --evidence?", "sessionoptimizer analyze"),
+    ("--limit 3 list", "--limit is unknown before a command, it may stand behind one: did",
+     "sessionoptimizer [-h]"),
     ("frobnicate", "no command 'frobnicate'\n", "sessionoptimizer [-h]"),
     ("list zzz", "unknown: zzz\n", "sessionoptimizer list")]
 
@@ -9645,6 +9666,17 @@ def test_a_mistyped_word_is_told_what_was_meant(line, says, usage, capsys):
     assert so.main(shlex.split(line)) == 2
     shown = capsys.readouterr().err
     assert says in shown and shown.startswith("usage: " + usage), shown
+
+
+@pytest.mark.parametrize("start", [[MODULE], ["-m", "sessionoptimizer"]], ids=["script", "module"])
+@pytest.mark.parametrize("line", ["-h", "list -h", "list --zzz"])
+def test_the_usage_names_the_program_in_the_form_it_was_started_in(start, line):
+    done = subprocess.run([sys.executable, *start, *line.split()], cwd=HERE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=dict(os.environ, COLUMNS="300"))
+    usage = done.stdout.decode("utf-8").split("[")[0].split()
+    own = [os.path.basename(sys.executable), *start], [sys.executable, *start]
+    assert usage[0] == "usage:" and usage[1:4 if start[1:] else 3] in own
+    assert usage[4 if start[1:] else 3:] == ["list"] * ("list" in line)
 
 
 def test_help_about_nothing(capsys):
@@ -9692,6 +9724,19 @@ def test_an_unknown_agent_is_a_bad_command_line(optimizer, line):
     status, out, err = run(optimizer, *line.split())
     assert (status, out) == (2, "") and "did you mean forge?" in err and "agents: forge" in err
     assert run(optimizer, *line.replace("forg", "Forge").split())[0] == 0
+
+
+@pytest.mark.parametrize("line, says", [
+    ("scan", "argument PATH: '' is not a value: it is empty"),
+    ("whatif none --paths", "--paths: ''"), ("import", "argument FILE: ''"),
+    ("advice --apply", "--apply: ''"), ("export s --output", "--output: ''"),
+    ("list --store", "--store: ''"), ("list --agent", "--agent: ''"), ("analyze", "no session ''"),
+    ("delete", "no session ''"), ("compare s", "session_id: ''"), ("end", "no session ''")])
+def test_a_variable_that_is_not_set_is_nothing_else(optimizer, line, says):
+    store_session(optimizer, "s", [ANSWER])
+    status, out, err = run(optimizer, *line.split(), "")
+    assert (status, out) == (1 if "no session" in says else 2, "") and says in err
+    assert os.listdir(optimizer.store.sessions) == ["s.json"]
 
 
 @pytest.mark.parametrize("text", ["today", "yesterday", "Today"])
@@ -9856,6 +9901,10 @@ GUESSES = [("scan t --agent claud", "claude-code"), ("scan --by modle", "model")
            ("stats --split yesterdy", "yesterday"),
            ("log s FILE_RAED", "FILE_READ"), ("scna", "scan"), ("scan --sinc 7d", "--since"),
            ("help scna", "scan"), ("list --colour always", "--color"),
+           ("--formt json list", "--format"), ("--formt=json list", "--format"),
+           ("--sotre x list", "--store"), ("--frmat json", "--format"),
+           ("whatif cap 1 --paths t --tool Raed", "read"),
+           ("whatif cap 1 --paths t --tool file-read", "file reads"),
            ("scan --by zzz", ""), ("whatif zzz", ""), ("log s ZZZ", ""), ("list --status 7", "")]
 
 
