@@ -4703,7 +4703,7 @@ def bill_sections(bill: Data, period: str = "") -> List[Section]:
             rows.append((_HOW[how], dollars(cost), share_text(cost, bill["total"]), largest))
     guessed = f"{dollars(bill['guessed'])} of it at a guessed price" if bill.get("guessed") else ""
     hint = ", ".join(filter(None, [dollars(bill.get("total", 0)), guessed, period]))
-    return [Section("Where the money went", heads=("", ">", ">", "+"), rows=rows, hint=hint)]
+    return [Section("Where the money went", heads=("-", ">", ">", "+"), rows=rows, hint=hint)]
 
 
 def advice_section(advice: Rows, most: int = 5) -> Section:
@@ -4711,7 +4711,7 @@ def advice_section(advice: Rows, most: int = 5) -> Section:
     parts = []
     for entry in advice[:most]:
         low, high = dollars(entry["saves"]["low"]), dollars(entry["saves"]["high"])
-        saves = low if low == high else f"{low} to {high}"
+        saves = low if low == high else f"{low} to {high}".replace("$0.00 to", "up to")
         saves += " (shipped medians)" * (entry.get("point") is False)
         if "per_1000_tokens" in entry:
             saves = f"{dollars(entry['per_1000_tokens']['cost'])} per 1,000 tokens removed"
@@ -4925,14 +4925,14 @@ def group_section(groups: Rows, by: str) -> Section:
         groups = with_short_ids(groups, "key")
     columns, hint = {
         f"~{by}": "key", ">sessions": "sessions:,", ">cost $": "estimated_cost:$",
-        ">?a session": "cost_per_session:$", ">?a prompt": "cost_per_prompt:$",
-        ">?wasted": "measured_waste_cost:$", ">?again": "written_again:.1%",
-    }, "wasted: measured; again: share written again"
-    if by == "model":
-        columns, hint = dict(list(columns.items())[:4]), "sessions: all that it was used in"
-    elif by == "tool":
+        ">?a session": "cost_per_session:$"}, "sessions: all that it was used in"
+    if by == "tool":
         columns, hint = {"~tool": "key", ">cost $": "estimated_cost:$", ">first": "first:$",
                          ">carried": "carried:$", ">again": "again:$"}, ""
+    elif by != "model":
+        columns.update({">?a prompt": "cost_per_prompt:$", ">?wasted": "measured_waste_cost:$",
+                        ">?again": "written_again:.1%"})
+        hint = "wasted: measured; again: share written again"
     return table(f"By {by}", columns, groups, hint=hint)
 
 
@@ -5334,7 +5334,7 @@ def statistics_of(rows: Rows) -> Data:
 def statistics_sections(stats: Data, rows: Rows) -> List[Section]:
     """What ``stats`` prints of ``agent_statistics`` and the rows it is about."""
     trend, change = stats["trends"]["trend"], stats["trends"]["change_percent"]
-    told = ("Trend", f"{trend.replace('_', ' ')} ({change:+.1f} points)")
+    told = ("Trend", f"{trend.replace('_', ' ')}{f' ({change:+.1f} points)' * (len(rows) > 1)}")
     return [Section(f"{stats['agent'] or 'All agents'}, last "
                     + counted(stats["period_days"], "day", "g"),
                     [*headline(scan_totals(rows), rows), told]),
@@ -10810,7 +10810,7 @@ def _judged_score(options: Any, score: float, count: int = 1) -> int:
 def _welcome(options: Any) -> int:
     here = []
     for reader in READERS:
-        count = sum(1 for _ in find_transcripts(filter(os.path.isdir, reader.roots())))
+        count = sum(1 for _ in find_transcripts(filter(os.path.exists, reader.roots())))
         here += [f"{counted(count, 'file')} of {reader.name}"] * bool(count)
     found = ", ".join(here) or "none where agents keep them: give a path to scan"
     _say(text_sections([

@@ -3498,11 +3498,28 @@ def test_a_replay_is_told_with_its_range_its_worst_and_its_worth(optimizer):
             == run(optimizer, "whatif")[0] == 2)
 
 
+def test_a_narrow_bill_cuts_no_word():
+    lines = so.text_sections(so.bill_sections(so.in_usd(so.bill_of(six_calls()))), 60).splitlines()
+    assert [line[2:19].rstrip() for line in lines[1:] if line[2:3].strip()] == [
+        "entering the …", "written again …", "sent again …", "output"]
+
+
+def test_the_trend_of_one_session_has_no_points(optimizer):
+    for name, told in (("a", "insufficient data"), ("b", "stable (+0.0 points)")):
+        store_session(optimizer, name, [ANSWER])
+        stats = dict(optimizer.agent_statistics(""), groups={})
+        facts = so.statistics_sections(stats, optimizer.summaries())[0].facts
+        assert dict(facts)["Trend"] == told
+
+
 def test_advice_says_what_it_saves_and_for_how_many():
     assert [part.title for part in so.advice_section(ADVICE).parts] == [
         "Leave early? Saves $25.00 to $50.00 (shipped medians); 2 sessions, 1 worse ($0.2000).",
         "shop loads 41k. Saves $6.88 per 1,000 tokens removed; 1 session.",
         "Large files -- whole. Saves $3.00; 1 session."]
+    for low, told in ((0.0, "Saves up to $3.00;"), (10.0, "Saves $10.00 to $3.00;")):
+        entry = dict(ADVICE[2], saves=dict(ADVICE[2]["saves"], low=low))
+        assert told in so.advice_section([entry]).parts[0].title
     assert so.advice_markdown(ADVICE).splitlines() == [
         "<!-- sessionoptimizer: begin -->", "- Read in parts.",
         "  <!-- Large files - whole. Saves $3.00; 1 session. -->", "<!-- sessionoptimizer: end -->"]
@@ -9693,6 +9710,11 @@ def test_without_a_command_it_says_what_it_is_and_what_is_here(home, capsys):
     place.mkdir(parents=True)
     write(place / "a.jsonl", "{}")
     assert so.main([]) == 0 and "1 file of claude-code" in capsys.readouterr().out
+    place = home / ".local" / "share" / "opencode"
+    place.mkdir(parents=True)
+    write(place / "opencode.db", "")
+    assert so.main([]) == 0
+    assert "1 file of claude-code, 1 file of opencode" in capsys.readouterr().out
 
 
 FILTERS = [  # arguments of scan after the samples, status, what is said
