@@ -4524,10 +4524,8 @@ def _day(time: str, monday: bool = False) -> str:
     moment = parse_time(time)
     if moment is None:
         return ""
-    try:
+    with suppress(OverflowError, OSError, ValueError):  # years 1 and 9999: no local day everywhere
         moment = moment.astimezone()
-    except (OverflowError, OSError, ValueError):
-        pass  # years 1 and 9999 have no local day everywhere
     return (moment - timedelta(moment.weekday() if monday else 0)).isoformat()[:10]
 
 
@@ -4861,8 +4859,8 @@ def event_extract(session: Session, event: SessionEvent, most: int = 100) -> str
 
 def text_report(session: Session, report: OptimizationReport, *, width: int = 80) -> str:
     """The report as plain text, no line wider than ``width``."""
-    sections = text_sections(_session_sections(session, report), width)
-    return "SESSION OPTIMIZATION REPORT\n\n" + sections
+    return "SESSION OPTIMIZATION REPORT\n\n" + text_sections(
+        _session_sections(session, report), width)
 
 
 def evidence_text(session: Session, report: OptimizationReport, *, width: int = 80) -> str:
@@ -5075,7 +5073,7 @@ def _escaped(text: Any, limit: int = 400) -> str:
     label = re.match(r"\[([A-Z]+)([A-Z ]*)\] ", line)
     if label is None:
         return html.escape(line)
-    chip = f'<span class="chip {label.group(1).lower()}">{"".join(label.groups())}</span> '
+    chip = f'<span class="chip {label[1].lower()}">{"".join(label.groups())}</span> '
     return chip + html.escape(line[label.end():])
 
 
@@ -5421,11 +5419,8 @@ def _trend(scores: List[float]) -> Data:
 
 def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Data:
     """Sessions (at least two) side by side: what `SessionOptimizer.compare_sessions` returns."""
-    rows = []
-    for session, report in found:
-        row = session_row(session, report)
-        kept = {name: value for name, value in row.items() if name not in _LONG_KEYS}
-        rows.append(dict(kept, task=session.task[:80], cost=row["estimated_cost"]))
+    rows = [dict(summary_row(session, report), task=session.task[:80])
+            for session, report in found]
     ranked = sorted(found, key=lambda pair: -pair[1].efficiency_score)
     names = {"tokens": "total_tokens", "cost": "cost", "efficiency": "efficiency_score",
              "issues": "issue_count"}
@@ -6287,8 +6282,8 @@ class Store:
 
     def copies(self) -> List[str]:
         """The paths of what is kept of damaged files."""
-        found = (entry.path for entry in self._entries(self.sessions) if _COPY.search(entry.name))
-        return sorted(found)
+        return sorted(entry.path for entry in self._entries(self.sessions)
+                      if _COPY.search(entry.name))
 
     def sweep(self, *, once: bool = False) -> int:
         """Remove what crashes left behind: temporary files older than an hour, reports without a
@@ -6799,7 +6794,7 @@ def plain_lines(text: str) -> List[str]:
     """The lines of what a read returned, without the numbers some tools put before them."""
     numbered = _NUMBERED.match(text)
     lines = text.split("\n")
-    return [line.split(numbered.group(1), 1)[-1] for line in lines] if numbered else lines
+    return [line.split(numbered[1], 1)[-1] for line in lines] if numbered else lines
 
 
 def digest_of(text: Any) -> str:
@@ -7274,7 +7269,7 @@ class _Tool:
         code = re.match(r"(?:Exit code|Process exited with code) (\d+)", message[:200])
         self.data.setdefault("operation", self._hash_of(json.dumps(self.given, sort_keys=True)))
         self._becomes(EventType.ERROR, error_hash=self._hash_of(normal_message(message)),
-                      exit_code=int(code.group(1)) if code else 0, kind=kind or _kind_of(message))
+                      exit_code=int(code[1]) if code else 0, kind=kind or _kind_of(message))
 
 
 def _beginning(text: str, size: int) -> str:
@@ -8358,10 +8353,10 @@ def _codex_outcome(output: Any) -> Tuple[str, int, str, bool]:
     elif _CODEX_FAILURE.match(text):
         failed = True
     told, running = _EXIT_CODE.search(head or text[:300] * failed), _RUNNING.search(head)
-    code = int(told.group(1)) if told else code
+    code = int(told[1]) if told else code
     if code.__class__ is int and code:
         failed, body = True, f"Exit code {code}\n{body}"
-    return body, size, running.group(1) if running else "", failed
+    return body, size, running[1] if running else "", failed
 
 
 # -- Gemini CLI
@@ -8827,7 +8822,6 @@ class OpenCodeReader(TranscriptReader):
 def _opencode_database(path: str, skip: Skip) -> List[_Stored]:
     """The sessions of a database, which is opened for reading only."""
     import sqlite3
-    from contextlib import closing
     from urllib.request import pathname2url
     reason = ""
     for mode in ("mode=ro", "mode=ro&immutable=1"):  # the second where no lock file can be made
@@ -9330,9 +9324,9 @@ def group_transcripts(facts: Iterable[Data]) -> List[Rows]:
     kin: Data = {}
     for path in sorted(by_path):
         kin.setdefault(by_path[path]["reader"], {})[path] = by_path[path]["kin"]
-    units = [[by_path[path] for path in group]
-             for reader in READERS for group in reader.group(kin.get(reader.name, {}))]
-    return sorted(units, key=lambda unit: unit[0]["order"])
+    return sorted(([by_path[path] for path in group]
+                   for reader in READERS for group in reader.group(kin.get(reader.name, {}))),
+                  key=lambda unit: unit[0]["order"])
 
 
 def left_out(facts: Iterable[Data], named: Any = ()) -> List[Any]:
@@ -9341,6 +9335,11 @@ def left_out(facts: Iterable[Data], named: Any = ()) -> List[Any]:
     return [[file["path"], 0, file["reason"]] for file in facts if not file["reader"]
             and (file["reason"] != _UNKNOWN or file["path"] in named
                  or not file["path"].endswith((".json", ".db")))]
+
+
+def _chosen(analyzers: Optional[Iterable[Any]]) -> List[Any]:
+    """The analyzers given, the built-in ones where none are."""
+    return [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else list(analyzers)
 
 
 def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open: Any = open, *,
@@ -9354,7 +9353,7 @@ def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open
     it, so `owners_of` can decide after all units were read, and only those that lose some are read
     again. Raises nothing, whatever the files hold: a unit that cannot be read has no rows and no
     responses, and says why."""
-    chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
+    chosen = _chosen(analyzers)
 
     def tell(session: Session, found: Data) -> None:
         found["rows"].append(full_row(session, chosen, prices=prices))
@@ -9465,8 +9464,7 @@ def renamed(row: Data, session_id: str) -> Data:
 def scan_settings(analyzers: Optional[Iterable[Any]] = None,
                   prices: Optional[PriceList] = None) -> str:
     """A hash of what rows depend on besides the files; where it differs, units are read again."""
-    chosen = [cls() for cls in BUILT_IN_ANALYZERS] if analyzers is None else analyzers
-    return settings_of(chosen, prices or PriceList())
+    return settings_of(_chosen(analyzers), prices or PriceList())
 
 
 # -- units read in other processes
@@ -9777,10 +9775,10 @@ class TranscriptScan:
 
     def result(self, agent: str, since: Optional[datetime], project: str) -> Data:
         """What `SessionOptimizer.scan` returns."""
-        after, names = since_seconds(since), (agent.lower(), agent.lower().replace(" ", "-"))
+        after, wanted = since_seconds(since), agent_key(agent)
         rows = self._rows_in(self.scope)
         chosen = [row for row in rows
-                  if (not agent or row["agent"].lower() in names or row["source"] in names)
+                  if wanted in ("", agent_key(row["agent"]), row["source"])
                   and (after is None
                        or (seconds_of(row["ended_at"] or row["started_at"]) or 0.0) >= after)
                   and (not project or project in row["project"] or project in row["path"])]
@@ -9913,12 +9911,10 @@ def _replaceable(store: Store, session_id: str, path: str) -> bool:
         metadata = store.head(session_id)["metadata"]
     except (StorageError, SessionNotFound):
         return False
-    transcript, source = metadata.get("transcript_path"), metadata.get("source")
-    if metadata.get("live") and not transcript:
-        return True  # its hooks did not name the transcript, whose id it has
-    if transcript is not None and os.path.realpath(str(transcript)) == os.path.realpath(path):
-        return True
-    return isinstance(source, dict) and source.get("path") == path
+    transcript = _transcript_of(metadata)
+    if not transcript:
+        return bool(metadata.get("live"))  # its hooks did not name the transcript, whose id it has
+    return os.path.realpath(transcript) == os.path.realpath(path)
 
 
 # ==================================================================================================
@@ -10039,11 +10035,8 @@ class _LiveSessions:
             live = self.sessions.get(session_id)
             if live is not None and session_id in self.marks:
                 return self.refreshed(session_id) or live
-            agent, task, started, ended = (
-                str(head.get(name) or "") for name in ("agent", "task", "started_at", "ended_at"))
-            session = _ListedSession(
-                session_id, agent, task, _status(head.get("status", "ACTIVE")), started, ended,
-                model=str(head.get("model") or "default"), metadata=head.get("metadata") or {})
+            known = {"agent": "", "task": "", **head, **dict.fromkeys(_TOTALS), "id": session_id}
+            session: Any = _ListedSession.from_dict(known)
             for name in _TOTALS:
                 setattr(session, name, head.get(name) or 0)
             del session.events
@@ -10121,9 +10114,8 @@ class _LiveSessions:
             metadata = self.store.head(session_id).get("metadata") or {}
         except SessionOptimizerError:
             metadata = {}  # not there, or damaged
-        imported = isinstance(metadata.get("source"), dict) or "transcript_path" in metadata
         try:
-            self.store.state.forget(session_id, imported)
+            self.store.state.forget(session_id, bool(_transcript_of(metadata)))
         except StorageError as error:
             _warn(f"session {session_id} may come back with the next scan: {error}")
         self.store.sweep(once=True)
@@ -10161,8 +10153,7 @@ class SessionOptimizer:
         self.store = Store(root, warn=_warn, durable=durable)
         if storage_path:
             self.store.prepare()
-        built_in: Iterable[BaseAnalyzer] = (cls() for cls in BUILT_IN_ANALYZERS)
-        self.analyzers = list(built_in if analyzers is None else analyzers)
+        self.analyzers = _chosen(analyzers)
         self._live = _LiveSessions(self.store)
         self._sessions = self._live.sessions
 
@@ -10518,8 +10509,8 @@ class SessionOptimizer:
         rows = rows_of_agent(self.summaries(days), agent)
         if rows:
             return {"agent": agent, "period_days": days, **statistics_of(rows), **billed(rows)}
-        message = f"No sessions found in the last {counted(days, 'day', 'g')}"
-        return {"agent": agent, "sessions": 0, "message": message}
+        return {"agent": agent, "sessions": 0,
+                "message": f"No sessions found in the last {counted(days, 'day', 'g')}"}
 
     def summaries(self, days: Optional[float] = None, *, progress: Any = None) -> List[Data]:
         """One `summary_row` per session, oldest first; of the last ``days``. Unchanged ones come
@@ -10530,8 +10521,8 @@ class SessionOptimizer:
         if any([self._closed(name, self.store.readable_head(name)) for name in active]):
             return self.summaries(days)
         since = time.time() - days * 86400 if days is not None else float("-inf")
-        kept = [row for row in rows if row["started"] >= since]
-        return sorted(kept, key=lambda row: (row["started"], row["id"]))
+        return sorted((row for row in rows if row["started"] >= since),
+                      key=lambda row: (row["started"], row["id"]))
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,
                thresholds: Optional[Dict[str, float]] = None) -> List[Data]:
@@ -10541,11 +10532,10 @@ class SessionOptimizer:
         ``thresholds`` replaces limits of ALERT_RULES by name; InvalidValue for an unknown name or a
         value that is not a number >= 0."""
         limits, after = alert_limits(thresholds), since_seconds(since)
-        found = [alert for row in rows_of_agent(self.summaries(), agent)
-                 if after is None or (seconds_of(row["last_at"]) or row["started"]) >= after
-                 for alert in alerts_of(row, limits)]
-        return sorted(found, key=lambda alert: (-alert["cost"],
-                                                -(seconds_of(alert["time"]) or 0.0)))
+        return sorted((alert for row in rows_of_agent(self.summaries(), agent)
+                       if after is None or (seconds_of(row["last_at"]) or row["started"]) >= after
+                       for alert in alerts_of(row, limits)),
+                      key=lambda alert: (-alert["cost"], -(seconds_of(alert["time"]) or 0.0)))
 
 
 def _begun(agent: str, task: str, model: str, session_id: Optional[str],
@@ -10697,10 +10687,9 @@ def _painted(report: str, when: Optional[str]) -> str:
 
 def _width(stream: int = 1) -> int:
     """Columns of the terminal behind a stream; 80 where there is none."""
-    try:
+    width = 0
+    with suppress(OSError, ValueError):
         width = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream).columns)
-    except (OSError, ValueError):
-        width = 0
     return max(40, min(200, width or 80))
 
 
@@ -10749,8 +10738,8 @@ def _write_out(text: str, path: Optional[str]) -> None:
         _say(text)
         return
     try:
-        private = functools.partial(os.open, mode=0o600)
-        with open(path, "w", encoding="utf-8", opener=private) as file:
+        with open(path, "w", encoding="utf-8",
+                  opener=functools.partial(os.open, mode=0o600)) as file:
             if os.path.isfile(path):  # also one that was there
                 os.chmod(path, 0o600)
             file.write(text if text.endswith("\n") else text + "\n")
@@ -10892,8 +10881,7 @@ def _hook(options: Any) -> int:
             pass  # the agent writes it all before it goes on
         raise CommandError("an event of more than 16 MB is not logged")
     payload = json.loads(text.decode("utf-8", "replace"))
-    told = payload.get("hook_event_name") if isinstance(payload, dict) else None
-    if not options.guard or told != "PreToolUse":
+    if not options.guard or _text(payload, "hook_event_name") != "PreToolUse":
         options.optimizer.log_hook(payload)
         return EXIT_DONE
     answer = options.optimizer.guard(payload, deny=options.deny)
@@ -11029,8 +11017,9 @@ def _advice(options: Any) -> int:
     try:
         _change_text(os.path.realpath(path), edit)
     except (OSError, ValueError, StorageError) as error:
-        reason = getattr(error, "reason", error)
-        raise CommandError(f"{path} cannot be changed: {reason}") from None
+        why = getattr(error, "strerror", error)
+        raise CommandError(
+            f"{path} cannot be changed: {getattr(error, 'reason', why)}") from None
     if options.undo:
         _say(f"Taken out of {plain(path, 1000)}")
     else:
@@ -11111,9 +11100,9 @@ def _scan(options: Any) -> int:
 def _scan_text(options: Any, result: Data, width: int) -> str:
     sections = _scan_sections(result, 8, command=functools.partial(_command, options))
     if not result["found"]["sessions"] and not options.paths:
-        places = (root for reader in READERS for root in reader.roots())
-        looked = ("Looked in", ", ".join(places))
-        sections = [Section("No transcripts found", [looked, *sections[0].facts], lines=[
+        looked = ", ".join(root for reader in READERS for root in reader.roots())
+        facts = [("Looked in", looked), *sections[0].facts]
+        sections = [Section("No transcripts found", facts, lines=[
             "Give a path:", _command(options, "scan PATH")])]
     elif options.by and result["sessions"]:
         sections = [by_section(result["sessions"], options.by, result["bill"])]
@@ -11196,7 +11185,7 @@ def _when(text: str) -> datetime:
     ago = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", word)
     if ago:
         units = {unit[0]: unit for unit in ("seconds", "minutes", "hours", "days", "weeks")}
-        return now - timedelta(**{units[ago.group(2)]: float(ago.group(1))})
+        return now - timedelta(**{units[ago[2]]: float(ago[1])})
     moment = parse_time(word.upper())
     if moment is None:
         raise ValueError(text)
