@@ -8199,10 +8199,11 @@ class _Rollout:
                        for name in ("total_token_usage", "last_token_usage"))
         spent = last or total
         if total and self.total:
-            growth = [new - old for new, old in zip(total, self.total)]
+            growth = list(map(int.__sub__, total, self.total))
             if not any(growth):
                 return  # said again; ``last`` may differ after a compaction
-            spent = growth if min(growth) >= 0 else spent
+            if min(growth) >= 0 and total != last:  # else the total began anew
+                spent = growth
         self.total = total or self.total
         if any(spent):
             self._metered(*spent)

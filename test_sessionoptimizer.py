@@ -6609,6 +6609,22 @@ def test_a_fork_of_a_fork_counts_its_own_calls_alone(optimizer, tmp_path, turn, 
     assert (len(result["sessions"]), result["totals"]["model_calls"]) == (3, calls)
 
 
+@pytest.mark.parametrize("total, last, counted", [
+    (7, 2, 2), (9, 4, 4), (3, 3, 3), (9, 9, 9),   # grown; began anew, below and above where it was
+    (9, 3, 4)])                                   # one count between them is missing
+def test_a_running_total_that_began_anew_counts_whole(optimizer, tmp_path, total, last, counted):
+    rollout(tmp_path, "10", [{"id": "a-thread"}], [5, total])
+    path = tmp_path / "rollout-10.jsonl"
+    usage = {name: {"input_tokens": 1_000 * tokens, "output_tokens": 10 * tokens} for name, tokens
+             in (("total_token_usage", total), ("last_token_usage", last))}
+    *lines, end = path.read_text().splitlines()
+    end = dict(json.loads(end), payload={"type": "token_count", "info": usage})
+    path.write_text("\n".join([*lines, json.dumps(end), ""]))
+    row, = optimizer.scan([str(path)])["sessions"]
+    assert row["tokens"] == {"uncached_input": 1_000 * (5 + counted), "cache_write": 0,
+                             "cache_read": 0, "output": 10 * (5 + counted)}
+
+
 def hooks_of(path):
     """The hook payloads that the calls of a transcript would have made, by the line of the call."""
     calls, payloads = {}, {}
