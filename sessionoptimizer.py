@@ -223,7 +223,7 @@ EVENT_TYPES = {member.value: member for member in EventType}
 # What an AI_RESPONSE's data tell of its call: why the provider says its cache was missed, the
 # client's version, the effort and the mode it ran in; and the slash command that a CONTEXT_LOAD
 # event stands for.
-CACHE_MISS, VERSION, EFFORT, MODE, COMMAND = "cache_miss", "version", "effort", "mode", "command"
+CACHE_MISS, VERSION, EFFORT, MODE, COMMAND = "cache_miss version effort mode command".split()
 
 
 class Source:
@@ -492,8 +492,8 @@ class PriceList:
     number >= 0.
     """
 
-    _fields = ("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost",
-               "cache_creation_input_token_cost", "cache_creation_input_token_cost_above_1hr")
+    _fields = """input_cost_per_token output_cost_per_token cache_read_input_token_cost
+        cache_creation_input_token_cost cache_creation_input_token_cost_above_1hr""".split()
 
     def __init__(self, overrides: Optional[Data] = None):
         self.overrides = overrides or {}
@@ -751,9 +751,9 @@ class SessionEvent(_Record):
     input_model: str = ""
     input_rate: str = ""
 
-    _texts = ("id", "timestamp", "model", "agent_id", "rate", "input_model", "input_rate")
-    _rare = ("tokens_cache_write", "tokens_cache_write_1h", "tokens_cache_read") + _texts[2:]
-    _counts = ("tokens_input", "tokens_output", "duration_ms") + _rare[:3]
+    _texts = "id timestamp model agent_id rate input_model input_rate".split()
+    _rare = "tokens_cache_write tokens_cache_write_1h tokens_cache_read".split() + _texts[2:]
+    _counts = "tokens_input tokens_output duration_ms".split() + _rare[:3]
 
     @property
     def tokens(self) -> int:
@@ -960,7 +960,7 @@ class Session(_Record):
 
     def _head(self) -> Data:
         """What is fixed at the start."""
-        names = "id", "agent", "task", "started_at", "model", "metadata"
+        names = "id agent task started_at model metadata".split()
         return {name: getattr(self, name) for name in names}
 
     def _foot(self) -> Data:
@@ -1454,10 +1454,11 @@ def canonical_path(path: str, cwd: str = "") -> str:
     if windows or _DRIVE.match(path) or path.startswith((".\\", "..\\", "\\\\", "~\\")):
         path, cwd = path.replace("\\", "/"), cwd.replace("\\", "/")
         if windows and re.match(r"/[A-Za-z](?:/|$)", path):
-            path = path[1].upper() + ":" + path[2:]
+            path = path[1] + ":" + path[2:]
     if cwd and not path.startswith(("/", "~")) and not _DRIVE.match(path):
         path = cwd + "/" + path
-    return posixpath.normpath(path)
+    path = posixpath.normpath(path)
+    return path[0].upper() + path[1:] if _DRIVE.match(path) else path
 
 
 def patched_paths(patch: str) -> Words:
@@ -1688,8 +1689,8 @@ class _Shell:
     def prefix(self, words: Words) -> Words:
         """Drop keywords and assignments in front of a command, and remember literal values."""
         while words and words[0] in _KEYWORDS:
-            self.effects.pure &= words.pop(0) in ("do", "done", "{", "}", "time")
-        if words and words[0] in ("for", "foreach", "select", "case", "function", "[["):
+            self.effects.pure &= words.pop(0) in "do done { } time".split()
+        if words and words[0] in "for foreach select case function [[".split():
             if words[2:3] == ["in"]:
                 values = [each for word in words[3:] for each in self.expand(word)]
                 self.variables[words[1]] = values
@@ -1816,7 +1817,7 @@ class _Shell:
     def act(self, call: _Step) -> Any:
         """A command that changes what others tell, though no file."""
         self.effects.acts = True
-        return [] if call.name == "git add" else self.harmless(call)
+        return [] if call.name in "git add chmod chown chgrp pkill killall" else self.harmless(call)
 
     def anything(self, call: Optional[_Step] = None) -> Any:
         self.effects.changes.append("*")
@@ -1986,7 +1987,7 @@ _NOISE = frozenset("""
     -n -H -h --line-number --color --colour --heading --no-heading --with-filename -N -p
     --no-messages --column --no-filename --text -G
 """.split())
-_COUNTS = ("-n", "--lines", "-#", "-totalcount", "-head", "-first", "-tail", "-last")
+_COUNTS = "-n --lines -# -totalcount -head -first -tail -last".split()
 _LOOK_VERBS = r"""(?x)(?:list|ls|show|status|view|get|info|search|logs?|help|version|ps|top|inspect
     |describe|config|doctor|outdated|why|query|diff|check|ready|whoami|history|audit|capture|display
     |has|read|wait|count|where|activate|freeze|tree)(?:-[\w-]+)?$"""
@@ -2006,12 +2007,12 @@ _ROWS = """
 tool | * | -C -w -p -F --prefix --filter --workspace --project |  |
 tool | bun deno |  |  | --check --test
 quiet | echo printf mktemp : true false export unset set shopt alias ulimit umask trap wait break \
-    continue exit return local declare readonly sleep chmod chown chgrp test [ read shift \
+    continue exit return local declare readonly sleep test [ read shift \
     write-host write-output start-sleep write-error write-warning setlocal pwd esac ] ;; param \
     clear cls git+config git+init |  |  |
 harmless | date ps env printenv which whereis where wc du df stat file uniq cut tr jq yq diff cmp \
     comm join md5sum sha1sum sha256sum shasum md5 ping id whoami uname hostname uptime free top \
-    htop lsof netstat ss dig nslookup host ip ifconfig ipconfig nc kill pkill killall pgrep man \
+    htop lsof netstat ss dig nslookup host ip ifconfig ipconfig nc pgrep man \
     basename dirname realpath readlink seq expr column paste fold fmt rev od xxd hexdump strings \
     base64 cksum look locale tput stty tty history jobs fg bg open xdg-open pbcopy pbpaste \
     ccusage sysctl sw_vers system_profiler nvidia-smi lscpu lsblk lsusb lspci dmesg journalctl \
@@ -2036,7 +2037,7 @@ read | head tail | -n -c --lines --bytes |  | -c --bytes
 read | get-content gc | >-path >-literalpath -totalcount -head -first -tail -last -encoding |  |
 read | select-object select | -first -last -property | -first -last | -skip
 sed | sed gsed | <-e <--expression -f -l |  |
-awk | awk gawk mawk | -F -v -f |  |
+write/awk | awk gawk mawk | -F -v -f -i | -i |
 search | rg ripgrep | <-e <-f <--regexp -A -B -C -g -t -T -m -M -E -r -d --glob --iglob --type \
     --type-not --include --exclude --max-count --context --max-depth --sort |  |
 search | grep egrep fgrep zgrep ag ack git+grep | <-e <-f <--regexp -A -B -C -m --include \
@@ -2057,6 +2058,7 @@ checkout | git+checkout git+switch | -b -B -c -C |  |
 anything | git+merge git+rebase git+pull git+revert git+cherry-pick git+am git+filter-branch \
     git+filter-repo git+sparse-checkout git+read-tree git+checkout-index git+lfs wget dd |  |  |
 act | git+add git+commit git+push git+fetch git+tag |  |  | -l --list
+act | kill pkill killall chmod chown chgrp |  |  |
 act | git+branch |  | -d -D -m -M -f --delete --move --set-upstream-to -u |
 act | git+remote git+worktree |  | add remove rm rename set-url prune update move |
 anything/act | git+stash git+bisect git+submodule |  |  | list show status log drop
@@ -2064,7 +2066,7 @@ anything/act | git+reset |  | --hard --merge --keep |
 anything | git+clean |  |  | -n --dry-run
 anything | tar unzip gunzip gzip 7z zip |  |  | -t -l tf tvf tzf --list
 write | rm rmdir unlink md rd del erase mv move ren tee touch mkdir | -m -d |  |
-write | truncate shred | -s -r |  |
+write | truncate shred ed ex sponge dos2unix unix2dos | -s -r |  |
 write/act | git+rm git+mv |  |  | --cached
 write/act | git+restore | -s --source |  | --staged -S
 write | set-content add-content out-file new-item remove-item clear-content move-item rename-item \
@@ -2089,7 +2091,8 @@ wrap | timeout gtimeout nice ionice watch stdbuf | -s -k --signal --kill-after -
 shell | bash sh zsh dash ksh |  |  | -n
 shell | powershell pwsh cmd |  |  |
 python | python python3 python2 py pypy |  |  |
-unknown | node ruby perl php tsx ts-node tsc |  |  | --test --check --noEmit
+write/unknown | perl ruby | -e -E -M -I | -i |
+unknown | node php tsx ts-node tsc |  |  | --test --check --noEmit
 unknown | docker kubectl |  | run exec cp compose build |
 unknown | gh |  | checkout clone download |
 unknown | ssh eval invoke-expression iex |  |  |
@@ -2223,7 +2226,7 @@ LEAST_POLL = 500   # tokens of a result whose unchanged lines count where nine i
 
 
 # Tools that wait for a process of the agent's, which may write meanwhile.
-_WAITING = ("write_stdin", "wait", "bashoutput", "taskoutput", "monitor")
+_WAITING = "write_stdin wait bashoutput taskoutput monitor".split()
 _JOINED = _Pattern(r"&&|\|\||[;\n]")
 _SILENT = ("", "cd", "echo", "sleep", "export")  # commands that ask nothing
 
@@ -2494,7 +2497,7 @@ _SAME_READ = _REQUEST + ("lines", "total_lines", "content")
 def search_key(data: Data) -> Optional[Tuple[str, str, str]]:
     """Tool, query and scope with case and space folded; None without a query."""
     query = " ".join(str(data.get("query") or data.get("pattern") or "").lower().split())
-    names = ["scope", "file_path", "glob", "type", "include"] + ["path"] * (not _is_imported(data))
+    names = "scope file_path glob type include".split() + ["path"] * (not _is_imported(data))
     scope = " ".join(f"{name}={data[name]}" for name in names if data.get(name))
     tool = str(data.get("tool") or "").lower()
     return (tool, query, " ".join(scope.split())) if query else None
@@ -2782,8 +2785,8 @@ class Step:
     written before lives in the cache, 0 where nothing was.
     """
 
-    __slots__ = ("call", "last", "previous", "events", "held", "before", "new", "lost", "read",
-                 "kept", "rebuild_cost", "fresh_cost", "ttl")
+    __slots__ = """call last previous events held before new lost read kept rebuild_cost
+        fresh_cost ttl""".split()
 
     def __init__(self, call: Optional[SessionEvent], previous: Optional[Step],
                  events: List[SessionEvent], held: HeldContext, ttl: int):
@@ -3127,7 +3130,7 @@ def recommendations(report: OptimizationReport) -> List[str]:
 
 # ---- the bill: every dollar in one cell, and why caches were lost (docs/bill.md) ----
 
-CLASSES = ("uncached_input", "cache_write_5m", "cache_write_1h", "cache_read", "output")
+CLASSES = "uncached_input cache_write_5m cache_write_1h cache_read output".split()
 ROUNDING = 500     # tokens of a rebuild below which it is the provider's rounding
 SMALL = 2_000      # tokens of a rebuild below which no cause is looked for
 LARGE_READ = 10_000     # tokens of one read
@@ -3264,9 +3267,8 @@ def _add(total: Data, more: Data) -> None:
             total[name] = value
 
 
-_MONEY = frozenset((
-    "total", "recorded", "replayed", "guessed", "classes", "models", "cost", "net_cost",
-    "cost_if_visible", "paid", "saves", "replay", "without_largest", "worst"))
+_MONEY = frozenset("""total recorded replayed guessed classes models cost net_cost cost_if_visible
+    paid saves replay without_largest worst""".split())
 
 
 def in_usd(part: Any, money: bool = False) -> Any:
@@ -3528,7 +3530,8 @@ class FailedRetryAnalyzer(BaseAnalyzer):
             if failed and data.get("recovered"):
                 ended.append(runs.pop(key, []))
                 continue
-            changed = bool(runs) and bool(changes_of(event, cwd))
+            acted = data.get("acts") or _effects_of(_command_of(data), cwd).acts
+            changed = bool(runs) and bool(changes_of(event, cwd) or acted and not failed)
             for old in [old for old in runs if self._ends(old, key, event, changed, runs[old])]:
                 ended.append(runs.pop(old))
             if failed and any(key[1:]) and not failure_kind(data):
@@ -4368,10 +4371,10 @@ def waste_text(measured: float, most: float, whole: float, show: Callable[[float
 
 # -- one shape of a session row for every command, and their sums
 
-HEAD = ("id", "agent", "task", "model", "started_at", "ended_at", "total_tokens")
+HEAD = "id agent task model started_at ended_at total_tokens".split()
 _JUDGED = ("total_tokens", "estimated_cost", "efficiency_score", "token_use")
 _CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
-_WASTE = ("waste_tokens", "measured_waste_tokens", "waste_cost", "measured_waste_cost")
+_WASTE = "waste_tokens measured_waste_tokens waste_cost measured_waste_cost".split()
 
 
 def head_row(session: Session) -> Data:
@@ -4416,7 +4419,7 @@ def _nested(flat: Data) -> Data:
     return {name.replace("waste_", ""): flat[name] for name in _WASTE}
 
 
-_LONG_KEYS = ("tokens", "waste", "issues", "token_use", "notes", "most_read", "path")
+_LONG_KEYS = "tokens waste issues token_use notes most_read path".split()
 
 
 def summary_row(session: Session, report: OptimizationReport) -> Data:
@@ -4452,7 +4455,7 @@ def scan_totals(rows: Rows) -> Data:
                 tokens=_sums([row.get("usage") or row["tokens"] for row in rows], _CLASSES))
 
 
-GROUPS = ("day", "week", "model", "project", "agent", "session", "tool")
+GROUPS = "day week model project agent session tool".split()
 
 
 def cell_sums(cells: Iterable[Data], by: str) -> Dict[str, float]:
@@ -4849,7 +4852,7 @@ def event_place(session: Session, event: SessionEvent) -> str:
 def event_extract(session: Session, event: SessionEvent, most: int = 100) -> str:
     """One line that shows what the event was: command, path, query, message, or its source."""
     data = event.data
-    for key in ("command", "query", "file_path", "file", "message"):
+    for key in "command query file_path file message".split():
         if data.get(key):
             lines = data.get("lines") if key == "file_path" else None
             extra = f" lines {lines[0]}-{lines[-1]}" if isinstance(lines, list) and lines else ""
@@ -5198,9 +5201,9 @@ def html_scan_report(result: Data, most: int = 12) -> str:
     return _page(counted(len(result["sessions"]), "session"), "Scan of agent transcripts", sections)
 
 
-_CSV_COLUMNS = ("id", "timestamp", "event_type", "agent_id", "model", "tokens_input",
-                "tokens_output", "tokens_cache_write", "tokens_cache_read", "duration_ms",
-                "charged_tokens", "file_path", "query", "command", "tool", "line")
+_CSV_COLUMNS = """id timestamp event_type agent_id model tokens_input tokens_output
+    tokens_cache_write tokens_cache_read duration_ms charged_tokens file_path query command tool
+    line""".split()
 
 
 def csv_report(session: Session, report: OptimizationReport) -> str:
@@ -5229,7 +5232,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return value
     text = plain(value, 32_000)
-    return "'" + text if text[:1] in ("=", "+", "-", "@", "＝", "＋", "－", "＠") else text
+    return "'" + text if text[:1] in {*"=+-@＝＋－＠"} else text
 
 
 FORMATS = {"json": json_report, "markdown": markdown_report, "text": text_report,
@@ -5490,7 +5493,7 @@ _TEMPORARY = ".tmp"  # the ending of files being written
 _LEFT_BEHIND = 3600.0  # seconds after which such a file is nobody's
 _REPORT = "_report.json"
 _MASKED = "masked-1"  # this file says that all of the store was written with today's rules
-_NAMES = ("id", "timestamp", "event_type", "agent_id", "response_id", "batch_id")  # never masked
+_NAMES = "id timestamp event_type agent_id response_id batch_id".split()  # never masked
 _COPY = _Pattern(r"\.json\.damaged-[0-9]+\Z")
 _FINGERPRINT = 256  # bytes before the footer: they tell a file that took over an inode number
 
@@ -5502,7 +5505,7 @@ _NUMERIC = (int, float)
 _FOOTER: Data = {"status": (str,), "ended_at": (str,), "event_count": (int,),
                  **dict.fromkeys(_TOTALS, _NUMERIC)}
 _FIELDS: Data = {**_FOOTER, "lost_events": (int,), "metadata": (dict,), "events": (list,),
-                 **dict.fromkeys(("id", "agent", "task", "started_at", "model"), (str,))}
+                 **dict.fromkeys("id agent task started_at model".split(), (str,))}
 _FOOTER_KEYS = (*_FOOTER, "lost_events")
 
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -6461,7 +6464,7 @@ def own_prices(root: str) -> PriceList:
 
 # -- what a store knows across its sessions
 
-_STATE_TABLES = ("files", "units", "responses", "rows", "deleted", "summaries")
+_STATE_TABLES = "files units responses rows deleted summaries".split()
 _STATE_VERSION = 1
 _STATE_WAIT = 60.0  # seconds to wait for other processes
 _SHOWN = "shown"  # stands where summaries have their settings
@@ -6707,6 +6710,7 @@ class _SeenLines:
     def __init__(self) -> None:
         self._known: Data = {}  # by path: number and hash of every line known
         self._numbered: Set[str] = set()  # paths whose lines were shown with their numbers
+        self._among: Data = {}  # by path: hashes of the last result in which it was one of several
         self.totals: Data = {}  # by path: lines of the file when it was last read whole
         self._answers: Data = {}  # by operation: hashes of its last answer's lines
 
@@ -6720,6 +6724,8 @@ class _SeenLines:
         known = self._known.setdefault(path, {})
         shared = known.keys() & hashes.keys()
         same = all(known[number] == hashes[number] for number in shared)
+        if not shared and path in self._among:
+            shared, same = hashes.keys(), {*hashes.values()} <= {*self._among[path]}
         if not same:
             known.clear()
         known.update(hashes)
@@ -6731,6 +6737,21 @@ class _SeenLines:
             self._numbered.add(path)  # the numbers are new
             whole = max(whole, len(text))
         return verdict, [len(shared or lines), part, whole]
+
+    def several(self, reads: List[Any], text: str) -> str:
+        """The verdict about a result that shows several files; one that is shown whole gets the
+        last line it is known to have."""
+        hashes = list(map(hash, plain_lines(text)))
+        left = iter(hashes)
+        self._among.update(dict.fromkeys((path for path, *_ in reads), hashes))
+        for read in reads:
+            path, first, last = read
+            known = self._known.get(path, {})
+            read[2] = last or self.totals.get(path)
+            for number in range(first, (read[2] or first) + 1):
+                if known.get(number) not in left:
+                    return "changed" if number in known else ""
+        return "same"
 
     def same_lines(self, operation: str, text: str) -> List[int]:
         """How many of how many characters stand in lines that an operation's last answer had too,
@@ -7243,7 +7264,9 @@ class _Tool:
             if "truncated…" in text or _CUT_OFF.search(ends) \
                     or "command" in data and _COMPLAINT.match(text):
                 data["truncated"] = True
-            elif "reads" not in data and "pages" not in data:
+            elif "reads" in data:
+                self.keep(content=self.window.seen.several(data["reads"], text))
+            elif "pages" not in data:
                 self._lines(text, first, count, total)
 
     def _lines(self, text: str, first: int, count: int, total: int) -> None:
@@ -7255,7 +7278,9 @@ class _Tool:
         if start < 0:
             return
         if not total and not first and data.keys().isdisjoint(("lines", *_PARTS)):
-            total = seen.totals[path] = count
+            total = count
+        if total:
+            seen.totals[path] = total
         verdict, overlap = seen.verdict(path, start, count, text)
         self.keep(total_lines=total, lines=[start, start + count - 1], content=verdict,
                   overlap=overlap if verdict != "changed" and overlap[1] < overlap[2] else [])
@@ -8097,8 +8122,8 @@ _INJECTED = _Pattern(r"\s*(?:<([a-z][\w -]{2,60})>[\s\S]*</\1>\s*$|# AGENTS\.md 
 _IDE_CONTEXT = "## My request for Codex:"  # what an editor adds to a prompt ends with this heading
 _LAYOUT_GAP = 2  # seconds within which items that follow their token count are written
 _CODEX_TOOLS = {"tool_search_call": "toolsearch"}  # names of hosted tools
-_CODEX_USAGE = [f"{name}_tokens" for name in (
-    "input", "cached_input", "cache_write_input", "output", "reasoning_output")]
+_CODEX_USAGE = [f"{name}_tokens" for name in
+                "input cached_input cache_write_input output reasoning_output".split()]
 
 
 class CodexReader(TranscriptReader):
@@ -8513,14 +8538,14 @@ def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
 
 _MODEL_CALLS = ("chat", "generate_content", "text_completion", "embeddings")
 _WITH_USAGE = (*_MODEL_CALLS, "invoke_agent")
-_OTEL_USAGE = (  # input, output, cache reads, cache writes, reasoning, by all their names
-    ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens"),
-    ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens"),
-    ("gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.cache_read_input_tokens",
-     "gen_ai.usage.cached_input_tokens"),
-    ("gen_ai.usage.cache_creation.input_tokens", "gen_ai.usage.cache_creation_input_tokens"),
-    ("gen_ai.usage.reasoning.output_tokens", "gen_ai.usage.reasoning_output_tokens"),
-)
+_OTEL_USAGE = [names.split() for names in (
+    # input, output, cache reads, cache writes, reasoning, by all their names
+    "gen_ai.usage.input_tokens gen_ai.usage.prompt_tokens",
+    "gen_ai.usage.output_tokens gen_ai.usage.completion_tokens",
+    """gen_ai.usage.cache_read.input_tokens gen_ai.usage.cache_read_input_tokens
+    gen_ai.usage.cached_input_tokens""",
+    "gen_ai.usage.cache_creation.input_tokens gen_ai.usage.cache_creation_input_tokens",
+    "gen_ai.usage.reasoning.output_tokens gen_ai.usage.reasoning_output_tokens")]
 _NESTED = 100         # spans inside each other that are followed; real ones are fewer than 20
 _LATEST = 4 * 10**18  # nanoseconds since 1970: the year 2096; what is later is no time
 
@@ -8740,11 +8765,11 @@ class _Conversation:
         event.duration_ms = (span.end - span.start) // 10**6
         result = span.given.get("gen_ai.tool.call.result", "")
         text = result if result.__class__ is str else _as_json(result)
-        why = span.message or text if span.failed else text
-        if text:
-            told.returned(span.identity, why, len(text), failed=span.failed)
+        if text:  # many say of every failure the same, and what failed in the result
+            told.returned(span.identity, text, failed=span.failed,
+                          kind=failure_kind({"message": span.message}))
         elif span.failed:
-            told.failed(span.identity, why)
+            told.failed(span.identity, span.message)
 
 
 def _messages(value: Any) -> List[Tuple[Any, Any]]:
@@ -10977,7 +11002,7 @@ def _stats(options: Any) -> int:
 
 def _whatif(options: Any) -> int:
     words, show = list(options.policy), _progress_bar("sessions")  # type: List[str], Any
-    for name in ("above", "tokens", "tool", "older", "at_least"):
+    for name in "above tokens tool older at_least".split():
         value = getattr(options, name)
         words += [] if value is None else ["--" + name.replace("_", "-"), value]
     words += ["--when-rebuilding"] * options.when_rebuilding
@@ -11185,7 +11210,7 @@ def _when(text: str) -> datetime:
         return datetime(day.year, day.month, day.day).astimezone()
     ago = re.match(r"(\d+(?:\.\d+)?)([smhdw])$", word)
     if ago:
-        units = {unit[0]: unit for unit in ("seconds", "minutes", "hours", "days", "weeks")}
+        units = {unit[0]: unit for unit in "seconds minutes hours days weeks".split()}
         return now - timedelta(**{units[ago[2]]: float(ago[1])})
     moment = parse_time(word.upper())
     if moment is None:

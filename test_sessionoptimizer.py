@@ -1241,7 +1241,13 @@ CHANGES = [  # command, changes, kind
     ("sed -i 's/a/b/' a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
     ("sed -i.bak -e 's/a/b/' a.py && cat a.py", ["/w/a.py"], "write"),
     ("sed -i '' 's/a/b/' a.py", ["/w/a.py"], "write"),
-    ("perl -pi -e 's/a/b/' a.py", ["?"], "other"),
+    ("perl -pi -e 's/a/b/' a.py", ["/w/a.py"], "write"),
+    ("perl -i.bak -pe 's/a/b/' a.py", ["/w/a.py"], "write"),
+    ("perl -Ilib -ne 'print' a.py", ["?"], "other"),
+    ("ruby -pi -e 'gsub(/a/, %q(b))' a.py", ["/w/a.py"], "write"),
+    ("gawk -i inplace '{ print }' a.py", ["/w/{ print }", "/w/a.py"], "write"),
+    ("awk '{ print }' a.py", [], "other"),
+    ("dos2unix a.py", ["/w/a.py"], "write"),
     ("mv a.py b.py", ["/w/a.py", "/w/b.py"], "write"),
     ("cp a.py b.py", ["/w/b.py"], "write"),
     ("rm -rf build dist", ["/w/build", "/w/dist"], "write"),
@@ -1403,7 +1409,9 @@ def test_what_a_command_changes(command, changes, kind):
     ("a.py", "", "a.py"), ("./x/../a.py", "", "a.py"), ("a.py", "/w/", "/w/a.py"),
     ("/a//b.py", "/w", "/a/b.py"),
     ("src\\a.py", "C:\\w", "C:/w/src/a.py"), ("C:\\w\\.\\a.py", "", "C:/w/a.py"),
-    ("/c/w/a.py", "C:\\w", "C:/w/a.py"), ("~/a", "/w", "~/a"), ("..\\a.py", "C:/w/x", "C:/w/a.py"),
+    ("/c/w/a.py", "C:\\w", "C:/w/a.py"), ("c:\\w\\a.py", "", "C:/w/a.py"),
+    ("a.py", "c:\\w", "C:/w/a.py"), ("c/w/a.py", "", "c/w/a.py"),
+    ("~/a", "/w", "~/a"), ("..\\a.py", "C:/w/x", "C:/w/a.py"),
 ])
 def test_canonical_path(path, cwd, expected):
     assert so.canonical_path(path, cwd) == expected
@@ -2533,6 +2541,10 @@ RETRIES = [
     ("a change by command between", [failure(), bash("git checkout main"), failure()], []),
     ("it worked in between",
      [bash("pytest", "ERROR"), bash("pytest"), bash("pytest", "ERROR")], []),
+    ("a process was ended in between", [failure(), bash("pkill -f server"), failure()], []),
+    ("it may be run since", [failure(), bash("chmod +x a.sh"), failure()], []),
+    ("it is to be committed since", [failure(), bash("git add a.py"), failure()], []),
+    ("a reader says that it acts", [failure(), bash("x", acts=True, changes=[]), failure()], []),
     ("a compaction between", [failure(), E("CONTEXT_LOAD", **COMPACTION), failure()], []),
     ("another agent", [failure(), failure(_agent="b")], []),
     ("one parallel batch",
@@ -6946,6 +6958,58 @@ def test_line_numbers_that_are_new_are_no_repetition(tmp_path, optimizer, first,
     assert issue["measured"] and claim[0] == pytest.approx(tokens * share, abs=1)
 
 
+ANOTHER = PLAIN.replace("line", "word")
+
+
+@pytest.mark.parametrize("steps, repeated", [
+    ("cat a.py|cat b.py|cat a.py b.py", "1 1"), ("cat a.py|cat a.py b.py", ""),
+    ("cat a.py|cat b.py|./gen|cat a.py b.py", "1 1"),
+    ("cat a.py|cat b.py|edited|cat a.py b.py", ""), ("cat a.py|edited|cat b.py|cat a.py b.py", ""),
+    ("cat a.py|cat b.py|sed -i s/x/y/ a.py|cat a.py b.py", ""),
+    ("cat a.py|cat b.py|sed -n 1,9p a.py; sed -n 1,9p b.py", "1 1"),
+    ("sed -n 1,9p a.py|sed -n 1,9p b.py|cat a.py b.py", ""),
+    ("cat a.py b.py|cat a.py", "1"), ("sed -n 1,9p a.py; sed -n 1,9p b.py|sed -n 1,9p b.py", "1"),
+    ("cat a.py b.py|edited|cat a.py", ""), ("cat a.py b.py|edited|cat b.py", "1"),
+    ("sed -n 1,9p a.py; sed -n 1,9p b.py|sed -n 10,19p b.py", ""),
+], ids=str)
+def test_several_files_in_one_result_are_compared_line_by_line(steps, repeated):
+    """A file changes where nothing tells of it ("edited") as well."""
+    told, texts = recorder(), {"a.py": PLAIN, "b.py": ANOTHER}
+    for number, command in enumerate(steps.split("|")):
+        if command == "edited":
+            texts["a.py"] = texts["a.py"].replace("line 5\n", "line five\n")
+            continue
+        told.call("r%d" % number, "m", so.Usage(100, read=1_000 * number, output=10))
+        told.tool("t%d" % number, "Bash", {"command": command}, 20)
+        shown = []
+        for first, last, name in re.findall(r"(?:(\d+),(\d+)p )?(\w\.py)", command):
+            lines = texts[name].split("\n")
+            shown += lines[int(first) - 1:int(last)] if last else lines
+        told.returned("t%d" % number, "\n".join(shown) or "done")
+    told.call("r9", "m", so.Usage(100, read=9_000, output=10))
+    found = so.repeats_in(told.finish()[0])
+    assert len(found) == bool(repeated)
+    for _, repeat in found:
+        assert repeat.covered == repeat.total
+        assert len((repeat.earlier, *repeat.also)) == len(repeated.split())
+
+
+@pytest.mark.parametrize("lines, found", [("171,200", True), ("151,180", False)])
+def test_the_end_of_a_file_whose_length_a_page_told(lines, found):
+    told = recorder()
+    first, last = map(int, lines.split(","))
+    shown = PLAIN.split("\n")[first - 1:last]
+    told.call("r1", "m", so.Usage(100, output=10))
+    told.tool("t1", "Read", {"file_path": "/w/a.py", "offset": first, "limit": 30}, 20)
+    told.returned("t1", "\n".join(shown), lines=(first, 30, 200))
+    told.call("r2", "m", so.Usage(100, read=1_000, output=10))
+    told.tool("t2", "Bash", {"command": "tail -n 30 /w/a.py"}, 20)
+    told.returned("t2", "\n".join(PLAIN.split("\n")[-30:]))
+    told.call("r3", "m", so.Usage(100, read=2_000, output=10))
+    shares = [repeat.covered / repeat.total for _, repeat in so.repeats_in(told.finish()[0])]
+    assert [share > 0.9 for share in shares] == [found]
+
+
 @pytest.mark.parametrize("command, named", [
     ("ls -la /w/docs", "ls -la /w/docs"), ("rg -n total /w/docs", "total")])
 def test_a_listing_is_known_by_its_directory(tmp_path, optimizer, command, named):
@@ -8049,6 +8113,27 @@ def test_a_span_that_tells_its_tokens_as_a_double_counts(tmp_path, optimizer, to
           json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}) + "\n")
     row, = optimizer.scan([str(tmp_path / "spans.jsonl")])["sessions"]
     assert row["tokens"]["uncached_input"] == tokens and row["tokens"]["output"] == 7
+
+
+@pytest.mark.parametrize("answers, message, kinds", [
+    ("no rule|no rule", "the tool failed", [""]), ("no rule|no file", "the tool failed", []),
+    ("no rule|no rule", "429 Too Many Requests", []), ("|", "no rule", [""])])
+def test_a_failed_span_is_known_by_its_result(tmp_path, answers, message, kinds):
+    spans = []
+    for number, answer in enumerate(answers.split("|")):
+        values = [("operation.name", "execute_tool"), ("tool.name", "bash"),
+                  ("tool.call.arguments", '{"command": "make"}'), ("tool.call.result", answer)]
+        spans.append({
+            "traceId": "t1", "spanId": "s%d" % number, "parentSpanId": "c%d" % number,
+            "name": "execute_tool bash", "startTimeUnixNano": str(10**18 + number),
+            "endTimeUnixNano": str(10**18 + number), "status": {"code": 2, "message": message},
+            "attributes": [{"key": "gen_ai." + key, "value": {"stringValue": value}}
+                           for key, value in values]})
+    write(tmp_path / "spans.jsonl",
+          json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}) + "\n")
+    session, = so.sessions_at([str(tmp_path)], so.PriceList())
+    found = so.FailedRetryAnalyzer().analyze(session)
+    assert ["" for _ in found] == kinds
 
 
 def test_another_transcript_of_a_moved_ones_name_takes_nothing_away(tmp_path, optimizer):
