@@ -7481,7 +7481,7 @@ class Recorder:
         call = window.current = self._calls[key]
         for one in (call, self._calls[self._owners[identity], identity]):
             if usage != one.usage and usage is not None:
-                one.usage = Usage(*map(max, one.usage or usage, usage))
+                one.usage = max(usage, one.usage or usage, key=sum)
             one.complete = one.complete or complete
         for its_model, its_usage in earlier[len(call.earlier):]:
             event = self._event(EventType.AI_RESPONSE, its_model or call.event.model,

@@ -5570,6 +5570,20 @@ def test_a_search_whose_result_is_not_recorded_is_no_repetition(found, repeated)
     assert bool(so.RepeatedSearchAnalyzer().analyze(session)) == repeated
 
 
+@pytest.mark.parametrize("told_of_it, counted", [
+    # the output grew; the split of the writes came with it, or the part that a cache held
+    ([so.Usage(9, 40, output=2), so.Usage(9, 40, output=7)], so.Usage(9, 40, output=7)),
+    ([so.Usage(9, 40, output=7), so.Usage(9, 40, output=2)], so.Usage(9, 40, output=7)),
+    ([so.Usage(9, 40, output=7), so.Usage(9, 0, 40, output=7)], so.Usage(9, 0, 40, output=7)),
+    ([so.Usage(50, output=1), so.Usage(10, read=40, output=7)], so.Usage(10, read=40, output=7))])
+def test_the_largest_usage_that_was_told_of_a_response_counts_as_it_is(told_of_it, counted):
+    told = recorder()
+    for usage in told_of_it:
+        told.call("r1", "m", usage)
+    session, = told.finish()
+    assert session.usages() == {("m", ""): counted}
+
+
 def test_a_response_that_another_agent_told_is_a_replay():
     told = recorder()
     told.call("r1", "m", so.Usage(1_000, output=20), text=40)
