@@ -2490,8 +2490,8 @@ def _same(held: List[_Held], new: _Held) -> Optional[bool]:
     return all(answers) if answers else None
 
 
-_REQUEST = ("tool", "operation", "offset", "limit", "pages")  # of one read, and of another like it
-_SAME_READ = _REQUEST + ("lines", "total_lines", "content")
+_REQUEST = "tool operation offset limit pages".split()  # of one read, and of another like it
+_SAME_READ = _REQUEST + "lines total_lines content".split()
 
 
 def search_key(data: Data) -> Optional[Tuple[str, str, str]]:
@@ -4372,8 +4372,8 @@ def waste_text(measured: float, most: float, whole: float, show: Callable[[float
 # -- one shape of a session row for every command, and their sums
 
 HEAD = "id agent task model started_at ended_at total_tokens".split()
-_JUDGED = ("total_tokens", "estimated_cost", "efficiency_score", "token_use")
-_CLASSES = ("uncached_input", "cache_write", "cache_read", "output")
+_JUDGED = "total_tokens estimated_cost efficiency_score token_use".split()
+_CLASSES = "uncached_input cache_write cache_read output".split()
 _WASTE = "waste_tokens measured_waste_tokens waste_cost measured_waste_cost".split()
 
 
@@ -8536,7 +8536,7 @@ def _gemini_result(tool: Data) -> Tuple[str, int, bool]:
 
 # -- OpenTelemetry GenAI
 
-_MODEL_CALLS = ("chat", "generate_content", "text_completion", "embeddings")
+_MODEL_CALLS = "chat generate_content text_completion embeddings".split()
 _WITH_USAGE = (*_MODEL_CALLS, "invoke_agent")
 _OTEL_USAGE = [names.split() for names in (
     # input, output, cache reads, cache writes, reasoning, by all their names
@@ -8961,7 +8961,8 @@ def _opencode_tool(told: Recorder, key: str, part: Data) -> None:
     elif name == "read" and not failed:
         numbered = _OPENCODE_LINE.findall(text)  # without the frame around them
         if numbered:
-            lines = (int(numbered[0][0]), len(numbered), 0)
+            whole = "(End of file" in text[-99:]
+            lines = (int(numbered[0][0]), len(numbered), int(numbered[-1][0]) * whole)
             text = "\n".join(line for _, line in numbered)
     if status in ("completed", "error"):
         told.returned(key, text, size, failed=failed, lines=lines,
@@ -9875,7 +9876,7 @@ def usage_rows(session: Session) -> Rows:
             for (day, model, tool), row in sorted(sums.items()) if any(row)]
 
 
-_IN_PICO = ("bill", "replay", "large_reads", "days")  # columns of a row
+_IN_PICO = "bill replay large_reads days".split()  # columns of a row
 
 
 def full_row(session: Session, analyzers: Iterable[BaseAnalyzer], *,

@@ -6860,6 +6860,22 @@ def test_messages_without_an_id_count_each(optimizer, tmp_path, named):
     assert told_by(optimizer, tmp_path) == expected
 
 
+@pytest.mark.parametrize("end, found", [
+    ("(End of file - total 6 lines)", 1), ("(File has more lines. Use 'offset' to read on)", 0)])
+def test_the_end_of_a_file_that_a_read_showed_is_known(optimizer, tmp_path, end, found):
+    export, = opencode_exports("opencode-read-twice")
+    first, *_, again = [part for message in export["messages"] for part in message["parts"]
+                        if "src/cart.py" in str(part.get("state", {}).get("input"))]
+    shown, path = first["state"]["output"], first["state"]["input"]["filePath"]
+    first["state"]["output"] = shown.replace("(End of file - total 6 lines)", end)
+    lines = re.findall(r"(?m)^\d+\| (.*)$", shown)
+    again.update(tool="bash", state=dict(again["state"], output="\n".join(lines),
+                                         input={"command": "tail -n 6 " + path}))
+    write(str(tmp_path / "export.json"), json.dumps(export))
+    row, = optimizer.scan([str(tmp_path)])["sessions"]
+    assert [issue["issue_type"] for issue in row["issues"]] == ["REPEATED_FILE_READ"] * found
+
+
 def test_a_database_of_another_kind_is_no_transcript(optimizer, tmp_path):
     import sqlite3
     for name in ("state.db", "opencode.db"):
