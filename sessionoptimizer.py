@@ -135,19 +135,18 @@ class _Pattern:
         return method
 
 
-class _CollectorPaused:
+@contextmanager
+def _collector_paused() -> Iterator[None]:
     """Context in which the cycle collector rests. Records are no part of cycles: they are freed by
     the count of their references, and looking at all of them again and again takes a fifth of a
     scan."""
-
-    def __enter__(self) -> None:
-        import gc
-        self.running = gc.isenabled()
-        gc.disable()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import gc
-        if self.running:
+    import gc
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
             gc.enable()
 
 
@@ -960,8 +959,8 @@ class Session(_Record):
 
     def _head(self) -> Data:
         """What is fixed at the start."""
-        names = "id agent task started_at model metadata".split()
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name)
+                for name in "id agent task started_at model metadata".split()}
 
     def _foot(self) -> Data:
         """What changes with every event."""
@@ -2930,8 +2929,8 @@ def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int
     if issue.claims:
         return {event.id: _cut(event, issue.claims[event.id]) for event in named}
     weights = [event.tokens for event in named]
-    shares = share_out(min(int(issue.estimated_waste_tokens), sum(weights)), weights)
-    return {event.id: split_like(event, share) for event, share in zip(named, shares) if share}
+    return {event.id: split_like(event, share) for event, share in zip(named, share_out(
+        min(int(issue.estimated_waste_tokens), sum(weights)), weights)) if share}
 
 
 def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
@@ -3081,8 +3080,8 @@ def token_use(session: Session) -> Dict[str, int]:
             names = _CONTEXT_NAMES.get(name, name), "other output"
         for purpose, tokens in zip(names, pair):
             use[purpose] += tokens
-    ranked = sorted(use.items(), key=lambda item: -item[1])
-    return {name: tokens for name, tokens in ranked if tokens}
+    return {name: tokens for name, tokens in sorted(use.items(), key=lambda item: -item[1])
+            if tokens}
 
 
 _NOTES = {
@@ -4450,8 +4449,8 @@ def scan_totals(rows: Rows) -> Data:
     their efficiency."""
     totals = _sums(rows, ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens"))
     waste = _nested(_sums(rows, _WASTE))
-    share = waste["tokens"] / (totals["total_tokens"] or 1)
-    return dict(totals, sessions=len(rows), waste=waste, efficiency_score=100.0 * (1 - share),
+    return dict(totals, sessions=len(rows), waste=waste,
+                efficiency_score=100.0 * (1 - waste["tokens"] / (totals["total_tokens"] or 1)),
                 tokens=_sums([row.get("usage") or row["tokens"] for row in rows], _CLASSES))
 
 
@@ -4869,8 +4868,9 @@ def text_report(session: Session, report: OptimizationReport, *, width: int = 80
 def evidence_text(session: Session, report: OptimizationReport, *, width: int = 80) -> str:
     """Every finding with its events: where each stands in the transcript, its tokens, and a
     one-line extract of it."""
-    evidence = Section("Evidence", parts=findings(session, report, facts=False))
-    return "\n\n" + text_sections([evidence, rebuild_section(report.bill)], width)
+    return "\n\n" + text_sections([
+        Section("Evidence", parts=findings(session, report, facts=False)),
+        rebuild_section(report.bill)], width)
 
 
 def markdown_report(session: Session, report: OptimizationReport) -> str:
@@ -4914,8 +4914,8 @@ def _scan_sections(result: Data, most: int, by: Iterable[str] = (), *more: Secti
 
 def by_section(rows: Rows, by: str, bill: Data) -> Section:
     """The table of ``--by``: what `grouped` gives, and the total, which is the bill's."""
-    cells = bill["cells"]
-    total = _tool_row("total", cells) if by == "tool" else dict(measures(rows), key="total")
+    total = (_tool_row("total", bill["cells"]) if by == "tool"
+             else dict(measures(rows), key="total"))
     section = group_section([*grouped(rows, by, bill), total], by)
     return section._replace(hint=f"{date_range(rows)}; {section.hint}".strip("; "))
 
@@ -4939,8 +4939,8 @@ def group_section(groups: Rows, by: str) -> Section:
 
 def date_range(rows: Rows) -> str:
     """The days on which the sessions began and were last active: "2026-06-01 to 2026-11-20"."""
-    times = [row[name] for row in rows for name in ("started_at", "last_at")]
-    days = sorted(filter(None, map(_day, times)))
+    days = sorted(filter(None, (
+        _day(row[name]) for row in rows for name in ("started_at", "last_at"))))
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
 
 
@@ -5018,8 +5018,8 @@ def _skipped_lines(skipped: Rows) -> List[str]:
     files = len(skipped) - len(places)
     told = [f"{counted(len(places), 'damaged line')} in {counted(len(set(places)), 'file')}"]
     told = told * bool(places) + [f"{counted(files, 'file')} without a session"] * bool(files)
-    why = "(--format json names each with the reason)"
-    return [f"Skipped: {' and '.join(told)} {why}"] * bool(told)
+    return [f"Skipped: {' and '.join(told)} (--format json names each with the reason)"
+            ] * bool(told)
 
 
 def scan_report(result: Data, most: int = 8, *, by: Iterable[str] = (),
@@ -5182,8 +5182,8 @@ def _by_day(rows: Rows) -> Section:
     earlier = sum(day < first for day in days)
     hint = f"{shown[0]} to {shown[-1]}"
     hint += f", and {counted(earlier, 'day')} with sessions before" * bool(earlier)
-    picture = _chart({day: paid.get(day, {}) for day in shown}, "per day", dollars)
-    return Section("By day", picture=picture, hint=hint)
+    return Section("By day", hint=hint, picture=_chart(
+        {day: paid.get(day, {}) for day in shown}, "per day", dollars))
 
 
 def html_report(session: Session, report: OptimizationReport) -> str:
@@ -5196,9 +5196,9 @@ def html_report(session: Session, report: OptimizationReport) -> str:
 
 def html_scan_report(result: Data, most: int = 12) -> str:
     """What a scan found as one HTML file: what the text says, with the dollars of every day."""
-    sections = _scan_sections(result, most, ("agent", "project", "model"),
-                              _by_day(result["sessions"]))
-    return _page(counted(len(result["sessions"]), "session"), "Scan of agent transcripts", sections)
+    return _page(counted(len(result["sessions"]), "session"), "Scan of agent transcripts",
+                 _scan_sections(result, most, ("agent", "project", "model"),
+                                _by_day(result["sessions"])))
 
 
 _CSV_COLUMNS = """id timestamp event_type agent_id model tokens_input tokens_output
@@ -5425,10 +5425,10 @@ def comparison_of(found: List[Tuple[Session, OptimizationReport]]) -> Data:
     rows = [dict(summary_row(session, report), task=session.task[:80])
             for session, report in found]
     ranked = sorted(found, key=lambda pair: -pair[1].efficiency_score)
-    names = {"tokens": "total_tokens", "cost": "cost", "efficiency": "efficiency_score",
-             "issues": "issue_count"}
     return {"sessions": rows, "averages": {
-                name: sum(row[key] for row in rows) / len(rows) for name, key in names.items()},
+                name: sum(row[key] for row in rows) / len(rows) for name, key in (
+                    ("tokens", "total_tokens"), ("cost", "cost"),
+                    ("efficiency", "efficiency_score"), ("issues", "issue_count"))},
             "best_performer": ranked[0][0].id, "worst_performer": ranked[-1][0].id,
             "recommendations": _lessons(*ranked[0], *ranked[-1])}
 
@@ -5759,8 +5759,8 @@ def _derive_header(events: List[Any], path: str) -> Data:
         raise _damaged(path, "neither a header nor events")
     told = start.get("data")
     told = told if isinstance(told, dict) else {}
-    texts = {key: str(told.get(key) or "") for key in ("agent", "task", "model")}
-    return {"id": _stem(path), **texts, "metadata": {}, "started_at": str(start.get("timestamp"))}
+    return {"id": _stem(path), "metadata": {}, "started_at": str(start.get("timestamp")),
+            **{key: str(told.get(key) or "") for key in ("agent", "task", "model")}}
 
 
 def _restore(data: bytes, path: str) -> Any:
@@ -6361,8 +6361,8 @@ def _masked_older(part: Data) -> Data:
     named = {name: value for name, value in part.items() if name in _NAMES}
     parts = {name: _masked_older(value) for name, value in part.items()
              if name in ("data", "metadata") and isinstance(value, dict)}
-    rest = {name: value for name, value in part.items() if name not in {*named, *parts, "events"}}
-    return {**named, **masked(rest, hashes=False), **parts}
+    return {**named, **masked({name: value for name, value in part.items() if name not in {
+        *named, *parts, "events"}}, hashes=False), **parts}
 
 
 def lock_scan(root: str) -> int:
@@ -6502,9 +6502,9 @@ class State:
 
     def rows_of(self, units: Iterable[str]) -> Any:
         """{unit: the rows of its sessions}, in the order they were read."""
-        query = "SELECT value FROM rows WHERE part = ? ORDER BY serial"
-        return self._run(
-            lambda db: {unit: _listed(db, query, _encode(unit)) for unit in units})
+        return self._run(lambda db: {unit: _listed(
+            db, "SELECT value FROM rows WHERE part = ? ORDER BY serial", _encode(unit))
+            for unit in units})
 
     def units_of_rows(self) -> Any:
         """{session id: the unit it was read from}."""
@@ -6667,8 +6667,8 @@ class State:
 
 
 def _table(db: Any, name: str, column: str = "value") -> Any:
-    pairs = db.execute(f"SELECT key || ':' || {column} FROM {name} ORDER BY serial")
-    return json.loads("{%s}" % ",".join([pair for pair, in pairs]))
+    return json.loads("{%s}" % ",".join([pair for pair, in db.execute(
+        f"SELECT key || ':' || {column} FROM {name} ORDER BY serial")]))
 
 
 def _listed(db: Any, query: str, *values: Any) -> Any:
@@ -6680,9 +6680,8 @@ def _forget_shown(db: Any) -> None:
 
 
 def _generation(db: Any) -> Any:
-    query = ("SELECT total(seq) FROM sqlite_sequence "
-             "WHERE name IN ('files', 'units', 'deleted')")
-    return db.execute(query).fetchone()[0]
+    return db.execute("SELECT total(seq) FROM sqlite_sequence "
+                      "WHERE name IN ('files', 'units', 'deleted')").fetchone()[0]
 
 
 def _put(db: Any, table: str, found: Data, part: str = "") -> None:
@@ -7662,8 +7661,7 @@ class TranscriptReader:
     def roots(self) -> List[str]:
         """Where the agent keeps its transcripts: the folders in its homes; none by default."""
         variable, usual, folders = self.home
-        given = os.environ.get(variable) or usual
-        homes = filter(str.strip, given.split(self.separator))
+        homes = filter(str.strip, (os.environ.get(variable) or usual).split(self.separator))
         return [os.path.join(os.path.expanduser(home.strip()), folder)
                 for home in homes for folder in folders.split()]
 
@@ -7845,8 +7843,8 @@ class ClaudeCodeReader(TranscriptReader):
     separator = ","
 
     def detect(self, path: str, head: bytes) -> bool:
-        marks = (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')
-        return b'"sessionId"' in head and any(mark in head for mark in marks) \
+        return b'"sessionId"' in head and any(
+            mark in head for mark in (b'"parentUuid"', b'"leafUuid"', b'"isSidechain"')) \
             or head.startswith(b'{"type":"summary"') and b'"leafUuid"' in head
 
     def companions(self, path: str) -> List[str]:
@@ -9386,7 +9384,7 @@ def read_session_files(facts: Sequence[Data], elsewhere: Any = frozenset(), open
         found["rows"].append(full_row(session, chosen, prices=prices))
         found.setdefault("usage", []).append(usage_rows(session))
 
-    with _CollectorPaused():
+    with _collector_paused():
         return dict({"usage": []}, **read_unit(facts, elsewhere, tell, open))
 
 
@@ -9484,8 +9482,8 @@ def renamed(row: Data, session_id: str) -> Data:
     """A row of a session that has another id than it wanted."""
     if row["id"] == session_id:
         return row
-    rebuilds = [dict(rebuild, session=session_id) for rebuild in row["bill"]["rebuilds"]]
-    return dict(row, id=session_id, bill=dict(row["bill"], rebuilds=rebuilds))
+    return dict(row, id=session_id, bill=dict(row["bill"], rebuilds=[
+        dict(rebuild, session=session_id) for rebuild in row["bill"]["rebuilds"]]))
 
 
 def scan_settings(analyzers: Optional[Iterable[Any]] = None,
@@ -9563,7 +9561,7 @@ def _read_in_worker(facts: List[Data], elsewhere: Any, tell: Any) -> Data:
         tell(session, found)
         found["kept"] = [(head, list(parts)) for head, parts in found.get("kept", ())]
 
-    with _CollectorPaused():
+    with _collector_paused():
         return read_unit(facts, elsewhere, tell_all)
 
 
@@ -9661,8 +9659,8 @@ class TranscriptScan:
         for name in self.units:
             if not os.path.exists(name):
                 gone[self._mark(name)].append(name)
-        groups = group_transcripts(self.files[path] for path in seen)
-        return {self._unit([file["path"] for file in group], fresh, gone) for group in groups}
+        return {self._unit([file["path"] for file in group], fresh, gone)
+                for group in group_transcripts(self.files[path] for path in seen)}
 
     def _mark(self, path: str) -> Any:
         """What tells a file that was moved from another of its name: when it begins. One that does
@@ -9715,8 +9713,8 @@ class TranscriptScan:
         """The units that must be read again, each with the ids of the responses that others
         count."""
         read = [self.told.get(name, {}) for name in self.units]
-        before = [known.get(name, {}) for name in (*self.told, *self.dropped)]
-        in_doubt = {key for its in read + before for key in its}
+        read += [known.get(name, {}) for name in (*self.told, *self.dropped)]
+        in_doubt = {key for its in read for key in its}
         told: Data = {}
         for name, outputs in {**known, **self.told}.items():
             keys = outputs.keys() & in_doubt
@@ -9775,9 +9773,9 @@ class TranscriptScan:
 
     def _save(self, state: State, drop: Callable[[str], bool]) -> None:
         """Keep what was read, but for sessions that were deleted meanwhile."""
-        units = {name: self.units[name] for name in self.told}
-        late = state.save_scan(self._news, units, self.told, self.rows, self.dropped,
-                               max(self.deleted.values(), default=0))
+        late = state.save_scan(
+            self._news, {name: self.units[name] for name in self.told}, self.told, self.rows,
+            self.dropped, max(self.deleted.values(), default=0))
         for session_id in sorted(late):
             drop(session_id)
         for name in self.told:
@@ -9871,8 +9869,8 @@ def usage_rows(session: Session) -> Rows:
             book((call or event).timestamp, event, session.taken_by(event), 0, *event.entered, 0, 0)
             book(event.timestamp, event, (event.model or session.model, event.rate),
                  0, 0, 0, 0, 0, event.tokens_output)
-    names = ("calls", *CLASSES, "cost")
-    return [dict(zip(names, row), day=day, model=model, tool=tool, project=_cwd_of(session))
+    return [dict(zip(("calls", *CLASSES, "cost"), row), day=day, model=model, tool=tool,
+                 project=_cwd_of(session))
             for (day, model, tool), row in sorted(sums.items()) if any(row)]
 
 
@@ -9894,8 +9892,8 @@ def sessions_at(paths: Iterable[str], prices: PriceList) -> List[Session]:
         session.prices = prices
         found["rows"].append(session)
 
-    units = dict(TranscriptScan(None, paths, "once").read(tell))
-    return [session for unit in units.values() for session in unit["rows"]]
+    return [session for unit in dict(TranscriptScan(None, paths, "once").read(tell)).values()
+            for session in unit["rows"]]
 
 
 def billed(rows: Rows) -> Data:
@@ -9956,8 +9954,7 @@ class _ListedSession(Session):
     @functools.cached_property
     def events(self) -> Any:  # type: ignore[override]
         """The events, read from the store at first use."""
-        loaded = self._load(self.id)
-        return self.__dict__.get("events", getattr(loaded, "events", []))
+        return self.__dict__.get("events", getattr(self._load(self.id), "events", []))
 
 
 _SAVE_EVERY = 3.0  # seconds of reading sessions after which what they came to is kept
@@ -9987,7 +9984,7 @@ class _LiveSessions:
                 news = self.store.tail(session_id, mark) if session is not None and mark else None
                 if session is not None and news:
                     return self._take_in(session, *news)
-                with _CollectorPaused():
+                with _collector_paused():
                     document, mark = self.store.load_marked(session_id, SessionEvent.from_dict)
                     stored = Session.from_dict(document)
             except (SessionNotFound, InvalidSessionId):
@@ -10034,7 +10031,7 @@ class _LiveSessions:
         try:
             if session_id in self.marks:
                 return self.refreshed(session_id)
-            with _CollectorPaused():
+            with _collector_paused():
                 document, _ = self.store.load_marked(
                     session_id, SessionEvent.from_dict, shown=False)
                 session = Session.from_dict(document)
@@ -10081,8 +10078,8 @@ class _LiveSessions:
     def keep(self, kept: Tuple[Data, Iterable[bytes]], row: Data) -> None:
         """Store what a scan found (`tell_row`) under the id of its row."""
         header = dict(kept[0], id=row["id"])
-        parts = itertools.chain([_first_part(header)], kept[1])
-        self.store.write(header["id"], parts, replace=True, sync=False)
+        self.store.write(header["id"], itertools.chain([_first_part(header)], kept[1]),
+                         replace=True, sync=False)
         self.forget(header["id"])
         with suppress(FileNotFoundError):  # deleted meanwhile
             info = os.stat(self.store.find(header["id"]))
@@ -10175,9 +10172,9 @@ class SessionOptimizer:
 
     def __init__(self, storage_path: Optional[str] = None,
                  analyzers: Optional[Iterable[BaseAnalyzer]] = None, *, durable: bool = False):
-        root = storage_path or os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(
-            os.path.expanduser("~"), ".sessionoptimizer")
-        self.store = Store(root, warn=_warn, durable=durable)
+        self.store = Store(
+            storage_path or os.environ.get("SESSIONOPTIMIZER_HOME") or os.path.join(
+                os.path.expanduser("~"), ".sessionoptimizer"), warn=_warn, durable=durable)
         if storage_path:
             self.store.prepare()
         self.analyzers = _chosen(analyzers)
@@ -10419,7 +10416,7 @@ class SessionOptimizer:
             return TranscriptScan(self.store.state if store else None, roots, settings, again)
 
         def tell() -> Data:
-            with _CollectorPaused():
+            with _collector_paused():
                 result = scan.result(agent, since, project)
                 return show(result) if show else result
 
@@ -10434,7 +10431,7 @@ class SessionOptimizer:
                     lock = lock_scan(self.store.root)
                     if self.store.state.generation() != scan.generation:
                         scan = look()  # another scan was faster
-                with _CollectorPaused():
+                with _collector_paused():
                     rows = functools.partial(tell_row, self.analyzers, self.prices, store)
                     scan.take_in(rows, self._live.keep, self.store, self._live.drop, progress, jobs)
                 if store:
@@ -10454,7 +10451,7 @@ class SessionOptimizer:
     def whatif(self, policy: str, paths: Optional[Iterable[str]] = None, *,
                progress: Any = None) -> Data:
         """What the stored sessions, or those at ``paths``, would have cost; see `what_if`."""
-        with _CollectorPaused():
+        with _collector_paused():
             return what_if((lambda: map(self._live.glimpse, dict(self.store.files())))
                            if paths is None else sessions_at(paths, self.prices), policy, progress)
 
@@ -10492,7 +10489,7 @@ class SessionOptimizer:
         session = self.get_session(session_id)
         if session is None:
             return None
-        with _CollectorPaused():
+        with _collector_paused():
             report = build_report(session, self.analyzers)
         for failure in report.analyzer_errors:
             _warn(f"an analyzer failed and its findings are missing: {failure}")
@@ -10581,8 +10578,8 @@ def _begun(agent: str, task: str, model: str, session_id: Optional[str],
         check_id(session_id), mask_secrets(str(agent)).upper(), mask_secrets(str(task)),
         SessionStatus.ACTIVE, now, model=mask_secrets(str(model or "default")).lower(),
         metadata=metadata)
-    told = {"agent": session.agent, "task": session.task, "model": session.model}
-    session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, told))
+    session.add_event(SessionEvent(f"{session_id}_start", now, EventType.SESSION_START, {
+        "agent": session.agent, "task": session.task, "model": session.model}))
     return session
 
 
@@ -11079,8 +11076,8 @@ def _alerts(options: Any) -> int:
 
 
 def _compare(options: Any) -> int:
-    ids = [_found_id(options, given) for given in options.session_ids]
-    result = options.optimizer.compare_sessions(ids)
+    result = options.optimizer.compare_sessions(
+        [_found_id(options, given) for given in options.session_ids])
     if "error" in result:
         raise CommandError(result["error"])
     return _show(options, result, *comparison_sections(result))
