@@ -820,6 +820,14 @@ class SessionEvent(_Record):
             if value.__class__ is not str:
                 setattr(self, name, str(value or ""))
 
+    def __getstate__(self) -> Data:
+        return dict(getattr(self, "__dict__", ()), **self._fields())
+
+    def __setstate__(self, state: Data) -> None:
+        SessionEvent.__init__(self, "", "", EventType.CUSTOM)  # what an older pickle lacks
+        for name, value in state.items():
+            setattr(self, name, value)
+
 
 @dataclass
 class Session(_Record):
@@ -3235,10 +3243,9 @@ def _add_usage(bill: Data, session: Session) -> Dict[Tuple[str, str], int]:
 
 def _cell_rows(cells: Dict[Tuple[str, str], int]) -> Rows:
     """The cells that hold something, the dearest first."""
-    ranked = sorted((-(paid // _PAIRED), key, paid % _PAIRED)
-                    for key, paid in cells.items() if paid)
     return [{"content": content, "how": how, "tokens": tokens, "cost": -cost}
-            for cost, (content, how), tokens in ranked]
+            for cost, (content, how), tokens in sorted(
+                (-(paid // _PAIRED), key, paid % _PAIRED) for key, paid in cells.items() if paid)]
 
 
 def add_bills(bills: Iterable[Data]) -> Data:
@@ -9951,6 +9958,9 @@ class _ListedSession(Session):
 
     _load: Any = None
 
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Session) and self._fields() == other._fields()
+
     @functools.cached_property
     def events(self) -> Any:  # type: ignore[override]
         """The events, read from the store at first use."""
@@ -10544,8 +10554,8 @@ class SessionOptimizer:
         active = [row["id"] for row in rows if row["status"] == SessionStatus.ACTIVE.value]
         if any([self._closed(name, self.store.readable_head(name)) for name in active]):
             return self.summaries(days)
-        since = time.time() - days * 86400 if days is not None else float("-inf")
-        return sorted((row for row in rows if row["started"] >= since),
+        return sorted((row for row in rows if days is None
+                       or row["started"] >= time.time() - days * 86400),
                       key=lambda row: (row["started"], row["id"]))
 
     def alerts(self, since: Optional[datetime] = None, agent: Optional[str] = None,

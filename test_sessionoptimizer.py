@@ -465,6 +465,32 @@ def test_an_event_is_a_dataclass_as_any_other_without_a_dict_of_its_own():
             is not so.SessionEvent("b", "", EventType.CUSTOM).data)
 
 
+class Tagged(so.SessionEvent):
+    """What a user may have made of an event: attributes of its own."""
+
+
+def test_an_event_is_pickled_and_copied_in_every_way():
+    tagged = Tagged("a", "", EventType.SEARCH, {"query": ["q"]}, 5, 3)
+    tagged.tag = "mine"
+    for event in (read_of(tokens=7, _write=3, _model="opus"), tagged):
+        for same in [pickle.loads(pickle.dumps(event, protocol))
+                     for protocol in range(pickle.HIGHEST_PROTOCOL + 1)] + [
+                         copy.copy(event), copy.deepcopy(event)]:
+            assert same == event and type(same) is type(event)
+            assert getattr(same, "tag", "") == getattr(event, "tag", "")
+    assert (copy.copy(tagged).data is tagged.data
+            and copy.deepcopy(tagged).data["query"] is not tagged.data["query"])
+
+
+def test_an_event_that_the_first_release_pickled_is_read():
+    """It had seven fields, in the dict of the object."""
+    state = dict(id="e", timestamp="", event_type=EventType.SEARCH, data={"query": "q"},
+                 tokens_input=5, tokens_output=2, duration_ms=1)
+    event = so.SessionEvent.__new__(so.SessionEvent)
+    event.__setstate__(state)
+    assert event == so.SessionEvent(**state) and event.tokens_cache_read == 0
+
+
 def test_fields_that_are_empty_are_left_out_of_an_event():
     assert sorted(E("CUSTOM").to_dict()) == ["data", "duration_ms", "event_type", "id", "timestamp",
                                              "tokens_input", "tokens_output"]
@@ -8719,6 +8745,10 @@ def test_an_optimizer_is_pickled_to_an_equal_one(optimizer, tmp_path):
     assert again._sessions["s"] == session and again.log_event("s", "CUSTOM").id.startswith("s_2_")
     assert len(again._sessions["s"].events) == 3 == len(optimizer.get_session("s").events)
     assert pickle.loads(pickle.dumps(listed)).total_tokens == 5
+    whole = so.Session.from_dict(listed.to_dict())
+    assert listed == whole == listed and not listed != whole and listed != listed.id
+    whole.end()
+    assert listed != whole != listed
     assert optimizer not in (SessionOptimizer(str(tmp_path / "other")), "optimizer")
     other = SessionOptimizer(optimizer.store.root, analyzers=[so.LargeFileAnalyzer(limit=5)])
     same = SessionOptimizer(optimizer.store.root, analyzers=[c() for c in so.BUILT_IN_ANALYZERS])
