@@ -11194,7 +11194,8 @@ def _import_file(optimizer: SessionOptimizer, path: str) -> List[str]:
     if not result["sessions"] and not result["skipped"]:
         _complain(f"sessionoptimizer: {path}: holds no session or transcript")
     for entry in result["skipped"]:
-        _complain(f"sessionoptimizer: {entry['path']}:{entry['line']}: {entry['reason']}")
+        place = f"{entry['path']}:{entry['line']}" if entry["line"] else entry["path"]
+        _complain(f"sessionoptimizer: {place}: {entry['reason']}")
     return [row["id"] for row in result["sessions"]]
 
 

@@ -9807,6 +9807,9 @@ def test_an_import_takes_sessions_and_transcripts(tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr()
     assert "no agent, task" in shown.err and "Traceback" not in shown.err
     assert len(SessionOptimizer(root).list_sessions()) == 2
+    assert so.main(["--store", root, "import", write("none.txt", "x\n")]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.endswith("none.txt: not a transcript of a known agent\n"), shown.err
 
 
 STANDS = [  # a command line, and the command in it
