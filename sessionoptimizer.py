@@ -1115,7 +1115,8 @@ _SECRET_NAME = r"""(?=[pP][aAwWrR]|[mM][nNaA]|[sS][eEhHiItT]|[tT][oO]|[cC][rRlLo
 | (?<=_)(?<!PUB_)(?<!PUBLIC_)(?:KEY|AUTH|SIG|PAT|PSK|PIN)(?![A-Z])(?=[A-Z0-9_]{0,40}=)
 | (?<=-)(?i:key)(?=:\s))
 (?![\w.-]{0,40}
-  (?i:file|path|stdin|dir|id|name|url|uri|type|policy|ttl|env|length|prompt|pattern)s?\b)
+  (?i:file|path|stdin|dir|id|name|url|uri|type|policy|ttl|env|length|prompt|pattern|store
+    |bucket)s?\b)
 [\w-]{0,40}"""
 _WEAK_NAME = r"""(?:(?i:(?<![a-z])(?<!pub[_-])(?<!public[_-])(?:key|auth|sig(?:nature)?)(?![a-z]))
   | (?<=[a-z])(?:Key|Auth|Sig(?:nature)?)(?![a-z]) | (?<=_)(?i:session)(?==[\w%-]{20})
@@ -1125,11 +1126,11 @@ _NAMED = r"""
       (?:\\?["']?\]?(?:=(?!=)|:=(?=[^\s}])|:(?![:=?]|[-+]\})(?=\S|\s{0,3}
             (?:\\?["']|\S{1,300}\s{0,3}(?:[^\w\s]|\n|\Z))))\s{0,3} | \}= | ["']\]\s(?=["'])
         | ["']?\]?\s{1,3}(?:=>|:=|->|=|(?:is|was|provided|used):?)\s{1,3}
-          (?=[bBfFrRuU]{0,2}["']|\S{0,60}\d)
+          (?=[bBfFrRuU]{0,2}["']|(?!(?i:base|md|sha|utf|v|oauth)-?\d)\S{0,60}\d)
         | ["']?>(?=[^<>\s]{1,200}</) | ["']\s{1,3}(?::|value=)\s{0,3}(?=["'])
         | :\s{0,3}[\w.]{1,30}\s{1,3}=\s{1,3}(?=["'])
         | \\?["']?,?\s{0,20}\\?["']?(?i:value)\\?["']?\s{0,3}[:=]\s{0,3}
-        | \s{1,3}(?=[A-Za-z_+=-]{0,60}\d)(?=[\d_+=-]{0,20}[A-Za-z])(?=[\w+=-]{8,60}(?![\w./])))
+        | \s{1,3}(?=\w{0,60}\d[A-Za-z])(?=[\d_]{0,20}[A-Za-z])(?=[\w+]{8,60}(?![\w./=-])))
     | (?<![\w-])--?[\w.-]{0,40}?%(secret)s\s{1,9}(?!-)
     | (?:\b(?:set(?:x|env|-env\s+\S{1,60}|\s+-\w{1,3})?|ENV|ARG)|\#define)
       \s+[\w:]{0,40}?%(secret)s\s{1,3}(?!=|-|(?i:for)\s)
@@ -1180,10 +1181,11 @@ _TYPED = r"""
     | (?:sqlplus|expdp|impdp)\s+(?:-\w+\s+)?\w{1,60}/ | (?:vault|cargo)\s+login\s+(?!-)
     | vault\s+operator\s+unseal\s+ | bw\s+(?:unlock|login\s+\S{1,60})\s+(?!-) | rclone\s+obscure\s+
     | ngrok\s+(?:config\s+add-)?authtoken\s+ | (?:snyk\s+auth|auth:token)\s+(?!-)
-    | b2\s+authorize-account\s+\S{1,60}\s+ | (?:doctl|glab|codecov)\b[^\n|;&]{0,80}?\s-t\s+
+    | b2\s+authorize-account\s+\S{1,60}\s+
+    | (?:doctl\s+auth|glab\s+auth|codecov)\b[^\n|;&]{0,80}?\s-t\s+
     | mc\s+(?:alias\s+set|config\s+host\s+add)(?:\s+\S{1,80}){3}\s+
     | (?:http-basic\.\S{1,60}\s+\S{1,60}|pypi-token\.\S{1,60}|-oauth\.\S{1,60})\s+
-    | bundle\s+config\s+(?:set\s+)?(?:--\w{1,9}\s+)?\S{1,60}\s+[\w.-]{1,60}:(?![/\\])
+    | bundle\s+config\s+(?:set\s+)?(?:--\w{1,9}\s+)?\S{1,60}\.\S{1,60}\s+[\w.-]{1,60}:(?![/\\])
     | rclone\s+config\s[^\n|;&]{0,100}?(?:pass|key|token)\s+ | nmcli\s[^\n|;&]{0,99}?\spassword\s+
     | wpa_passphrase\s+\S{1,60}\s+ | dscl\s[^\n|;&]{0,99}?\s(?:-passwd\s+\S{1,60}|Password)\s+
     | (?:re)?set-[\w-]{0,20}password\s+(?!-) | user:password\s+\S{1,60}\s+ | qpdf\s+--encrypt\s+

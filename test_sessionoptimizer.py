@@ -946,7 +946,7 @@ SECRETS = [("curl -d %s https://x.y", key) for key in KEYS] + [
     ("{\"name\":\"DB_PASSWORD\",\"value\":\"%s\"}", "hunter2"), ("PASSWORD -> %s", "hunter2"),
     ("<entry key='password'>%s</entry>", "hunter2"), ("the secret key is \"%s\"", "two words"),
     ("The password is %s", "hunter2"), ("Incorrect API key provided: %s. See", "abcd1234"),
-    ("use token %s to log in", "abcd1234"), ("curl 'u?jwt=%s'", "abcd1234"),
+    ("use token %s to log in", "ab12cd34"), ("curl 'u?jwt=%s'", "abcd1234"),
     ("curl -H 'Authorization: Splunk %s' u", "abcd1234"), ("x --server.password %s", "hunter2"),
     ("x _gitlab_session=%s", drawn(32, HEX)), ("cf set-env app API_TOKEN %s", "hunter2"),
     # programs
@@ -1021,6 +1021,10 @@ INNOCENT = [
     "curl -H 'Authorization: Bearer ${TOKEN}' u", "password: str = Field(...)", "grep -E 'a:b' f",
     "sudo -u postgres mkdir -p data/x", "docker exec -u postgres db psql", "tar -su f",
     "kubectl create secret generic db --from-env-file=.env", "az keyvault secret list -n v",
+    "kubectl get secret my-secret-2024abc -o yaml", "make test-token TOKEN_ID=abc12345",
+    "the token is base64 encoded", "cargo test --package token lexer2024", "glab mr list -t bug",
+    "chromium --password-store=basic", "./bench --token-bucket 100rps",
+    "bundle config set without development:test", "doctl compute ssh -t x",
     "openssl rand -hex 32", "pip install -p x", "vercel env ls", "getenv('API_KEY', '')",
 ]
 
