@@ -2693,7 +2693,7 @@ class Piece:
     for several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED +
     tokens."""
 
-    __slots__ = ("serial", "content", "event", "sums")
+    __slots__ = "serial content event sums".split()
 
     def __init__(self, serial: int, content: str, event: Optional[SessionEvent] = None):
         self.serial, self.content, self.event = serial, content, event
@@ -3148,7 +3148,7 @@ GRACE = 30         # seconds beyond its time to live in which a cache may still 
 _PREFIX_CHANGED = ("system_changed", "tools_changed", "messages_changed")
 _PROVIDER_SAYS = ("previous_message_not_found", "unavailable")
 _NO_CLOCK = ("codex", "gemini-cli")  # readers of agents whose data tell no time to live
-_SETTINGS = ("/mcp", "/plugin", "/agents", "/config")
+_SETTINGS = "/mcp /plugin /agents /config".split()
 
 
 def cause_of(step: Step, session: Session) -> Tuple[str, str]:
@@ -4456,7 +4456,7 @@ def _sums(rows: Rows, names: Iterable[str]) -> Data:
 def scan_totals(rows: Rows) -> Data:
     """The sums over session rows, in any order the same: sessions, model calls, tokens, USD, waste;
     their efficiency."""
-    totals = _sums(rows, ("model_calls", "total_tokens", "estimated_cost", "unattributed_tokens"))
+    totals = _sums(rows, "model_calls total_tokens estimated_cost unattributed_tokens".split())
     waste = _nested(_sums(rows, _WASTE))
     return dict(totals, sessions=len(rows), waste=waste,
                 efficiency_score=100.0 * (1 - waste["tokens"] / (totals["total_tokens"] or 1)),
@@ -4483,7 +4483,7 @@ def measures(rows: Rows) -> Data:
     """What sessions cost: ``{"sessions", "total_tokens", "estimated_cost", "waste_cost",
     "measured_waste_cost", "cost_per_session", "cost_per_prompt", "written_again"}`` (a share of the
     dollars); 0 where there is nothing to divide by."""
-    sums = _sums(rows, ("total_tokens", "estimated_cost", "waste_cost", "measured_waste_cost"))
+    sums = _sums(rows, "total_tokens estimated_cost waste_cost measured_waste_cost".split())
     prompts, cost, paid = sum(row["prompts"] for row in rows), sums["estimated_cost"], _paid(rows)
     sessions = len({row["id"] for row in rows})  # one may have several days of a week
     return dict(sums, sessions=sessions, cost_per_session=cost / (sessions or 1),
@@ -6479,7 +6479,7 @@ _STATE_WAIT = 60.0  # seconds to wait for other processes
 _SHOWN = "shown"  # stands where summaries have their settings
 _MOST_SHOWN = 4 << 20  # characters of what is kept of one command's output
 # The state files of version 2.0: the deletions are taken over, all else is made again.
-_OLD_STATE = ("deleted.json", "scan.json", "scan-responses.json", "summaries.json")
+_OLD_STATE = "deleted.json scan.json scan-responses.json summaries.json".split()
 
 
 class State:
@@ -6750,7 +6750,7 @@ class _SeenLines:
         """The verdict about a result that shows several files; one that is shown whole gets the
         last line it is known to have."""
         hashes = list(map(hash, plain_lines(text)))
-        left = iter(hashes)
+        left, found = iter(hashes), 0
         self._among.update(dict.fromkeys((path for path, *_ in reads), hashes))
         for read in reads:
             path, first, last = read
@@ -6759,7 +6759,8 @@ class _SeenLines:
             for number in range(first, (read[2] or first) + 1):
                 if known.get(number) not in left:
                     return "changed" if number in known else ""
-        return "same"
+                found += 1
+        return "same" if 10 * found >= 9 * len(hashes) else "changed"  # a file may have grown
 
     def same_lines(self, operation: str, text: str) -> List[int]:
         """How many of how many characters stand in lines that an operation's last answer had too,

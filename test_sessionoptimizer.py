@@ -7026,6 +7026,7 @@ ANOTHER = PLAIN.replace("line", "word")
     ("cat a.py|cat b.py|./gen|cat a.py b.py", "1 1"),
     ("cat a.py|cat b.py|edited|cat a.py b.py", ""), ("cat a.py|edited|cat b.py|cat a.py b.py", ""),
     ("cat a.py|cat b.py|sed -i s/x/y/ a.py|cat a.py b.py", ""),
+    ("cat a.py|cat b.py|grown|cat a.py b.py", ""), ("cat a.py|grown|cat b.py|cat a.py b.py", ""),
     ("cat a.py|cat b.py|sed -n 1,9p a.py; sed -n 1,9p b.py", "1 1"),
     ("sed -n 1,9p a.py|sed -n 1,9p b.py|cat a.py b.py", ""),
     ("cat a.py b.py|cat a.py", "1"), ("sed -n 1,9p a.py; sed -n 1,9p b.py|sed -n 1,9p b.py", "1"),
@@ -7036,6 +7037,9 @@ def test_several_files_in_one_result_are_compared_line_by_line(steps, repeated):
     """A file changes where nothing tells of it ("edited") as well."""
     told, texts = recorder(), {"a.py": PLAIN, "b.py": ANOTHER}
     for number, command in enumerate(steps.split("|")):
+        if command == "grown":
+            texts["a.py"] += "\nmore" * 60
+            continue
         if command == "edited":
             texts["a.py"] = texts["a.py"].replace("line 5\n", "line five\n")
             continue
