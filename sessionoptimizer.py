@@ -939,12 +939,12 @@ class Session(_Record):
         minutes."""
         if self.total_duration_ms and not self.imported:
             return self.total_duration_ms / 1000
-        stamps = {event.timestamp for event in self.events}
-        times = sorted(t for t in map(seconds_of, stamps) if t is not None)
-        gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+        stamps = (seconds_of(stamp) for stamp in {event.timestamp for event in self.events})
+        times = sorted(moment for moment in stamps if moment is not None)
         started, ended = seconds_of(self.started_at), seconds_of(self.ended_at)
         if not times and started is not None and ended is not None:
             return max(0.0, ended - started)
+        gaps = (later - earlier for earlier, later in zip(times, itertools.islice(times, 1, None)))
         return sum(gap for gap in gaps if gap <= IDLE_GAP)
 
     def windows(self) -> Iterator[List[SessionEvent]]:
@@ -2543,14 +2543,6 @@ def share_out(total: int, weights: List[int]) -> List[int]:
     return shares
 
 
-def split_like(event: SessionEvent, tokens: int) -> Tuple[int, int]:
-    """``tokens`` of an event as (input, output) in the event's own proportion, never more than it
-    has."""
-    tokens = max(0, min(tokens, event.tokens))
-    entered, written = share_out(tokens, [event.tokens_input, event.tokens_output])
-    return entered, written
-
-
 class Analysis:
     """What one analysis knows of a session: its events by id, what they repeat, what they cost. It
     is made for every analysis and forgotten with it, since events may be changed in place.
@@ -2587,7 +2579,7 @@ class Analysis:
         paid: Dict[str, int] = defaultdict(int)
         for piece in self.walk.pieces:
             if piece.event is not None:
-                paid[piece.event.id] += piece.sums[CARRIED] // _PAIRED
+                paid[piece.event.id] += piece.carried // _PAIRED
         return paid
 
     def cost(self, event: SessionEvent, entered: int, written: int) -> int:
@@ -2631,9 +2623,11 @@ class Analysis:
             for watch in watchers:
                 watch(step, rebuild)
             self._date(step, days)
+        for content, paid in walk.first.items():
+            cells[content, "first"] = paid
         for piece in walk.pieces:
-            for how, paid in zip(HOW_PAID, piece.sums):
-                cells[piece.content, how] += paid
+            cells[piece.content, CARRIED] += piece.carried
+            cells[piece.content, AGAIN] += piece.again
         bill["cells"] = _cell_rows(cells)
         return self
 
@@ -2670,8 +2664,7 @@ _CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
              EventType.SEARCH: SEARCHES}
 _NOT_RETURNED = {PROMPTS, ATTACHMENTS, *_LOADED.values()}
 
-HOW_PAID = ("first", "carried", "again")
-FIRST, CARRIED, AGAIN = range(3)
+HOW_PAID = _, CARRIED, AGAIN = "first", "carried", "again"
 _PAIRED = 1 << 64  # tokens and their cost in one number: cost * _PAIRED + tokens
 SHORT_TTL, HOUR_TTL = 300, 3_600  # seconds that a cache lives
 _LAID_OUT = (Source.REBUILD, Source.UNATTRIBUTED)  # loads that stand for no moment of their own
@@ -2690,14 +2683,14 @@ def content_of(event: SessionEvent) -> str:
 
 class Piece:
     """What entered a context in one go. ``event``: None for what was counted elsewhere or stands
-    for several. ``sums``: what was paid for it, by FIRST, CARRIED and AGAIN: cost * _PAIRED +
+    for several. ``carried``, ``again``: what was paid for it after its entry: cost * _PAIRED +
     tokens."""
 
-    __slots__ = "serial content event sums".split()
+    __slots__ = ("serial", "content", "event", CARRIED, AGAIN)
 
     def __init__(self, serial: int, content: str, event: Optional[SessionEvent] = None):
         self.serial, self.content, self.event = serial, content, event
-        self.sums = [0, 0, 0]
+        self.carried = self.again = 0
 
     def __lt__(self, other: Piece) -> bool:
         return self.serial < other.serial
@@ -2714,7 +2707,7 @@ class HeldContext:
         self.pieces: List[Piece] = []
         self.ends: List[int] = []
         # Of every piece what is paid for each token up to its end, CARRIED and AGAIN.
-        self._notes: Dict[int, List[int]] = {CARRIED: [], AGAIN: []}
+        self._notes: Dict[str, List[int]] = {CARRIED: [], AGAIN: []}
 
     @property
     def length(self) -> int:
@@ -2737,7 +2730,7 @@ class HeldContext:
         index = bisect_right(self.ends, position)
         return index, position - (self.ends[index - 1] if index else 0)
 
-    def pay(self, how: int, start: int, end: int, price: int) -> None:
+    def pay(self, how: str, start: int, end: int, price: int) -> None:
         """The positions from ``start`` to ``end`` are paid, at pico-dollars per token."""
         unit = price * _PAIRED + 1
         for position, paid in ((end, unit), (start, -unit)):
@@ -2745,7 +2738,11 @@ class HeldContext:
             if index:
                 self._notes[how][index - 1] += paid
             if inside:
-                self.pieces[index].sums[how] += paid * inside
+                self._book(how, self.pieces[index], paid * inside)
+
+    @staticmethod
+    def _book(how: str, piece: Piece, paid: int) -> None:
+        setattr(piece, how, getattr(piece, how) + paid)
 
     def settle(self) -> List[int]:
         """Sum up what was noted; the sizes of the pieces."""
@@ -2754,7 +2751,7 @@ class HeldContext:
             paid = list(itertools.accumulate(reversed(notes)))
             for piece, size, each in zip(self.pieces, sizes, reversed(paid)):
                 if each:
-                    piece.sums[how] += each * size
+                    self._book(how, piece, each * size)
             notes[:] = [0] * len(notes)
         return sizes
 
@@ -2828,12 +2825,14 @@ class Step:
 
 class ContextWalk:
     """Follows the contexts of a session call by call, one window after the other. ``pieces``: all
-    that entered; what was paid for them is complete when the walk is over. ``starts``: the start
-    load of each agent's first window (tokens)."""
+    that entered; what was paid for them is complete when the walk is over. ``first``: what was
+    paid for their entry, by content (cost * _PAIRED + tokens). ``starts``: the start load of each
+    agent's first window (tokens)."""
 
     def __init__(self, session: Session):
         self.session = session
         self.pieces: List[Piece] = []
+        self.first: Dict[str, int] = defaultdict(int)
         self.starts: Dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Step]:
@@ -2883,7 +2882,7 @@ class ContextWalk:
         if rebuilt:
             price, rest = divmod(step.rebuild_cost, rebuilt)
             held.pay(AGAIN, step.read, step.kept, price)
-            held.pieces[held.find(step.read)[0]].sums[AGAIN] += rest * _PAIRED
+            held.pieces[held.find(step.read)[0]].again += rest * _PAIRED
         for event in entering:
             cost = session.entry_cost(event)
             self._enter(held, content_of(event), event.tokens_input, event, cost)
@@ -2921,7 +2920,7 @@ class ContextWalk:
                cost: int) -> None:
         if tokens:
             piece = Piece(len(self.pieces), content, event)
-            piece.sums[FIRST] = cost * _PAIRED + tokens if event else 0
+            self.first[content] += cost * _PAIRED + tokens if event else 0
             self.pieces.append(piece)
             held.enter(piece, tokens)
 
@@ -2929,23 +2928,25 @@ class ContextWalk:
 _FILLING = (START_LOAD, RELOAD)
 
 
-def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Dict[str, Tuple[int, int]]:
-    """The issue's claims by event id, cut to what each event has. A bare number is split in the
-    event's own proportion; without claims the waste is shared by the events involved, or by all
-    where none is named."""
-    keys = dict.fromkeys(issue.claims or issue.events_involved or analysis.by_id)
-    named = [analysis.by_id[key] for key in keys if key in analysis.by_id]
-    named = [event for event in named if event.data.get("source") != Source.UNATTRIBUTED]
+def claims_of(analysis: Analysis, issue: EfficiencyIssue) -> Data:
+    """The issue's claims by event id as they were given; without claims the shares of the waste in
+    the events involved, or in all where none is named. `cut_claim` makes input and output of it."""
+    keys = issue.claims or dict.fromkeys(issue.events_involved) or analysis.by_id
+    ids = [key for key in keys if key in analysis.by_id
+           and analysis.by_id[key].data.get("source") != Source.UNATTRIBUTED]
     if issue.claims:
-        return {event.id: _cut(event, issue.claims[event.id]) for event in named}
-    weights = [event.tokens for event in named]
-    return {event.id: split_like(event, share) for event, share in zip(named, share_out(
-        min(int(issue.estimated_waste_tokens), sum(weights)), weights)) if share}
+        return {key: issue.claims[key] for key in ids}
+    weights = [analysis.by_id[key].tokens for key in ids]
+    shares = share_out(min(int(issue.estimated_waste_tokens), sum(weights)), weights)
+    return {key: share for key, share in zip(ids, shares) if share}
 
 
-def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
+def cut_claim(event: SessionEvent, claim: Any) -> Tuple[int, int]:
+    """A claim as (input, output) tokens, never more than the event has; a bare number is split in
+    the event's own proportion."""
     if isinstance(claim, (int, float)):
-        return split_like(event, int(claim))
+        tokens = max(0, min(int(claim), event.tokens))
+        claim = share_out(tokens, [event.tokens_input, event.tokens_output])
     entered, written = claim
     return (max(0, min(int(entered), event.tokens_input)),
             max(0, min(int(written), event.tokens_output)))
@@ -2954,12 +2955,15 @@ def _cut(event: SessionEvent, claim: Any) -> Tuple[int, int]:
 def price_issue(analysis: Analysis, issue: EfficiencyIssue) -> None:
     """Set the issue's waste in tokens and USD from its claims; a cost its analyzer has set
     stays."""
-    claims = claims_of(analysis, issue)
+    tokens = cost = 0
+    for key, claim in claims_of(analysis, issue).items():
+        event = analysis.by_id[key]
+        parts = cut_claim(event, claim)
+        tokens, cost = tokens + sum(parts), cost + analysis.cost(event, *parts)
     if issue.claims:
-        issue.estimated_waste_tokens = sum(map(sum, claims.values()))
+        issue.estimated_waste_tokens = tokens
     if not issue.estimated_waste_cost:
-        issue.estimated_waste_cost = sum(
-            analysis.cost(analysis.by_id[key], *claim) for key, claim in claims.items()) / PICO
+        issue.estimated_waste_cost = cost / PICO
 
 
 class ClaimsLedger:
@@ -2971,28 +2975,33 @@ class ClaimsLedger:
     def __init__(self, analysis: Analysis, issues: List[EfficiencyIssue]):
         self.tokens, self.cost = {True: 0, False: 0}, {True: 0, False: 0}
         self.by_event: Dict[str, int] = defaultdict(int)
-        largest: Dict[Tuple[str, bool], Tuple[Tuple[int, int], EfficiencyIssue]] = {}
-        for issue in issues:
+        claims = [claims_of(analysis, issue) for issue in issues]
+        largest: Dict[bool, Dict[str, int]] = {True: {}, False: {}}  # by event: which issue's
+
+        def claim_of(key: str, number: int) -> Tuple[int, int]:
+            return cut_claim(analysis.by_id[key], claims[number][key])
+
+        for number, issue in enumerate(issues):
             issue.charged_tokens, issue.charged_cost = 0, 0.0
-            for event_id, claim in claims_of(analysis, issue).items():
-                key = event_id, issue.measured
-                if key not in largest or sum(claim) > sum(largest[key][0]):
-                    largest[key] = claim, issue
-        costs: Dict[int, int] = defaultdict(int)
-        for event_id, measured in largest:
-            claim, issue = largest[event_id, measured]
-            entered, written = claim
-            if not measured and (event_id, True) in largest:
-                paid = largest[event_id, True][0]
-                entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
-            cost = analysis.cost(analysis.by_id[event_id], entered, written)
-            costs[id(issue)] += cost
-            issue.charged_tokens += entered + written
-            self.tokens[measured] += entered + written
-            self.cost[measured] += cost
-            self.by_event[event_id] += entered + written
-        for issue in issues:
-            issue.charged_cost = costs[id(issue)] / PICO
+            its = largest[issue.measured]
+            for key in claims[number]:
+                if key not in its or sum(claim_of(key, number)) > sum(claim_of(key, its[key])):
+                    its[key] = number
+        costs = [0] * len(issues)
+        for measured, its in largest.items():
+            for key, number in its.items():
+                entered, written = claim_of(key, number)
+                if not measured and key in largest[True]:
+                    paid = claim_of(key, largest[True][key])
+                    entered, written = max(0, entered - paid[0]), max(0, written - paid[1])
+                cost = analysis.cost(analysis.by_id[key], entered, written)
+                costs[number] += cost
+                issues[number].charged_tokens += entered + written
+                self.tokens[measured] += entered + written
+                self.cost[measured] += cost
+                self.by_event[key] += entered + written
+        for issue, cost in zip(issues, costs):
+            issue.charged_cost = cost / PICO
 
 
 LEAST_FINDING = 50  # tokens of a measured finding that the report of a transcript lists
@@ -3693,19 +3702,22 @@ class TokenSpikeAnalyzer(BaseAnalyzer):
     minimum_events = 3  # with tokens
 
     def find(self, session: Session, analysis: Analysis) -> Issues:
-        sizes: Dict[str, List[Tuple[int, int, SessionEvent]]] = defaultdict(list)  # by type
-        for number, event in enumerate(session.events):
-            tokens = event.tokens
-            if tokens and event.event_type is not EventType.CONTEXT_LOAD:
-                sizes[event.event_type._value_].append((-tokens, number, event))
-        events, spikes = list(itertools.chain(*sizes.values())), []
-        for alike in sizes.values() if len(events) >= max(2, self.minimum_events) else ():
-            others = alike if len(alike) >= self.enough else events
-            total, count = -sum(size for size, *_ in others), len(others) - 1
-            spikes += [(*each, (total + each[0]) / count) for each in alike
-                       if -each[0] > self.times * ((total + each[0]) / count)]
+        sums: Dict[str, List[int]] = defaultdict(lambda: [0, 0])  # by type: events, tokens
+        events = [event for event in session.events
+                  if event.tokens and event.event_type is not EventType.CONTEXT_LOAD]
+        for event in events:
+            for kind in ("", event.event_type._value_):  # "": all of them
+                sums[kind][0] += 1
+                sums[kind][1] += event.tokens
+        spikes: List[Tuple[SessionEvent, float]] = []
+        for event in events if len(events) >= max(2, self.minimum_events) else ():
+            count, total = sums[event.event_type._value_]
+            count, total = (count, total) if count >= self.enough else sums[""]
+            average = (total - event.tokens) / (count - 1)
+            if event.tokens > self.times * average:
+                spikes.append((event, average))
         if spikes:
-            yield self._finding(analysis, [spike[2:] for spike in sorted(spikes)])
+            yield self._finding(analysis, sorted(spikes, key=lambda spike: -spike[0].tokens))
 
     def _finding(self, analysis: Analysis,
                  spikes: List[Tuple[SessionEvent, float]]) -> EfficiencyIssue:
@@ -4162,7 +4174,7 @@ def bill_columns(analysis: Analysis) -> Data:
     window), ``version`` of the client, ``large_reads``."""
     saves, session = replayed(analysis, *FIXED_POLICIES.values()), analysis.session
     reads = [{"file": str(event.data.get("file_path") or ""), "tokens": event.tokens_input,
-              "cost": sum(piece.sums) // _PAIRED}
+              "cost": session.entry_cost(event) + (piece.carried + piece.again) // _PAIRED}
              for piece in analysis.walk.pieces for event in [piece.event] if event is not None
              and event.event_type is EventType.FILE_READ and event.tokens_input >= LARGE_READ]
     days = [{"day": local, "utc_day": utc, "prompts": sums["prompts"],
