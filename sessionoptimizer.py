@@ -1826,7 +1826,7 @@ class _Shell:
     def act(self, call: _Step) -> Any:
         """A command that changes what others tell, though no file."""
         self.effects.acts = True
-        return [] if call.name in "git add chmod chown chgrp pkill killall" else self.harmless(call)
+        return self.harmless(call) if re.match("git (?!add$)", call.name) else []  # says nothing
 
     def anything(self, call: Optional[_Step] = None) -> Any:
         self.effects.changes.append("*")
@@ -2624,7 +2624,7 @@ class Analysis:
                 watch(step, rebuild)
             self._date(step, days)
         for content, paid in walk.first.items():
-            cells[content, "first"] = paid
+            cells[content, FIRST] = paid
         for piece in walk.pieces:
             cells[piece.content, CARRIED] += piece.carried
             cells[piece.content, AGAIN] += piece.again
@@ -2636,9 +2636,9 @@ class Analysis:
         session, call = self.session, step.call
         if call:
             day = self.days[days[call.timestamp]]
-            day["carried"] += step.read * session.price_of(call).rates.read
-            day["again"] += step.rebuild_cost
-            day["first"] += step.fresh_cost - step.rebuild_cost
+            day[CARRIED] += step.read * session.price_of(call).rates.read
+            day[AGAIN] += step.rebuild_cost
+            day[FIRST] += step.fresh_cost - step.rebuild_cost
         for event in step.events:
             own, output = self.days[days[event.timestamp]], event.tokens_output
             taken = day if call else own
@@ -2646,7 +2646,7 @@ class Analysis:
             taken["prompts"] += event.event_type is EventType.USER_MESSAGE
             if not call:
                 again = event.data.get("source") == Source.REBUILD
-                own["again" if again else "first"] += session.entry_cost(event)
+                own[AGAIN if again else FIRST] += session.entry_cost(event)
             if output:
                 own["total_tokens"] += output
                 own["output"] += output * session.price_of(event).rates.output
@@ -2664,7 +2664,7 @@ _CONTENTS = {EventType.USER_MESSAGE: PROMPTS, EventType.AI_RESPONSE: ANSWERS,
              EventType.SEARCH: SEARCHES}
 _NOT_RETURNED = {PROMPTS, ATTACHMENTS, *_LOADED.values()}
 
-HOW_PAID = _, CARRIED, AGAIN = "first", "carried", "again"
+HOW_PAID = FIRST, CARRIED, AGAIN = "first", "carried", "again"
 _PAIRED = 1 << 64  # tokens and their cost in one number: cost * _PAIRED + tokens
 SHORT_TTL, HOUR_TTL = 300, 3_600  # seconds that a cache lives
 _LAID_OUT = (Source.REBUILD, Source.UNATTRIBUTED)  # loads that stand for no moment of their own
